@@ -1,0 +1,305 @@
+"""Table of the network architectures that the tests and the benchmarks export from `transformers`.
+
+Each row gives one architecture in two sizes: `small` for the models committed under `tests/models`, `full` for the
+benchmarks (the published configuration; an empty mapping means that the defaults of the configuration class are it).
+This module needs neither torch nor transformers; `benchmarks.export` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+Array = np.ndarray
+Dimensions = Mapping[str, int]
+Values = Callable[[np.random.Generator, tuple[int, ...], Dimensions], Array]
+Settings = Mapping[str, object]
+# How `benchmarks.export` calls the network: with its inputs as keywords, as a decoder over a given encoder output,
+# or as a decoder with a key-value cache.
+Call = Literal["keywords", "decoder", "decoder_with_past"]
+
+VOCABULARY = 100
+HEADS = 4
+LAYERS = 2
+
+
+@dataclass(frozen=True)
+class Input:
+    """One graph input: a string in `dims` names a dynamic dimension, a number fixes it."""
+
+    name: str
+    dims: tuple[int | str, ...]
+    values: Values
+
+    def shape(self, dimensions: Dimensions) -> tuple[int, ...]:
+        """Return the concrete shape for the given values of the dynamic dimensions."""
+        return tuple(dim if isinstance(dim, int) else dimensions[dim] for dim in self.dims)
+
+    def draw(self, generator: np.random.Generator, dimensions: Dimensions) -> Array:
+        """Return random contents of this input for the given values of the dynamic dimensions."""
+        return self.values(generator, self.shape(dimensions), dimensions)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One size of an architecture: configuration settings, inputs, and named sets of dynamic dimensions.
+
+    The first case is the example that the exporters trace; its sizes are above 1 where an exporter would otherwise
+    take 0 or 1 for a constant.
+    """
+
+    settings: Settings
+    inputs: tuple[Input, ...]
+    cases: Mapping[str, Dimensions]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to build one architecture: class names in `transformers`, how it is called, and what it returns.
+
+    `outputs` maps each output to its dynamic axes; `full_name` is the usual name of the full size.
+    """
+
+    model: str
+    config: str
+    outputs: Mapping[str, Mapping[int, str]]
+    small: Variant
+    full: Variant | None = None
+    full_name: str = ""
+    part: Literal["whole", "encoder"] = "whole"
+    call: Call = "keywords"
+    attention: Mapping[str, str] = field(default_factory=dict)
+
+
+def _pixels(generator: np.random.Generator, shape: tuple[int, ...], _: Dimensions) -> Array:
+    """8-bit image samples scaled to [-1, 1], as image processors give them (and small when compressed)."""
+    return (generator.integers(0, 256, shape) / 127.5 - 1).astype(np.float32)
+
+
+def _normal(generator: np.random.Generator, shape: tuple[int, ...], _: Dimensions) -> Array:
+    """Gaussian values on a grid of 1/64, which compress well."""
+    return (np.round(generator.normal(size=shape) * 64) / 64).astype(np.float32)
+
+
+def _tokens(vocabulary: int) -> Values:
+    return lambda generator, shape, _: generator.integers(3, vocabulary, shape)
+
+
+def _segments(_: np.random.Generator, shape: tuple[int, ...], __: Dimensions) -> Array:
+    """Token types of a sentence pair: the first third is sentence 0."""
+    segments = np.ones(shape, np.int64)
+    segments[:, : shape[1] // 3] = 0
+    return segments
+
+
+def _padded_right(_: np.random.Generator, shape: tuple[int, ...], __: Dimensions) -> Array:
+    """A mask with padding at the end of every row or image but the first."""
+    mask = np.ones(shape, np.int64)
+    mask[1:, ..., -(shape[-1] // 4) :] = 0
+    return mask
+
+
+def _padded_left(_: np.random.Generator, shape: tuple[int, ...], dimensions: Dimensions) -> Array:
+    """A mask over past and present tokens with padding inside the past, so that no query sees nothing."""
+    mask = np.ones(shape, np.int64)
+    mask[1:, : dimensions["past_sequence"] // 2] = 0
+    return mask
+
+
+def _positions(_: np.random.Generator, shape: tuple[int, ...], dimensions: Dimensions) -> Array:
+    past = dimensions["past_sequence"]
+    return np.tile(np.arange(past, past + shape[1]), (shape[0], 1))
+
+
+def _image(size: int) -> Input:
+    return Input("pixel_values", ("batch", 3, size, size), _pixels)
+
+
+def _token_ids(name: str, vocabulary: int) -> Input:
+    return Input(name, ("batch", "sequence"), _tokens(vocabulary))
+
+
+MASK = Input("attention_mask", ("batch", "sequence"), _padded_right)
+SEGMENTS = Input("token_type_ids", ("batch", "sequence"), _segments)
+
+IMAGE_CASES = {"batch_2": {"batch": 2}, "batch_1": {"batch": 1}}
+TEXT_CASES = {"batch_2": {"batch": 2, "sequence": 9}, "batch_1": {"batch": 1, "sequence": 14}}
+CACHE_CASES = {
+    "chunk": {"batch": 2, "sequence": 3, "past_sequence": 4, "total_sequence": 7},
+    "prefill": {"batch": 1, "sequence": 6, "past_sequence": 0, "total_sequence": 6},
+    "decode": {"batch": 2, "sequence": 1, "past_sequence": 8, "total_sequence": 9},
+}
+BENCHMARK_CASES = {"batch_1": {"batch": 1, "sequence": 128}}
+
+
+def _images(size: int, **settings: object) -> Variant:
+    return Variant({**settings}, (_image(size),), IMAGE_CASES)
+
+
+def _full_images(size: int, **settings: object) -> Variant:
+    return Variant({"num_labels": 1000, **settings}, (_image(size),), BENCHMARK_CASES)
+
+
+def _text(*inputs: Input, **settings: object) -> Variant:
+    return Variant({"vocab_size": VOCABULARY, **settings}, (_token_ids("input_ids", VOCABULARY), *inputs), TEXT_CASES)
+
+
+def _full_text(vocabulary: int, *inputs: Input) -> Variant:
+    return Variant({}, (_token_ids("input_ids", vocabulary), *inputs), BENCHMARK_CASES)
+
+
+def _decoder_over(encoder_length: int | str, width: int, *inputs: Input, **settings: object) -> Variant:
+    """A decoder without cache over encoder states of shape (batch, encoder_length, width)."""
+    states = Input("encoder_hidden_states", ("batch", encoder_length, width), _normal)
+    cases = {
+        "batch_2": {"batch": 2, "sequence": 5, "encoder_sequence": 8},
+        "batch_1": {"batch": 1, "sequence": 7, "encoder_sequence": 11},
+    }
+    tokens = _token_ids("decoder_input_ids", VOCABULARY)
+    return Variant({"vocab_size": VOCABULARY, **settings}, (tokens, *inputs, states), cases)
+
+
+def _with_past(key_value_heads: int, head_size: int, **settings: object) -> Variant:
+    """A decoder with cache tensors of shape (batch, key_value_heads, past_sequence, head_size)."""
+    cache = tuple(
+        Input(f"past_key_values.{layer}.{kind}", ("batch", key_value_heads, "past_sequence", head_size), _normal)
+        for layer in range(LAYERS)
+        for kind in ("key", "value")
+    )
+    inputs = (
+        _token_ids("input_ids", VOCABULARY),
+        Input("attention_mask", ("batch", "total_sequence"), _padded_left),
+        Input("position_ids", ("batch", "sequence"), _positions),
+        *cache,
+    )
+    return Variant({"vocab_size": VOCABULARY, **settings}, inputs, CACHE_CASES)
+
+
+BATCH = {0: "batch"}
+BATCH_SEQUENCE = {0: "batch", 1: "sequence"}
+LOGITS_AND_PRESENT = {
+    "logits": BATCH_SEQUENCE,
+    **{
+        f"present.{layer}.{kind}": {0: "batch", 2: "total_sequence"}
+        for layer in range(LAYERS)
+        for kind in ("key", "value")
+    },
+}
+NARROW: Settings = {
+    "hidden_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 64,
+}
+GROUPED_QUERY: Settings = {**NARROW, "num_key_value_heads": 2, "max_position_embeddings": 64}
+WHISPER: Settings = {
+    "d_model": 32,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "num_mel_bins": 16,
+    "max_source_positions": 20,
+    "max_target_positions": 32,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+T5: Settings = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": LAYERS,
+    "num_heads": HEADS,
+    "vocab_size": VOCABULARY,
+    "feed_forward_proj": "gated-gelu",
+}
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "resnet": Architecture(
+        "ResNetForImageClassification",
+        "ResNetConfig",
+        {"logits": BATCH},
+        _images(32, num_labels=10, embedding_size=16, hidden_sizes=(32, 64), depths=(2, 1)),
+        _full_images(224),
+        "resnet_50",
+    ),
+    "mobilenet_v2": Architecture(
+        "MobileNetV2ForImageClassification",
+        "MobileNetV2Config",
+        {"logits": BATCH},
+        _images(64, num_labels=10, image_size=64, depth_multiplier=0.1, finegrained_output=False),
+        _full_images(224),
+        "mobilenet_v2",
+    ),
+    "efficientnet": Architecture(
+        "EfficientNetForImageClassification",
+        "EfficientNetConfig",
+        {"logits": BATCH},
+        _images(32, num_labels=10, image_size=32, width_coefficient=0.1, depth_coefficient=0.2, hidden_dim=32),
+        _full_images(224, image_size=224, width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280),
+        "efficientnet_b0",
+    ),
+    "convnext": Architecture(
+        "ConvNextForImageClassification",
+        "ConvNextConfig",
+        {"logits": BATCH},
+        _images(32, num_labels=10, image_size=32, num_stages=2, hidden_sizes=(16, 32), depths=(2, 1)),
+        _full_images(224),
+        "convnext_tiny",
+    ),
+    "vit": Architecture(
+        "ViTForImageClassification",
+        "ViTConfig",
+        {"logits": BATCH},
+        _images(32, num_labels=10, image_size=32, patch_size=8, **NARROW),
+        _full_images(224),
+        "vit_base_16",
+    ),
+    "swin": Architecture(
+        "SwinForImageClassification",
+        "SwinConfig",
+        {"logits": BATCH},
+        _images(
+            32, num_labels=10, image_size=32, patch_size=2, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4
+        ),
+        _full_images(224),
+        "swin_tiny",
+    ),
+    "bert": Architecture(
+        "BertModel",
+        "BertConfig",
+        {"last_hidden_state": BATCH_SEQUENCE, "pooler_output": BATCH},
+        _text(MASK, SEGMENTS, max_position_embeddings=32, **NARROW),
+        _full_text(30522, MASK, SEGMENTS),
+        "bert_base",
+    ),
+    "gpt2": Architecture(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        LOGITS_AND_PRESENT,
+        _with_past(HEADS, 8, n_embd=32, n_layer=LAYERS, n_head=HEADS, n_positions=64, bos_token_id=1, eos_token_id=2),
+        call="decoder_with_past",
+    ),
+    "llama": Architecture(
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        LOGITS_AND_PRESENT,
+        _with_past(2, 8, **GROUPED_QUERY),
+        call="decoder_with_past",
+    ),
+    "qwen2": Architecture(
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
+        LOGITS_AND_PRESENT,
+        _with_past(2, 8, tie_word_embeddings=True, **GROUPED_QUERY),
+        call="decoder_with_past",
+    ),
+}

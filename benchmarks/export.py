@@ -1,0 +1,158 @@
+"""Build the architectures of the table with random weights and export them with both ONNX exporters of torch."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import onnx
+import torch
+import transformers
+from torch import Tensor, nn
+
+from benchmarks.architectures import Architecture, Array, Call, Variant
+
+Exporter = Literal["dynamo", "torchscript"]
+# torch reports every torchvision operator that it cannot register.
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+EXPORTERS: tuple[Exporter, ...] = get_args(Exporter)
+SEED = 0
+
+
+class FlatModule(nn.Module):
+    """A network whose `forward` takes and returns plain tensors in the order of the table."""
+
+    def __init__(self, model: nn.Module, call: Call, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+        self.inputs = inputs
+        self.outputs = outputs
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(self.inputs, tensors, strict=True))
+        if self.call == "decoder_with_past":
+            return self._with_past(named)
+        if self.call == "decoder":
+            named["encoder_outputs"] = (named.pop("encoder_hidden_states"),)
+            named["use_cache"] = False
+        result = self.model(**named, return_dict=True)
+        return tuple(result[name] for name in self.outputs)
+
+    def _with_past(self, named: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        past = [named.pop(name) for name in self.inputs if name.startswith("past_key_values.")]
+        cache = transformers.DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+        result = self.model(**named, past_key_values=cache, use_cache=True, return_dict=True)
+        present = [tensor for layer in result.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        return (result.logits, *present)
+
+
+def build(architecture: Architecture, variant: Variant) -> FlatModule:
+    """Return the network in evaluation mode with random weights that are the same on every call."""
+    torch.manual_seed(SEED)
+    config = getattr(transformers, architecture.config)(**variant.settings)
+    if architecture.attention:
+        config._attn_implementation = dict(architecture.attention)
+    model: nn.Module = getattr(transformers, architecture.model)(config)
+    if architecture.part == "encoder":
+        model = model.get_encoder()
+    randomize(model)
+    names = tuple(spec.name for spec in variant.inputs)
+    return FlatModule(model, architecture.call, names, tuple(architecture.outputs)).eval()
+
+
+def randomize(model: nn.Module) -> None:
+    """Give every parameter and every normalization statistic a random value that matters to the outputs.
+
+    The initial values of a network hide mistakes: a scale of 1, a bias of 0 or a running mean of 0 make a wrong fold
+    look right, and weights of standard deviation 0.02 make every softmax uniform.
+    """
+    with torch.no_grad():
+        for owner, name, tensor in _floating_tensors(model):
+            if name == "running_var" or (tensor.dim() == 1 and "bias" not in name and name != "running_mean"):
+                tensor.uniform_(0.5, 1.5)
+            elif tensor.dim() == 1:
+                tensor.normal_(0, 0.2)
+            elif tensor.dim() > 1:
+                tensor.normal_(0, _deviation(owner, name, tensor))
+
+
+def _floating_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Yield the parameters, and the statistics of normalizations (but no other buffer: those hold constants)."""
+    for module in model.modules():
+        tensors = dict(module.named_parameters(recurse=False))
+        buffers = dict(module.named_buffers(recurse=False))
+        if "running_mean" in buffers:
+            tensors |= buffers
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                yield module, name, tensor
+
+
+def _deviation(owner: nn.Module, name: str, tensor: Tensor) -> float:
+    """Standard deviation that keeps the variance of the activations: 1/sqrt(fan_in) for a weight, 0.5 for a table."""
+    if name != "weight" or isinstance(owner, nn.Embedding):
+        return 0.5
+    if isinstance(owner, transformers.pytorch_utils.Conv1D):
+        return tensor.shape[0] ** -0.5
+    return float(np.prod(tensor.shape[1:])) ** -0.5
+
+
+def draw_inputs(variant: Variant, case: str) -> dict[str, Array]:
+    """Return the random inputs of one case, by name; the same on every call."""
+    generator = np.random.default_rng([SEED, list(variant.cases).index(case)])
+    return {spec.name: spec.draw(generator, variant.cases[case]) for spec in variant.inputs}
+
+
+def run_torch(module: FlatModule, inputs: dict[str, Array]) -> dict[str, Array]:
+    """Return the outputs of the network by name."""
+    with torch.no_grad():
+        outputs = module(*(torch.from_numpy(inputs[name]) for name in module.inputs))
+    return {name: tensor.numpy() for name, tensor in zip(module.outputs, outputs, strict=True)}
+
+
+def export(module: FlatModule, architecture: Architecture, variant: Variant, exporter: Exporter, path: Path) -> None:
+    """Write `module` to `path` as one ONNX file in which the named dimensions of the inputs stay symbolic.
+
+    The exporters are called with their defaults (operator set included), as people call them.
+    """
+    example = draw_inputs(variant, next(iter(variant.cases)))
+    arguments = tuple(torch.from_numpy(example[name]) for name in module.inputs)
+    axes = {
+        spec.name: {axis: dim for axis, dim in enumerate(spec.dims) if isinstance(dim, str)} for spec in variant.inputs
+    }
+    options: dict[str, object] = {"input_names": list(module.inputs), "output_names": list(module.outputs)}
+    if exporter == "dynamo":
+        options |= {"dynamo": True, "dynamic_shapes": (tuple(axes.values()),), "external_data": False}
+    else:
+        options |= {"dynamo": False, "dynamic_axes": {**axes, **architecture.outputs}}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, arguments, str(path), verbose=False, **options)  # pyright: ignore[reportArgumentType]
+    model = onnx.load(path)
+    _remove_debug_text(model)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
+def _remove_debug_text(model: onnx.ModelProto) -> None:
+    """Remove what the exporters add for debugging: stack traces, with the paths of the exporting machine in them."""
+    del model.metadata_props[:]
+    graphs = [model.graph, *model.functions]
+    while graphs:
+        graph = graphs.pop()
+        graph.ClearField("doc_string")
+        del graph.metadata_props[:]
+        for node in graph.node:
+            node.ClearField("doc_string")
+            del node.metadata_props[:]
+            graphs += [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+        if isinstance(graph, onnx.GraphProto):
+            for value in [*graph.input, *graph.output, *graph.value_info, *graph.initializer]:
+                value.ClearField("doc_string")
+                del value.metadata_props[:]
