@@ -1,14 +1,15 @@
 """Table of the network architectures that the tests and the benchmarks export from `transformers`.
 
-Each row gives one architecture in two sizes: `small` for the models committed under `tests/models`, `full` for the
-benchmarks (the published configuration; an empty mapping means that the defaults of the configuration class are it).
+Each row gives one architecture in two sizes: `small`, with dynamic dimensions, for the models committed under
+`tests/models`, and `full`, with static ones, for the benchmarks. The settings of a full size are what differs from the
+defaults of the configuration class, which are the published sizes of most architectures.
 This module needs neither torch nor transformers; `benchmarks.export` does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -71,7 +72,6 @@ class Architecture:
     full_name: str = ""
     part: Literal["whole", "encoder"] = "whole"
     call: Call = "keywords"
-    attention: Mapping[str, str] = field(default_factory=dict)
 
 
 def _pixels(generator: np.random.Generator, shape: tuple[int, ...], _: Dimensions) -> Array:
@@ -114,12 +114,8 @@ def _positions(_: np.random.Generator, shape: tuple[int, ...], dimensions: Dimen
     return np.tile(np.arange(past, past + shape[1]), (shape[0], 1))
 
 
-def _image(size: int) -> Input:
-    return Input("pixel_values", ("batch", 3, size, size), _pixels)
-
-
-def _token_ids(name: str, vocabulary: int) -> Input:
-    return Input(name, ("batch", "sequence"), _tokens(vocabulary))
+def _token_ids(name: str, vocabulary: int, dims: tuple[int | str, ...] = ("batch", "sequence")) -> Input:
+    return Input(name, dims, _tokens(vocabulary))
 
 
 MASK = Input("attention_mask", ("batch", "sequence"), _padded_right)
@@ -132,15 +128,18 @@ CACHE_CASES = {
     "prefill": {"batch": 1, "sequence": 6, "past_sequence": 0, "total_sequence": 6},
     "decode": {"batch": 2, "sequence": 1, "past_sequence": 8, "total_sequence": 9},
 }
-BENCHMARK_CASES = {"batch_1": {"batch": 1, "sequence": 128}}
+STATIC_CASES: Mapping[str, Dimensions] = {"static": {}}
+STATIC_TOKENS = (1, 128)
 
 
 def _images(size: int, **settings: object) -> Variant:
-    return Variant({**settings}, (_image(size),), IMAGE_CASES)
+    image = Input("pixel_values", ("batch", 3, size, size), _pixels)
+    return Variant({"num_labels": 10, **settings}, (image,), IMAGE_CASES)
 
 
 def _full_images(size: int, **settings: object) -> Variant:
-    return Variant({"num_labels": 1000, **settings}, (_image(size),), BENCHMARK_CASES)
+    image = Input("pixel_values", (1, 3, size, size), _pixels)
+    return Variant({"num_labels": 1000, **settings}, (image,), STATIC_CASES)
 
 
 def _text(*inputs: Input, **settings: object) -> Variant:
@@ -148,7 +147,8 @@ def _text(*inputs: Input, **settings: object) -> Variant:
 
 
 def _full_text(vocabulary: int, *inputs: Input) -> Variant:
-    return Variant({}, (_token_ids("input_ids", vocabulary), *inputs), BENCHMARK_CASES)
+    fixed = (replace(spec, dims=STATIC_TOKENS) for spec in inputs)
+    return Variant({}, (_token_ids("input_ids", vocabulary, STATIC_TOKENS), *fixed), STATIC_CASES)
 
 
 def _decoder_over(encoder_length: int | str, width: int, *inputs: Input, **settings: object) -> Variant:
@@ -227,7 +227,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "ResNetForImageClassification",
         "ResNetConfig",
         {"logits": BATCH},
-        _images(32, num_labels=10, embedding_size=16, hidden_sizes=(32, 64), depths=(2, 1)),
+        _images(32, embedding_size=16, hidden_sizes=(32, 64), depths=(2, 1)),
         _full_images(224),
         "resnet_50",
     ),
@@ -235,7 +235,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "MobileNetV2ForImageClassification",
         "MobileNetV2Config",
         {"logits": BATCH},
-        _images(64, num_labels=10, image_size=64, depth_multiplier=0.1, finegrained_output=False),
+        _images(64, image_size=64, depth_multiplier=0.1, finegrained_output=False),
         _full_images(224),
         "mobilenet_v2",
     ),
@@ -243,7 +243,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "EfficientNetForImageClassification",
         "EfficientNetConfig",
         {"logits": BATCH},
-        _images(32, num_labels=10, image_size=32, width_coefficient=0.1, depth_coefficient=0.2, hidden_dim=32),
+        _images(32, image_size=32, width_coefficient=0.1, depth_coefficient=0.2, hidden_dim=32),
         _full_images(224, image_size=224, width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280),
         "efficientnet_b0",
     ),
@@ -251,7 +251,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "ConvNextForImageClassification",
         "ConvNextConfig",
         {"logits": BATCH},
-        _images(32, num_labels=10, image_size=32, num_stages=2, hidden_sizes=(16, 32), depths=(2, 1)),
+        _images(32, image_size=32, num_stages=2, hidden_sizes=(16, 32), depths=(2, 1)),
         _full_images(224),
         "convnext_tiny",
     ),
@@ -259,7 +259,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "ViTForImageClassification",
         "ViTConfig",
         {"logits": BATCH},
-        _images(32, num_labels=10, image_size=32, patch_size=8, **NARROW),
+        _images(32, image_size=32, patch_size=8, **NARROW),
         _full_images(224),
         "vit_base_16",
     ),
@@ -267,9 +267,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "SwinForImageClassification",
         "SwinConfig",
         {"logits": BATCH},
-        _images(
-            32, num_labels=10, image_size=32, patch_size=2, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4
-        ),
+        _images(32, image_size=32, patch_size=2, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4),
         _full_images(224),
         "swin_tiny",
     ),

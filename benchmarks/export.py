@@ -56,8 +56,6 @@ def build(architecture: Architecture, variant: Variant) -> FlatModule:
     """Return the network in evaluation mode with random weights that are the same on every call."""
     torch.manual_seed(SEED)
     config = getattr(transformers, architecture.config)(**variant.settings)
-    if architecture.attention:
-        config._attn_implementation = dict(architecture.attention)
     model: nn.Module = getattr(transformers, architecture.model)(config)
     if architecture.part == "encoder":
         model = model.get_encoder()
@@ -117,7 +115,7 @@ def run_torch(module: FlatModule, inputs: dict[str, Array]) -> dict[str, Array]:
 
 
 def export(module: FlatModule, architecture: Architecture, variant: Variant, exporter: Exporter, path: Path) -> None:
-    """Write `module` to `path` as one ONNX file in which the named dimensions of the inputs stay symbolic.
+    """Write `module` to `path` as one ONNX file (under 2 GB) in which the named dimensions stay symbolic.
 
     The exporters are called with their defaults (operator set included), as people call them.
     """
@@ -126,11 +124,16 @@ def export(module: FlatModule, architecture: Architecture, variant: Variant, exp
     axes = {
         spec.name: {axis: dim for axis, dim in enumerate(spec.dims) if isinstance(dim, str)} for spec in variant.inputs
     }
+    dynamic = any(axes.values())
     options: dict[str, object] = {"input_names": list(module.inputs), "output_names": list(module.outputs)}
     if exporter == "dynamo":
-        options |= {"dynamo": True, "dynamic_shapes": (tuple(axes.values()),), "external_data": False}
+        options |= {
+            "dynamo": True,
+            "dynamic_shapes": (tuple(axes.values()),) if dynamic else None,
+            "external_data": False,
+        }
     else:
-        options |= {"dynamo": False, "dynamic_axes": {**axes, **architecture.outputs}}
+        options |= {"dynamo": False, "dynamic_axes": {**axes, **architecture.outputs} if dynamic else None}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(module, arguments, str(path), verbose=False, **options)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,59 @@
+"""Full-size models with random weights for the benchmarks: `python -m benchmarks.models [NAME ...]` makes them.
+
+They are kept outside the repository, in `$OPTIMIZER_CACHE/models` or `~/.cache/optimizer/models`. Making them needs
+torch and transformers; finding them with `model_path` does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.architectures import ARCHITECTURES, Architecture
+
+FULL_SIZE = {row.full_name: row for row in ARCHITECTURES.values() if row.full is not None}
+EXPORTERS = ("dynamo", "torchscript")
+REQUIREMENTS = "torch==2.13.0 transformers==5.23.0 onnx onnxscript"
+
+
+def model_path(name: str, exporter: str = "dynamo") -> Path:
+    """Return where the full-size model called `name` (a key of `FULL_SIZE`) is kept, whether or not it exists yet."""
+    cache = os.environ.get("OPTIMIZER_CACHE")
+    root = Path(cache) if cache else Path.home() / ".cache" / "optimizer"
+    return root / "models" / f"{name}_{exporter}.onnx"
+
+
+def make(architecture: Architecture, exporter: str) -> Path:
+    """Export the full size of `architecture` into the cache and return its path; the file appears only when complete."""
+    from benchmarks.export import build, export
+
+    assert architecture.full is not None
+    path = model_path(architecture.full_name, exporter)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    export(build(architecture, architecture.full), architecture, architecture.full, exporter, partial)
+    return partial.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the full-size models that the benchmarks run.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(FULL_SIZE)}")
+    parser.add_argument("--exporter", choices=EXPORTERS, default="dynamo")
+    parser.add_argument("--force", action="store_true", help="make again what is there already")
+    arguments = parser.parse_args()
+    names = arguments.names or list(FULL_SIZE)
+    if unknown := sorted(set(names) - set(FULL_SIZE)):
+        parser.error(f"no model is called {', '.join(unknown)}; there are {', '.join(FULL_SIZE)}")
+    missing = [name for name in names if arguments.force or not model_path(name, arguments.exporter).exists()]
+    if missing and not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
+        sys.exit(f"benchmarks.models: exporting models needs torch and transformers: pip install {REQUIREMENTS}")
+    for name in names:
+        path = make(FULL_SIZE[name], arguments.exporter) if name in missing else model_path(name, arguments.exporter)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
