@@ -1,0 +1,148 @@
+"""Dimensions of tensors: integers, or expressions over named symbols; every dynamic dimension gets its own name."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import onnx
+import tvm.ir
+import tvm.sym
+from tvm import tirx
+
+from optimizer.errors import InputMismatchError
+
+Dimension: TypeAlias = int | tvm.ir.Expr
+Shape: TypeAlias = tuple[Dimension, ...]
+
+_ANALYZER = tvm.sym.Analyzer()
+_OPERATIONS = {ast.Add: "__add__", ast.Sub: "__sub__", ast.Mult: "__mul__", ast.FloorDiv: "__floordiv__"}
+
+
+def as_expression(value: Dimension) -> tvm.ir.Expr:
+    """Return an int64 expression for a dimension."""
+    return tirx.IntImm("int64", int(value)) if isinstance(value, (int, np.integer)) else value
+
+
+def simplified(value: Dimension) -> Dimension:
+    """Return `value` in simplest form: an int when it is constant."""
+    if isinstance(value, (bool, int, np.integer)):
+        return int(value)
+    result = _ANALYZER.simplify(value)
+    return int(result.value) if isinstance(result, tirx.IntImm) else result
+
+
+def simplified_shape(shape: Sequence[Dimension]) -> Shape:
+    """Return every dimension in simplest form."""
+    return tuple(simplified(dimension) for dimension in shape)
+
+
+def static_shape(shape: Shape) -> tuple[int, ...] | None:
+    """Return the shape as integers, or None if a dimension is symbolic."""
+    integers = tuple(dimension for dimension in shape if isinstance(dimension, int))
+    return integers if len(integers) == len(shape) else None
+
+
+def provably_equal(left: Dimension, right: Dimension) -> bool:
+    """Return whether two dimensions are equal for all values of their symbols."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    return bool(_ANALYZER.can_prove_equal(as_expression(left), as_expression(right)))
+
+
+def product(shape: Iterable[Dimension]) -> Dimension:
+    """Return the number of elements of a shape."""
+    result: Dimension = 1
+    for dimension in shape:
+        result = result * dimension
+    return simplified(result)
+
+
+class Symbols:
+    """The named symbols of one model, all known to be non-negative."""
+
+    def __init__(self) -> None:
+        self._variables: dict[str, tirx.Var] = {}
+        self._analyzer = tvm.sym.Analyzer()
+
+    def named(self, name: str) -> tirx.Var:
+        """Return the symbol for an ONNX dimension name; the same one at every call."""
+        if name not in self._variables:
+            identifier = re.sub(r"\W", "_", name)
+            if not identifier or identifier[0].isdigit():
+                identifier = f"dim_{identifier}"
+            self._variables[name] = self.fresh(identifier)
+        return self._variables[name]
+
+    def fresh(self, hint: str) -> tirx.Var:
+        """Return a new symbol of a non-negative value; `hint` is a valid identifier."""
+        variable = tirx.Var(hint, "int64")
+        self._analyzer.update(variable, tvm.sym.ConstIntBound(0, tvm.sym.ConstIntBound.POS_INF))
+        return variable
+
+    def proves(self, condition: tvm.ir.Expr) -> bool:
+        """Return whether `condition` holds for all non-negative values of the symbols."""
+        return bool(self._analyzer.can_prove(condition))
+
+
+def input_shapes(
+    inputs: Sequence[onnx.ValueInfoProto], symbols: Symbols, overrides: Mapping[str, Sequence[int | str]]
+) -> dict[str, Shape]:
+    """Return the shape of every graph input.
+
+    A dynamic dimension is the symbol of its name. A name such as `past + sequence` is an expression if both of its
+    parts name dimensions themselves. An anonymous dimension gets a name of its own, from the input and the axis.
+    `overrides` gives shapes by input name (integers, or names for dimensions that stay dynamic).
+
+    Raises InputMismatchError if an override names no input or has another rank.
+    """
+    declared = {value.name: _declared_dimensions(value) for value in inputs}
+    for name, shape in overrides.items():
+        if name not in declared:
+            raise InputMismatchError(f"--shape names '{name}', which is no input; the inputs are {', '.join(declared)}")
+        if len(shape) != len(declared[name]):
+            raise InputMismatchError(f"--shape {name}: {len(shape)} dimensions given, the model has {declared[name]}")
+        declared[name] = list(shape)
+    plain = {d for dims in declared.values() for d in dims if isinstance(d, str) and not re.search(r"[-+*/() ]", d)}
+    return {
+        name: tuple(d if isinstance(d, int) else _symbolic_dimension(d, plain, symbols) for d in dims)
+        for name, dims in declared.items()
+    }
+
+
+def _declared_dimensions(value: onnx.ValueInfoProto) -> list[int | str]:
+    dimensions: list[int | str] = []
+    for axis, dimension in enumerate(value.type.tensor_type.shape.dim):
+        if dimension.HasField("dim_value"):
+            dimensions.append(dimension.dim_value)
+        else:
+            dimensions.append(dimension.dim_param or f"{value.name}.dim{axis}")
+    return dimensions
+
+
+def _symbolic_dimension(text: str, plain: set[str], symbols: Symbols) -> tvm.ir.Expr:
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        return symbols.named(text)
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    if isinstance(tree, ast.BinOp) and names <= plain:
+        expression = _evaluate(tree, symbols)
+        if expression is not None:
+            return expression
+    return symbols.named(text)
+
+
+def _evaluate(node: ast.expr, symbols: Symbols) -> tvm.ir.Expr | None:
+    if isinstance(node, ast.Name):
+        return symbols.named(node.id)
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return tirx.IntImm("int64", node.value)
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+        left, right = _evaluate(node.left, symbols), _evaluate(node.right, symbols)
+        if left is not None and right is not None:
+            return getattr(left, _OPERATIONS[type(node.op)])(right)
+    return None

@@ -1,0 +1,301 @@
+"""The walk over an ONNX graph that builds the Relax module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import tvm
+import tvm.ir
+from onnx import numpy_helper
+from tvm import relax
+
+from optimizer.errors import Blocker, UnsupportedModelError
+from optimizer.frontend import constant_evaluation, function_bodies, shape_arithmetic
+from optimizer.frontend.dimensions import Dimension, Shape, Symbols, as_expression, input_shapes, static_shape
+from optimizer.frontend.node import Node, Result, UnsupportedNodeError, normalized_domain
+from optimizer.frontend.registry import find_converter
+from optimizer.frontend.value import NARROW_TYPES, AnyValue, ConstantValue, SequenceValue, TensorValue, Value
+
+Environment = dict[str, "AnyValue | None"]  # None marks a value that a blocker keeps from being computed
+
+
+@dataclass(frozen=True)
+class ImportedModel:
+    """A Relax module with one function `main`, and the ONNX names of its parameters and results in order."""
+
+    module: tvm.IRModule
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    narrow_inputs: Mapping[str, int]
+    narrow_outputs: Mapping[str, int]
+
+
+def import_model(
+    model: onnx.ModelProto, *, shapes: Mapping[str, Sequence[int | str]] | None = None, base_directory: str = ""
+) -> ImportedModel:
+    """Convert an ONNX model to a Relax module.
+
+    `shapes` overrides input shapes by name. `base_directory` is where external data lie.
+
+    Raises UnsupportedModelError with all that cannot be converted.
+    """
+    importer = GraphImporter(model, base_directory)
+    return importer.run(shapes or {})
+
+
+class GraphImporter:
+    """State of one import: the block builder, the symbols, the values by name, and the blockers found."""
+
+    def __init__(self, model: onnx.ModelProto, base_directory: str) -> None:
+        self.builder = relax.BlockBuilder()
+        self.symbols = Symbols()
+        self.base_directory = base_directory
+        self._graph = model.graph
+        self._versions = {normalized_domain(entry.domain): entry.version for entry in model.opset_import}
+        self._environment: Environment = {}
+        self._blockers: list[Blocker] = []
+
+    def run(self, shapes: Mapping[str, Sequence[int | str]]) -> ImportedModel:
+        """Import the whole model."""
+        graph = self._graph
+        initializers = {tensor.name for tensor in graph.initializer}
+        inputs = [value for value in graph.input if value.name not in initializers]
+        parameters = self._parameters(inputs, shapes)
+        outputs: list[Value] = []
+        with self.builder.function("main", [value.expr for value in parameters]):
+            for declared, value in zip(inputs, parameters, strict=True):
+                self._environment[declared.name] = value
+            self._define_initializers(graph)
+            self.import_nodes(graph.node)
+            if not self._blockers:
+                outputs = [self._graph_output(output.name) for output in graph.output]
+            expressions = [value.expr for value in outputs]
+            result = expressions[0] if len(expressions) == 1 else relax.Tuple(expressions)
+            self.builder.emit_func_output(self.builder.emit(result))
+        self._raise_blockers()
+        module = relax.transform.ConvertToDataflow()(self.builder.get())
+        names = tuple(output.name for output in graph.output)
+        return ImportedModel(
+            module,
+            tuple(value.name for value in inputs),
+            names,
+            _narrow(zip((value.name for value in inputs), parameters, strict=True)),
+            _narrow(zip(names, outputs, strict=True)),
+        )
+
+    # For converters of operators with subgraphs
+
+    def import_nodes(self, nodes: Iterable[onnx.NodeProto], versions: Mapping[str, int] | None = None) -> None:
+        """Import nodes in order into the current scope. `versions` are the opsets, by default those of the model."""
+        for proto in nodes:
+            self._import_node(proto, self._versions if versions is None else versions)
+
+    def import_subgraph(self, graph: onnx.GraphProto, arguments: Sequence[AnyValue]) -> list[AnyValue]:
+        """Import the body of a subgraph into the current scope with its inputs bound to `arguments`.
+
+        The subgraph sees the values around it. Names that it defines are forgotten afterwards.
+        """
+        with self.names_restored():
+            for declared, value in zip(graph.input, arguments, strict=False):
+                self._environment[declared.name] = value
+            self._define_initializers(graph)
+            self.import_nodes(graph.node)
+            return [self.lookup(output.name) for output in graph.output]
+
+    def import_function(
+        self, function: onnx.FunctionProto, attributes: Mapping[str, onnx.AttributeProto], arguments: Sequence[AnyValue | None]
+    ) -> list[AnyValue | None]:
+        """Import the body of an ONNX function with its own opset versions and names."""
+        versions = {**self._versions, **{normalized_domain(e.domain): e.version for e in function.opset_import}}
+        outer, self._environment = self._environment, {}
+        try:
+            for name, value in zip(function.input, arguments, strict=False):
+                if value is not None:
+                    self._environment[name] = value
+            self.import_nodes(function_bodies.bound_nodes(function, attributes), versions)
+            return [self._environment.get(name) for name in function.output]
+        finally:
+            self._environment = outer
+
+    @contextmanager
+    def names_restored(self) -> Iterator[None]:
+        """Forget on exit all names that were defined inside."""
+        outer = dict(self._environment)
+        try:
+            yield
+        finally:
+            self._environment = outer
+
+    def nested_block(self, body: Callable[[], Sequence[Value]]) -> relax.SeqExpr:
+        """Return what `body` emits as an expression of its own: a tuple of its values, for a branch of relax.If."""
+        self.builder._begin_binding_block()
+        result = self.builder.emit(relax.Tuple([value.expr for value in body()]))
+        return relax.SeqExpr([self.builder._end_block()], result)
+
+    def lookup(self, name: str) -> AnyValue:
+        """Return the value of a name; raises if a blocker keeps it from being computed."""
+        if name not in self._environment:
+            raise UnsupportedNodeError(f"'{name}' is not defined before its use")
+        value = self._environment[name]
+        if value is None:
+            raise _BlockedError
+        return value
+
+    # Emitting
+
+    def emit(self, expr: relax.Expr, hint: str, narrow_type: int | None = None) -> TensorValue:
+        """Bind one tensor; dimensions that Relax cannot infer become fresh symbols bound at run time."""
+        bound = self.builder.emit(expr, hint)
+        tensor_type = bound.ty
+        if not isinstance(tensor_type, relax.TensorType):
+            raise UnsupportedNodeError(f"expected a tensor, got {tensor_type}")
+        if not isinstance(tensor_type.shape, relax.ShapeExpr):
+            if tensor_type.ndim < 0:
+                raise UnsupportedNodeError("the rank of the result depends on the data")
+            fresh = [self.symbols.fresh(f"{hint}_dim{axis}") for axis in range(tensor_type.ndim)]
+            bound = self.builder.match_cast(bound, relax.TensorType(fresh, str(tensor_type.dtype.dtype)))
+        return TensorValue(bound, narrow_type)
+
+    def bind_elements(self, value: Value, name: str) -> np.ndarray:
+        """Return fresh symbols for the elements of a rank 0 or 1 integer tensor, bound when the module runs."""
+        shape = static_shape(value.shape)
+        if shape is None or len(shape) > 1:
+            raise UnsupportedNodeError(f"'{name}' sets a shape, but its own length is not known at compile time")
+        tensor = value.expr
+        if value.dtype != "int64":
+            tensor = self.builder.emit(relax.op.astype(tensor, "int64"))
+        if not shape:
+            tensor = self.builder.emit(relax.op.reshape(tensor, (1,)))
+        count = shape[0] if shape else 1
+        elements = np.empty(count, dtype=object)
+        elements[:] = [self.symbols.fresh(f"{self.identifier(name)}_{i}") for i in range(count)]
+        shape_value = self.builder.emit(relax.op.tensor_to_shape(tensor))
+        self.builder.match_cast(shape_value, relax.ShapeType(list(elements)))
+        return elements.reshape(shape)
+
+    def identifier(self, name: str) -> str:
+        """Return a valid Relax identifier made from an ONNX name."""
+        text = re.sub(r"\W", "_", name)
+        return text if text and not text[0].isdigit() else f"value_{text}"
+
+    # The walk
+
+    def _import_node(self, proto: onnx.NodeProto, versions: Mapping[str, int]) -> None:
+        results: Sequence[AnyValue | None] = ()
+        try:
+            inputs = [self.lookup(name) if name else None for name in proto.input]
+            node = Node(proto, versions.get(normalized_domain(proto.domain), 1), inputs, self)
+            results = self._convert(node)
+        except _BlockedError:
+            pass
+        except UnsupportedNodeError as error:
+            self._block(proto, str(error))
+        except (tvm.error.InternalError, tvm.error.TVMError, TypeError, ValueError) as error:
+            # TVM's own shape and type checks speak through these; the first line of theirs says what is wrong.
+            self._block(proto, f"conversion failed: {str(error).strip().splitlines()[-1]}")
+        for index, name in enumerate(proto.output):
+            if name:
+                self._environment[name] = results[index] if index < len(results) else None
+
+    def _convert(self, node: Node) -> Sequence[AnyValue | None]:
+        if node.operator == "Constant" and node.domain == "":
+            return [ConstantValue(constant_evaluation.constant_node(node))]
+        folded = shape_arithmetic.evaluate(node) or constant_evaluation.evaluate(node)
+        if folded is not None:
+            return folded
+        converter = find_converter(node.domain, node.operator, node.version)
+        if converter is not None:
+            return self._values(node, converter(node))
+        expanded = function_bodies.expand(node)
+        if expanded is not None:
+            return expanded
+        where = f"domain '{node.domain}'" if node.domain else f"opset {node.version}"
+        raise UnsupportedNodeError(f"the operator is not supported ({where})")
+
+    def _values(self, node: Node, result: Result) -> list[AnyValue | None]:
+        results = list(result) if isinstance(result, (tuple, list)) else [result]
+        values: list[AnyValue | None] = []
+        for item in results:
+            if isinstance(item, relax.Expr):
+                values.append(node.emit(item))
+            elif isinstance(item, np.ndarray):
+                values.append(ConstantValue(item))
+            else:
+                values.append(item)
+        for index in range(node.output_count):
+            if node.has_output(index) and (index >= len(values) or values[index] is None):
+                raise UnsupportedNodeError(f"output {index} ('{node.proto.output[index]}') is not supported")
+        return values
+
+    def _block(self, proto: onnx.NodeProto, reason: str) -> None:
+        name = proto.name or (proto.output[0] if proto.output else "?")
+        operator = f"{proto.domain}::{proto.op_type}" if normalized_domain(proto.domain) else proto.op_type
+        self._blockers.append(Blocker(name, operator, reason))
+
+    def _raise_blockers(self) -> None:
+        if self._blockers:
+            listed = "".join(f"\n  {blocker}" for blocker in self._blockers)
+            raise UnsupportedModelError(
+                f"the model cannot be imported; {len(self._blockers)} node(s) stand in the way:{listed}",
+                tuple(self._blockers),
+            )
+
+    # Inputs, initializers, outputs
+
+    def _parameters(
+        self, inputs: Sequence[onnx.ValueInfoProto], shapes: Mapping[str, Sequence[int | str]]
+    ) -> list[TensorValue]:
+        parameters: list[TensorValue] = []
+        for declared in inputs:
+            if not declared.type.HasField("tensor_type") or not declared.type.tensor_type.HasField("shape"):
+                kind = declared.type.WhichOneof("value") or "untyped value"
+                self._blockers.append(Blocker(declared.name, "input", f"{kind} without a known rank is not supported"))
+            elif declared.type.tensor_type.elem_type in (onnx.TensorProto.STRING, onnx.TensorProto.COMPLEX64):
+                self._blockers.append(Blocker(declared.name, "input", "strings and complex numbers are not supported"))
+        self._raise_blockers()
+        dimensions = input_shapes(inputs, self.symbols, shapes)
+        for declared in inputs:
+            parameters.append(self._parameter(declared, dimensions[declared.name]))
+        return parameters
+
+    def _parameter(self, declared: onnx.ValueInfoProto, shape: Shape) -> TensorValue:
+        element_type = declared.type.tensor_type.elem_type
+        dtype = storage_dtype(element_type)
+        annotation = relax.TensorType([as_expression(dimension) for dimension in shape], dtype)
+        variable = relax.Var(self.identifier(declared.name), annotation)
+        return TensorValue(variable, element_type if element_type in NARROW_TYPES else None)
+
+    def _define_initializers(self, graph: onnx.GraphProto) -> None:
+        for tensor in graph.initializer:
+            self._environment[tensor.name] = ConstantValue(numpy_helper.to_array(tensor, self.base_directory))
+        for sparse in graph.sparse_initializer:
+            self._environment[sparse.values.name] = ConstantValue(constant_evaluation.dense_array(sparse))
+
+    def _graph_output(self, name: str) -> Value:
+        value = self.lookup(name)
+        if isinstance(value, SequenceValue):
+            raise UnsupportedModelError(f"output '{name}' is a sequence; only tensors can be outputs of a package")
+        return value
+
+
+class _BlockedError(Exception):
+    """A node's input depends on a node that is itself a blocker."""
+
+
+def storage_dtype(element_type: int) -> str:
+    """Return the dtype that values of an ONNX element type are stored as, in TVM's spelling."""
+    if element_type in NARROW_TYPES:
+        return NARROW_TYPES[element_type][1]
+    return onnx.helper.tensor_dtype_to_np_dtype(element_type).name
+
+
+def _narrow(values: Iterable[tuple[str, Value]]) -> dict[str, int]:
+    return {name: value.narrow_type for name, value in values if value.narrow_type is not None}
+
+
+__all__ = ["Dimension", "GraphImporter", "ImportedModel", "import_model", "storage_dtype"]

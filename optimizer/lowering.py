@@ -1,0 +1,65 @@
+"""From Relax operators to scheduled TIR, and from there to an executable for one target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tvm
+from tvm import relax
+
+from schedules import KernelReport, schedule_module
+from targets.base import Target
+
+# TVM's own passes that turn operators into TIR functions and fuse them.
+_LEGALIZE = (
+    relax.backend.DispatchSampling,
+    relax.backend.DispatchSortScan,
+    relax.transform.LegalizeOps,
+    relax.transform.AnnotateTIROpPattern,
+    relax.transform.FoldConstant,
+    relax.transform.FuseOps,
+    relax.transform.FuseTIR,
+    relax.transform.DeadCodeElimination,
+)
+# What remains between scheduled TIR and the bytecode of Relax's virtual machine.
+_FINISH = (
+    relax.transform.RewriteDataflowReshape,
+    relax.transform.ToNonDataflow,
+    relax.transform.RemovePurityChecking,
+    relax.transform.CallTIRRewrite,
+    relax.transform.StaticPlanBlockMemory,
+    relax.transform.LowerAllocTensor,
+    relax.transform.KillAfterLastUse,
+    relax.transform.LowerRuntimeBuiltin,
+    relax.transform.ComputePrimValue,
+    relax.transform.VMShapeLower,
+    relax.transform.AttachGlobalSymbol,
+)
+
+
+@dataclass(frozen=True)
+class LoweredModule:
+    """A module whose operators are TIR functions with a schedule, and what schedule each one got."""
+
+    module: tvm.IRModule
+    kernels: tuple[KernelReport, ...]
+
+
+def lower(module: tvm.IRModule, target: Target) -> LoweredModule:
+    """Turn Relax operators into fused TIR functions and schedule each of them for `target`."""
+    tvm_target = target.tvm_target()
+    with tvm_target:
+        for transform in _LEGALIZE:
+            module = transform()(module)
+    scheduled, kernels = schedule_module(module, target)
+    return LoweredModule(scheduled, kernels)
+
+
+def build(lowered: LoweredModule, target: Target) -> relax.VMExecutable:
+    """Generate code for a lowered module."""
+    tvm_target = target.tvm_target()
+    module = lowered.module
+    with tvm_target:
+        for transform in _FINISH:
+            module = transform()(module)
+        return relax.build(module, tvm_target, relax_pipeline=None)
