@@ -1,0 +1,33 @@
+"""What this machine is, as far as choosing a target for it goes."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+
+from targets.base import Target
+
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+@cache
+def cpu_features() -> frozenset[str]:
+    """Return the CPU features of this machine as Linux names them; none where Linux does not say."""
+    if not _CPU_INFO.exists():
+        return frozenset()
+    for line in _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def missing_features(target: Target) -> tuple[str, ...]:
+    """Return what this machine's CPU lacks to execute the target's (host) code: nothing when it can.
+
+    A machine of another architecture lacks the architecture, which stands in front.
+    """
+    if platform.machine() != target.architecture:
+        return (target.architecture, *target.features)
+    return tuple(feature for feature in target.features if feature not in cpu_features())
