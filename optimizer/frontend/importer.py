@@ -195,9 +195,10 @@ class GraphImporter:
             pass
         except UnsupportedNodeError as error:
             self._block(proto, str(error))
-        except (tvm.error.InternalError, tvm.error.TVMError, TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             # TVM's own shape and type checks speak through these; the first line of theirs says what is wrong.
-            self._block(proto, f"conversion failed: {str(error).strip().splitlines()[-1]}")
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            self._block(proto, f"conversion failed: {lines[-1]}")
         for index, name in enumerate(proto.output):
             if name:
                 self._environment[name] = results[index] if index < len(results) else None
