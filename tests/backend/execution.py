@@ -1,0 +1,101 @@
+"""One case of the backend suite through import, compile and run, and the judgement of what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx
+
+from optimizer.errors import UnsupportedModelError
+from optimizer.frontend.importer import import_model
+from optimizer.frontend.value import NARROW_TYPES
+from optimizer.reference import unoptimized
+from tests.backend.cases import BackendCase
+
+RIGHT, WRONG, REFUSED = "right", "wrong", "refused"
+_BFLOAT16_RTOL = 2**-6  # two units in the last place, as the suite's own runner allows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case: right, wrong (which a crash is too), or refused at import; and why."""
+
+    verdict: str
+    reason: str = ""
+
+
+def judge(case: BackendCase) -> Outcome:
+    """Compile and run a case and compare its outputs."""
+    try:
+        outputs = _run(case)
+    except UnsupportedModelError as error:
+        reasons = [f"{blocker.operator}: {blocker.reason}" for blocker in error.blockers]
+        return Outcome(REFUSED, "; ".join(dict.fromkeys(reasons)) or str(error))
+    except Exception as error:  # noqa: BLE001 - any other error is a defect of ours, reported as such
+        lines = str(error).strip().splitlines()
+        return Outcome(WRONG, f"{type(error).__name__}: {lines[-1] if lines else ''}")
+    difference = first_difference(outputs, case)
+    return Outcome(WRONG, difference) if difference else Outcome(RIGHT)
+
+
+def first_difference(outputs: Sequence[object], case: BackendCase) -> str:
+    """Return in what `outputs` differ from what the case expects, or an empty string.
+
+    Shape and dtype are to be equal, NaN stands where NaN is expected, and values agree within the suite's tolerances.
+    """
+    if len(outputs) != len(case.outputs):
+        return f"{len(outputs)} outputs instead of {len(case.outputs)}"
+    for index, (given, expected) in enumerate(zip(outputs, case.outputs, strict=True)):
+        difference = _difference(np.asarray(given), np.asarray(expected), case)
+        if difference:
+            return f"output {index}: {difference}"
+    return ""
+
+
+def _run(case: BackendCase) -> list[np.ndarray]:
+    model = case.model
+    names = [value.name for value in model.graph.input]
+    inputs = {name: item for name, item in zip(names, case.inputs, strict=False) if item is not None}
+    run, narrow_outputs = _compiled(model)
+    outputs = run({name: _stored(np.asarray(item)) for name, item in inputs.items()})
+    results = [outputs[value.name] for value in model.graph.output]
+    types = [narrow_outputs.get(value.name) for value in model.graph.output]
+    return [_widened(result, narrow) for result, narrow in zip(results, types, strict=True)]
+
+
+def _compiled(
+    model: onnx.ModelProto,
+) -> tuple[Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]], Mapping[str, int]]:
+    imported = import_model(model)
+    return unoptimized(imported), imported.narrow_outputs
+
+
+def _stored(array: np.ndarray) -> np.ndarray:
+    """Return 4-bit and 2-bit numbers one to a byte, as the module takes them."""
+    storage = {numpy_type: stored for numpy_type, stored in NARROW_TYPES.values()}
+    return array.astype(storage[array.dtype]) if array.dtype in storage else array
+
+
+def _widened(array: np.ndarray, narrow_type: int | None) -> np.ndarray:
+    return array if narrow_type is None else array.astype(NARROW_TYPES[narrow_type][0])
+
+
+def _difference(given: np.ndarray, expected: np.ndarray, case: BackendCase) -> str:
+    if given.dtype != expected.dtype:
+        return f"dtype {given.dtype} instead of {expected.dtype}"
+    if given.shape != expected.shape:
+        return f"shape {given.shape} instead of {expected.shape}"
+    rtol = case.rtol
+    if not np.issubdtype(given.dtype, np.number) and given.dtype.kind == "V" or given.dtype.name == "bfloat16":
+        if given.dtype == ml_dtypes.bfloat16:
+            rtol = max(rtol, _BFLOAT16_RTOL)
+        given, expected = given.astype(np.float32), expected.astype(np.float32)
+    close = np.isclose(given, expected, rtol=rtol, atol=case.atol, equal_nan=True)
+    if close.all():
+        return ""
+    first = tuple(int(i) for i in np.argwhere(~close)[0])
+    wrong = np.count_nonzero(~close)
+    return f"{wrong} of {close.size} elements differ, first {given[first]} instead of {expected[first]} at {first}"
