@@ -1,0 +1,96 @@
+"""Functions of one element at a time: arithmetic, broadcasts, layout changes, concatenation, padding, gathers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.tirx.stmt import Stmt
+
+from schedules.access import AxisGroup, branches_on, group_axes
+from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width
+from schedules.loops import Extent, loop, parallel, product, store, tiles, unflatten, vector
+from schedules.stages import Stage
+from targets.base import Target
+
+
+@dataclass(frozen=True, eq=False)
+class ElementwiseAnalysis:
+    """The axes of an elementwise stage, grouped; the last group is the one that is vectorized."""
+
+    stage: Stage
+    groups: tuple[AxisGroup, ...]
+    conditional: bool
+
+
+class Elementwise:
+    """Outer axes in parallel, the contiguous one in vectors."""
+
+    name = "elementwise"
+
+    def takes(self, kernel: Kernel, target: Target) -> ElementwiseAnalysis | None:
+        """Return the analysis of a single stage without reduction."""
+        if len(kernel.stages) != 1 or kernel.stages[0].is_reduction:
+            return None
+        stage = kernel.stages[0]
+        groups = tuple(group_axes(stage.spatial, [stage]))
+        return ElementwiseAnalysis(stage, groups, bool(groups) and branches_on(stage.value, groups[-1].inner))
+
+    def space(self, target: Target, analysis: ElementwiseAnalysis) -> Space:
+        """Return the vectors' width and the length of a task on a single axis."""
+        lanes = vector_width(target, analysis.stage)
+        return (
+            Choice("lanes", lanes, (lanes, 2 * lanes, 4 * lanes)),
+            Choice("chunk", 4096, (1024, 4096, 16384)),
+        )
+
+    def apply(self, analysis: ElementwiseAnalysis, parameters: Parameters, target: Target) -> Stmt:
+        """Return the loop nest."""
+        stage, groups, lanes = analysis.stage, analysis.groups, parameters["lanes"]
+
+        def element(point: list[Expr]) -> Stmt:
+            values = {}
+            for group, position in zip(groups, point, strict=True):
+                values.update(group.point(position))
+            indices, value = stage.at(values)
+            return store(stage.output, value, indices)
+
+        def row(outer: list[Expr], start: Extent, extent: Extent) -> Stmt:
+            if analysis.conditional:  # a vector condition would be taken apart into lanes; LLVM masks it
+                return loop(extent, lambda i: element([*outer, start + i]))
+            return vector_tiles(extent, lanes, lambda offset: element([*outer, start + offset]))
+
+        if not groups:
+            return element([])
+        large = is_large(product([axis.extent for axis in stage.spatial]))
+        outer_extents = [group.extent for group in groups[:-1]]
+        inner = groups[-1].extent
+        if outer_extents:
+            return parallel(
+                product(outer_extents),
+                lambda task: row(unflatten(task, outer_extents), tirx.const(0, "int64"), inner),
+                large,
+            )
+        return split_row(inner, parameters["chunk"] if large else 0, lambda start, extent: row([], start, extent))
+
+
+def vector_tiles(extent: Extent, lanes: int, element) -> Stmt:
+    """Return vectors over [0, extent); a symbolic remainder is left to a scalar loop."""
+    sizes = [lanes] if isinstance(extent, int) else [lanes, 1]
+    return tiles(extent, sizes, lambda base, width: vector(width, lambda i: element(base + i)))
+
+
+def split_row(extent: Extent, chunk: int, row) -> Stmt:
+    """Return one long axis as parallel tasks of `chunk` elements and what remains after them (`chunk` 0: one task)."""
+    zero = tirx.const(0, "int64")
+    if not chunk:
+        return row(zero, extent)
+    count = extent // chunk if isinstance(extent, int) else tirx.floordiv(extent, tirx.const(chunk, "int64"))
+    rest = extent % chunk if isinstance(extent, int) else tirx.floormod(extent, tirx.const(chunk, "int64"))
+    statements = []
+    if not (isinstance(count, int) and count == 0):
+        statements.append(parallel(count, lambda task: row(task * chunk, chunk)))
+    if not (isinstance(rest, int) and rest == 0):
+        statements.append(row(tirx.const(0, "int64") + count * chunk, rest))
+    return statements[0] if len(statements) == 1 else tirx.SeqStmt(statements)

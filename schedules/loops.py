@@ -1,0 +1,141 @@
+"""Building blocks of emitted loop nests: loops of each kind, tiles with their tails, local buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tvm import tirx
+from tvm.ir import Expr, Var
+from tvm.tirx.stmt import Stmt
+
+from schedules.stages import sequence
+
+Extent = int | Expr
+INDEX = "int64"
+
+
+def index(value: Extent) -> Expr:
+    """Return `value` as an index expression."""
+    return tirx.IntImm(INDEX, value) if isinstance(value, int) else value
+
+
+def loop(
+    extent: Extent, body: Callable[[Expr], Stmt], kind: tirx.ForKind = tirx.ForKind.SERIAL, name: str = "i"
+) -> Stmt:
+    """Return a loop over [0, extent); a loop of one iteration is its body."""
+    if extent == 1 and isinstance(extent, int):
+        return body(index(0))
+    variable = Var(name, INDEX)
+    return tirx.For(variable, index(0), index(extent), kind, body(variable))
+
+
+def unrolled(extent: int, body: Callable[[Expr], Stmt]) -> Stmt:
+    """Return a loop that is unrolled completely."""
+    return loop(extent, body, tirx.ForKind.UNROLLED, "u")
+
+
+def vector(width: int, body: Callable[[Expr], Stmt]) -> Stmt:
+    """Return one vector statement of `width` lanes."""
+    return loop(width, body, tirx.ForKind.VECTORIZED, "v")
+
+
+def parallel(extent: Extent, body: Callable[[Expr], Stmt], enabled: bool = True) -> Stmt:
+    """Return a loop whose iterations run on all threads (in order on one thread where not `enabled`)."""
+    return loop(extent, body, tirx.ForKind.PARALLEL if enabled else tirx.ForKind.SERIAL, "task")
+
+
+def nest(extents: Sequence[Extent], body: Callable[[list[Expr]], Stmt]) -> Stmt:
+    """Return serial loops over all `extents`, the last one innermost."""
+
+    def descend(depth: int, point: list[Expr]) -> Stmt:
+        if depth == len(extents):
+            return body(point)
+        return loop(extents[depth], lambda i: descend(depth + 1, [*point, i]))
+
+    return descend(0, [])
+
+
+def unflatten(flat: Expr, extents: Sequence[Extent]) -> list[Expr]:
+    """Return the row-major coordinates of `flat` in a box of `extents`."""
+    point: list[Expr] = []
+    rest = flat
+    varying = [i for i, extent in enumerate(extents) if extent != 1]
+    for position in reversed(range(len(extents))):
+        extent = extents[position]
+        if isinstance(extent, int) and extent == 1:
+            point.append(index(0))
+        elif position == varying[0]:
+            point.append(rest)
+        else:
+            point.append(tirx.floormod(rest, index(extent)))
+            rest = tirx.floordiv(rest, index(extent))
+    return point[::-1]
+
+
+def product(extents: Sequence[Extent]) -> Extent:
+    """Return the product of extents; an integer where all are."""
+    result: Extent = 1
+    for extent in extents:
+        if isinstance(extent, int) and isinstance(result, int):
+            result = result * extent
+        else:
+            result = index(result) * index(extent) if result != 1 else extent
+    return result
+
+
+def tiles(extent: Extent, sizes: Sequence[int], body: Callable[[Expr, int], Stmt]) -> Stmt:
+    """Return loops that cover [0, extent) by tiles of `sizes`, largest first; `body` gets offset and constant width.
+
+    A static remainder smaller than the last size becomes one tile of exactly that width; a symbolic one needs
+    `sizes` to end with 1.
+    """
+    statements: list[Stmt] = []
+    start: Extent = 0
+    rest = extent
+    for size in sizes:
+        if isinstance(rest, int):
+            count: Extent = rest // size
+        else:
+            count = tirx.floordiv(rest, index(size)) if size > 1 else rest
+        if not (isinstance(count, int) and count == 0):
+            base = index(start)
+            statements.append(loop(count, lambda i, s=size, b=base: body(b + i * s, s)))
+        if isinstance(rest, int):
+            start = start + (rest // size) * size if isinstance(start, int) else start
+            rest = rest % size
+        else:
+            start = start + count * index(size) if not isinstance(start, int) or start else count * index(size)
+            rest = tirx.floormod(rest, index(size)) if size > 1 else 0
+    if isinstance(rest, int) and rest:
+        statements.append(body(index(start), rest))
+    return sequence(statements) if statements else tirx.Evaluate(0)
+
+
+def tile_choice(number: Expr, extent: int, size: int, body: Callable[[Expr, int], Stmt]) -> Stmt:
+    """Return the body of tile `number` of [0, extent): a branch to the narrower last tile where `size` does not divide."""
+    full, rest = divmod(extent, size)
+    if not rest:
+        return body(number * size, size)
+    if not full:
+        return body(index(0), rest)
+    return tirx.IfThenElse(number < full, body(number * size, size), body(index(full * size), rest))
+
+
+def local(shape: Sequence[Extent], dtype: str, name: str, scope: str = "local") -> Var:
+    """Return a buffer that lives inside one task."""
+    return tirx.decl_buffer([index(extent) for extent in shape], dtype, name, scope=scope)
+
+
+def with_local(buffers: Sequence[Var], statements: Sequence[Stmt]) -> Stmt:
+    """Return `statements` with `buffers` allocated around them."""
+    return tirx.SeqStmt([*(tirx.AllocBuffer(buffer) for buffer in buffers), *statements])
+
+
+def store(buffer: Var, value: Expr, indices: Sequence[Expr]) -> Stmt:
+    """Return `buffer[indices] = value`."""
+    return tirx.BufferStore(buffer, value, list(indices))
+
+
+def load(buffer: Var, indices: Sequence[Expr]) -> Expr:
+    """Return `buffer[indices]`."""
+    return tirx.BufferLoad(buffer, list(indices))

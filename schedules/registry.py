@@ -1,0 +1,10 @@
+"""The operator families of CPU targets, in the order in which they are asked."""
+
+from __future__ import annotations
+
+from schedules.elementwise import Elementwise
+from schedules.family import Family
+from schedules.matmul import Matmul
+from schedules.reduction import Reduction
+
+FAMILIES: tuple[Family, ...] = (Matmul(), Reduction(), Elementwise())

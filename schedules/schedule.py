@@ -1,0 +1,86 @@
+"""Scheduling of modules and functions: which family takes a kernel, and with which parameters."""
+
+from __future__ import annotations
+
+import tvm
+from tvm import tirx
+from tvm.tirx.stmt import Stmt
+
+from schedules import cuda
+from schedules.family import Kernel, Parameters, defaults, work_of
+from schedules.inline import inline
+from schedules.kernels import cut
+from schedules.registry import FAMILIES
+from schedules.report import SCHEDULED, KernelReport
+from schedules.stages import OpaqueStage, parse
+from targets.base import Target
+
+
+def schedule_module(module: tvm.IRModule, target: Target) -> tuple[tvm.IRModule, tuple[KernelReport, ...]]:
+    """Return `module` with every TIR function that is not yet scheduled scheduled for `target`, and what was done.
+
+    Relax functions are left as they are.
+    """
+    reports = []
+    scheduled = dict(module.functions_items())
+    for variable, function in scheduled.items():
+        if isinstance(function, tirx.PrimFunc) and not is_scheduled(function):
+            if target.device == "cuda":
+                scheduled[variable], report = cuda.schedule_function(function, target, variable.name_hint)
+            else:
+                scheduled[variable], report = schedule_function(function, target, name=variable.name_hint)
+            reports.append(report)
+    result = tvm.IRModule(scheduled, attrs=module.attrs, global_infos=module.global_infos)
+    return result, tuple(reports)
+
+
+def is_scheduled(function: tirx.PrimFunc) -> bool:
+    """Return whether `function` is marked as scheduled."""
+    return function.attrs is not None and SCHEDULED in function.attrs and bool(function.attrs[SCHEDULED])
+
+
+def schedule_function(
+    function: tirx.PrimFunc, target: Target, parameters: Parameters | None = None, name: str = "main"
+) -> tuple[tirx.PrimFunc, KernelReport]:
+    """Return `function` scheduled for a CPU `target`, and its report.
+
+    `parameters` replace the defaults of its main kernel, the one with the most work; names that the kernel's family
+    does not have are an error (KeyError).
+    """
+    staged = parse(function)
+    if staged is None:
+        return function.with_attr(SCHEDULED, True), KernelReport(name, "opaque", reason="no loop nests at the top")
+    staged = inline(staged)
+    kernels = cut(staged)
+    candidates = [kernel for kernel in kernels if isinstance(kernel, Kernel)]
+    main = max(candidates, key=_weight, default=None)
+    statements: list[Stmt] = []
+    report = KernelReport(name, "opaque", reason="; ".join(k.reason for k in kernels if isinstance(k, OpaqueStage)))
+    for kernel in kernels:
+        if isinstance(kernel, OpaqueStage):
+            statements.append(kernel.statement)
+            continue
+        statement, family, used = schedule_kernel(kernel, target, parameters if kernel is main else None)
+        statements.append(statement)
+        if kernel is main:
+            report = KernelReport(name, family, used, report.reason)
+    return staged.rebuild(statements).with_attr(SCHEDULED, True), report
+
+
+def _weight(kernel: Kernel) -> float:
+    work = [work_of(stage) for stage in kernel.stages]
+    return sum(amount if isinstance(amount, int) else 1e12 for amount in work)
+
+
+def schedule_kernel(kernel: Kernel, target: Target, parameters: Parameters | None) -> tuple[Stmt, str, dict[str, int]]:
+    """Return a kernel's code, its family's name and the parameters."""
+    for family in FAMILIES:
+        analysis = family.takes(kernel, target)
+        if analysis is not None:
+            used = defaults(family.space(target, analysis))
+            for key, value in (parameters or {}).items():
+                if key not in used:
+                    raise KeyError(f"{family.name} has no parameter {key!r}; it has {', '.join(used)}")
+                used[key] = value
+            return family.apply(analysis, used, target), family.name, used
+    raise AssertionError("the elementwise and reduction families take every kernel")

@@ -1,0 +1,303 @@
+"""TIR functions as lists of stages: the form that the schedules read and rewrite.
+
+A legalized and fused PrimFunc is a root block with one loop nest after another, each around one block. A `Stage` is one
+such nest reduced to its meaning: the buffer it writes, its spatial and reduction axes, and the value of an element.
+What does not have that form (sorting, scans, scatters, calls with side effects) is kept verbatim as an `OpaqueStage`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import tvm_ffi
+from tvm import ir, s_tir, sym, tirx
+from tvm.ir import Expr, TensorLoad, Var
+from tvm.tirx.stmt import Stmt
+
+PURE_CALLS = frozenset({"tirx.if_then_else", "tirx.likely"})
+PURE = 1  # tirx.CallEffectKind.Pure; below it are annotations of expressions
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """One iteration variable of a stage with its extent (an integer where it is static)."""
+
+    variable: Var
+    extent: int | Expr
+
+    @property
+    def static(self) -> bool:
+        return isinstance(self.extent, int)
+
+    def fresh(self) -> Axis:
+        """Return an axis of the same extent with a variable of its own."""
+        return Axis(Var(self.variable.name, self.variable.ty), self.extent)
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One element of `output` per point of the spatial axes, stored at `indices`.
+
+    For a reduction `initial` is the value before the first step and `value`, which reads `output[indices]`, is the
+    value after the next one; otherwise `initial` is None and `value` reads other buffers only.
+    """
+
+    output: Var
+    indices: tuple[Expr, ...]
+    spatial: tuple[Axis, ...]
+    reduction: tuple[Axis, ...]
+    initial: Expr | None
+    value: Expr
+
+    @property
+    def is_reduction(self) -> bool:
+        return self.initial is not None
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return self.spatial + self.reduction
+
+    def loads(self) -> list[TensorLoad]:
+        """Return the reads of other buffers, in the order of the expression."""
+        return [load for load in loads_of(self.value) if not load.source.same_as(self.output)]
+
+    def at(self, point: Mapping[Var, Expr]) -> tuple[tuple[Expr, ...], Expr]:
+        """Return the store indices and the value with the axes replaced by `point`."""
+        return tuple(substitute(index, point) for index in self.indices), substitute(self.value, point)
+
+
+@dataclass(frozen=True, eq=False)
+class OpaqueStage:
+    """A statement of the function that is kept as it is, with the buffers it touches."""
+
+    statement: Stmt
+    buffers: tuple[Var, ...]
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class StagedFunction:
+    """A function's stages in program order; `intermediate` holds the buffers that live only inside the function."""
+
+    function: tirx.PrimFunc
+    stages: tuple[Stage | OpaqueStage, ...]
+    intermediate: tuple[Var, ...]
+
+    def rebuild(self, statements: Sequence[Stmt]) -> tirx.PrimFunc:
+        """Return the function with `statements` as its body, allocating the intermediates that are still in use."""
+        body = sequence(statements)
+        used = buffers_of(body)
+        root = s_tir.SBlock([], [], [], "root", body, alloc_buffers=[b for b in self.intermediate if contains(used, b)])
+        return self.function.with_body(s_tir.SBlockRealize([], True, root))
+
+
+class NotAStageError(Exception):
+    """A loop nest is not of the form of a stage; the message says why."""
+
+
+def contains(variables: Sequence[Var], variable: Var) -> bool:
+    """Return whether `variable` itself (not an equal one) is among `variables`."""
+    return any(variable.same_as(other) for other in variables)
+
+
+def sequence(statements: Sequence[Stmt]) -> Stmt:
+    """Return the statements as one."""
+    return statements[0] if len(statements) == 1 else tirx.SeqStmt(list(statements))
+
+
+def as_extent(extent: Expr) -> int | Expr:
+    """Return a constant extent as a Python integer."""
+    return int(extent) if isinstance(extent, tirx.IntImm) else extent
+
+
+def loads_of(node: Expr | Stmt) -> list[TensorLoad]:
+    """Return every buffer read below `node`."""
+    found: list[TensorLoad] = []
+    tvm_ffi.structural_walk(node, (TensorLoad, found.append))
+    return found
+
+
+def variables_of(node: Expr | Stmt) -> list[Var]:
+    """Return every variable (buffers too) that occurs below `node`, once each."""
+    found: list[Var] = []
+
+    def note(variable: Var) -> None:
+        if not contains(found, variable):
+            found.append(variable)
+
+    tvm_ffi.structural_walk(node, (Var, note))
+    return found
+
+
+def buffers_of(node: Expr | Stmt) -> list[Var]:
+    """Return the buffers that occur below `node`, once each."""
+    return [variable for variable in variables_of(node) if tirx.is_buffer_var(variable)]
+
+
+def substitute(expression: Expr, values: Mapping[Var, Expr]) -> Expr:
+    """Return `expression` with variables replaced."""
+    if not values:
+        return expression
+    return tvm_ffi.structural_map(expression, (Var, lambda variable: values.get(variable, variable)))
+
+
+def replace_loads(expression: Expr, rewrite: Callable[[TensorLoad], Expr | None]) -> Expr:
+    """Return `expression` with each buffer read replaced by `rewrite(read)`, where that is not None."""
+
+    def visit(load: TensorLoad, mutator: tvm_ffi.StructuralMutator) -> Expr:
+        replacement = rewrite(load)
+        return mutator.default_mutate(load) if replacement is None else replacement
+
+    return tvm_ffi.structural_mutate(expression, (TensorLoad, visit))
+
+
+def calls_of(expression: Expr) -> list[ir.Call]:
+    """Return every call below `expression`."""
+    found: list[ir.Call] = []
+    tvm_ffi.structural_walk(expression, (ir.Call, found.append))
+    return found
+
+
+def parse(function: tirx.PrimFunc) -> StagedFunction | None:
+    """Return the stages of `function`, or None where it has no root block with loop nests below it."""
+    if not isinstance(function.body, s_tir.SBlockRealize):
+        return None
+    root = function.body.block
+    if root.iter_vars or root.match_buffers or root.init is not None:
+        return None
+    statements = list(root.body.seq) if isinstance(root.body, tirx.SeqStmt) else [root.body]
+    stages = []
+    for statement in statements:
+        if not isinstance(statement, tirx.For | s_tir.SBlockRealize):
+            return None  # a declaration or binding whose scope is the whole function
+        try:
+            stages.append(_parse_stage(statement))
+        except NotAStageError as reason:
+            stages.append(OpaqueStage(statement, tuple(buffers_of(statement)), str(reason)))
+    return StagedFunction(function, tuple(stages), tuple(root.alloc_buffers))
+
+
+def _parse_stage(statement: Stmt) -> Stage:
+    loops: list[tirx.For] = []
+    while isinstance(statement, tirx.For):
+        if statement.kind != tirx.ForKind.SERIAL or not _is_zero(statement.min) or statement.annotations:
+            raise NotAStageError("a loop is not a plain serial loop from zero")
+        loops.append(statement)
+        statement = statement.body
+    if not isinstance(statement, s_tir.SBlockRealize):
+        raise NotAStageError("the loop nest holds more than one block")
+    block = statement.block
+    if block.alloc_buffers or block.match_buffers or not isinstance(block.body, tirx.BufferStore):
+        raise NotAStageError("the block's body is not one store")
+    if not (isinstance(statement.predicate, tirx.IntImm) and int(statement.predicate) == 1):
+        raise NotAStageError("the block has a predicate")
+    axes = _block_axes(block, list(statement.iter_values), loops)
+    return _make_stage(block, axes)
+
+
+def _is_zero(expression: Expr) -> bool:
+    return isinstance(expression, tirx.IntImm) and int(expression) == 0
+
+
+def _block_axes(block: s_tir.SBlock, values: list[Expr], loops: list[tirx.For]) -> list[tuple[Axis, int]]:
+    bound: list[Var] = []
+    axes = []
+    for axis, value in zip(block.iter_vars, values, strict=True):
+        unit = _is_zero(value) and as_extent(axis.dom.extent) == 1
+        if not unit:
+            if not any(value.same_as(loop.loop_var) for loop in loops) or contains(bound, value):
+                raise NotAStageError("a block axis is not bound to a loop of its own")
+            bound.append(value)
+        axes.append((Axis(axis.var, as_extent(axis.dom.extent)), int(axis.iter_type)))
+    if len(bound) != len(loops):
+        raise NotAStageError("a loop is bound to no block axis")
+    return axes
+
+
+def _make_stage(block: s_tir.SBlock, axes: list[tuple[Axis, int]]) -> Stage:
+    spatial = tuple(axis for axis, kind in axes if kind == tirx.IterVar.DataPar)
+    reduction = tuple(axis for axis, kind in axes if kind == tirx.IterVar.CommReduce)
+    if len(spatial) + len(reduction) != len(axes):
+        raise NotAStageError("an axis is neither spatial nor a reduction")
+    store = block.body
+    indices = tuple(store.indices)
+    initial = None
+    if block.init is not None:
+        if not isinstance(block.init, tirx.BufferStore) or not block.init.buffer.same_as(store.buffer):
+            raise NotAStageError("the initialization is not one store to the output")
+        initial = block.init.value
+    if (initial is None) != (not reduction):
+        raise NotAStageError("a reduction without initialization, or the reverse")
+    if not _is_injective(indices, spatial):
+        raise NotAStageError("elements of the output are not written once each in order of the axes")
+    stage = Stage(store.buffer, indices, spatial, reduction, initial, store.value)
+    _check_reads(stage)
+    return without_unit_axes(stage)
+
+
+def without_unit_axes(stage: Stage) -> Stage:
+    """Return `stage` with axes of extent 1 replaced by 0; a reduction with none left becomes a plain value."""
+    units = {axis.variable: _zero(axis) for axis in stage.axes if axis.extent == 1}
+    if not units and stage.reduction:
+        return stage
+    indices, value = stage.at(units)
+    indices, value = simplify_indices(indices), simplify_loads(value)
+    spatial = tuple(axis for axis in stage.spatial if axis.extent != 1)
+    reduction = tuple(axis for axis in stage.reduction if axis.extent != 1)
+    initial = stage.initial
+    if initial is not None:
+        initial = substitute(initial, units)
+        if not reduction:
+            first = initial
+            value = replace_loads(value, lambda load: first if load.source.same_as(stage.output) else None)
+            initial = None
+    return Stage(stage.output, indices, spatial, reduction, initial, value)
+
+
+def _zero(axis: Axis) -> Expr:
+    return tirx.const(0, axis.variable.ty)
+
+
+def simplify_indices(indices: Sequence[Expr]) -> tuple[Expr, ...]:
+    """Return index expressions in simplest form."""
+    analyzer = sym.Analyzer()
+    return tuple(analyzer.simplify(index) for index in indices)
+
+
+def simplify_loads(expression: Expr) -> Expr:
+    """Return `expression` with the indices of its buffer reads in simplest form."""
+    return replace_loads(expression, lambda load: tirx.BufferLoad(load.source, list(simplify_indices(load.indices))))
+
+
+def _is_injective(indices: Sequence[Expr], spatial: Sequence[Axis]) -> bool:
+    """Whether `indices` are distinct spatial variables or zeros and leave out only axes of extent 1."""
+    seen: list[Var] = []
+    for index in indices:
+        if isinstance(index, tirx.IntImm):
+            continue
+        if not any(index.same_as(axis.variable) for axis in spatial) or contains(seen, index):
+            return False
+        seen.append(index)
+    return all(axis.extent == 1 or contains(seen, axis.variable) for axis in spatial)
+
+
+def _check_reads(stage: Stage) -> None:
+    for call in calls_of(stage.value):
+        if not isinstance(call.op, ir.Op):
+            raise NotAStageError("the value calls a function")
+        effect = call.op.get_attr("TCallEffectKind")
+        if call.op.name not in PURE_CALLS and (effect is None or int(effect) > PURE):
+            raise NotAStageError(f"the value calls {call.op.name}, which may have side effects")
+    for load in loads_of(stage.value):
+        if load.source.same_as(stage.output) and not (stage.is_reduction and _same(load.indices, stage.indices)):
+            raise NotAStageError("the value reads other elements of the output")
+
+
+def _same(left: Sequence[Expr], right: Sequence[Expr]) -> bool:
+    return len(left) == len(right) and all(tvm_ffi.structural_equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def with_value(stage: Stage, value: Expr) -> Stage:
+    """Return `stage` with another value expression."""
+    return replace(stage, value=value)

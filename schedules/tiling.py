@@ -1,0 +1,226 @@
+"""Reductions whose lanes are neighbouring elements of the output: register tiles of rows by vectors.
+
+One micro-kernel serves matmul, convolution, pooling and reductions over outer axes: a tile of `rows` x `width`
+accumulators stays in registers while the reduction axes run, and what follows the reduction is computed on the tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.ir import Expr, TensorLoad, Var
+from tvm.tirx.stmt import Stmt
+
+from schedules.access import Access, AxisGroup, Step
+from schedules.epilogue import Epilogue
+from schedules.loops import (
+    Extent,
+    load,
+    local,
+    loop,
+    nest,
+    parallel,
+    product,
+    store,
+    tile_choice,
+    tiles,
+    unflatten,
+    unrolled,
+    vector,
+    with_local,
+)
+from schedules.reducer import accumulate, accumulator_dtype
+from schedules.stages import Stage, replace_loads, sequence, substitute, with_value
+
+ROW_UNROLL_LIMIT = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """How a reduction is cut: `width` elements of `vector_group` by `rows` of `row_group`, `row_block` rows a task.
+
+    `panel` is the read that is copied to [reduction][width] in the task before its rows are computed, if any.
+    """
+
+    stage: Stage
+    epilogue: Epilogue
+    outer: tuple[AxisGroup, ...]
+    vector_group: AxisGroup
+    row_group: AxisGroup | None
+    reduction: tuple[AxisGroup, ...]
+    width: int
+    lanes: int
+    rows: int
+    row_block: int
+    panel: TensorLoad | None
+    parallel: bool
+
+    @property
+    def row_extent(self) -> Extent:
+        return self.row_group.extent if self.row_group is not None else 1
+
+
+def emit(tile: Tile) -> Stmt:
+    """Return the loop nest of `tile`."""
+    columns = tile.vector_group.extent
+    if isinstance(columns, int):
+        count = -(-columns // tile.width)
+        return _tasks(tile, count, lambda number, body: tile_choice(number, columns, tile.width, body))
+    width = tirx.const(tile.width, "int64")
+    full = _tasks(tile, tirx.floordiv(columns, width), lambda number, body: body(number * width, tile.width))
+    done = tirx.floordiv(columns, width) * width
+    sizes = [tile.lanes, 1] if tile.lanes < tile.width else [1]
+    rest = _tasks(tile, 1, lambda _, body: tiles(columns - done, sizes, lambda base, lanes: body(done + base, lanes)))
+    return sequence([full, rest])
+
+
+def _tasks(tile: Tile, columns: Extent, choose) -> Stmt:
+    """Return the parallel loop over outer axes, column tiles and blocks of rows."""
+    outer = [group.extent for group in tile.outer]
+    rows = tile.row_extent
+    if isinstance(rows, int):
+        blocks: Extent = -(-rows // tile.row_block)
+    else:
+        blocks = tirx.floordiv(rows + (tile.row_block - 1), tirx.const(tile.row_block, "int64"))
+
+    def task(number: Expr) -> Stmt:
+        *outside, column, block = unflatten(number, [*outer, columns, blocks])
+        point: dict[Var, Expr] = {}
+        for group, position in zip(tile.outer, outside, strict=True):
+            point.update(group.point(position))
+        return choose(column, lambda base, width: _block(tile, point, base, width, block))
+
+    return parallel(product([*outer, columns, blocks]), task, tile.parallel)
+
+
+def _block(tile: Tile, point: Mapping[Var, Expr], base: Expr, width: int, block: Expr) -> Stmt:
+    """Return the micro-kernels of one block of rows by `width` columns at `base`."""
+    stage, prepare = tile.stage, []
+    panels: list[Var] = []
+    if tile.panel is not None:
+        panel, copy = _copy_panel(tile, tile.panel, point, base, width)
+        panels.append(panel)
+        prepare.append(copy)
+        stage = _reading_panel(tile, tile.panel, panel, base)
+    rows = tile.row_extent
+
+    def kernels(start: Expr, extent: Extent) -> Stmt:
+        sizes = [tile.rows] if isinstance(extent, int) else [tile.rows, 1]
+        return tiles(extent, sizes, lambda row, count: _micro(tile, stage, point, base, width, start + row, count))
+
+    if isinstance(rows, int):
+        body = tile_choice(block, rows, tile.row_block, lambda start, count: kernels(start, count))
+    else:
+        start = block * tile.row_block
+        body = kernels(start, tirx.min(tirx.const(tile.row_block, "int64"), rows - start))
+    return with_local(panels, [*prepare, body]) if panels else body
+
+
+def _flat_reduction(tile: Tile, point: Mapping[Var, Expr]) -> Expr:
+    """Return the row-major position of the reduction axes' values."""
+    flat: Expr = tirx.const(0, "int64")
+    for group in tile.reduction:
+        for axis in group.axes:
+            flat = flat * axis.extent + point[axis.variable]
+    return flat
+
+
+def _copy_panel(tile: Tile, read: TensorLoad, point: Mapping[Var, Expr], base: Expr, width: int) -> tuple[Var, Stmt]:
+    depth = product([group.extent for group in tile.reduction])
+    panel = local([depth, width], str(read.source.dtype), "panel", "global")
+    contiguous = Access(read.source, tuple(read.indices)).step(tile.vector_group.inner) != Step.STRIDED
+
+    def copy(positions: Sequence[Expr]) -> Stmt:
+        values = dict(point)
+        for group, position in zip(tile.reduction, positions, strict=True):
+            values.update(group.point(position))
+        flat = _flat_reduction(tile, values)
+
+        def element(column: Expr) -> Stmt:
+            values.update(tile.vector_group.point(base + column))
+            return store(panel, substitute(read, values), [flat, column])
+
+        return vector(width, element) if contiguous else loop(width, element)
+
+    if contiguous:
+        return panel, nest([group.extent for group in tile.reduction], copy)
+
+    def column_first(column: Expr) -> Stmt:
+        def element(positions: Sequence[Expr]) -> Stmt:
+            values = {**point, **tile.vector_group.point(base + column)}
+            for group, position in zip(tile.reduction, positions, strict=True):
+                values.update(group.point(position))
+            return store(panel, substitute(read, values), [_flat_reduction(tile, values), column])
+
+        return nest([group.extent for group in tile.reduction], element)
+
+    return panel, loop(width, column_first)
+
+
+def _reading_panel(tile: Tile, read: TensorLoad, panel: Var, base: Expr) -> Stage:
+    """Return the stage with `read` replaced by the panel; the column is recovered from the vector axis."""
+    identity = {axis.variable: axis.variable for group in tile.reduction for axis in group.axes}
+    flat = _flat_reduction(tile, identity)
+    column: Expr = tirx.const(0, "int64")
+    for axis in tile.vector_group.axes:
+        column = column * axis.extent + axis.variable
+    replacement = load(panel, [flat, column - base])
+    return with_value(
+        tile.stage, replace_loads(tile.stage.value, lambda other: replacement if other.same_as(read) else None)
+    )
+
+
+def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, width: int, row: Expr, rows: int) -> Stmt:
+    """Return `rows` x `width` elements: accumulators in registers, then the epilogue."""
+    dtype = accumulator_dtype(tile.stage)
+    registers = local([rows * width], dtype, "accumulators")
+
+    def at(r: Expr, v: Expr) -> dict[Var, Expr]:
+        values = {**point, **tile.vector_group.point(base + v)}
+        if tile.row_group is not None:
+            values.update(tile.row_group.point(row + r))
+        return values
+
+    def each(element) -> Stmt:
+        return unrolled(rows, lambda r: vector(width, lambda v: element(r, v)))
+
+    def start(r: Expr, v: Expr) -> Stmt:
+        initial = substitute(tile.stage.initial, at(r, v)) if tile.stage.initial is not None else None
+        return store(registers, initial.astype(dtype), [r * width + v])
+
+    def step(positions: Sequence[Expr]) -> Stmt:
+        inner: dict[Var, Expr] = {}
+        for group, position in zip(tile.reduction, positions, strict=True):
+            inner.update(group.point(position))
+
+        def update(r: Expr, v: Expr) -> Stmt:
+            register = load(registers, [r * width + v])
+            return store(registers, accumulate(stage, register, {**at(r, v), **inner}), [r * width + v])
+
+        return each(update)
+
+    def finish(r: Expr, v: Expr) -> Stmt:
+        total = load(registers, [r * width + v]).astype(tile.stage.output.dtype)
+        return tile.epilogue.store(total, at(r, v))
+
+    extents = [group.extent for group in tile.reduction]
+    return with_local(
+        [registers], [each(start), nest(extents, step), _write_back(tile, registers, width, rows, at, finish, each)]
+    )
+
+
+def _write_back(tile: Tile, registers: Var, width: int, rows: int, at, finish, each) -> Stmt:
+    written = Access(tile.epilogue.stage.output, tile.epilogue.indices)
+    if written.step(tile.vector_group.inner) != Step.STRIDED or rows == 1:
+        return each(finish)
+    # The output is contiguous along the rows: the tile goes through memory and is written column by column.
+    spilled = local([rows * width], accumulator_dtype(tile.stage), "spilled")
+    spill = each(lambda r, v: store(spilled, load(registers, [r * width + v]), [r * width + v]))
+
+    def element(r: Expr, v: Expr) -> Stmt:
+        return tile.epilogue.store(load(spilled, [r * width + v]).astype(tile.stage.output.dtype), at(r, v))
+
+    columns = loop(width, lambda v: vector(rows, lambda r: element(r, v)))
+    return with_local([spilled], [spill, columns])
