@@ -1,0 +1,154 @@
+"""Open, inspect and verify a package without loading its code."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from optimizer.errors import PackageError
+from optimizer.package.archive import read_members
+from optimizer.package.manifest import DIGEST_NAME, FORMAT, MANIFEST_NAME, MAX_FILES, MAX_MANIFEST_BYTES, Manifest
+
+_CHUNK_BYTES = 1 << 20
+_DIGEST_LINE_BYTES = 64 + 2 + len(MANIFEST_NAME) + 1
+
+
+@dataclass(frozen=True)
+class FileLocation:
+    """A package file's bytes: `path` on disk, from `offset`, `bytes` long."""
+
+    path: Path
+    offset: int
+    bytes: int
+
+    def open(self) -> BinaryIO:
+        """Return the underlying file, positioned at the first byte; refuses links and anything but a regular file."""
+        stream = _open_regular(self.path)
+        stream.seek(self.offset)
+        return stream
+
+    def read(self) -> bytes:
+        """Return all of the bytes."""
+        with self.open() as stream:
+            return stream.read(self.bytes)
+
+    def sha256(self) -> str:
+        """Return the sha256 of the bytes in hexadecimal."""
+        digest = hashlib.sha256()
+        with self.open() as stream:
+            remaining = self.bytes
+            while remaining and (chunk := stream.read(min(remaining, _CHUNK_BYTES))):
+                digest.update(chunk)
+                remaining -= len(chunk)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package whose structure and manifest are sound; the other files are not looked at until `verify`."""
+
+    path: Path
+    manifest: Manifest
+    locations: Mapping[str, FileLocation]
+
+    def verify(self) -> None:
+        """Raise PackageError unless every file has the sha256 that the manifest records."""
+        for record in self.manifest.files:
+            if self.locations[record.name].sha256() != record.sha256:
+                raise PackageError(
+                    f"{self.path}: {record.name} was altered (its sha256 differs); copy or build it again"
+                )
+
+
+def open_package(path: str | os.PathLike[str]) -> Package:
+    """Return the package at `path` (a folder or a single file) after checking structure, manifest and file sizes.
+
+    Raises PackageError when it is missing, malformed, of another format version, or holds files not in the manifest.
+    """
+    location = Path(os.path.realpath(path))
+    try:
+        if location.is_dir():
+            found = _folder_files(location)
+        else:
+            with _open_regular(location) as archive:
+                members = read_members(archive, str(location))
+            found = {name: FileLocation(location, offset, size) for name, (offset, size) in members.items()}
+        manifest = _read_manifest(location, found)
+    except FileNotFoundError as error:
+        raise PackageError(f"there is no package at {location}; check the path") from error
+    except (OSError, ValueError) as error:
+        raise PackageError(f"the package at {location!s:.200} cannot be read: {error}") from error
+    recorded = {record.name: record.bytes for record in manifest.files}
+    actual = {name: place.bytes for name, place in found.items() if name not in (MANIFEST_NAME, DIGEST_NAME)}
+    for name in sorted(recorded.keys() | actual.keys()):
+        if name not in actual:
+            raise PackageError(f"{location} lacks {name}; copy or build it again")
+        if name not in recorded:
+            raise PackageError(f"{location} holds {name!r:.200}, which its manifest does not list; remove it")
+        if recorded[name] != actual[name]:
+            raise PackageError(f"{location}: {name} has {actual[name]} bytes, not {recorded[name]}; copy it again")
+    return Package(location, manifest, found)
+
+
+def verify_package(path: str | os.PathLike[str]) -> Manifest:
+    """Return the manifest of the package at `path` if structure and all hashes are right; else raise PackageError."""
+    package = open_package(path)
+    package.verify()
+    return package.manifest
+
+
+def is_package(path: Path) -> bool:
+    """Return whether `path` looks like a package, sound or damaged: something that a new package may replace."""
+    try:
+        manifest = path / MANIFEST_NAME if path.is_dir() else path
+        with _open_regular(manifest) as stream:
+            start = stream.read(8192)
+    except OSError:
+        return False
+    return f'"format": "{FORMAT}"'.encode() in start
+
+
+def _folder_files(folder: Path) -> dict[str, FileLocation]:
+    """Return the regular files of the folder; raises PackageError for links, folders and special files."""
+    found: dict[str, FileLocation] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            status = entry.stat(follow_symlinks=False)
+            if not stat.S_ISREG(status.st_mode):
+                raise PackageError(f"{folder} holds {entry.name!r:.200}, which is not a regular file; remove it")
+            if len(found) > MAX_FILES + 2:
+                raise PackageError(f"{folder} holds more files than any package; this is not a package")
+            found[entry.name] = FileLocation(folder / entry.name, 0, status.st_size)
+    return found
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """Open `path` for reading; a link, a device or a pipe raises OSError or PackageError instead of blocking."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    stream = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        stream.close()
+        raise PackageError(f"{path} is not a regular file; this is not a package")
+    return stream
+
+
+def _read_manifest(path: Path, found: Mapping[str, FileLocation]) -> Manifest:
+    for name in (MANIFEST_NAME, DIGEST_NAME):
+        if name not in found:
+            raise PackageError(f"{path} holds no {name}; this is not a package")
+    if found[MANIFEST_NAME].bytes > MAX_MANIFEST_BYTES:
+        raise PackageError(f"{path}: {MANIFEST_NAME} is over the limit of {MAX_MANIFEST_BYTES} bytes")
+    text = found[MANIFEST_NAME].read()
+    if found[DIGEST_NAME].bytes != _DIGEST_LINE_BYTES or found[DIGEST_NAME].read() != digest_line(text):
+        raise PackageError(f"{path}: {MANIFEST_NAME} was altered (its sha256 differs); copy or build it again")
+    return Manifest.from_json(text)
+
+
+def digest_line(manifest_text: bytes) -> bytes:
+    """Return the content of manifest.sha256, in the form that `sha256sum --check` reads."""
+    return f"{hashlib.sha256(manifest_text).hexdigest()}  {MANIFEST_NAME}\n".encode("ascii")

@@ -1,0 +1,96 @@
+"""The device and the TVM libraries that a package runs with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+import tvm
+import tvm.base
+import tvm_ffi
+from tvm_ffi.libinfo import load_lib_ctypes
+
+from optimizer.errors import IncompatibleMachineError, OptionError
+from optimizer.package.manifest import Requirements
+from optimizer.runtime import machine
+from optimizer.runtime.tensors import Device
+
+_DEVICE = re.compile(r"(cpu|cuda)(?::(\d{1,3}))?")
+_open_device = cast("Callable[[str, int], Device]", tvm.runtime.device)
+
+
+def open_device(requirements: Requirements, name: str | None) -> Device:
+    """Return the device to run on, with the TVM libraries that its packages need loaded.
+
+    Raises OptionError for a name that does not fit the package, IncompatibleMachineError when versions, driver or GPU
+    do not.
+    """
+    match = _DEVICE.fullmatch(name or requirements.device)
+    if match is None or match[1] != requirements.device:
+        raise OptionError(f"device '{name}' does not fit this package, which was compiled for {requirements.device}")
+    check_library_versions(requirements)
+    _load_library("tvm_runtime_extra")
+    if requirements.device == "cpu":
+        return _open_device("cpu", 0)
+    _load_library("tvm_runtime_cuda")
+    device = _open_device("cuda", int(match[2] or 0))
+    if not device.exist:
+        raise IncompatibleMachineError(
+            f"the package needs an NVIDIA GPU, and {match[0]} is not there; check the driver"
+        )
+    architecture = "sm_" + device.compute_version.replace(".", "")
+    if not runs_on(requirements.gpu_architectures, architecture):
+        built = ", ".join(requirements.gpu_architectures)
+        raise IncompatibleMachineError(f"the package has code for {built}, the GPU is {architecture}; compile for it")
+    return device
+
+
+def check_library_versions(requirements: Requirements) -> None:
+    """Raise IncompatibleMachineError unless TVM is of the release series (first two numbers) that built the package.
+
+    TVM promises no more: its executable format and its calling convention change between series.
+    """
+    installed = {"tvm_runtime": str(tvm.__version__), "tvm_ffi": str(tvm_ffi.__version__)}
+    for library in requirements.libraries:
+        have = installed.get(library.name)
+        if have is not None and machine.release(have)[:2] != machine.release(library.version)[:2]:
+            raise IncompatibleMachineError(
+                f"the package needs {library.name} {library.version}, installed is {have}; install that version"
+            )
+
+
+def runs_on(code: Sequence[str], gpu: str) -> bool:
+    """Return whether a GPU such as "sm_89" runs device code for any of the architectures.
+
+    Machine code ("sm_80") runs on the same major version from its minor version on, PTX ("compute_80") on all later
+    ones, architecture-specific code ("sm_90a") on that version alone (CUDA C++ Programming Guide, 3.1.2 to 3.1.4).
+    """
+    have = _architecture(gpu)
+    return any(_runs(_architecture(each), have) for each in code)
+
+
+def _architecture(name: str) -> tuple[str, int, int, str]:
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
+    return (match[1], int(match[2]), int(match[3]), match[4]) if match else ("", 0, 0, "")
+
+
+def _runs(code: tuple[str, int, int, str], gpu: tuple[str, int, int, str]) -> bool:
+    kind, major, minor, suffix = code
+    if suffix:
+        return (major, minor) == gpu[1:3]
+    if kind == "compute":
+        return (major, minor) <= gpu[1:3]
+    return kind == "sm" and major == gpu[1] and minor <= gpu[2]
+
+
+def _load_library(name: str) -> None:
+    """Load one of TVM's own libraries unless it is; a runtime-only TVM does not load them by itself."""
+    if name in tvm.base._LOADED_LIBS:
+        return
+    folder = Path(tvm.base._LOADED_LIBS["tvm_runtime"]._name).resolve().parent
+    try:
+        tvm.base._LOADED_LIBS[name] = load_lib_ctypes("tvm", name, "RTLD_LOCAL", extra_lib_paths=[folder])
+    except (OSError, RuntimeError) as error:
+        raise IncompatibleMachineError(f"lib{name}.so cannot be loaded ({error}); install it and its driver") from error

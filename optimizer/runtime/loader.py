@@ -1,0 +1,55 @@
+"""Load a package: everything that could speak against it is checked before its code is."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from optimizer.errors import IncompatibleMachineError
+from optimizer.package.manifest import Requirements
+from optimizer.package.reader import open_package
+from optimizer.runtime import machine
+
+if TYPE_CHECKING:
+    from optimizer.runtime.model import CompiledModel
+
+
+def load(
+    path: str | os.PathLike[str], *, device: str | None = None, threads: int | None = None, verify: bool = True
+) -> CompiledModel:
+    """Return the model of the package at `path`, ready to be called.
+
+    device: "cpu", "cuda" or "cuda:1"; by default what the package was compiled for. threads: CPU threads of the
+    kernels; by default one per physical core that this process may use. verify: whether to compare the sha256 of every
+    file first, which reads all of the weights.
+    Raises PackageError for a missing, malformed or altered package, IncompatibleMachineError listing what the machine
+    lacks, OptionError for a device or thread count that cannot be.
+    """
+    package = open_package(path)
+    check_machine(package.manifest.requirements)
+    if verify:
+        package.verify()
+    from optimizer.runtime.model import CompiledModel
+
+    return CompiledModel(package, device=device, threads=threads)
+
+
+def check_machine(requirements: Requirements) -> None:
+    """Raise one IncompatibleMachineError that lists all that this machine lacks of architecture, features and glibc."""
+    found = machine.architecture()
+    if requirements.architecture != found:
+        raise IncompatibleMachineError(
+            f"the package is for {requirements.architecture}, this machine is {found}; compile for another target"
+        )
+    problems: list[str] = []
+    if missing := sorted(set(requirements.cpu_features) - machine.cpu_features()):
+        problems.append("the CPU features " + ", ".join(missing))
+    if requirements.glibc:
+        have = machine.glibc_version()
+        if machine.release(have) < machine.release(requirements.glibc):
+            problems.append(f"glibc {requirements.glibc} (it has {have or 'another C library'})")
+    if problems:
+        raise IncompatibleMachineError(
+            f"this machine lacks {' and '.join(problems)}, which target {requirements.target} needs; "
+            "compile for a target that suits it ('python -m optimizer targets' lists them)"
+        )
