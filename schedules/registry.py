@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from schedules.convolution import Convolution
 from schedules.elementwise import Elementwise
 from schedules.family import Family
 from schedules.matmul import Matmul
 from schedules.reduction import Reduction
 
-FAMILIES: tuple[Family, ...] = (Matmul(), Reduction(), Elementwise())
+FAMILIES: tuple[Family, ...] = (Convolution(), Matmul(), Reduction(), Elementwise())
