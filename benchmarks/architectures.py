@@ -137,6 +137,16 @@ def _images(size: int, **settings: object) -> Variant:
     return Variant({"num_labels": 10, **settings}, (image,), IMAGE_CASES)
 
 
+def _any_images(*inputs: Input, **settings: object) -> Variant:
+    """Images of any height and width."""
+    image = Input("pixel_values", ("batch", 3, "height", "width"), _pixels)
+    cases = {
+        "batch_2": {"batch": 2, "height": 64, "width": 48},
+        "batch_1": {"batch": 1, "height": 32, "width": 64},
+    }
+    return Variant({"num_labels": 10, **settings}, (image, *inputs), cases)
+
+
 def _full_images(size: int, **settings: object) -> Variant:
     image = Input("pixel_values", (1, 3, size, size), _pixels)
     return Variant({"num_labels": 1000, **settings}, (image,), STATIC_CASES)
@@ -151,15 +161,15 @@ def _full_text(vocabulary: int, *inputs: Input) -> Variant:
     return Variant({}, (_token_ids("input_ids", vocabulary, STATIC_TOKENS), *fixed), STATIC_CASES)
 
 
-def _decoder_over(encoder_length: int | str, width: int, *inputs: Input, **settings: object) -> Variant:
-    """A decoder without cache over encoder states of shape (batch, encoder_length, width)."""
-    states = Input("encoder_hidden_states", ("batch", encoder_length, width), _normal)
+def _decoder_over(encoder_length: int | str, *inputs: Input, **settings: object) -> Variant:
+    """A decoder without cache over encoder states of shape (batch, encoder_length, 32)."""
+    states = Input("encoder_hidden_states", ("batch", encoder_length, 32), _normal)
     cases = {
         "batch_2": {"batch": 2, "sequence": 5, "encoder_sequence": 8},
         "batch_1": {"batch": 1, "sequence": 7, "encoder_sequence": 11},
     }
     tokens = _token_ids("decoder_input_ids", VOCABULARY)
-    return Variant({"vocab_size": VOCABULARY, **settings}, (tokens, *inputs, states), cases)
+    return Variant(settings, (tokens, *inputs, states), cases)
 
 
 def _with_past(key_value_heads: int, head_size: int, **settings: object) -> Variant:
@@ -220,6 +230,9 @@ T5: Settings = {
     "num_heads": HEADS,
     "vocab_size": VOCABULARY,
     "feed_forward_proj": "gated-gelu",
+    # Few enough that the short test sequences reach the logarithmic buckets.
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
 }
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -243,7 +256,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "EfficientNetForImageClassification",
         "EfficientNetConfig",
         {"logits": BATCH},
-        _images(32, image_size=32, width_coefficient=0.1, depth_coefficient=0.2, hidden_dim=32),
+        _images(32, image_size=32, width_coefficient=0.1, depth_coefficient=0.2, hidden_dim=128),
         _full_images(224, image_size=224, width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280),
         "efficientnet_b0",
     ),
@@ -271,6 +284,77 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _full_images(224),
         "swin_tiny",
     ),
+    "segformer": Architecture(
+        "SegformerForSemanticSegmentation",
+        "SegformerConfig",
+        {"logits": {0: "batch", 2: "output_height", 3: "output_width"}},
+        _any_images(
+            num_encoder_blocks=2,
+            depths=(1, 1),
+            sr_ratios=(4, 2),
+            hidden_sizes=(16, 32),
+            patch_sizes=(7, 3),
+            strides=(4, 2),
+            num_attention_heads=(1, 2),
+            mlp_ratios=(2, 2),
+            decoder_hidden_size=32,
+        ),
+    ),
+    "detr": Architecture(
+        "DetrForObjectDetection",
+        "DetrConfig",
+        {"logits": BATCH, "pred_boxes": BATCH},
+        _any_images(
+            Input("pixel_mask", ("batch", "height", "width"), _padded_right),
+            backbone_config={
+                "model_type": "resnet",
+                "embedding_size": 8,
+                "hidden_sizes": (16, 32),
+                "depths": (1, 1),
+                "out_features": ["stage2"],
+            },
+            num_queries=6,
+            d_model=32,
+            encoder_layers=LAYERS,
+            decoder_layers=LAYERS,
+            encoder_attention_heads=HEADS,
+            decoder_attention_heads=HEADS,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+        ),
+    ),
+    "clip": Architecture(
+        "CLIPModel",
+        "CLIPConfig",
+        {
+            "logits_per_image": {0: "image_batch", 1: "text_batch"},
+            "logits_per_text": {0: "text_batch", 1: "image_batch"},
+            "text_embeds": {0: "text_batch"},
+            "image_embeds": {0: "image_batch"},
+        },
+        Variant(
+            {
+                "text_config": {
+                    **NARROW,
+                    "vocab_size": VOCABULARY,
+                    "max_position_embeddings": 32,
+                    "bos_token_id": 1,
+                    "eos_token_id": 2,
+                },
+                "vision_config": {**NARROW, "image_size": 32, "patch_size": 8},
+                "projection_dim": 24,
+            },
+            (
+                _token_ids("input_ids", VOCABULARY, ("text_batch", "sequence")),
+                Input("pixel_values", ("image_batch", 3, 32, 32), _pixels),
+                Input("attention_mask", ("text_batch", "sequence"), _padded_right),
+            ),
+            {
+                "images_2": {"image_batch": 2, "text_batch": 3, "sequence": 9},
+                "images_1": {"image_batch": 1, "text_batch": 2, "sequence": 14},
+            },
+        ),
+    ),
     "bert": Architecture(
         "BertModel",
         "BertConfig",
@@ -278,6 +362,63 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _text(MASK, SEGMENTS, max_position_embeddings=32, **NARROW),
         _full_text(30522, MASK, SEGMENTS),
         "bert_base",
+    ),
+    "distilbert": Architecture(
+        "DistilBertModel",
+        "DistilBertConfig",
+        {"last_hidden_state": BATCH_SEQUENCE},
+        _text(MASK, max_position_embeddings=32, dim=32, n_layers=LAYERS, n_heads=HEADS, hidden_dim=64),
+        _full_text(30522, MASK),
+        "distilbert_base",
+    ),
+    "deberta": Architecture(
+        "DebertaV2Model",
+        "DebertaV2Config",
+        {"last_hidden_state": BATCH_SEQUENCE},
+        _text(
+            MASK,
+            max_position_embeddings=32,
+            relative_attention=True,
+            position_buckets=8,
+            pos_att_type=["p2c", "c2p"],
+            share_att_key=True,
+            norm_rel_ebd="layer_norm",
+            position_biased_input=False,
+            **NARROW,
+        ),
+    ),
+    "t5_encoder": Architecture(
+        "T5EncoderModel",
+        "T5Config",
+        {"last_hidden_state": BATCH_SEQUENCE},
+        _text(MASK, **T5),
+    ),
+    "t5_decoder": Architecture(
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"logits": BATCH_SEQUENCE},
+        _decoder_over(
+            "encoder_sequence",
+            Input("encoder_attention_mask", ("batch", "encoder_sequence"), _padded_right),
+            **T5,
+        ),
+        call="decoder",
+    ),
+    "whisper_encoder": Architecture(
+        "WhisperModel",
+        "WhisperConfig",
+        {"last_hidden_state": BATCH},
+        Variant(WHISPER, (Input("input_features", ("batch", 16, 40), _normal),), IMAGE_CASES),
+        Variant({}, (Input("input_features", (1, 80, 3000), _normal),), STATIC_CASES),
+        "whisper_tiny_encoder",
+        part="encoder",
+    ),
+    "whisper_decoder": Architecture(
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {"logits": BATCH_SEQUENCE},
+        _decoder_over(20, **WHISPER),
+        call="decoder",
     ),
     "gpt2": Architecture(
         "GPT2LMHeadModel",

@@ -40,7 +40,8 @@ class FlatModule(nn.Module):
             return self._with_past(named)
         if self.call == "decoder":
             named["encoder_outputs"] = (named.pop("encoder_hidden_states"),)
-            named["use_cache"] = False
+            if "encoder_attention_mask" in named:
+                named["attention_mask"] = named.pop("encoder_attention_mask")
         result = self.model(**named, return_dict=True)
         return tuple(result[name] for name in self.outputs)
 
