@@ -70,8 +70,9 @@ def open_package(path: str | os.PathLike[str]) -> Package:
 
     Raises PackageError when it is missing, malformed, of another format version, or holds files not in the manifest.
     """
-    location = Path(os.path.realpath(path))
+    location = Path(path)
     try:
+        location = Path(os.path.realpath(path))
         if location.is_dir():
             found = _folder_files(location)
         else:
