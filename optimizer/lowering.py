@@ -55,10 +55,9 @@ def lower(module: tvm.IRModule, target: Target) -> LoweredModule:
     return LoweredModule(scheduled, kernels)
 
 
-def build(lowered: LoweredModule, target: Target) -> relax.VMExecutable:
-    """Generate code for a lowered module."""
+def build(module: tvm.IRModule, target: Target) -> relax.VMExecutable:
+    """Generate code for a module whose TIR functions are scheduled."""
     tvm_target = target.tvm_target()
-    module = lowered.module
     with tvm_target:
         for transform in _FINISH:
             module = transform()(module)

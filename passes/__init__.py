@@ -1,0 +1,1 @@
+"""Relax to Relax rewriting, one pass per file."""

@@ -18,7 +18,7 @@ from tvm import relax
 from optimizer.frontend.dimensions import Dimension, Shape, as_expression, simplified_shape
 
 # ONNX types narrower than a byte: the numpy type of one element, and the storage type, one element to a byte.
-NARROW_TYPES = {
+NARROW_TYPES: dict[int, tuple[np.dtype, str]] = {
     TensorProto.INT4: (np.dtype(ml_dtypes.int4), "int8"),
     TensorProto.UINT4: (np.dtype(ml_dtypes.uint4), "uint8"),
     TensorProto.INT2: (np.dtype(ml_dtypes.int2), "int8"),

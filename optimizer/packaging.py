@@ -1,0 +1,63 @@
+"""What a package says about a compiled model: the manifest of its requirements, signature, passes and kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from optimizer.frontend.model_file import ModelFile
+from optimizer.package import Manifest
+from optimizer.package.manifest import (
+    KernelRecord,
+    Library,
+    ModelSource,
+    PassRecord,
+    Producer,
+    Requirements,
+    TuningRecord,
+)
+from optimizer.signature import entry_point
+from passes.base import Pass
+from targets.base import GLIBC_FLOOR, Target
+
+if TYPE_CHECKING:
+    from optimizer.compile import CompiledCode
+
+
+def describe(source: ModelFile, code: CompiledCode, target: Target) -> Manifest:
+    """Return the manifest of a compiled model, without what the package writer adds (files, weights, certificate)."""
+    workloads = tuple(kernel.function for kernel in code.lowered.kernels)
+    return Manifest(
+        producer=Producer(
+            metadata.version("optimizer"), metadata.version("apache-tvm"), metadata.version("apache-tvm-ffi")
+        ),
+        requirements=requirements(target),
+        model=ModelSource(source.path.name, source.digest, source.opset),
+        entry_points=(entry_point(code.imported),),
+        weight_scheme="none",
+        kv_cache_scheme="none",
+        passes=tuple(PassRecord(record.item.name, _options(record.item)) for record in code.passes),
+        tuning=TuningRecord((), workloads),
+        kernels=tuple(KernelRecord(kernel.function, kernel.family) for kernel in code.lowered.kernels),
+    )
+
+
+def requirements(target: Target) -> Requirements:
+    """Return what a machine must offer to run packages of `target`."""
+    version = metadata.version("apache-tvm")
+    names = ["tvm_runtime", "tvm_ffi"] + (["tvm_runtime_cuda"] if target.device == "cuda" else [])
+    versions = {"tvm_ffi": metadata.version("apache-tvm-ffi")}
+    return Requirements(
+        target=target.name,
+        architecture=target.architecture,
+        cpu_features=tuple(sorted(target.features)),
+        device=target.device,
+        gpu_architectures=target.gpu_architectures,
+        glibc=GLIBC_FLOOR,
+        libraries=tuple(Library(name, versions.get(name, version)) for name in names),
+    )
+
+
+def _options(item: Pass) -> dict[str, bool | int | float | str | None]:
+    return {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}

@@ -1,0 +1,90 @@
+"""The entry point of a compiled module as the package declares it: names, dtypes, dimensions as text, symbols."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import tvm
+import tvm.ir
+from onnx import TensorProto
+from tvm import relax, tirx
+
+from optimizer.frontend.dimensions import simplified
+from optimizer.frontend.importer import ImportedModel
+from optimizer.package.manifest import EntryPoint, SymbolRange, TensorSpec
+
+ENTRY = "main"
+_NARROW_NAMES: dict[int, str] = {TensorProto.INT4: "int4", TensorProto.UINT4: "uint4"}
+_BINARY = {tirx.Add: "+", tirx.Sub: "-", tirx.Mul: "*", tirx.FloorDiv: "//", tirx.FloorMod: "%"}
+_FUNCTIONS = {tirx.Max: "max", tirx.Min: "min"}
+
+
+def entry_point(model: ImportedModel) -> EntryPoint:
+    """Return the signature of the imported module's `main`.
+
+    A dimension of an output that the data decide (NonZero, Unique, ...) is a symbol of its own.
+    """
+    function = model.module[ENTRY]
+    writer = _DimensionWriter()
+    inputs = writer.specs(model.input_names, [parameter.ty for parameter in function.params], model.narrow_inputs)
+    results = function.ret_ty
+    types = list(results.fields) if isinstance(results, relax.TupleType) else [results]
+    outputs = writer.specs(model.output_names, types, model.narrow_outputs)
+    return EntryPoint(ENTRY, inputs, outputs, writer.symbols())
+
+
+class _DimensionWriter:
+    """Writes dimensions as text, giving every symbol a name of its own."""
+
+    def __init__(self) -> None:
+        self._names: dict[tirx.Var, str] = {}
+        self._free = 0
+
+    def specs(
+        self, names: Sequence[str], types: Sequence[relax.TensorType], narrow: Mapping[str, int]
+    ) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(name, _NARROW_NAMES.get(narrow.get(name, 0), str(kind.dtype.dtype)), self._shape(kind))
+            for name, kind in zip(names, types, strict=True)
+        )
+
+    def symbols(self) -> tuple[SymbolRange, ...]:
+        free = [f"data_dependent_{index}" for index in range(self._free)]
+        return tuple(SymbolRange(name, 0, None) for name in (*self._names.values(), *free))
+
+    def _shape(self, kind: relax.TensorType) -> tuple[int | str, ...]:
+        if not isinstance(kind.shape, relax.ShapeExpr):
+            return tuple(self._data_dependent() for _ in range(kind.ndim))
+        return tuple(self._dimension(dimension) for dimension in kind.shape.values)
+
+    def _dimension(self, dimension: tvm.ir.Expr) -> int | str:
+        value = simplified(dimension)
+        return value if isinstance(value, int) else self._text(value) or self._data_dependent()
+
+    def _data_dependent(self) -> str:
+        self._free += 1
+        return f"data_dependent_{self._free - 1}"
+
+    def _text(self, value: tvm.ir.Expr) -> str | None:
+        """Return an expression as text, or None if it is more than a manifest can say."""
+        if isinstance(value, tirx.IntImm):
+            return str(int(value.value))
+        if isinstance(value, tvm.ir.Var):
+            return self._symbol(value)
+        operator = next((text for kind, text in _BINARY.items() if isinstance(value, kind)), None)
+        function = next((text for kind, text in _FUNCTIONS.items() if isinstance(value, kind)), None)
+        if operator is None and function is None:
+            return None
+        left, right = self._text(value.a), self._text(value.b)
+        if left is None or right is None:
+            return None
+        return f"{function}({left}, {right})" if function else f"({left} {operator} {right})"
+
+    def _symbol(self, variable: tirx.Var) -> str:
+        if variable not in self._names:
+            taken, name, count = set(self._names.values()), variable.name, 1
+            while name in taken:
+                count += 1
+                name = f"{variable.name}_{count}"
+            self._names[variable] = name
+        return self._names[variable]

@@ -1,0 +1,147 @@
+"""What every pass keeps to: typed options, a site-by-site account of what was rewritten and what was refused and why."""
+
+from __future__ import annotations
+
+import abc
+from collections import Counter
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
+
+import tvm
+import tvm.ir
+from tvm import relax
+from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
+
+Match = TypeVar("Match")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a pass looked: `refusal` is None if it was rewritten, else the reason why not."""
+
+    location: str
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class PassOutcome:
+    """The module after a pass, and the sites that the pass considered."""
+
+    module: tvm.IRModule
+    sites: tuple[Site, ...] = ()
+
+    @property
+    def rewritten(self) -> int:
+        """Return how many sites were rewritten."""
+        return sum(site.refusal is None for site in self.sites)
+
+
+@dataclass(frozen=True)
+class Pass(abc.ABC):
+    """A rewriting of Relax modules. Subclasses are frozen dataclasses whose fields are the pass's options."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def run(self, module: tvm.IRModule) -> PassOutcome:
+        """Return the rewritten module, well-formed again, and the account of the sites."""
+
+
+class Refusal(Exception):
+    """Raised by `check` when a site may not be rewritten; the message is the reason."""
+
+
+class Dataflow:
+    """Who produces and who reads each variable of a function."""
+
+    def __init__(self, function: relax.Function) -> None:
+        collector = _Collector()
+        collector.visit_expr(function)
+        self._producers: dict[relax.Var, relax.Expr] = collector.producers
+        self._uses: Counter[relax.Var] = collector.uses
+
+    def producer(self, expr: relax.Expr) -> relax.Expr:
+        """Return what a variable is bound to, through renamings; any other expression is returned as it is."""
+        while isinstance(expr, relax.Var) and expr in self._producers:
+            expr = self._producers[expr]
+        return expr
+
+    def call(self, expr: relax.Expr, *operators: str) -> tvm.ir.Call | None:
+        """Return the call that produces `expr` if it is one of the named operators."""
+        producer = self.producer(expr)
+        if isinstance(producer, tvm.ir.Call) and isinstance(producer.op, tvm.ir.Op) and producer.op.name in operators:
+            return producer
+        return None
+
+    def read_once(self, expr: relax.Expr) -> bool:
+        """Return whether an expression has at most one reader."""
+        return not isinstance(expr, relax.Var) or self._uses[expr] <= 1
+
+
+@visitor
+class _Collector(PyExprVisitor):
+    def __init__(self) -> None:
+        super().__init__()
+        self.producers: dict[relax.Var, relax.Expr] = {}
+        self.uses: Counter[relax.Var] = Counter()
+
+    def visit_var_(self, op: relax.Var) -> None:
+        self.uses[op] += 1
+
+    def visit_dataflow_var_(self, op: relax.Var) -> None:
+        self.uses[op] += 1
+
+    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
+        self.producers[binding.var] = binding.value
+        self.visit_expr(binding.value)
+
+
+@dataclass(frozen=True)
+class PatternPass(Pass, Generic[Match]):
+    """A pass that looks at every binding, and rewrites those that match its pattern and pass its check."""
+
+    @abc.abstractmethod
+    def pattern(self, expr: relax.Expr, dataflow: Dataflow) -> Match | None:
+        """Return the parts of the structure that ends in `expr`, or None if it is not the structure looked for."""
+
+    @abc.abstractmethod
+    def check(self, match: Match, dataflow: Dataflow) -> None:
+        """Raise Refusal with the reason if this match may not be rewritten."""
+
+    @abc.abstractmethod
+    def rewrite(self, match: Match) -> relax.Expr:
+        """Return the expression, over the variables of the match, that takes its place."""
+
+    def run(self, module: tvm.IRModule) -> PassOutcome:
+        """Rewrite all Relax functions of the module."""
+        sites: list[Site] = []
+        rewritten = tvm.IRModule(dict(module.functions), attrs=module.attrs)
+        for variable, function in module.functions_items():
+            if isinstance(function, relax.Function):
+                rewriter = _Rewriter(self, module, function)
+                rewritten.update_func(variable, rewriter.visit_expr(function))
+                sites.extend(rewriter.sites)
+        return PassOutcome(relax.transform.DeadCodeElimination()(rewritten), tuple(sites))
+
+
+@mutator
+class _Rewriter(PyExprMutator):
+    def __init__(self, rewriting: PatternPass[Match], module: tvm.IRModule, function: relax.Function) -> None:
+        super().__init__(module)
+        self._pass = rewriting
+        self._dataflow = Dataflow(function)
+        self.sites: list[Site] = []
+
+    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
+        """Rewrite the value of a binding that matches; the parts of the match are renamed as they are visited."""
+        match = self._pass.pattern(binding.value, self._dataflow)
+        if match is not None:
+            location = binding.var.name
+            try:
+                self._pass.check(match, self._dataflow)
+            except Refusal as refusal:
+                self.sites.append(Site(location, str(refusal)))
+            else:
+                self.sites.append(Site(location))
+                binding = relax.VarBinding(binding.var, self.builder_.normalize(self._pass.rewrite(match)))
+        super().visit_var_binding_(binding)

@@ -1,0 +1,105 @@
+"""The order of passes, and its notation: `fold-constants,fold-batch-norm{option=value}`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import tvm
+from tvm import relax
+
+from passes.base import Pass, PassOutcome
+
+# Names to the module and class that hold them, so that listing the passes imports none of them.
+_PASSES = {
+    "eliminate-common-subexpressions": ("passes.eliminate_common_subexpressions", "EliminateCommonSubexpressions"),
+    "fold-batch-norm": ("passes.fold_batch_norm", "FoldBatchNorm"),
+    "fold-constants": ("passes.fold_constants", "FoldConstants"),
+}
+DEFAULT = "eliminate-common-subexpressions,fold-batch-norm,fold-constants"
+_ITEM = re.compile(r"\s*([\w-]+)\s*(?:\{([^}]*)\})?\s*(?:,|$)")
+
+
+class PassOptionError(ValueError):
+    """A pipeline names an unknown pass or option, or gives an option a value of the wrong type."""
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One pass of a run, its time in seconds, and its outcome."""
+
+    item: Pass
+    seconds: float
+    outcome: PassOutcome
+
+
+def pass_names() -> tuple[str, ...]:
+    """Return the names of all passes."""
+    return tuple(_PASSES)
+
+
+def parse(text: str) -> tuple[Pass, ...]:
+    """Return the passes of a pipeline written as names with options; raises PassOptionError."""
+    passes: list[Pass] = []
+    position = 0
+    while position < len(text.rstrip()):
+        item = _ITEM.match(text, position)
+        if item is None:
+            raise PassOptionError(f"cannot read the passes '{text}' at '{text[position:]}'; write name,name{{option=value}}")
+        passes.append(_instance(item.group(1), item.group(2) or ""))
+        position = item.end()
+    return tuple(passes)
+
+
+def notation(item: Pass) -> str:
+    """Return a pass as `parse` reads it."""
+    options = ",".join(f"{field.name}={getattr(item, field.name)}" for field in dataclasses.fields(item))
+    return f"{item.name}{{{options}}}" if options else item.name
+
+
+def run(
+    module: tvm.IRModule, passes: Sequence[Pass], after: Callable[[PassRecord], None] | None = None
+) -> tuple[tvm.IRModule, tuple[PassRecord, ...]]:
+    """Run passes in order; the module is verified to be well-formed after each. `after` is called with each record."""
+    records: list[PassRecord] = []
+    for item in passes:
+        start = time.perf_counter()
+        outcome = item.run(module)
+        module = outcome.module
+        relax.analysis.well_formed(module)  # raises at the first violation: a bug of the pass
+        records.append(PassRecord(item, time.perf_counter() - start, outcome))
+        if after is not None:
+            after(records[-1])
+    return module, tuple(records)
+
+
+def _instance(name: str, options: str) -> Pass:
+    if name not in _PASSES:
+        close = difflib.get_close_matches(name, _PASSES, 1)
+        hint = f"did you mean '{close[0]}'?" if close else f"the passes are {', '.join(_PASSES)}"
+        raise PassOptionError(f"unknown pass '{name}'; {hint}")
+    module, class_name = _PASSES[name]
+    kind = getattr(importlib.import_module(module), class_name)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    values: dict[str, object] = {}
+    for assignment in filter(None, (part.strip() for part in options.split(","))):
+        option, _, value = assignment.partition("=")
+        if option not in fields:
+            known = f"its options are {', '.join(fields)}" if fields else "it has no options"
+            raise PassOptionError(f"pass '{name}' has no option '{option}'; {known}")
+        values[option] = _typed(name, option, value, type(fields[option].default))
+    return kind(**values)
+
+
+def _typed(name: str, option: str, text: str, kind: type) -> object:
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError) as error:
+        raise PassOptionError(f"option '{option}' of pass '{name}' is to be of type {kind.__name__}, not '{text}'") from error
