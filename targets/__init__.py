@@ -35,8 +35,7 @@ HOST = "host"
 
 # Of one architecture the more capable stands first: `host` takes the first that this machine can execute.
 _TARGETS = {
-    target.name: target
-    for target in (X86_AVX512_BF16, X86_AVX512, X86_AVX2, ARM64_SVE2, ARM64_I8MM, ARM64, CUDA)
+    target.name: target for target in (X86_AVX512_BF16, X86_AVX512, X86_AVX2, ARM64_SVE2, ARM64_I8MM, ARM64, CUDA)
 }
 
 

@@ -74,9 +74,7 @@ def _compile(source: str, architecture: str) -> tuple[bytes, bytes]:
         for option in (f"--gpu-architecture={architecture}", *_OPTIONS, f"-I{include}", f"-I{include / 'cccl'}")
     ]
     program = ctypes.c_void_p()
-    _check_nvrtc(
-        nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None), nvrtc
-    )
+    _check_nvrtc(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None), nvrtc)
     try:
         status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
         if status != 0:

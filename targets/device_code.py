@@ -72,7 +72,7 @@ def pack_with_device_code(target: Target, module: Module, system_lib: bool, pref
     blob = ModuleBlob.parse(data)
     sources = [
         imported.inspect_source(_CUDA_KIND).encode()
-        for imported in module._collect_from_import_tree(lambda imported: imported.kind == _CUDA_KIND)  # noqa: SLF001
+        for imported in module._collect_from_import_tree(lambda imported: imported.kind == _CUDA_KIND)
     ]
     modules = tuple(
         _with_device_code(imported, sources, target) if imported.kind == _CUDA_KIND else imported

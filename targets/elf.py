@@ -32,9 +32,7 @@ class ElfFile:
                 struct.unpack_from("<IIQQQQ", data, segments_offset + index * segment_size)
                 for index in range(segment_count)
             ]
-            self._sections = [
-                self._section(sections_offset + index * section_size) for index in range(section_count)
-            ]
+            self._sections = [self._section(sections_offset + index * section_size) for index in range(section_count)]
         except struct.error as error:
             raise ValueError("an ELF file is cut short") from error
         self.architecture = _MACHINES.get(machine, f"machine {machine}")
