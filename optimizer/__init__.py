@@ -1,0 +1,1 @@
+"""A compiler for neural networks in ONNX: import, rewrite, schedule, certify, package."""

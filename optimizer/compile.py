@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import onnx
 import tvm
 from tvm import relax
@@ -19,7 +18,7 @@ from optimizer.frontend.importer import ImportedModel, import_model
 from optimizer.frontend.model_file import ModelFile, read_model
 from optimizer.lowering import LoweredModule, build, lower
 from optimizer.package import Manifest, Weight, write_package
-from optimizer.package.manifest import Certificate
+from optimizer.certification import certifier
 from optimizer.packaging import describe
 from optimizer.progress import Silent, Timeline, Watcher
 from optimizer.weights import LiftedModule, lift_weights
@@ -41,14 +40,14 @@ class CompileOptions:
 
 
 @dataclass(frozen=True)
-class CompiledCode:
-    """A model after code generation, before it is packaged."""
+class Plan:
+    """A model up to scheduled TIR: `imported` before the passes, `rewritten` after them, then lowered and lifted."""
 
     imported: ImportedModel
     passes: tuple[pipeline.PassRecord, ...]
+    rewritten: tvm.IRModule
     lowered: LoweredModule
     lifted: LiftedModule
-    executable: relax.VMExecutable
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class CompileResult:
     """What a compile made and what it took: the package's manifest, and the time of each stage in seconds."""
 
     manifest: Manifest
-    code: CompiledCode
+    plan: Plan
     source: ModelFile
     seconds: Mapping[str, float]
 
@@ -77,42 +76,48 @@ def compile_model(
     Raises one of the errors of `optimizer.errors`.
     """
     timeline = Timeline(watcher or Silent())
-    with timeline.stage("read"):
-        source = read_model(model)
-    code = generate(source.model, options, timeline, base_directory=source.directory)
+    source, plan = _plan_file(model, options, timeline)
+    with timeline.stage("generate code"):
+        executable = build(plan.lifted.module, options.target)
     with tempfile.TemporaryDirectory(prefix="optimizer-") as folder:
         library = Path(folder) / "model.so"
         with timeline.stage("link"):
-            _link(code.executable, options.target, library)
+            _link(executable, options.target, library)
         with timeline.stage("certify and write"):
-            check: Callable[[Path], Certificate] | None = certifier(source, code.imported, options) if certify else None
-            manifest = write_package(output, describe(source, code, options.target), library, _weights(code), certify=check)
-    return CompileResult(manifest, code, source, timeline.seconds)
+            check = certifier(source, plan.imported, options) if certify else None
+            manifest = write_package(
+                output, describe(source, plan, options.target), library, _weights(plan), certify=check
+            )
+    return CompileResult(manifest, plan, source, timeline.seconds)
 
 
-def generate(
-    model: onnx.ModelProto, options: CompileOptions, timeline: Timeline | None = None, *, base_directory: str = ""
-) -> CompiledCode:
-    """Compile an ONNX model as far as executable code for the target."""
-    timeline = timeline or Timeline()
+def plan_model(model: Path, options: CompileOptions, watcher: Watcher | None = None) -> tuple[ModelFile, Plan]:
+    """Do all of a compile but the code: import, rewrite, schedule. Writes nothing."""
+    return _plan_file(model, options, Timeline(watcher or Silent()))
+
+
+def compile_in_memory(model: onnx.ModelProto, options: CompileOptions, *, base_directory: str = "") -> execution.Runner:
+    """Compile for this machine without writing anything, and return a function from named inputs to named outputs."""
+    plan = _plan(model, options, Timeline(), base_directory)
+    executable = build(plan.lifted.module, options.target)
+    return execution.function(executable, plan.imported, tvm.cpu(), plan.lifted.weights)
+
+
+def _plan_file(model: Path, options: CompileOptions, timeline: Timeline) -> tuple[ModelFile, Plan]:
+    with timeline.stage("read"):
+        source = read_model(model)
+    return source, _plan(source.model, options, timeline, source.directory)
+
+
+def _plan(model: onnx.ModelProto, options: CompileOptions, timeline: Timeline, base_directory: str) -> Plan:
     with timeline.stage("import"):
         imported = import_model(model, shapes=options.shapes, base_directory=base_directory)
     with timeline.stage("passes"):
-        module, records = _run_passes(imported.module, options)
+        rewritten, records = _run_passes(imported.module, options)
     with timeline.stage("lower"):
-        lowered = lower(module, options.target)
+        lowered = lower(rewritten, options.target)
         lifted = lift_weights(lowered.module)
-    with timeline.stage("generate code"):
-        executable = build(lifted.module, options.target)
-    return CompiledCode(imported, records, lowered, lifted, executable)
-
-
-def compile_in_memory(
-    model: onnx.ModelProto, options: CompileOptions, *, base_directory: str = ""
-) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
-    """Compile for this machine without writing anything, and return a function from named inputs to named outputs."""
-    code = generate(model, options, base_directory=base_directory)
-    return execution.function(code.executable, code.imported, tvm.cpu(), code.lifted.weights)
+    return Plan(imported, records, rewritten, lowered, lifted)
 
 
 def _run_passes(
@@ -132,5 +137,5 @@ def _link(executable: relax.VMExecutable, target: Target, library: Path) -> None
         raise TargetError(str(error)) from error
 
 
-def _weights(code: CompiledCode) -> list[Weight]:
-    return [Weight(f"weight.{index}", weight.numpy()) for index, weight in enumerate(code.lifted.weights)]
+def _weights(plan: Plan) -> list[Weight]:
+    return [Weight(f"weight.{index}", weight.numpy()) for index, weight in enumerate(plan.lifted.weights)]

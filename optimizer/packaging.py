@@ -22,24 +22,24 @@ from passes.base import Pass
 from targets.base import GLIBC_FLOOR, Target
 
 if TYPE_CHECKING:
-    from optimizer.compile import CompiledCode
+    from optimizer.compile import Plan
 
 
-def describe(source: ModelFile, code: CompiledCode, target: Target) -> Manifest:
+def describe(source: ModelFile, plan: Plan, target: Target) -> Manifest:
     """Return the manifest of a compiled model, without what the package writer adds (files, weights, certificate)."""
-    workloads = tuple(kernel.function for kernel in code.lowered.kernels)
+    workloads = tuple(kernel.function for kernel in plan.lowered.kernels)
     return Manifest(
         producer=Producer(
             metadata.version("optimizer"), metadata.version("apache-tvm"), metadata.version("apache-tvm-ffi")
         ),
         requirements=requirements(target),
         model=ModelSource(source.path.name, source.digest, source.opset),
-        entry_points=(entry_point(code.imported),),
+        entry_points=(entry_point(plan.imported),),
         weight_scheme="none",
         kv_cache_scheme="none",
-        passes=tuple(PassRecord(record.item.name, _options(record.item)) for record in code.passes),
+        passes=tuple(PassRecord(record.item.name, _options(record.item)) for record in plan.passes),
         tuning=TuningRecord((), workloads),
-        kernels=tuple(KernelRecord(kernel.function, kernel.family) for kernel in code.lowered.kernels),
+        kernels=tuple(KernelRecord(kernel.function, kernel.family) for kernel in plan.lowered.kernels),
     )
 
 

@@ -1,0 +1,81 @@
+"""The command line: one module per subcommand, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from optimizer.errors import OptimizerError
+
+_COMMANDS = ("compile", "run", "inspect", "verify", "bench", "targets", "doctor")
+_INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
+
+
+class _LazyGroup(click.Group):
+    """A group whose subcommands are imported when they are run, so that `--help` needs none of them but its own."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        return importlib.import_module(f"optimizer.cli.{cmd_name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _SUMMARIES[name]) for name in _COMMANDS])
+
+
+_SUMMARIES = {
+    "compile": "Compile an ONNX model to a package for one target.",
+    "run": "Run a package on given or random inputs.",
+    "inspect": "Show what a package or an ONNX model holds, without running it.",
+    "verify": "Check a package's integrity, whether it runs here, and its numbers.",
+    "bench": "Measure a package's speed and memory on this machine.",
+    "targets": "List the hardware targets, and which of them this machine can execute.",
+    "doctor": "Check tool chains, CPU, threads, memory bandwidth and GPU; each problem names its fix.",
+}
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="optimizer")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def optimizer(debug: bool) -> None:
+    """Compile neural networks in ONNX to tested packages for ARM, x86 and CUDA."""
+
+
+def main() -> None:
+    """Run the command line and exit: 0, or the exit code of the kind of error (see optimizer.errors)."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv[1:])
+    try:
+        optimizer.main(args=arguments, prog_name="optimizer", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever reads our output has gone; nothing is left to flush to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OptimizerError as error:
+        if debug:
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        reason = str(error).strip().splitlines()
+        click.echo(
+            f"internal error: {type(error).__name__}: {reason[0] if reason else ''}\n"
+            "This is a bug of the compiler; run again with --debug for the traceback and report it.",
+            err=True,
+        )
+        sys.exit(_INTERNAL_ERROR)

@@ -1,0 +1,85 @@
+"""`optimizer compile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from optimizer.errors import ModelFileError
+
+if TYPE_CHECKING:
+    from optimizer.compile import CompileOptions
+
+_EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "decoder" / "model.onnx"
+
+
+@click.command(name="compile")
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option("--target", "-t", default="host", show_default=True, help="Hardware target; see `optimizer targets`.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Package: a folder, or one file if it ends in .opt.")
+@click.option("--shape", "shapes", multiple=True, metavar="NAME=DIMS", help="Shape of an input, such as x=1,3,224,224.")
+@click.option("--passes", help="Graph passes in order, with options: name,name{option=value}.")
+@click.option(
+    "--precision",
+    type=click.Choice(["model", "fp32", "fp16", "bf16"]),
+    default="model",
+    show_default=True,
+    help="What matrix products and convolutions compute with; sums are kept in fp32.",
+)
+@click.option("--gpu-arch", "gpu_architectures", multiple=True, metavar="SM", help="CUDA architecture, such as sm_90.")
+@click.option("--no-certificate", is_flag=True, help="Do not compare the package's outputs with a reference.")
+@click.option("--dry-run", is_flag=True, help="Import, rewrite and schedule, but generate and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(
+    model: Path | None,
+    target: str,
+    output: Path | None,
+    shapes: tuple[str, ...],
+    passes: str | None,
+    precision: str,
+    gpu_architectures: tuple[str, ...],
+    no_certificate: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Compile an ONNX MODEL to a package for one hardware target.
+
+    Without MODEL, compile the bundled example, a small decoder language model. The package appears only when it is
+    complete and its outputs agree with a reference.
+    """
+    from optimizer.cli import compile_report, console
+    from optimizer.cli.arguments import parse_shapes
+    from optimizer.compile import CompileOptions, compile_model, plan_model, find_target
+
+    model = _bundled_example() if model is None else model
+    options = CompileOptions(find_target(target, gpu_architectures or None), parse_shapes(shapes), precision=precision)
+    options = options if passes is None else _with_passes(options, passes)
+    destination = output or Path(f"{_stem(model)}-{options.target.name}")
+    with console.StageProgress(quiet=as_json) as progress:
+        if dry_run:
+            source, plan = plan_model(model, options, progress)
+        else:
+            result = compile_model(model, destination, options, progress, certify=not no_certificate)
+    if dry_run:
+        compile_report.show_plan(source, plan, destination, as_json=as_json)
+    else:
+        compile_report.show_result(result, destination, as_json=as_json)
+
+
+def _bundled_example() -> Path:
+    if not _EXAMPLE.exists():
+        raise ModelFileError("the bundled example lies in the source checkout only; give an ONNX file")
+    return _EXAMPLE
+
+
+def _stem(model: Path) -> str:
+    """Return a name for the package: the file's, or its folder's where the file is just called model.onnx."""
+    return model.resolve().parent.name if model.stem == "model" else model.stem
+
+
+def _with_passes(options: CompileOptions, passes: str) -> CompileOptions:
+    import dataclasses
+
+    return dataclasses.replace(options, passes=passes)

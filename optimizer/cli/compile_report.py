@@ -1,0 +1,91 @@
+"""What `optimizer compile` prints at its end."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from optimizer.cli.console import bytes_text, print_facts, print_json, seconds_text
+from optimizer.compile import CompileResult, Plan
+from optimizer.frontend.model_file import ModelFile
+from optimizer.package.manifest import Certificate
+from optimizer.report.step_time import StepTime, step_time
+from optimizer.report.summary import Summary, summarize
+
+
+def show_plan(source: ModelFile, plan: Plan, destination: Path, *, as_json: bool) -> None:
+    """Print what a compile would do."""
+    summary = summarize(source.model, plan)
+    if as_json:
+        print_json({"dry_run": True, "output": str(destination), **dataclasses.asdict(summary)})
+        return
+    print_facts(f"{destination} (dry run: nothing was written)", _summary_facts(summary))
+
+
+def show_result(result: CompileResult, destination: Path, *, as_json: bool) -> None:
+    """Print what a compile did, with the time of one step of the package where this machine can run it."""
+    summary = summarize(result.source.model, result.plan)
+    step = step_time(destination, result.manifest)
+    if as_json:
+        print_json(_document(result, destination, summary, step))
+        return
+    facts = [
+        *_summary_facts(summary),
+        ("time per step", step.text),
+        ("certificate", _certificate_text(result.manifest.certificate)),
+        ("compile time", _stages_text(result)),
+    ]
+    print_facts(str(destination), facts)
+
+
+def _document(result: CompileResult, destination: Path, summary: Summary, step: StepTime) -> dict[str, object]:
+    certificate = result.manifest.certificate
+    return {
+        "output": str(destination),
+        "target": result.manifest.requirements.target,
+        **dataclasses.asdict(summary),
+        "step_seconds": dataclasses.asdict(step.timing) if step.timing else None,
+        "step_note": step.text,
+        "certificate": dataclasses.asdict(certificate) if certificate else None,
+        "stage_seconds": dict(result.seconds),
+    }
+
+
+def _summary_facts(summary: Summary) -> list[tuple[str, str]]:
+    families = ", ".join(f"{count} {family}" for family, count in summary.families.items())
+    fused = ", ".join(f"{name.removeprefix('fused_')} x{count}" for name, count in _largest(summary.fused))
+    passes = ", ".join(
+        f"{name}: {count} rewritten, {summary.refused[name]} refused"
+        for name, count in summary.rewritten.items()
+        if count or summary.refused[name]
+    )
+    return [
+        ("nodes", f"{summary.onnx_nodes} in ONNX, {summary.operators} after import and passes"),
+        ("passes", passes or "no site to rewrite"),
+        ("fused", fused or "nothing"),
+        ("kernels", f"{summary.kernels} ({families}), called {summary.kernel_calls} times"),
+        ("weights", f"{bytes_text(summary.weight_bytes)} in {summary.weights} tensors ({summary.weight_bytes} bytes)"),
+    ]
+
+
+def _largest(fused: dict[str, int], most: int = 8) -> list[tuple[str, int]]:
+    """Return the kernels that stand for most operators; fused kernels that differ only by a number count together."""
+    merged: dict[str, int] = {}
+    for name, count in fused.items():
+        merged[name.rstrip("0123456789")] = merged.get(name.rstrip("0123456789"), 0) + count
+    return sorted(merged.items(), key=lambda item: -item[1] * item[0].count("_"))[:most]
+
+
+def _certificate_text(certificate: Certificate | None) -> str:
+    if certificate is None:
+        return "none (--no-certificate)"
+    worst = max(certificate.outputs, key=lambda output: output.max_relative_error / max(output.tolerance, 1e-30))
+    return (
+        f"agrees with {certificate.reference} {certificate.reference_version}: worst output '{worst.name}', "
+        f"relative error {worst.max_relative_error:.1e} (tolerance {worst.tolerance:.1e})"
+    )
+
+
+def _stages_text(result: CompileResult) -> str:
+    stages = ", ".join(f"{name} {seconds_text(seconds)}" for name, seconds in result.seconds.items())
+    return f"{seconds_text(sum(result.seconds.values()))} ({stages})"
