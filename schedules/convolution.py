@@ -16,10 +16,10 @@ from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import linear_coefficient, occurs
+from schedules.access import occurs
+from schedules.elementwise import vector_tiles
 from schedules.epilogue import Epilogue
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
-from schedules.elementwise import vector_tiles
 from schedules.loops import (
     Extent,
     index,
@@ -31,7 +31,6 @@ from schedules.loops import (
     product,
     store,
     tile_choice,
-    tiles,
     unflatten,
     unrolled,
     vector,

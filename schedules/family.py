@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from tvm.ir import Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.loops import Extent, product
@@ -21,9 +22,13 @@ PARALLEL_THRESHOLD = 32 * 1024
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """Stages that run as one parallel region, in program order: the unit that a family schedules."""
+    """Stages that run as one parallel region, in program order: the unit that a family schedules.
+
+    `private` are the intermediate buffers that no other kernel touches.
+    """
 
     stages: tuple[Stage, ...]
+    private: tuple[Var, ...] = ()
 
 
 @dataclass(frozen=True)

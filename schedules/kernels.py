@@ -4,19 +4,107 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tvm.ir import TensorLoad, Var
+
 from schedules import epilogue
-from schedules.family import Kernel
-from schedules.stages import OpaqueStage, Stage, StagedFunction, contains
-from schedules.windows import sliding_read
+from schedules.access import as_int, occurs
+from schedules.family import Kernel, work_of
+from schedules.loops import product
+from schedules.rowwise import shared_leading
+from schedules.stages import Axis, OpaqueStage, Stage, StagedFunction, contains
+from schedules.windows import SlidingRead, sliding_read
+
+# With fewer rows than this, rows of this many elements are better cut than kept in one task.
+FEW_ROWS = 8
+LONG_ROW = 256 * 1024
 
 
 def cut(staged: StagedFunction) -> list[Kernel | OpaqueStage]:
-    """Return the kernels of `staged` in an order of execution, each reduction with what follows it fused."""
-    return _with_producers(_cut(staged), staged)
+    """Return the kernels of `staged` in an order of execution.
+
+    Consecutive stages over the same rows become one kernel, and of the others each reduction one with what follows it.
+    """
+    kernels: list[Kernel | OpaqueStage] = []
+    loose: list[Stage | OpaqueStage] = []
+    for run in row_runs(staged):
+        if len(run) == 1:
+            loose.extend(run)
+            continue
+        kernels.extend(_cut(loose, staged))
+        loose = []
+        stages = tuple(stage for stage in run if isinstance(stage, Stage))
+        kernels.append(Kernel(stages, _private(stages, staged)))
+    return _with_producers([*kernels, *_cut(loose, staged)], staged)
 
 
-def _cut(staged: StagedFunction) -> list[Kernel | OpaqueStage]:
-    pending = list(staged.stages)
+def row_runs(staged: StagedFunction) -> list[list[Stage | OpaqueStage]]:
+    """Return the stages in order, those that make up one function of rows together in one list."""
+    runs: list[list[Stage | OpaqueStage]] = []
+    position = 0
+    while position < len(staged.stages):
+        end = position + 1
+        for last in range(position + 2, len(staged.stages) + 1):
+            if not _is_row_run(staged.stages[position:last]):
+                break
+            end = last
+        run = list(staged.stages[position:end])
+        if sum(isinstance(stage, Stage) and stage.is_reduction for stage in run) == 0:
+            run, end = run[:1], position + 1
+        elif len(run) == 2 and isinstance(run[0], Stage) and run[0].is_reduction:  # a reduction and its epilogue
+            if isinstance(run[1], Stage) and epilogue.match(run[0], run[1]) is not None:
+                run, end = run[:1], position + 1
+        runs.append(run)
+        position = end
+    return runs
+
+
+def _is_row_run(stages: Sequence[Stage | OpaqueStage]) -> bool:
+    """Return whether the stages share leading axes that make enough rows, and the last reads one of the others."""
+    run = [stage for stage in stages if isinstance(stage, Stage)]
+    if len(run) != len(stages) or any(stage.is_reduction and _reuses_operands(stage) for stage in run):
+        return False
+    leading = shared_leading(run)
+    if not leading or not any(touches(run[-1], other) for other in run[:-1]):
+        return False
+    rows = product([as_int(extent) or extent for extent in run[0].output.shape[:leading]])
+    work = work_of(run[0])
+    return not isinstance(rows, int) or not isinstance(work, int) or rows >= FEW_ROWS or work < LONG_ROW
+
+
+def _reuses_operands(stage: Stage) -> bool:
+    """Return whether the reduction contracts several operands (matmul) or slides over one (convolution, pooling)."""
+    if sliding(stage) is not None:
+        return True
+    moving = [load for load in stage.loads() if any(occurs_in(load, axis) for axis in stage.reduction)]
+    sets = {tuple(occurs_in(load, axis) for axis in stage.spatial) for load in moving}
+    return len(sets) > 1
+
+
+def occurs_in(load: TensorLoad, axis: Axis) -> bool:
+    """Return whether `axis` occurs in the indices of `load`."""
+    return any(occurs(position, axis.variable) for position in load.indices)
+
+
+def sliding(stage: Stage) -> SlidingRead | None:
+    """Return the sliding read of a convolution or pooling."""
+    read = sliding_read(stage)
+    if read is None or not any(window.taps or window.stride > 1 for window in read.windows):
+        return None
+    return read
+
+
+def _private(stages: Sequence[Stage], staged: StagedFunction) -> tuple[Var, ...]:
+    outside = [other for other in staged.stages if other not in stages]
+    return tuple(
+        stage.output
+        for stage in stages
+        if contains(staged.intermediate, stage.output) and not any(touches(other, stage) for other in outside)
+    )
+
+
+def _cut(stages: Sequence[Stage | OpaqueStage], staged: StagedFunction) -> list[Kernel | OpaqueStage]:
+    """Return `stages` of `staged` as kernels, each reduction with what follows it one to one."""
+    pending = list(stages)
     kernels: list[Kernel | OpaqueStage] = []
     while pending:
         stage = pending.pop(0)
@@ -30,14 +118,10 @@ def _cut(staged: StagedFunction) -> list[Kernel | OpaqueStage]:
         # The reduction moves down to what follows it; nothing between them reads its result.
         position = pending.index(follower)
         pending[position] = follower
-        kernels.extend(_between(pending[:position], staged))
+        kernels.extend(_cut(pending[:position], staged))
         kernels.append(Kernel((stage, follower)))
         pending = pending[position + 1 :]
     return kernels
-
-
-def _between(stages: Sequence[Stage | OpaqueStage], staged: StagedFunction) -> list[Kernel | OpaqueStage]:
-    return _cut(StagedFunction(staged.function, tuple(stages), staged.intermediate)) if stages else []
 
 
 def _with_producers(kernels: list[Kernel | OpaqueStage], staged: StagedFunction) -> list[Kernel | OpaqueStage]:
@@ -67,9 +151,8 @@ def _sliding_reader(
     reduction, *follows = readers[0].stages
     if any(touches(other, stage) for other in follows):
         return None
-    read = sliding_read(reduction)
-    slides = read is not None and any(window.taps or window.stride > 1 for window in read.windows)
-    return readers[0] if slides and read is not None and read.load.source.same_as(stage.output) else None
+    read = sliding(reduction)
+    return readers[0] if read is not None and read.load.source.same_as(stage.output) else None
 
 
 def _touches(kernel: Kernel | OpaqueStage, stage: Stage) -> bool:
@@ -82,8 +165,10 @@ def _follower(stage: Stage, later: Sequence[Stage | OpaqueStage], staged: Staged
     """Return the only reader of a reduction's result, where it can be computed along with it."""
     if not stage.is_reduction or not contains(staged.intermediate, stage.output):
         return None
-    readers = [other for other in later if touches(other, stage)]
-    if len(readers) != 1 or not isinstance(readers[0], Stage) or epilogue.match(stage, readers[0]) is None:
+    readers = [other for other in staged.stages if other is not stage and touches(other, stage)]
+    if len(readers) != 1 or readers[0] not in later or not isinstance(readers[0], Stage):
+        return None
+    if epilogue.match(stage, readers[0]) is None:
         return None
     return readers[0]
 

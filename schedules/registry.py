@@ -7,5 +7,6 @@ from schedules.elementwise import Elementwise
 from schedules.family import Family
 from schedules.matmul import Matmul
 from schedules.reduction import Reduction
+from schedules.rowwise import Rowwise
 
-FAMILIES: tuple[Family, ...] = (Convolution(), Matmul(), Reduction(), Elementwise())
+FAMILIES: tuple[Family, ...] = (Convolution(), Matmul(), Rowwise(), Reduction(), Elementwise())

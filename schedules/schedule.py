@@ -9,6 +9,7 @@ from tvm.tirx.stmt import Stmt
 from schedules import cuda
 from schedules.family import Kernel, Parameters, defaults, work_of
 from schedules.inline import inline
+from schedules.intrin import vector_math
 from schedules.kernels import cut
 from schedules.registry import FAMILIES
 from schedules.report import SCHEDULED, KernelReport
@@ -64,7 +65,8 @@ def schedule_function(
         statements.append(statement)
         if kernel is main:
             report = KernelReport(name, family, used, report.reason)
-    return staged.rebuild(statements).with_attr(SCHEDULED, True), report
+    scheduled = staged.rebuild([vector_math.expand(statement) for statement in statements])
+    return scheduled.with_attr(SCHEDULED, True), report
 
 
 def _weight(kernel: Kernel) -> float:

@@ -1,0 +1,1 @@
+"""Instruction-level pieces that schedules use."""

@@ -1,0 +1,251 @@
+"""Elementary functions as arithmetic that stays in vector registers.
+
+LLVM turns a vector exp, log, tanh or erf into one call of the C library for each lane. Here each is a polynomial with
+an exact argument reduction, written as a TIR expression. All compute in fp32 (16-bit floats are widened around them),
+propagate NaN, and give the limits at infinities. Largest errors against float64 over all of fp32's range, as the tests
+measure them: exp 2, log 2, tanh 3, erf 3, sigmoid 3 units in the last place; sigmoid below exp(-88) becomes 0.
+
+The coefficients are weighted least-maximum fits (Lawson's algorithm on Chebyshev nodes) made for this file over the
+intervals given with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import tvm_ffi
+from tvm import ir, tirx
+from tvm.ir import Expr, Var
+
+LOG2_E = 1.4426950408889634
+# ln 2 in two parts; the first has few enough bits that its product with an integer below 2**9 is exact in fp32.
+LN2_HIGH = 0.693359375
+LN2_LOW = -2.12194440e-4
+# Adding this rounds |x| < 2**22 to an integer, which then stands in the low bits of the sum.
+ROUNDING_SHIFT = 12582912.0
+ROUNDING_SHIFT_BITS = 0x4B400000
+MANTISSA_BITS = 23
+EXPONENT_BIAS = 127
+
+# (exp(r) - 1 - r) / r**2 on |r| <= ln(2) / 2
+EXP = (4.999999343e-01, 1.666652040e-01, 4.166839083e-02, 8.368745320e-03, 1.381453790e-03)
+# (log(1 + f) - f + f**2 / 2) / f**3 on sqrt(1/2) - 1 <= f <= sqrt(2) - 1
+LOG = (
+    3.333333171e-01,
+    -2.500082106e-01,
+    2.000122667e-01,
+    -1.662335648e-01,
+    1.420176247e-01,
+    -1.316019507e-01,
+    1.276155034e-01,
+    -7.634429836e-02,
+)
+# (tanh(x) - x) / x**3 in powers of x**2 on |x| <= 0.65
+TANH_SPLIT = 0.65
+TANH = (-3.333326288e-01, 1.333089971e-01, -5.369296452e-02, 2.048330652e-02, -5.528624594e-03)
+# erf(x) / x in powers of x**2 on |x| <= 0.95
+ERF_SPLIT = 0.94
+ERF_SMALL = (
+    1.128379166e00,
+    -3.761263161e-01,
+    1.128366400e-01,
+    -2.685770507e-02,
+    5.196952022e-03,
+    -8.097702736e-04,
+    8.185090805e-05,
+)
+# -log(1 - erf(x)) on 0.93 <= x <= 4, beyond which erf rounds to 1
+ERF_LARGE = (
+    2.113040178e-04,
+    1.127611247e00,
+    6.372903511e-01,
+    1.038369719e-01,
+    -2.218141948e-02,
+    3.031828774e-03,
+    -1.947786491e-04,
+)
+
+Function = Callable[[Expr], Expr]
+
+
+def _f32(value: float) -> Expr:
+    return tirx.const(value, "float32")
+
+
+def _i32(value: int) -> Expr:
+    return tirx.const(value, "int32")
+
+
+def _let(name: str, value: Expr, body: Function) -> Expr:
+    """Return `body` of `value`, which is computed once."""
+    variable = Var(name, value.ty)
+    return tirx.Let(variable, value, body(variable))
+
+
+def _polynomial(x: Expr, coefficients: Sequence[float]) -> Expr:
+    """Return the polynomial with `coefficients`, lowest power first, by Horner's rule."""
+    result: Expr = _f32(coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        result = result * x + _f32(coefficient)
+    return result
+
+
+def _clamp(x: Expr, low: float, high: float) -> Expr:
+    """Return x between the bounds; NaN passes, because a comparison with it is false and x is the second operand."""
+    return tirx.min(_f32(high), tirx.max(_f32(low), x))
+
+
+def _power_of_two(n: Expr) -> Expr:
+    return tirx.reinterpret("float32", (n + _i32(EXPONENT_BIAS)) << _i32(MANTISSA_BITS))
+
+
+def exp(x: Expr) -> Expr:
+    """Return exp(x) of an fp32 expression: x = n ln 2 + r, a polynomial in r, scaled by 2**n in two exact steps."""
+
+    def scaled(x: Expr) -> Expr:
+        shifted = x * _f32(LOG2_E) + _f32(ROUNDING_SHIFT)
+        return _let("shifted", shifted, lambda shifted: _exp_reduced(x, shifted))
+
+    return _let("clamped", _clamp(x, -104.0, 89.0), scaled)
+
+
+def _exp_reduced(x: Expr, shifted: Expr) -> Expr:
+    def remainder(n: Expr) -> Expr:
+        return (x - n * _f32(LN2_HIGH)) - n * _f32(LN2_LOW)
+
+    def value(r: Expr) -> Expr:
+        return _polynomial(r, EXP) * r * r + r + _f32(1.0)
+
+    def scale(exponent: Expr) -> Expr:
+        half = exponent >> _i32(1)
+        rest = exponent - half
+        r = remainder(shifted - _f32(ROUNDING_SHIFT))
+        return _let("r", r, lambda r: value(r) * _power_of_two(half) * _power_of_two(rest))
+
+    bits = tirx.reinterpret("int32", shifted) - _i32(ROUNDING_SHIFT_BITS)
+    return _let("exponent", bits, scale)
+
+
+def log(x: Expr) -> Expr:
+    """Return log(x) of an fp32 expression: x = 2**e m with m around 1, a polynomial in m - 1."""
+
+    def normal(original: Expr) -> Expr:
+        tiny = original < _f32(2.0**-126)
+        scaled = tirx.Select(tiny, original * _f32(2.0**MANTISSA_BITS), original)
+        correction = tirx.Select(tiny, _f32(-float(MANTISSA_BITS)), _f32(0.0))
+        return _let("scaled", scaled, lambda s: _special_log(original, _log_normal(s, correction)))
+
+    return _let("original", x, normal)
+
+
+def _log_normal(x: Expr, correction: Expr) -> Expr:
+    # Subtracting sqrt(1/2)'s bits makes the exponent field count from there: m lies in [sqrt(1/2), sqrt(2)).
+    root_half = 0x3F3504F3
+
+    def parts(bits: Expr) -> Expr:
+        exponent = (bits - _i32(root_half)) >> _i32(MANTISSA_BITS)
+        mantissa = tirx.reinterpret("float32", bits - (exponent << _i32(MANTISSA_BITS)))
+        e = exponent.astype("float32") + correction
+        return _let("e", e, lambda e: _let("f", mantissa - _f32(1.0), lambda f: series(e, f)))
+
+    def series(e: Expr, f: Expr) -> Expr:
+        tail = _polynomial(f, LOG) * f * f * f + e * _f32(LN2_LOW)
+        return ((tail - f * f * _f32(0.5)) + f) + e * _f32(LN2_HIGH)
+
+    return _let("bits", tirx.reinterpret("int32", x), parts)
+
+
+def _special_log(x: Expr, value: Expr) -> Expr:
+    infinity, nan = _f32(float("inf")), _f32(float("nan"))
+    finite = tirx.Select(x > _f32(3.4028234663852886e38), infinity, value)
+    non_negative = tirx.Select(x.equal(_f32(0.0)), -infinity, finite)
+    # Not `x < 0`: NaN must come out as NaN too.
+    return tirx.Select(x >= _f32(0.0), non_negative, nan)
+
+
+def _absolute(x: Expr) -> Expr:
+    return tirx.reinterpret("float32", tirx.reinterpret("int32", x) & _i32(0x7FFFFFFF))
+
+
+def _with_sign_of(magnitude: Expr, x: Expr) -> Expr:
+    sign = tirx.reinterpret("int32", x) & _i32(-0x80000000)
+    return tirx.reinterpret("float32", tirx.reinterpret("int32", magnitude) | sign)
+
+
+def tanh(x: Expr) -> Expr:
+    """Return tanh(x) of an fp32 expression: a polynomial near 0, 1 - 2 / (exp(2 |x|) + 1) elsewhere."""
+
+    def value(x: Expr) -> Expr:
+        small = _let("square", x * x, lambda u: _polynomial(u, TANH) * u * x + x)
+        return _let("magnitude", _absolute(x), lambda a: tirx.Select(a < _f32(TANH_SPLIT), small, large(x, a)))
+
+    def large(x: Expr, a: Expr) -> Expr:
+        # Beyond 10, tanh rounds to 1 and the square of the exponential would overflow in vain.
+        magnitude = _f32(1.0) - _f32(2.0) / (exp(tirx.min(_f32(10.0), a) * _f32(2.0)) + _f32(1.0))
+        return _with_sign_of(magnitude, x)
+
+    return _let("x", x, value)
+
+
+def erf(x: Expr) -> Expr:
+    """Return erf(x) of an fp32 expression: a polynomial near 0, 1 - exp(-polynomial(|x|)) elsewhere."""
+
+    def value(x: Expr) -> Expr:
+        small = _let("square", x * x, lambda u: _polynomial(u, ERF_SMALL) * x)
+        return _let("magnitude", _absolute(x), lambda a: tirx.Select(a < _f32(ERF_SPLIT), small, large(x, a)))
+
+    def large(x: Expr, a: Expr) -> Expr:
+        exponent = _let("limited", tirx.min(_f32(4.0), a), lambda a: _f32(0.0) - _polynomial(a, ERF_LARGE))
+        return _with_sign_of(_f32(1.0) - exp(exponent), x)
+
+    return _let("x", x, value)
+
+
+def sigmoid(x: Expr) -> Expr:
+    """Return 1 / (1 + exp(-x)) of an fp32 expression."""
+    return _f32(1.0) / (_f32(1.0) + exp(_f32(0.0) - x))
+
+
+FUNCTIONS: dict[str, Function] = {
+    "tirx.exp": exp,
+    "tirx.log": log,
+    "tirx.tanh": tanh,
+    "tirx.erf": erf,
+    "tirx.sigmoid": sigmoid,
+}
+LARGEST_EXPANDED_POWER = 4
+
+
+def expand(expression: ir.Node) -> ir.Node:
+    """Return an expression or statement with its calls of elementary functions on floats up to 32 bits expanded."""
+
+    def visit(call: ir.Call, mutator: tvm_ffi.StructuralMutator) -> Expr:
+        rewritten = mutator.default_mutate(call)
+        if not isinstance(rewritten, ir.Call) or not isinstance(rewritten.op, ir.Op):
+            return rewritten
+        if rewritten.op.name == "tirx.pow":
+            return _expand_power(rewritten)
+        function = FUNCTIONS.get(rewritten.op.name)
+        dtype = str(rewritten.args[0].ty.dtype) if function is not None else ""
+        if function is None or dtype not in ("float32", "float16", "bfloat16"):
+            return rewritten
+        if dtype == "float32":
+            return function(rewritten.args[0])
+        return function(rewritten.args[0].astype("float32")).astype(dtype)
+
+    return tvm_ffi.structural_mutate(expression, (ir.Call, visit))
+
+
+def _expand_power(call: ir.Call) -> Expr:
+    """Return a float raised to a small whole number as products."""
+    base, exponent = call.args
+    if not isinstance(exponent, tirx.FloatImm) or exponent.value not in range(1, LARGEST_EXPANDED_POWER + 1):
+        return call
+
+    def multiply(x: Expr) -> Expr:
+        result = x
+        for _ in range(int(exponent.value) - 1):
+            result = result * x
+        return result
+
+    return _let("base", base, multiply)

@@ -1,0 +1,175 @@
+"""Functions of rows in several steps: softmax, layer, group and RMS normalization, and what is fused around them.
+
+All steps share leading axes. Each task runs every step for one row, with what the steps hand on kept in buffers of one
+row, so that the row stays in the first-level cache from its first read to its last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import tvm_ffi
+from tvm import tirx
+from tvm.ir import Expr, TensorLoad, Var
+from tvm.tirx.stmt import Stmt
+
+from schedules.access import AxisGroup, as_int, branches_on, group_axes
+from schedules.elementwise import vector_tiles
+from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
+from schedules.loops import Extent, index, load, local, loop, nest, parallel, product, store, unflatten, with_local
+from schedules.reducer import reducer_of
+from schedules.reduction import reduce_element, walks_in_lanes
+from schedules.stages import Axis, Stage, replace_loads
+from targets.base import Target
+
+
+@dataclass(frozen=True, eq=False)
+class RowwiseAnalysis:
+    """Stages with `leading` output dimensions in common; `private` are the buffers that only they use."""
+
+    stages: tuple[Stage, ...]
+    leading: int
+    private: tuple[Var, ...]
+
+
+class Rowwise:
+    """Rows in parallel, every step of a row in one task, vectors along the row."""
+
+    name = "rowwise"
+
+    def takes(self, kernel: Kernel, target: Target) -> RowwiseAnalysis | None:
+        """Return the analysis of a kernel of several stages with leading axes in common."""
+        leading = shared_leading(kernel.stages)
+        if len(kernel.stages) < 2 or not leading or not any(stage.is_reduction for stage in kernel.stages):
+            return None
+        return RowwiseAnalysis(kernel.stages, leading, kernel.private)
+
+    def space(self, target: Target, analysis: RowwiseAnalysis) -> Space:
+        """Return how many registers one vector statement spans."""
+        return (Choice("vectors", 1, (1, 2, 4)),)
+
+    def apply(self, analysis: RowwiseAnalysis, parameters: Parameters, target: Target) -> Stmt:
+        """Return the parallel loop over rows."""
+        extents = [_extent(extent) for extent in analysis.stages[0].output.shape[: analysis.leading]]
+        rows = [_RowBuffer.of(buffer, analysis.leading) for buffer in analysis.private]
+        total = [work_of(stage) for stage in analysis.stages]
+        large = any(is_large(work) for work in total)
+        lanes = max(vector_width(target, stage) for stage in analysis.stages) * parameters["vectors"]
+
+        def task(number: Expr) -> Stmt:
+            position = unflatten(number, extents)
+            statements = [_step(stage, analysis.leading, rows, position, lanes) for stage in analysis.stages]
+            return with_local([row.local for row in rows], statements)
+
+        return parallel(product(extents), task, large)
+
+
+@dataclass(frozen=True, eq=False)
+class _RowBuffer:
+    """The one-row stand-in of an intermediate buffer."""
+
+    buffer: Var
+    local: Var
+    leading: int
+
+    @staticmethod
+    def of(buffer: Var, leading: int) -> _RowBuffer:
+        shape = [_extent(extent) for extent in buffer.shape[leading:]] or [1]
+        return _RowBuffer(buffer, local(shape, str(buffer.dtype), f"{buffer.name}_row", "global"), leading)
+
+    def at(self, indices: Sequence[Expr]) -> list[Expr]:
+        return list(indices[self.leading :]) or [index(0)]
+
+
+def _extent(expression: Expr) -> Extent:
+    constant = as_int(expression)
+    return expression if constant is None else constant
+
+
+def shared_leading(stages: Sequence[Stage]) -> int:
+    """Return how many leading output dimensions all stages share, each reading its own row of the others' outputs."""
+    if not stages:
+        return 0
+    shape = stages[0].output.shape
+    count = min(len(stage.output.shape) for stage in stages)
+    for stage in stages[1:]:
+        count = _common_prefix(shape, stage.output.shape, count)
+    for stage in stages:
+        for read in stage.loads():
+            if any(read.source.same_as(other.output) for other in stages):
+                count = _common_prefix(read.indices, stage.indices, count)
+    return count
+
+
+def _common_prefix(left: Sequence[Expr], right: Sequence[Expr], most: int) -> int:
+    count = 0
+    while count < most and tvm_ffi.structural_equal(left[count], right[count]):
+        count += 1
+    return count
+
+
+def _step(stage: Stage, leading: int, rows: Sequence[_RowBuffer], position: Sequence[Expr], lanes: int) -> Stmt:
+    """Return one stage's code for the row at `position`."""
+    point: dict[Var, Expr] = {}
+    for own, actual in zip(stage.indices[:leading], position, strict=True):
+        if not isinstance(own, tirx.IntImm):
+            point[own] = actual
+    inner = [axis for axis in stage.spatial if axis.variable not in point]
+    stage = _in_row(stage, rows)
+    if stage.is_reduction:
+        return _reduce(stage, inner, point, lanes)
+    groups = group_axes(inner, [stage])
+    return _map(stage, groups, point, lanes)
+
+
+def _in_row(stage: Stage, rows: Sequence[_RowBuffer]) -> Stage:
+    """Return `stage` with private buffers replaced by their one-row stand-ins."""
+
+    def stand_in(buffer: Var) -> _RowBuffer | None:
+        return next((row for row in rows if row.buffer.same_as(buffer)), None)
+
+    def rewrite(read: TensorLoad) -> Expr | None:
+        row = stand_in(read.source)
+        return None if row is None else load(row.local, row.at(read.indices))
+
+    own = stand_in(stage.output)
+    value = replace_loads(stage.value, rewrite)
+    if own is None:
+        return replace(stage, value=value)
+    return replace(stage, output=own.local, indices=tuple(own.at(stage.indices)), value=value)
+
+
+def _map(stage: Stage, groups: Sequence[AxisGroup], point: Mapping[Var, Expr], lanes: int) -> Stmt:
+    def element(positions: Sequence[Expr]) -> Stmt:
+        values = dict(point)
+        for group, position in zip(groups, positions, strict=True):
+            values.update(group.point(position))
+        indices, value = stage.at(values)
+        return store(stage.output, value, indices)
+
+    if not groups:
+        return element([])
+    last = groups[-1]
+
+    def row(outer: list[Expr]) -> Stmt:
+        if branches_on(stage.value, last.inner):
+            return loop(last.extent, lambda i: element([*outer, i]))
+        return vector_tiles(last.extent, lanes, lambda i: element([*outer, i]))
+
+    return nest([group.extent for group in groups[:-1]], row)
+
+
+def _reduce(stage: Stage, inner: Sequence[Axis], point: Mapping[Var, Expr], lanes: int) -> Stmt:
+    reduction = tuple(group_axes(stage.reduction, [stage]))
+    reducer = reducer_of(stage)
+    along = reduction[-1] if reducer is not None and walks_in_lanes(stage, reduction[-1]) else None
+
+    def one(positions: Sequence[Expr]) -> Stmt:
+        values = {**point, **{axis.variable: p for axis, p in zip(inner, positions, strict=True)}}
+        indices, _ = stage.at(values)
+        return reduce_element(
+            stage, reduction, reducer, along, lanes, values, lambda total: store(stage.output, total, indices)
+        )
+
+    return nest([axis.extent for axis in inner], one)
