@@ -6,7 +6,8 @@ import ast
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
-MAX_EXPRESSION_LENGTH = 200
+MAX_EXPRESSION_LENGTH = 1000
+MAX_DEPTH = 64
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: lambda a, b: a + b,
@@ -30,24 +31,26 @@ def _parse(expression: str) -> ast.expr:
         tree = ast.parse(expression, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"'{expression}' is not an integer expression") from error
-    _check(tree, expression)
+    _check(tree, expression, MAX_DEPTH)
     return tree
 
 
-def _check(node: ast.expr, expression: str) -> None:
+def _check(node: ast.expr, expression: str, depth: int) -> None:
+    if not depth:
+        raise ValueError(f"'{expression:.40}...' nests more than {MAX_DEPTH} operators")
     match node:
         case ast.Constant(value=int() as value) if not isinstance(value, bool):
             return
         case ast.Name():
             return
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            _check(operand, expression)
+            _check(operand, expression, depth - 1)
         case ast.BinOp(left=left, op=operator, right=right) if type(operator) in _OPERATORS:
-            _check(left, expression)
-            _check(right, expression)
+            _check(left, expression, depth - 1)
+            _check(right, expression, depth - 1)
         case ast.Call(func=ast.Name(id=name), args=[first, second], keywords=[]) if name in _FUNCTIONS:
-            _check(first, expression)
-            _check(second, expression)
+            _check(first, expression, depth - 1)
+            _check(second, expression, depth - 1)
         case _:
             raise ValueError(f"'{expression}' holds more than integers, names, + - * // %, min and max")
 

@@ -48,7 +48,7 @@ def device_dtype(name: str) -> str:
 def numpy_dtype(name: str) -> NumpyDType:
     """Return the NumPy dtype called `name`; types that NumPy lacks come from ml_dtypes, imported only then."""
     if name in _BEYOND_NUMPY:
-        import ml_dtypes
+        import ml_dtypes  # noqa: PLC0415 - most packages do without
 
         dtype: DTypeLike = getattr(ml_dtypes, name)
         return np.dtype(dtype)

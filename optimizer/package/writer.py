@@ -50,6 +50,7 @@ def write_package(
     manifest: Manifest,
     library: Path,
     weights: Sequence[Weight],
+    *,
     extra_files: Mapping[str, bytes] | None = None,
     certify: Callable[[Path], Certificate] | None = None,
 ) -> Manifest:

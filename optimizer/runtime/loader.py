@@ -29,7 +29,7 @@ def load(
     check_machine(package.manifest.requirements)
     if verify:
         package.verify()
-    from optimizer.runtime.model import CompiledModel
+    from optimizer.runtime.model import CompiledModel  # noqa: PLC0415 - TVM is imported once all checks have passed
 
     return CompiledModel(package, device=device, threads=threads)
 

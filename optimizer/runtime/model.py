@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -201,7 +200,7 @@ def _load_library(package: Package) -> object:
         with tempfile.TemporaryDirectory(prefix="optimizer-") as folder:
             path = Path(folder) / package.manifest.library
             if package.path.is_dir():
-                path.symlink_to(os.path.abspath(location.path))
+                path.symlink_to(location.path.absolute())
             else:
                 path.write_bytes(location.read())
             return cast("object", tvm_ffi.load_module(str(path)))

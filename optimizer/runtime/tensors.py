@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - the members of the protocols are TVM's and documented there
 """NumPy and DLPack arrays to TVM tensors and back, without a copy where TVM's demands allow it."""
 
 from __future__ import annotations

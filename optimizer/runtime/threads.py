@@ -58,6 +58,7 @@ def use_threads(count: int) -> None:
         _runtime_function("runtime.config_threadpool")(_SHARE_ALL_LISTED_CPUS, count, [str(cpu) for cpu in cpus])
     finally:
         os.sched_setaffinity(0, affinity)
+    _configured.count = count
     actual = _runtime_function("runtime.NumThreads")()
     if actual != count:
         warnings.warn(
@@ -66,4 +67,3 @@ def use_threads(count: int) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-    _configured.count = count

@@ -78,7 +78,7 @@ def write(tmp_path: Path, draft: Manifest) -> WritePackage:
     def write_to(
         name: str, manifest: Manifest = draft, extra_files: Mapping[str, bytes] | None = None, **options: object
     ) -> Path:
-        write_package(tmp_path / name, manifest, library, WEIGHTS, extra_files, **options)
+        write_package(tmp_path / name, manifest, library, WEIGHTS, extra_files=extra_files, **options)
         return tmp_path / name
 
     return write_to

@@ -103,7 +103,7 @@ def test_failed_certificate_leaves_nothing(write: WritePackage, tmp_path: Path, 
 
 def test_certificate_is_recorded(write: WritePackage) -> None:
     certificate = Certificate("onnx", "1.23.2", (0, 1), ({"n": 3}, {"n": 1}), ())
-    path = write("file.opt", certify=lambda staged: certificate)
+    path = write("file.opt", certify=lambda _: certificate)
     assert verify_package(path).certificate == certificate
 
 

@@ -79,7 +79,7 @@ def test_library_that_is_no_library_is_a_package_error(write_linear: WritePackag
 
 
 def test_library_without_the_entry_point_is_a_package_error(write_linear: WritePackage, echo_library: Path) -> None:
-    with pytest.raises(PackageError, match="'main' takes 9 arguments|has no function"):
+    with pytest.raises(PackageError, match="'main' takes 9 arguments, which its manifest contradicts"):
         load(write_linear(library=echo_library))
 
 
@@ -131,7 +131,9 @@ def run_python(program: str, *arguments: object, **environment: str) -> str:
     """Run a program in a fresh interpreter and return what it printed."""
     variables = {key: value for key, value in os.environ.items() if not key.startswith("TVM_")}
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=variables | environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=ROOT, env=variables | environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

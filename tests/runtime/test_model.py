@@ -59,7 +59,7 @@ def test_zero_rows_give_empty_outputs(write_linear: WritePackage) -> None:
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda x: np.asfortranarray(x),
+        np.asfortranarray,
         lambda x: np.frombuffer(b"\0" * 4 + x.tobytes(), np.float32)[1:].reshape(x.shape),
         lambda x: np.repeat(x, 2, axis=0)[::2],
     ],
