@@ -13,12 +13,12 @@ from tvm import relax
 
 import targets
 from optimizer import execution
+from optimizer.certification import certifier
 from optimizer.errors import OptionError, TargetError
 from optimizer.frontend.importer import ImportedModel, import_model
 from optimizer.frontend.model_file import ModelFile, read_model
 from optimizer.lowering import LoweredModule, build, lower
 from optimizer.package import Manifest, Weight, write_package
-from optimizer.certification import certifier
 from optimizer.packaging import describe
 from optimizer.progress import Silent, Timeline, Watcher
 from optimizer.weights import LiftedModule, lift_weights
@@ -26,7 +26,7 @@ from passes import pipeline
 from targets.base import Target
 from targets.linking import export_library
 
-STAGES = ("read", "import", "passes", "lower", "generate code", "link", "certify and write")
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,12 @@ def _plan(model: onnx.ModelProto, options: CompileOptions, timeline: Timeline, b
     return Plan(imported, records, rewritten, lowered, lifted)
 
 
-def _run_passes(
-    module: tvm.IRModule, options: CompileOptions
-) -> tuple[tvm.IRModule, tuple[pipeline.PassRecord, ...]]:
+def _run_passes(module: tvm.IRModule, options: CompileOptions) -> tuple[tvm.IRModule, tuple[pipeline.PassRecord, ...]]:
+    notation = options.passes
+    if options.precision != "model":
+        notation += f",convert-precision{{dtype={PRECISIONS[options.precision]}}}"
     try:
-        passes = pipeline.parse(options.passes)
+        passes = pipeline.parse(notation)
     except pipeline.PassOptionError as error:
         raise OptionError(str(error)) from error
     return pipeline.run(module, passes)

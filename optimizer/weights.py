@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,22 +32,26 @@ class LiftedModule:
 def lift_weights(module: tvm.IRModule) -> LiftedModule:
     """Move the constants of `main` that are large enough into a tuple parameter.
 
-    A constant that is used several times is stored once. `main` always gets the parameter, also when it is empty.
+    Equal constants are stored once. `main` always gets the parameter, also when it is empty.
     """
     collector = _ConstantCollector()
     collector.visit_expr(module[ENTRY])
     constants = [constant for constant in collector.constants if _byte_count(constant.value) >= SMALLEST_WEIGHT_BYTES]
-    unique: dict[int, int] = {}
+    fields: dict[int, int] = {}  # address of the constant's storage -> field of the tuple
+    stored: dict[tuple[str, tuple[int, ...], bytes], int] = {}  # dtype, shape, content -> the same field
     weights: list[tvm.runtime.Tensor] = []
     types: list[relax.TensorType] = []
     for constant in constants:
-        key = _address(constant.value)
-        if key not in unique:
-            unique[key] = len(weights)
+        address = _address(constant.value)
+        if address in fields:
+            continue
+        field = stored.setdefault(_identity(constant.value), len(weights))
+        fields[address] = field
+        if field == len(weights):
             weights.append(constant.value)
             types.append(constant.ty)
     parameter = relax.Var("weights", relax.TupleType(types))
-    lifter = _ConstantLifter(module, parameter, unique)
+    lifter = _ConstantLifter(module, parameter, fields)
     function = lifter.lifted(module[ENTRY])
     lifted = tvm.IRModule({**dict(module.functions), module.get_global_var(ENTRY): function}, attrs=module.attrs)
     return LiftedModule(lifted, tuple(weights))
@@ -88,6 +93,12 @@ class _ConstantLifter(PyExprMutator):
 def _byte_count(tensor: tvm.runtime.Tensor) -> int:
     bits = tvm.DataType(tensor.dtype).bits
     return (int(np.prod(tensor.shape, dtype=np.int64)) * bits + 7) // 8
+
+
+def _identity(tensor: tvm.runtime.Tensor) -> tuple[str, tuple[int, ...], bytes]:
+    """Return what equal tensors have in common: tied weights become separate constants when a pass converts each."""
+    content = hashlib.blake2b(np.ascontiguousarray(tensor.numpy()).view(np.uint8).reshape(-1).data)
+    return str(tensor.dtype), tuple(int(size) for size in tensor.shape), content.digest()
 
 
 def _address(tensor: tvm.runtime.Tensor) -> int:

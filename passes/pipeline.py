@@ -17,6 +17,7 @@ from passes.base import Pass, PassOutcome
 
 # Names to the module and class that hold them, so that listing the passes imports none of them.
 _PASSES = {
+    "convert-precision": ("passes.convert_precision", "ConvertPrecision"),
     "eliminate-common-subexpressions": ("passes.eliminate_common_subexpressions", "EliminateCommonSubexpressions"),
     "fold-batch-norm": ("passes.fold_batch_norm", "FoldBatchNorm"),
     "fold-constants": ("passes.fold_constants", "FoldConstants"),
@@ -50,7 +51,9 @@ def parse(text: str) -> tuple[Pass, ...]:
     while position < len(text.rstrip()):
         item = _ITEM.match(text, position)
         if item is None:
-            raise PassOptionError(f"cannot read the passes '{text}' at '{text[position:]}'; write name,name{{option=value}}")
+            raise PassOptionError(
+                f"cannot read the passes '{text}' at '{text[position:]}'; write name,name{{option=value}}"
+            )
         passes.append(_instance(item.group(1), item.group(2) or ""))
         position = item.end()
     return tuple(passes)
@@ -102,4 +105,6 @@ def _typed(name: str, option: str, text: str, kind: type) -> object:
             return {"true": True, "false": False}[text.lower()]
         return kind(text)
     except (KeyError, ValueError) as error:
-        raise PassOptionError(f"option '{option}' of pass '{name}' is to be of type {kind.__name__}, not '{text}'") from error
+        raise PassOptionError(
+            f"option '{option}' of pass '{name}' is to be of type {kind.__name__}, not '{text}'"
+        ) from error
