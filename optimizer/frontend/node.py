@@ -12,7 +12,7 @@ import tvm.ir
 from onnx import numpy_helper
 from tvm import relax
 
-from optimizer.frontend.dimensions import Dimension, Shape, as_expression, provably_equal
+from optimizer.frontend.dimensions import Dimension, Shape, as_expression, provably_equal, static_shape
 from optimizer.frontend.value import AnyValue, ConstantValue, SequenceValue, TensorValue, Value
 
 if TYPE_CHECKING:
@@ -206,6 +206,14 @@ class Node:
     def scalar(self, number: builtins.float | int | bool, dtype: str) -> relax.Expr:
         """Return a Relax scalar constant of the dtype."""
         return relax.const(number, dtype)
+
+    def reshape(self, value: Value, shape: Sequence[Dimension]) -> Value:
+        """Return `value` with another shape of as many elements; a constant is reshaped at compile time."""
+        static = static_shape(tuple(shape))
+        if value.constant is not None and static is not None:
+            return ConstantValue(value.constant.reshape(static), value.narrow_type)
+        expr = relax.op.reshape(value.expr, [as_expression(dimension) for dimension in shape])
+        return self.emit(expr, value.narrow_type)
 
     def broadcast_operands(self, *values: Value) -> list[relax.Expr]:
         """Return the operands ready for a broadcasting Relax operator.

@@ -46,7 +46,7 @@ class Windows:
 
     @property
     def covering_pads(self) -> list[int] | None:
-        """Return constant padding with which rounding down gives exactly `output` windows, or None if it is symbolic."""
+        """Return constant padding that makes rounding down give `output` windows, or None if it is symbolic."""
         ends: list[Dimension] = []
         for index, extent in enumerate(self.extents):
             reached = (self.output[index] - 1) * self.strides[index] + extent

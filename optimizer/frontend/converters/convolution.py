@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from tvm import relax, te, tirx, topi
 
-from optimizer.frontend.dimensions import Dimension, Shape, as_expression, provably_equal, simplified, static_shape
+from optimizer.frontend.accumulation import accumulation_dtype, cast
+from optimizer.frontend.dimensions import Dimension, Shape, provably_equal, simplified, static_shape
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
 from optimizer.frontend.value import TensorValue, Value
@@ -29,25 +30,36 @@ _TRANSPOSED: dict[int, Callable[..., relax.Expr]] = {
 def conv(node: Node) -> Result:
     """Convert Conv: N-D cross-correlation with groups, strides, dilations, padding and an optional bias."""
     data, weight = node.input(0), node.input(1)
+    result = cross_correlation(node, data.expr, weight.expr, weight, accumulation_dtype(data.dtype))
+    return with_bias(node, result, node.optional_input(2), data.dtype)
+
+
+def cross_correlation(
+    node: Node, data: relax.Expr, filters: relax.Expr, weight: Value, out_dtype: str
+) -> TensorValue:
+    """Return the convolution of `data`, shaped like input 0, with `filters`, shaped like `weight` [O, I/groups, ...].
+
+    Strides, padding and the rest are the node's attributes.
+    """
     kernel = kernel_shape(node, weight)
     operator = _FORWARD.get(len(kernel))
     if operator is None:
         raise node.unsupported(f"a convolution over {len(kernel)} spatial axes")
     windows = sliding_windows(node, kernel)
-    operand, pads = data.expr, windows.static_pads
+    pads = windows.static_pads
     if pads is None:
-        operand = padded(node, operand, windows.pads_begin, windows.pads_end).expr
+        data = padded(node, data, windows.pads_begin, windows.pads_end).expr
         pads = [0] * (2 * len(kernel))
     result = operator(
-        operand,
-        weight.expr,
+        data,
+        filters,
         strides=list(windows.strides),
         padding=pads,
         dilation=list(windows.dilations),
         groups=node.integer("group", 1),
-        out_dtype=accumulation_dtype(data.dtype),
+        out_dtype=out_dtype,
     )
-    return with_bias(node, node.emit(result), node.optional_input(2), data.dtype)
+    return node.emit(result)
 
 
 def kernel_shape(node: Node, weight: Value) -> tuple[int, ...]:
@@ -60,30 +72,13 @@ def kernel_shape(node: Node, weight: Value) -> tuple[int, ...]:
     return kernel
 
 
-def accumulation_dtype(dtype: str) -> str:
-    """Return the dtype that products are summed in: at least float32."""
-    return "float32" if dtype in ("float16", "bfloat16") else dtype
-
-
 def with_bias(node: Node, result: Value, bias: Value | None, dtype: str) -> relax.Expr:
     """Return `result` [N, C, spatial...] plus `bias` [C], as `dtype`; a constant bias is reshaped at compile time."""
     expr = result.expr
     if bias is not None:
         shape = (1, bias.shape[0], *[1] * (result.rank - 2))
-        expr = relax.op.add(expr, _cast(reshaped(node, bias, shape).expr, bias.dtype, result.dtype))
-    return _cast(expr, result.dtype, dtype)
-
-
-def reshaped(node: Node, value: Value, shape: Shape) -> Value:
-    """Return `value` with another shape of as many elements; a constant is reshaped at compile time."""
-    static = static_shape(shape)
-    if value.constant is not None and static is not None:
-        return node.constant(value.constant.reshape(static))
-    return node.emit(relax.op.reshape(value.expr, [as_expression(dimension) for dimension in shape]))
-
-
-def _cast(expr: relax.Expr, dtype: str, wanted: str) -> relax.Expr:
-    return expr if dtype == wanted else relax.op.astype(expr, wanted)
+        expr = relax.op.add(expr, cast(node.reshape(bias, shape).expr, bias.dtype, result.dtype))
+    return cast(expr, result.dtype, dtype)
 
 
 def padded(node: Node, data: relax.Expr, begins: Shape, ends: Shape, value: float = 0.0) -> TensorValue:
@@ -142,7 +137,8 @@ def _transposition(node: Node, kernel: Sequence[int]) -> _Transposition:
     strides, dilations = node.integers("strides", [1] * rank), node.integers("dilations", [1] * rank)
     extra = node.integers("output_padding", [0] * rank)
     extents = dilated_extents(kernel, dilations)
-    uncropped = tuple(simplified((size - 1) * s + extent) for size, s, extent in zip(spatial, strides, extents, strict=True))
+    rows = zip(spatial, strides, extents, strict=True)
+    uncropped = tuple(simplified((size - 1) * stride + extent) for size, stride, extent in rows)
     mode = node.string("auto_pad", "NOTSET")
     output: list[Dimension] = []
     if node.has_attribute("output_shape"):
@@ -163,7 +159,7 @@ def _transposition(node: Node, kernel: Sequence[int]) -> _Transposition:
 
 
 def _distributed(node: Node, totals: Sequence[Dimension], *, upper: bool) -> tuple[Shape, Shape]:
-    """Return what to cut at the two ends; a missing row (total -1) goes to the end, where all readings of ONNX agree."""
+    """Return what to cut at the two ends. A missing row (total -1) is added at the end; onnxruntime does so too."""
     begins: list[Dimension] = []
     for total in totals:
         if isinstance(total, int) and total < -1:
@@ -210,16 +206,17 @@ def deform_conv(node: Node) -> Result:
     windows = sliding_windows(node, kernel)
     groups, offset_groups = node.integer("group", 1), node.integer("offset_group", 1)
     wide = accumulation_dtype(data.dtype)
-    operands = [_cast(value.expr, value.dtype, wide) for value in (data, weight, offset)]
+    operands = [cast(value.expr, value.dtype, wide) for value in (data, weight, offset)]
     if node.has_input(4):
-        operands.append(_cast(node.expr(4), node.input(4).dtype, wide))
+        operands.append(cast(node.expr(4), node.input(4).dtype, wide))
 
     def sampled_conv(image: te.Tensor, filters: te.Tensor, shift: te.Tensor, *mask: te.Tensor) -> te.Tensor:
         batches, channels = image.shape[:2]
         window_size = kernel[0] * kernel[1]
         channels_per_offset = channels // offset_groups
 
-        def sample(n: tirx.Expr, c: tirx.Expr, ky: tirx.Expr, kx: tirx.Expr, oy: tirx.Expr, ox: tirx.Expr) -> tirx.Expr:
+        def sample(*position: tirx.Expr) -> tirx.Expr:
+            n, c, ky, kx, oy, ox = position
             place = (c // channels_per_offset) * window_size + ky * kernel[1] + kx
             top, left = windows.positions((oy, ox), (ky, kx))
             y = tirx.Cast(wide, top) + shift(n, place * 2, oy, ox)
