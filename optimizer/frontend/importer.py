@@ -190,7 +190,7 @@ class GraphImporter:
         try:
             inputs = [self.lookup(name) if name else None for name in proto.input]
             node = Node(proto, versions.get(normalized_domain(proto.domain), 1), inputs, self)
-            results = self._convert(node)
+            results = self.convert(node)
         except _BlockedError:
             pass
         except UnsupportedNodeError as error:
@@ -203,7 +203,8 @@ class GraphImporter:
             if name:
                 self._environment[name] = results[index] if index < len(results) else None
 
-    def _convert(self, node: Node) -> Sequence[AnyValue | None]:
+    def convert(self, node: Node) -> Sequence[AnyValue | None]:
+        """Return the outputs of one node: folded, converted, or expanded into its function body."""
         if node.operator == "Constant" and node.domain == "":
             return [ConstantValue(constant_evaluation.constant_node(node))]
         folded = shape_arithmetic.evaluate(node) or constant_evaluation.evaluate(node)

@@ -50,5 +50,5 @@ def registered_operators() -> tuple[tuple[str, str], ...]:
 
 @cache
 def _load_all() -> None:
-    for module in pkgutil.iter_modules(converters.__path__):
-        importlib.import_module(f"{converters.__name__}.{module.name}")
+    for module in pkgutil.walk_packages(converters.__path__, f"{converters.__name__}."):
+        importlib.import_module(module.name)
