@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from targets.base import architecture_number
+from targets.cuda_headers import HEADERS
 from targets.errors import ToolchainError
 
 _INSTALL = "run \"python -m pip install 'optimizer[cuda]'\""
@@ -68,15 +69,21 @@ def toolkit_directory() -> Path:
 def _compile(source: str, architecture: str) -> tuple[bytes, bytes]:
     """Return the cubin for an architecture, and the zero-terminated PTX that it was assembled from."""
     nvrtc = _load("nvrtc")
-    include = toolkit_directory() / "include"
-    options = [
-        option.encode()
-        for option in (f"--gpu-architecture={architecture}", *_OPTIONS, f"-I{include}", f"-I{include / 'cccl'}")
-    ]
+    options = (f"--gpu-architecture={architecture}", *_OPTIONS, f"-I{toolkit_directory() / 'include'}")
     program = ctypes.c_void_p()
-    _check_nvrtc(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None), nvrtc)
+    _check_nvrtc(
+        nvrtc.nvrtcCreateProgram(
+            ctypes.byref(program),
+            source.encode(),
+            b"kernels.cu",
+            len(HEADERS),
+            _string_array(HEADERS.values()),
+            _string_array(HEADERS),
+        ),
+        nvrtc,
+    )
     try:
-        status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+        status = nvrtc.nvrtcCompileProgram(program, len(options), _string_array(options))
         if status != 0:
             log = _read(nvrtc, program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog").decode(errors="replace")
             first = next((line for line in log.splitlines() if "error" in line), log.strip()[:200])
@@ -85,6 +92,11 @@ def _compile(source: str, architecture: str) -> tuple[bytes, bytes]:
         return cubin, _read(nvrtc, program, "nvrtcGetPTXSize", "nvrtcGetPTX")
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _string_array(strings: Iterable[str]) -> ctypes.Array[ctypes.c_char_p]:
+    encoded = [string.encode() for string in strings]
+    return (ctypes.c_char_p * len(encoded))(*encoded)
 
 
 def _read(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, size_function: str, data_function: str) -> bytes:
@@ -100,8 +112,8 @@ def _fat_binary() -> Iterator[tuple[ctypes.CDLL, ctypes.c_void_p]]:
     library = _load("nvfatbin")
     handle = ctypes.c_void_p()
     # Uncompressed: device code is small beside weights, and loads without being unpacked.
-    options = (ctypes.c_char_p * 3)(b"-64", b"-host=linux", b"-compress=false")
-    _check_fatbin(library.nvFatbinCreate(ctypes.byref(handle), options, len(options)), library)
+    options = ("-64", "-host=linux", "-compress=false")
+    _check_fatbin(library.nvFatbinCreate(ctypes.byref(handle), _string_array(options), len(options)), library)
     try:
         yield library, handle
     finally:

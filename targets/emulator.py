@@ -222,9 +222,7 @@ def _compile_python(machine: Path) -> None:
         return
     for folder in (machine / _SITE, machine / _SYSTEM / "usr/lib/python3.11"):
         with redirect_stdout(io.StringIO()):  # some test files of these packages are not meant to compile
-            compileall.compile_dir(
-                folder, quiet=2, invalidation_mode=PycInvalidationMode.UNCHECKED_HASH, workers=1
-            )
+            compileall.compile_dir(folder, quiet=2, invalidation_mode=PycInvalidationMode.UNCHECKED_HASH, workers=1)
 
 
 def _call(command: Sequence[str], folder: Path) -> None:

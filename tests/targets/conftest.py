@@ -58,7 +58,7 @@ def emulator() -> Emulator:
     return emulator
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def relax_module() -> IRModule:
     """x [4, 8] float32 -> exp(x @ w) through bfloat16, which calls the C and the compiler's support library."""
     builder = relax.BlockBuilder()

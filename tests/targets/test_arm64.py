@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernels import (
+from target_kernels import (
     COLUMNS,
     REDUCTION,
     ROWS,
