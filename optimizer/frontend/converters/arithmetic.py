@@ -36,7 +36,7 @@ _BINARY: dict[str, Binary] = {
 
 _VARIADIC: dict[str, Binary] = {"Max": relax.op.maximum, "Min": relax.op.minimum, "Sum": relax.op.add}
 
-_EXPONENT_BITS = 6  # 2 ** 63 and above overflow 64 bits
+_EXPONENT_BITS = 6  # an exponent of 64 and above overflows 64 bits unless the base is -1, 0 or 1
 
 
 def _register_binary(operator: str, function: Binary) -> None:
@@ -93,7 +93,8 @@ def _float_remainder(left: te.Tensor, right: te.Tensor, truncated: bool) -> te.T
             return remainder
         zero = tirx.const(0, dtype)
         signed_zero = tirx.Select(y < zero, tirx.const(-0.0, dtype), zero)
-        moved = tirx.Select((remainder < zero) != (y < zero), remainder + y, remainder)
+        opposite = tirx.any(tirx.all(remainder < zero, y > zero), tirx.all(remainder > zero, y < zero))
+        moved = tirx.Select(opposite, remainder + y, remainder)
         return tirx.Select(remainder == zero, signed_zero, moved)
 
     return _broadcast_compute(left, right, element, "modulo")
@@ -101,15 +102,19 @@ def _float_remainder(left: te.Tensor, right: te.Tensor, truncated: bool) -> te.T
 
 @converter("BitShift", since=11)
 def bit_shift(node: Node) -> Result:
-    """Convert BitShift: a shift by the width of the type or more gives 0."""
+    """Convert BitShift: by a negative count, or by the type's width and more, all bits but the sign's copies are lost."""
     left, right = node.broadcast_operands(node.input(0), node.input(1))
     dtype = node.input().dtype
     width = np.dtype(dtype).itemsize * 8
+    to_left = node.string("direction") == "LEFT"
 
     def element(x: tvm.ir.Expr, count: tvm.ir.Expr) -> tvm.ir.Expr:
-        inside = tirx.min(count, tirx.const(width - 1, dtype))
-        shifted = x << inside if node.string("direction") == "LEFT" else x >> inside
-        return tirx.Select(count < tirx.const(width, dtype), shifted, tirx.const(0, dtype))
+        zero, last = tirx.const(0, dtype), tirx.const(width - 1, dtype)
+        inside = tirx.all(count >= zero, count <= last)
+        within = tirx.Select(inside, count, last)
+        shifted = x << within if to_left else x >> within
+        beyond = zero if to_left or is_unsigned(dtype) else shifted
+        return tirx.Select(inside, shifted, beyond)
 
     return node.compute(lambda x, y: _broadcast_compute(x, y, element, "bit_shift"), left, right)
 
@@ -150,8 +155,8 @@ def _integer_power(base: te.Tensor, exponent: te.Tensor) -> te.Tensor:
         for bit in range(_EXPONENT_BITS):
             result = tirx.Select(((count >> tirx.const(bit, dtype)) & one) == one, result * square, result)
             square = square * square
+        result = tirx.Select(tirx.all(x == zero, count > zero), zero, result)
         odd = (count & one) == one
-        # Beyond 63 the powers of -1, 0 and 1 alone are not multiples of 2 ** 64 for an even base.
         if is_unsigned(dtype):
             return result
         inverse = tirx.Select(x == one, one, tirx.Select(x == -one, tirx.Select(odd, x, one), zero))
