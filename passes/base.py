@@ -1,4 +1,4 @@
-"""What every pass keeps to: typed options, a site-by-site account of what was rewritten and what was refused and why."""
+"""What every pass keeps to: typed options, and an account of every site: rewritten, or refused and why."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Side by side with other engines: one command per table."""

@@ -1,0 +1,170 @@
+"""The engines that are compared. Each one runs in a process of its own, so that no thread pool disturbs another's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+Call = Callable[[], object]
+
+
+class EngineError(Exception):
+    """An engine cannot run a model; the message is the reason, for the table."""
+
+
+class Engine:
+    """One engine with one model loaded. `prepare` returns what is timed; `outputs` the results by name."""
+
+    name: str
+    compile_seconds: float
+
+    def __init__(self, model: Path, inputs: Arrays, threads: int) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def version() -> str:
+        """Return the engine's version."""
+        raise NotImplementedError
+
+    def call(self) -> object:
+        """Run the model once; this is what is timed."""
+        raise NotImplementedError
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """Run the model once and return its outputs by name."""
+        raise NotImplementedError
+
+
+class Optimizer(Engine):
+    """This project: compiled to a package, loaded by its runtime."""
+
+    name = "optimizer"
+
+    def __init__(self, model: Path, inputs: Arrays, threads: int) -> None:
+        import tempfile  # noqa: PLC0415
+
+        from optimizer.compile import CompileOptions, compile_model, find_target  # noqa: PLC0415
+        from optimizer.runtime import load  # noqa: PLC0415
+
+        shapes = {name: list(array.shape) for name, array in inputs.items()}
+        with tempfile.TemporaryDirectory() as folder:
+            package = Path(folder) / "package"
+            start = time.perf_counter()
+            compile_model(model, package, CompileOptions(find_target("host"), shapes), certify=False)
+            self.compile_seconds = time.perf_counter() - start
+            self._model = load(package, threads=threads)
+        self._inputs = dict(inputs)
+
+    @staticmethod
+    def version() -> str:
+        return metadata.version("optimizer")
+
+    def call(self) -> object:
+        return self._model(self._inputs, outputs="dlpack")
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        return self._model(self._inputs)
+
+
+class OnnxRuntime(Engine):
+    """onnxruntime with all graph optimizations."""
+
+    name = "onnxruntime"
+
+    def __init__(self, model: Path, inputs: Arrays, threads: int) -> None:
+        import onnxruntime  # noqa: PLC0415
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        start = time.perf_counter()
+        self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        self.compile_seconds = time.perf_counter() - start
+        self._inputs = dict(inputs)
+        self._names = [output.name for output in self._session.get_outputs()]
+
+    @staticmethod
+    def version() -> str:
+        return metadata.version("onnxruntime")
+
+    def call(self) -> object:
+        return self._session.run(None, self._inputs)
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        return dict(zip(self._names, self._session.run(None, self._inputs), strict=True))
+
+
+class OpenVino(Engine):
+    """OpenVINO for latency, in fp32 (its default on CPUs with bf16 would be bf16)."""
+
+    name = "openvino"
+
+    def __init__(self, model: Path, inputs: Arrays, threads: int) -> None:
+        import openvino  # noqa: PLC0415
+
+        core = openvino.Core()
+        read = core.read_model(str(model))
+        read.reshape({name: list(array.shape) for name, array in inputs.items()})
+        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        start = time.perf_counter()
+        self._request = core.compile_model(read, "CPU", settings).create_infer_request()
+        self.compile_seconds = time.perf_counter() - start
+        self._inputs = dict(inputs)
+
+    @staticmethod
+    def version() -> str:
+        return metadata.version("openvino")
+
+    def call(self) -> object:
+        return self._request.infer(self._inputs, share_inputs=True, share_outputs=True)
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        results = self._request.infer(self._inputs)
+        return {next(iter(port.names)): np.array(value) for port, value in results.items()}
+
+
+class StockTvm(Engine):
+    """TVM as shipped: its own ONNX importer and `tvm.compile`, nothing tuned."""
+
+    name = "tvm"
+
+    def __init__(self, model: Path, inputs: Arrays, threads: int) -> None:
+        import onnx  # noqa: PLC0415
+        import tvm  # noqa: PLC0415
+        from tvm import relax  # noqa: PLC0415
+        from tvm.relax.frontend.onnx import from_onnx  # noqa: PLC0415
+
+        from optimizer.compile import find_target  # noqa: PLC0415
+
+        shapes = {name: list(array.shape) for name, array in inputs.items()}
+        start = time.perf_counter()
+        try:
+            module = from_onnx(onnx.load(model), shape_dict=shapes)
+            executable = tvm.compile(module, target=find_target("host").tvm_target())
+        except Exception as error:  # TVM's importer refuses in many ways; each is a row of the table
+            raise EngineError(f"does not compile: {type(error).__name__}") from error
+        self.compile_seconds = time.perf_counter() - start
+        tvm.get_global_func("runtime.config_threadpool")(1, threads)
+        self._entry = relax.VirtualMachine(executable, tvm.cpu())["main"]
+        self._arguments = [tvm.runtime.tensor(array) for array in inputs.values()]
+        self._names = [output.name for output in onnx.load(model, load_external_data=False).graph.output]
+
+    @staticmethod
+    def version() -> str:
+        return metadata.version("apache-tvm")
+
+    def call(self) -> object:
+        return self._entry(*self._arguments)
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        result = self.call()
+        results = [result] if hasattr(result, "numpy") else list(result)  # pyright: ignore[reportArgumentType]
+        return {name: value.numpy() for name, value in zip(self._names, results, strict=False)}
+
+
+ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (Optimizer, OnnxRuntime, OpenVino, StockTvm)}

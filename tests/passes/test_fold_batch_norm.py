@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tvm import relax
+
+from passes.fold_batch_norm import FoldBatchNorm
+from tests.passes.relax_modules import operators, run
+
+_CONVOLUTIONS = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv2d, 3: relax.op.nn.conv3d}
+
+
+def _normalized_convolution(
+    *,
+    spatial: int = 2,
+    bias: np.ndarray | None = None,
+    groups: int = 1,
+    channels: tuple[int, int] = (4, 6),
+    axis: int = 1,
+    constant_weights: bool = True,
+    second_reader: bool = False,
+) -> tvm.IRModule:
+    rng = np.random.default_rng(7)
+    inputs, outputs = channels
+    weights = rng.standard_normal((outputs, inputs // groups, *(3,) * spatial)).astype("float32")
+    statistics = [rng.uniform(0.5, 2, outputs).astype("float32") for _ in range(4)]
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((2, inputs, *(7,) * spatial), "float32"))
+    w = relax.Var("w", relax.TensorType(weights.shape, "float32"))
+    parameters = [x] if constant_weights else [x, w]
+    with builder.function("main", parameters):
+        with builder.dataflow():
+            kernel = relax.const(weights) if constant_weights else w
+            y = builder.emit(_CONVOLUTIONS[spatial](x, kernel, groups=groups))
+            if bias is not None:
+                y = builder.emit(relax.op.add(y, relax.const(bias)))
+            constants = [relax.const(statistic) for statistic in statistics]
+            z = builder.emit(relax.op.nn.batch_norm(y, *constants, axis=axis, epsilon=1e-3, training=False))
+            result = builder.emit(relax.TupleGetItem(z, 0))
+            if second_reader:
+                result = builder.emit(relax.op.add(result, y))
+            output = builder.emit_output(result)
+        builder.emit_func_output(output)
+    return builder.get()
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    spatial=st.sampled_from([1, 2, 3]),
+    groups=st.sampled_from([1, 2]),
+    bias=st.sampled_from([None, "channel", "scalar"]),
+)
+def test_folding_keeps_the_result(spatial: int, groups: int, bias: str | None) -> None:
+    rng = np.random.default_rng(3)
+    shape = {"channel": (1, 6, *(1,) * spatial), "scalar": (1,) * (spatial + 2)}
+    values = None if bias is None else rng.standard_normal(shape[bias]).astype("float32")
+    module = _normalized_convolution(spatial=spatial, groups=groups, bias=values)
+    outcome = FoldBatchNorm().run(module)
+    assert operators(outcome.module) == [f"relax.nn.conv{spatial}d", "relax.add"]
+    assert outcome.rewritten == 1
+    x = rng.standard_normal((2, 4, *(7,) * spatial)).astype("float32")
+    before, after = run(module, x), run(outcome.module, x)
+    # Sums of at most 4 * 27 products of order 1, rounded once more for each weight.
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=108 * np.finfo("float32").eps * np.abs(before).max())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"axis": 2, "channels": (4, 5)}, "axis 1"),
+        ({"constant_weights": False}, "weights are not constant"),
+        ({"second_reader": True}, "another user"),
+        ({"bias": np.zeros((2, 6, 5, 5), "float32")}, "differs within a channel"),
+        ({"bias": np.zeros((1, 1, 1, 5), "float32")}, "differs within a channel"),
+    ],
+)
+def test_refusal_says_why_and_changes_nothing(options: dict, reason: str) -> None:
+    module = _normalized_convolution(**options)
+    outcome = FoldBatchNorm().run(module)
+    assert [reason in (site.refusal or "") for site in outcome.sites] == [True]
+    tvm.ir.assert_structural_equal(outcome.module, module)
+
+
+def test_folding_twice_changes_nothing_more() -> None:
+    once = FoldBatchNorm().run(_normalized_convolution()).module
+    twice = FoldBatchNorm().run(once)
+    assert twice.sites == ()
+    tvm.ir.assert_structural_equal(twice.module, once)
