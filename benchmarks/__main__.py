@@ -35,9 +35,9 @@ TABLES = {
 @click.option("--rounds", default=5, show_default=True, help="How often all engines take their turn.")
 def main(table: str, models: tuple[str, ...], engines: tuple[str, ...], threads: int | None, rounds: int) -> None:
     """Compare this compiler with other engines on the models of TABLE, interleaved in one run."""
-    from optimizer.runtime.machine import physical_cores  # noqa: PLC0415
+    from optimizer.runtime.machine import default_thread_count  # noqa: PLC0415
 
-    threads = threads or physical_cores()
+    threads = threads or default_thread_count()
     chosen = engines or tuple(ENGINES)
     click.echo(
         f"{datetime.date.today()}, {_cpu()}, {threads} threads, `{' '.join(['python -m benchmarks', *sys.argv[1:]])}`\n"
@@ -73,8 +73,8 @@ def _line(model: str, row: Row, ours: float) -> str:
     if row.error is not None:
         return f"| {model} | {row.engine} | {row.error} ||||||"
     return (
-        f"| {model} | {row.engine} {row.version} | {row.median * 1e3:.2f} | ±{row.spread:.0%} | {row.median / ours:.2f} "
-        f"| {row.compile_seconds:.1f} | {row.resident_bytes / 1e6:.0f} | {row.difference:.1e} |"
+        f"| {model} | {row.engine} {row.version} | {row.median * 1e3:.2f} | ±{row.spread:.0%} "
+        f"| {row.median / ours:.2f} | {row.compile_seconds:.1f} | {row.resident_bytes / 1e6:.0f} | {row.difference:.1e} |"
     )
 
 
