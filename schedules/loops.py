@@ -72,6 +72,21 @@ def unflatten(flat: Expr, extents: Sequence[Extent]) -> list[Expr]:
     return point[::-1]
 
 
+def quotient(extent: Extent, size: int) -> Extent:
+    """Return how many times `size` fits into `extent`."""
+    return extent // size if isinstance(extent, int) else tirx.floordiv(extent, index(size))
+
+
+def remainder(extent: Extent, size: int) -> Extent:
+    """Return what is left of `extent` beyond multiples of `size`."""
+    return extent % size if isinstance(extent, int) else tirx.floormod(extent, index(size))
+
+
+def ceiling(extent: Extent, size: int) -> Extent:
+    """Return how many tiles of `size` cover `extent`."""
+    return -(-extent // size) if isinstance(extent, int) else tirx.floordiv(extent + (size - 1), index(size))
+
+
 def product(extents: Sequence[Extent]) -> Extent:
     """Return the product of extents; an integer where all are."""
     result: Extent = 1
@@ -93,10 +108,7 @@ def tiles(extent: Extent, sizes: Sequence[int], body: Callable[[Expr, int], Stmt
     start: Extent = 0
     rest = extent
     for size in sizes:
-        if isinstance(rest, int):
-            count: Extent = rest // size
-        else:
-            count = tirx.floordiv(rest, index(size)) if size > 1 else rest
+        count = quotient(rest, size) if size > 1 else rest
         if not (isinstance(count, int) and count == 0):
             base = index(start)
             statements.append(loop(count, lambda i, s=size, b=base: body(b + i * s, s)))
@@ -105,7 +117,7 @@ def tiles(extent: Extent, sizes: Sequence[int], body: Callable[[Expr, int], Stmt
             rest = rest % size
         else:
             start = start + count * index(size) if not isinstance(start, int) or start else count * index(size)
-            rest = tirx.floormod(rest, index(size)) if size > 1 else 0
+            rest = remainder(rest, size) if size > 1 else 0
     if isinstance(rest, int) and rest:
         statements.append(body(index(start), rest))
     return sequence(statements) if statements else tirx.Evaluate(0)

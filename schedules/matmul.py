@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tvm import tirx
 from tvm.ir import TensorLoad
 from tvm.tirx.stmt import Stmt
 
-from schedules import epilogue, tiling
+from schedules import dot, epilogue, tiling
 from schedules.access import Access, AxisGroup, Step, branches_on, group_axes
 from schedules.epilogue import Epilogue
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
+from schedules.loops import Extent, ceiling, product
+from schedules.reducer import reducer_of
 from schedules.stages import Stage
 from targets.base import Target
 
@@ -69,49 +72,106 @@ class Matmul:
         return MatmulAnalysis(stage, follows, outer, rows, columns, tuple(reduction), operand, along == Step.STRIDED)
 
     def space(self, target: Target, analysis: MatmulAnalysis) -> Space:
-        """Return the register tile and whether the column operand is copied to panels."""
+        """Return the register tile, the rows of a task, and whether the column operand is copied to panels."""
         rows, vectors = register_tile(target)
-        extent = analysis.rows.extent if analysis.rows is not None else 1
-        enough = ROWS_TO_TRANSPOSE if analysis.transposed else ROWS_TO_COPY
-        copy = int(analysis.rows is not None and (not isinstance(extent, int) or extent >= enough))
         return (
             Choice("rows", rows, (4, 6, 8, 12, 14)),
             Choice("vectors", vectors, (1, 2, 3, 4)),
-            Choice("row_block", 64, (16, 32, 64, 128, 256)),
-            Choice("panel", copy, (0, 1)),
+            Choice("row_block", _row_block(target, analysis), (16, 32, 64, 128, 256)),
+            Choice("panel_rows", _enough_rows(analysis), (0, 16, 32, 64, 1 << 20)),
         )
 
     def apply(self, analysis: MatmulAnalysis, parameters: Parameters, target: Target) -> Stmt:
-        """Return the loop nest."""
-        lanes = vector_width(target, analysis.stage)
-        rows = parameters["rows"]
-        panel = analysis.operand if parameters["panel"] else None
-        extent = analysis.rows.extent if analysis.rows is not None else 1
-        block = max(rows, parameters["row_block"] // rows * rows)
+        """Return the loop nest; two of them, and a choice at run time, where the number of rows is symbolic."""
+        enough = parameters["panel_rows"]
+        extent: Extent = analysis.rows.extent if analysis.rows is not None else 1
         if isinstance(extent, int):
-            block = min(block, -(-extent // rows) * rows)
-        width = lanes * parameters["vectors"]
-        if isinstance(extent, int) and extent < rows:
-            width = lanes * max(parameters["vectors"], min(8, rows * parameters["vectors"] // max(1, extent)))
-        columns = analysis.columns.extent
-        if isinstance(columns, int):
-            width = min(width, -(-columns // lanes) * lanes)
-        return tiling.emit(
-            tiling.Tile(
-                stage=analysis.stage,
+            return _many_rows(analysis, parameters, target) if extent >= enough else _few_rows(analysis, target)
+        many, few = _many_rows(analysis, parameters, target), _few_rows(analysis, target)
+        return tirx.IfThenElse(extent >= enough, many, few)
+
+
+def _enough_rows(analysis: MatmulAnalysis) -> int:
+    return ROWS_TO_TRANSPOSE if analysis.transposed else ROWS_TO_COPY
+
+
+def _row_block(target: Target, analysis: MatmulAnalysis) -> int:
+    """Return the most rows of a task that leave every core two tasks."""
+    _, vectors = register_tile(target)
+    width = vectors * vector_width(target, analysis.stage)
+    rows: Extent = analysis.rows.extent if analysis.rows is not None else 1
+    others = product([ceiling(analysis.columns.extent, width), *(group.extent for group in analysis.outer)])
+    for block in (256, 128, 64):
+        tasks = product([others, ceiling(rows, block)])
+        if isinstance(tasks, int) and tasks >= 2 * target.cores:
+            return block
+    return 32
+
+
+def _many_rows(analysis: MatmulAnalysis, parameters: Parameters, target: Target) -> Stmt:
+    rows, vectors = parameters["rows"], parameters["vectors"]
+    block = max(rows, parameters["row_block"] // rows * rows)
+    return tiling.emit(_tile(analysis, target, (rows, vectors), block, analysis.operand))
+
+
+def _few_rows(analysis: MatmulAnalysis, target: Target) -> Stmt:
+    """Return code for fewer rows than pay a copy of the column operand."""
+    stage = analysis.stage
+    along = analysis.reduction[-1]
+    reducer = reducer_of(stage)
+    lanes = vector_width(target, stage)
+    rows, vectors = register_tile(target)
+    extent: Extent = analysis.rows.extent if analysis.rows is not None else 1
+    if analysis.transposed and reducer is not None and walks_in_lanes(stage, along):
+        side = 4 if rows * vectors >= 16 else 3
+        return dot.emit(
+            dot.DotTile(
+                stage=stage,
                 epilogue=analysis.epilogue,
+                reducer=reducer,
                 outer=analysis.outer,
-                vector_group=analysis.columns,
                 row_group=analysis.rows,
+                column_group=analysis.columns,
                 reduction=analysis.reduction,
-                width=width,
+                along=along,
                 lanes=lanes,
-                rows=rows,
-                row_block=block,
-                panel=panel,
-                parallel=is_large(work_of(analysis.stage)),
+                rows=side,
+                columns=side if extent != 1 else 2 * side,
+                parallel=is_large(work_of(stage)),
             )
         )
+    if not isinstance(extent, int) or extent <= rows // 2:
+        rows, vectors = rows // 2, 2 * vectors
+    return tiling.emit(_tile(analysis, target, (rows, vectors), 4 * rows, None))
+
+
+def _tile(
+    analysis: MatmulAnalysis, target: Target, shape: tuple[int, int], row_block: int, panel: TensorLoad | None
+) -> tiling.Tile:
+    """Return a register tile of `shape` rows by vectors, no larger than the output."""
+    rows, vectors = shape
+    lanes = vector_width(target, analysis.stage)
+    width = lanes * vectors
+    columns = analysis.columns.extent
+    if isinstance(columns, int):
+        width = min(width, -(-columns // lanes) * lanes)
+    extent: Extent = analysis.rows.extent if analysis.rows is not None else 1
+    if isinstance(extent, int):
+        row_block = min(row_block, -(-extent // rows) * rows)
+    return tiling.Tile(
+        stage=analysis.stage,
+        epilogue=analysis.epilogue,
+        outer=analysis.outer,
+        vector_group=analysis.columns,
+        row_group=analysis.rows,
+        reduction=analysis.reduction,
+        width=width,
+        lanes=lanes,
+        rows=rows,
+        row_block=row_block,
+        panel=panel,
+        parallel=is_large(work_of(analysis.stage)),
+    )
 
 
 def register_tile(target: Target) -> tuple[int, int]:
@@ -139,6 +199,14 @@ def follows_as_stage(follows: Epilogue) -> Stage:
 def step(load: TensorLoad, group: AxisGroup) -> Step:
     """Return how `load` moves along the fastest axis of `group`."""
     return Access(load.source, tuple(load.indices)).step(group.inner)
+
+
+def walks_in_lanes(stage: Stage, group: AxisGroup) -> bool:
+    """Return whether every read is contiguous or constant along `group`, and no condition or number depends on it."""
+    steps = [step(load, group) for load in stage.loads()]
+    if any(kind not in (Step.NONE, Step.UNIT) for kind in steps) or Step.UNIT not in steps:
+        return False
+    return not branches_on(stage.value, group.inner)
 
 
 def depends(load: TensorLoad, group: AxisGroup) -> bool:

@@ -9,7 +9,7 @@ from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.loops import Extent, load, local, loop, store, vector, with_local
+from schedules.loops import Extent, load, local, loop, quotient, remainder, store, vector, with_local
 from schedules.stages import Stage, loads_of, replace_loads, sequence, substitute
 
 NARROW_FLOATS = ("float16", "bfloat16")
@@ -75,6 +75,12 @@ def widen(term: Expr) -> Expr:
     return term.astype("float32")
 
 
+def term_at(stage: Stage, reducer: Reducer, point: Mapping[Var, Expr]) -> Expr:
+    """Return the term at `point` of the stage's axes in the type that accumulates."""
+    term = substitute(reducer.term, point)
+    return widen(term) if accumulator_dtype(stage) != str(stage.output.dtype) else term
+
+
 def lanes_for(extent: Extent, lanes: int, most: int = 4) -> int:
     """Return how many lanes accumulate side by side: whole registers, up to `most`, and no more than the axis has."""
     if not isinstance(extent, int):
@@ -126,19 +132,15 @@ def reduce_contiguous(
     identity = reducer.identity.astype(dtype)
 
     def step(buffer: Var, position: Expr, point: Mapping[Var, Expr]) -> Stmt:
-        term = substitute(reducer.term, point)
-        term = widen(term) if dtype != str(stage.output.dtype) else term
-        return store(buffer, reducer.combine(load(buffer, [position]), term), [position])
+        return store(buffer, reducer.combine(load(buffer, [position]), term_at(stage, reducer, point)), [position])
 
     def main(values: Mapping[Var, Expr]) -> Stmt:
         return loop(count, lambda i: vector(width, lambda v: step(lanes_buffer, v, {**values, **at(i * width + v)})))
 
     def tail(values: Mapping[Var, Expr]) -> Stmt:
-        return loop(rest, lambda i: step(total, zero, {**values, **at(count * tirx.const(width, "int64") + i)}))
+        return loop(rest, lambda i: step(total, zero, {**values, **at(tirx.const(0, "int64") + count * width + i)}))
 
-    width_index = tirx.const(width, "int64")
-    count = extent // width if isinstance(extent, int) else tirx.floordiv(extent, width_index)
-    rest = extent % width if isinstance(extent, int) else tirx.floormod(extent, width_index)
+    count, rest = quotient(extent, width), remainder(extent, width)
     buffers, folding, folded = fold_lanes(reducer, lanes_buffer, 0, width, dtype)
     initial = stage.initial.astype(dtype) if stage.initial is not None else identity
     statements = [

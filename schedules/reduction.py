@@ -10,11 +10,11 @@ from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules import tiling
-from schedules.access import AxisGroup, Step, branches_on, group_axes
+from schedules.access import AxisGroup, Step, group_axes
 from schedules.epilogue import Epilogue
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
 from schedules.loops import load, local, nest, parallel, product, store, unflatten, with_local
-from schedules.matmul import follows_as_stage, split_epilogue, step
+from schedules.matmul import follows_as_stage, split_epilogue, step, walks_in_lanes
 from schedules.reducer import Reducer, accumulate, accumulator_dtype, reduce_contiguous, reducer_of
 from schedules.stages import Stage, substitute
 from targets.base import Target
@@ -87,14 +87,6 @@ class Reduction:
                 parallel=large,
             )
         )
-
-
-def walks_in_lanes(stage: Stage, group: AxisGroup) -> bool:
-    """Return whether every read is contiguous or constant along `group`, and no condition or number depends on it."""
-    steps = [step(load, group) for load in stage.loads()]
-    if any(kind not in (Step.NONE, Step.UNIT) for kind in steps) or Step.UNIT not in steps:
-        return False
-    return not branches_on(stage.value, group.inner)
 
 
 def prefer_reduced(stage: Stage, columns: AxisGroup, along: AxisGroup) -> bool:

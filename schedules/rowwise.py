@@ -19,7 +19,8 @@ from schedules.elementwise import vector_tiles
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
 from schedules.loops import Extent, index, load, local, loop, nest, parallel, product, store, unflatten, with_local
 from schedules.reducer import reducer_of
-from schedules.reduction import reduce_element, walks_in_lanes
+from schedules.matmul import walks_in_lanes
+from schedules.reduction import reduce_element
 from schedules.stages import Axis, Stage, replace_loads
 from targets.base import Target
 
