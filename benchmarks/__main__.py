@@ -74,7 +74,8 @@ def _line(model: str, row: Row, ours: float) -> str:
         return f"| {model} | {row.engine} | {row.error} ||||||"
     return (
         f"| {model} | {row.engine} {row.version} | {row.median * 1e3:.2f} | ±{row.spread:.0%} "
-        f"| {row.median / ours:.2f} | {row.compile_seconds:.1f} | {row.resident_bytes / 1e6:.0f} | {row.difference:.1e} |"
+        f"| {row.median / ours:.2f} | {row.compile_seconds:.1f} | {row.resident_bytes / 1e6:.0f} "
+        f"| {row.difference:.1e} |"
     )
 
 
