@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -21,7 +21,11 @@ Settings = Mapping[str, object]
 # How `benchmarks.export` calls the network: with its inputs as keywords, as a decoder over a given encoder output,
 # or as a decoder with a key-value cache.
 Call = Literal["keywords", "decoder", "decoder_with_past"]
+# The two ONNX exporters of torch: `torch.onnx.export(dynamo=True)` and `dynamo=False`.
+Exporter = Literal["dynamo", "torchscript"]
+EXPORTERS: tuple[Exporter, ...] = get_args(Exporter)
 
+SEED = 0
 VOCABULARY = 100
 HEADS = 4
 LAYERS = 2
@@ -55,6 +59,11 @@ class Variant:
     settings: Settings
     inputs: tuple[Input, ...]
     cases: Mapping[str, Dimensions]
+
+    def draw(self, case: str) -> dict[str, Array]:
+        """Return random inputs of the case called `case`, by name; the same on every call."""
+        generator = np.random.default_rng([SEED, list(self.cases).index(case)])
+        return {spec.name: spec.draw(generator, self.cases[case]) for spec in self.inputs}
 
 
 @dataclass(frozen=True)

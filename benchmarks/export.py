@@ -1,27 +1,26 @@
 """Build the architectures of the table with random weights and export them with both ONNX exporters of torch."""
 
+# torch and transformers are installed only where models are exported.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 import onnx
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
 
-from benchmarks.architectures import Architecture, Array, Call, Variant
+from benchmarks.architectures import SEED, Architecture, Array, Call, Exporter, Variant
 
-Exporter = Literal["dynamo", "torchscript"]
 # torch reports every torchvision operator that it cannot register.
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-
-EXPORTERS: tuple[Exporter, ...] = get_args(Exporter)
-SEED = 0
 
 
 class FlatModule(nn.Module):
@@ -35,15 +34,18 @@ class FlatModule(nn.Module):
         self.outputs = outputs
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Call the network with its inputs by name, and return the tensors among its results that the table lists."""
         named = dict(zip(self.inputs, tensors, strict=True))
         if self.call == "decoder_with_past":
             return self._with_past(named)
-        if self.call == "decoder":
-            named["encoder_outputs"] = (named.pop("encoder_hidden_states"),)
-            if "encoder_attention_mask" in named:
-                named["attention_mask"] = named.pop("encoder_attention_mask")
-        result = self.model(**named, return_dict=True)
+        result = self._over_encoder(named) if self.call == "decoder" else self.model(**named, return_dict=True)
         return tuple(result[name] for name in self.outputs)
+
+    def _over_encoder(self, named: dict[str, Tensor]) -> ModelOutput:
+        states = named.pop("encoder_hidden_states")
+        if "encoder_attention_mask" in named:
+            named["attention_mask"] = named.pop("encoder_attention_mask")
+        return self.model(**named, encoder_outputs=(states,), return_dict=True)
 
     def _with_past(self, named: dict[str, Tensor]) -> tuple[Tensor, ...]:
         past = [named.pop(name) for name in self.inputs if name.startswith("past_key_values.")]
@@ -59,7 +61,7 @@ def build(architecture: Architecture, variant: Variant) -> FlatModule:
     config = getattr(transformers, architecture.config)(**variant.settings)
     model: nn.Module = getattr(transformers, architecture.model)(config)
     if architecture.part == "encoder":
-        model = model.get_encoder()
+        model = model.get_submodule("encoder")
     randomize(model)
     names = tuple(spec.name for spec in variant.inputs)
     return FlatModule(model, architecture.call, names, tuple(architecture.outputs)).eval()
@@ -102,12 +104,6 @@ def _deviation(owner: nn.Module, name: str, tensor: Tensor) -> float:
     return float(np.prod(tensor.shape[1:])) ** -0.5
 
 
-def draw_inputs(variant: Variant, case: str) -> dict[str, Array]:
-    """Return the random inputs of one case, by name; the same on every call."""
-    generator = np.random.default_rng([SEED, list(variant.cases).index(case)])
-    return {spec.name: spec.draw(generator, variant.cases[case]) for spec in variant.inputs}
-
-
 def run_torch(module: FlatModule, inputs: dict[str, Array]) -> dict[str, Array]:
     """Return the outputs of the network by name."""
     with torch.no_grad():
@@ -120,24 +116,37 @@ def export(module: FlatModule, architecture: Architecture, variant: Variant, exp
 
     The exporters are called with their defaults (operator set included), as people call them.
     """
-    example = draw_inputs(variant, next(iter(variant.cases)))
+    example = variant.draw(next(iter(variant.cases)))
     arguments = tuple(torch.from_numpy(example[name]) for name in module.inputs)
     axes = {
         spec.name: {axis: dim for axis, dim in enumerate(spec.dims) if isinstance(dim, str)} for spec in variant.inputs
     }
     dynamic = any(axes.values())
-    options: dict[str, object] = {"input_names": list(module.inputs), "output_names": list(module.outputs)}
-    if exporter == "dynamo":
-        options |= {
-            "dynamo": True,
-            "dynamic_shapes": (tuple(axes.values()),) if dynamic else None,
-            "external_data": False,
-        }
-    else:
-        options |= {"dynamo": False, "dynamic_axes": {**axes, **architecture.outputs} if dynamic else None}
+    names = list(module.inputs)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.onnx.export(module, arguments, str(path), verbose=False, **options)  # pyright: ignore[reportArgumentType]
+        if exporter == "dynamo":
+            torch.onnx.export(
+                module,
+                arguments,
+                path,
+                input_names=names,
+                output_names=list(module.outputs),
+                dynamo=True,
+                dynamic_shapes=(tuple(axes.values()),) if dynamic else None,
+                external_data=False,
+                verbose=False,
+            )
+        else:
+            torch.onnx.export(
+                module,
+                arguments,
+                path,
+                input_names=names,
+                output_names=list(module.outputs),
+                dynamo=False,
+                dynamic_axes={**axes, **architecture.outputs} if dynamic else None,
+            )
     model = onnx.load(path)
     _remove_debug_text(model)
     onnx.checker.check_model(model, full_check=True)

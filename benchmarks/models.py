@@ -12,26 +12,26 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.architectures import ARCHITECTURES, Architecture
+from benchmarks.architectures import ARCHITECTURES, EXPORTERS, Exporter
 
 FULL_SIZE = {row.full_name: row for row in ARCHITECTURES.values() if row.full is not None}
-EXPORTERS = ("dynamo", "torchscript")
 REQUIREMENTS = "torch==2.13.0 transformers==5.23.0 onnx onnxscript"
 
 
-def model_path(name: str, exporter: str = "dynamo") -> Path:
+def model_path(name: str, exporter: Exporter = "dynamo") -> Path:
     """Return where the full-size model called `name` (a key of `FULL_SIZE`) is kept, whether or not it exists yet."""
     cache = os.environ.get("OPTIMIZER_CACHE")
     root = Path(cache) if cache else Path.home() / ".cache" / "optimizer"
     return root / "models" / f"{name}_{exporter}.onnx"
 
 
-def make(architecture: Architecture, exporter: str) -> Path:
-    """Export the full size of `architecture` into the cache and return its path; the file appears only when complete."""
-    from benchmarks.export import build, export
+def make(name: str, exporter: Exporter) -> Path:
+    """Export the full-size model called `name` into the cache; the file appears only when complete."""
+    from benchmarks.export import build, export  # noqa: PLC0415 (needs torch)
 
+    architecture = FULL_SIZE[name]
     assert architecture.full is not None
-    path = model_path(architecture.full_name, exporter)
+    path = model_path(name, exporter)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     export(build(architecture, architecture.full), architecture, architecture.full, exporter, partial)
@@ -39,6 +39,7 @@ def make(architecture: Architecture, exporter: str) -> Path:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Make the full-size models that the benchmarks run.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(FULL_SIZE)}")
     parser.add_argument("--exporter", choices=EXPORTERS, default="dynamo")
@@ -51,7 +52,7 @@ def main() -> None:
     if missing and not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
         sys.exit(f"benchmarks.models: exporting models needs torch and transformers: pip install {REQUIREMENTS}")
     for name in names:
-        path = make(FULL_SIZE[name], arguments.exporter) if name in missing else model_path(name, arguments.exporter)
+        path = make(name, arguments.exporter) if name in missing else model_path(name, arguments.exporter)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", flush=True)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from benchmarks.architectures import ARCHITECTURES, Architecture, Array
-from benchmarks.export import EXPORTERS, FlatModule, build, draw_inputs, export, run_torch
+from benchmarks.architectures import ARCHITECTURES, EXPORTERS, Architecture, Array
+from benchmarks.export import FlatModule, build, export, run_torch
 
 FOLDER = Path(__file__).parent
 # Two layers in fp32 differ by the order of summation alone: a hundred roundings of 2**-23, of the largest value.
@@ -41,8 +41,9 @@ def _reference(path: Path, module: FlatModule, architecture: Architecture) -> di
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     arrays: dict[str, Array] = {}
     for case in architecture.small.cases:
-        inputs = draw_inputs(architecture.small, case)
-        outputs = dict(zip(module.outputs, session.run(list(module.outputs), inputs), strict=True))
+        inputs = architecture.small.draw(case)
+        results = session.run(list(module.outputs), inputs)
+        outputs = {key: np.asarray(value) for key, value in zip(module.outputs, results, strict=True)}
         _check(f"{path.name}, case {case}", outputs, run_torch(module, inputs))
         arrays |= {f"{case}/inputs/{key}": value for key, value in inputs.items()}
         arrays |= {f"{case}/outputs/{key}": value for key, value in outputs.items()}
