@@ -9,6 +9,7 @@ from tvm import relax
 
 from schedules import KernelReport, schedule_module
 from targets.base import Target
+from targets.device_code import generating_source
 
 # TVM's own passes that turn operators into TIR functions and fuse them.
 _LEGALIZE = (
@@ -58,7 +59,7 @@ def lower(module: tvm.IRModule, target: Target) -> LoweredModule:
 def build(module: tvm.IRModule, target: Target) -> relax.VMExecutable:
     """Generate code for a module whose TIR functions are scheduled."""
     tvm_target = target.tvm_target()
-    with tvm_target:
+    with tvm_target, generating_source():
         for transform in _FINISH:
             module = transform()(module)
         return relax.build(module, tvm_target, relax_pipeline=None)

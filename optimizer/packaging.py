@@ -53,7 +53,7 @@ def requirements(target: Target) -> Requirements:
         architecture=target.architecture,
         cpu_features=tuple(sorted(target.features)),
         device=target.device,
-        gpu_architectures=target.gpu_architectures,
+        gpu_architectures=target.device_code_architectures,
         glibc=GLIBC_FLOOR,
         libraries=tuple(Library(name, versions.get(name, version)) for name in names),
     )

@@ -75,6 +75,14 @@ class Target:
         """The triple, with the C library's version, that the linker is asked for."""
         return f"{self.architecture}-linux-gnu.{GLIBC_FLOOR}"
 
+    @property
+    def device_code_architectures(self) -> tuple[str, ...]:
+        """What the package's device code is for: a cubin for each GPU architecture, and PTX for the lowest."""
+        if not self.gpu_architectures:
+            return ()
+        lowest = min(map(architecture_number, self.gpu_architectures))
+        return (*self.gpu_architectures, f"compute_{lowest}")
+
     def tvm_target(self) -> TVMTarget:
         """Return TVM's description of this target; that of a GPU carries its host's.
 

@@ -27,14 +27,17 @@ _FAT_BINARY_MAGIC = 0xBA55ED50
 _FAT_BINARY_HEADER = struct.Struct("<IHHQ")  # magic, version, header size, size of what follows
 _FAT_BINARY_ENTRY = struct.Struct("<HHIQ")  # kind, version, header size, payload size
 _ENTRY_ARCHITECTURE_OFFSET = 28
-_ENTRY_KINDS: dict[int, Literal["ptx", "cubin"]] = {1: "ptx", 2: "cubin"}
+_ENTRY_KINDS: dict[int, tuple[Literal["ptx", "cubin"], str]] = {1: ("ptx", "compute_"), 2: ("cubin", "sm_")}
 
 _LIBRARY_SYMBOL = "__tvm_ffi__library_bin"
 
 
 @dataclass(frozen=True)
 class DeviceCode:
-    """One piece of code for a GPU: its form and, unless it is source, the architecture that it is for."""
+    """One piece of code for a GPU: its form, its size in bytes and, unless it is source, its architecture.
+
+    A cubin is for "sm_90" (and later ones of its generation), PTX for "compute_90" and all that came after it.
+    """
 
     form: Literal["cubin", "ptx", "source"]
     architecture: str | None
@@ -135,7 +138,8 @@ def fat_binary_entries(data: bytes) -> Iterator[DeviceCode]:
             (number,) = struct.unpack_from("<I", data, offset + _ENTRY_ARCHITECTURE_OFFSET)
             if kind not in _ENTRY_KINDS:
                 raise ValueError(f"unknown kind of code {kind} in a fat binary")
-            yield DeviceCode(_ENTRY_KINDS[kind], f"sm_{number}", payload_size)
+            form, prefix = _ENTRY_KINDS[kind]
+            yield DeviceCode(form, f"{prefix}{number}", payload_size)
             offset += entry_header_size + payload_size
     except struct.error as error:
         raise ValueError(f"a fat binary is cut short: {error}") from error

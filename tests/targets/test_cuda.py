@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import targets
 from targets import cuda_compiler, device_code, linking
 from targets.cache import cache_directory
 from targets.elf import ElfFile
+from targets.gpu import gpus
 
 ARCHITECTURES = ("sm_80", "sm_90")
 _EXECUTE = Path(__file__).parent / "execute_library.py"
@@ -51,8 +51,10 @@ def test_library_holds_a_cubin_for_each_architecture_and_ptx_for_newer_ones(libr
     assert {(code.form, code.architecture) for code in codes} == {
         ("cubin", "sm_80"),
         ("cubin", "sm_90"),
-        ("ptx", "sm_80"),
+        ("ptx", "compute_80"),
     }
+    declared = targets.get("cuda", ARCHITECTURES).device_code_architectures
+    assert {code.architecture for code in codes} == set(declared)
 
 
 def test_library_holds_no_source(library: Path):
@@ -92,7 +94,7 @@ def test_fat_binary_entries_are_cuda_executables(toolkit: Path):  # noqa: ARG001
     assert ElfFile(binary[start:]).architecture == _CUDA_ELF_MACHINE
     assert [(code.form, code.architecture) for code in device_code.fat_binary_entries(binary)] == [
         ("cubin", "sm_90"),
-        ("ptx", "sm_90"),
+        ("ptx", "compute_90"),
     ]
 
 
@@ -176,7 +178,7 @@ def test_cuda_runtime_reads_the_library(library: Path, toolkit: Path, tmp_path: 
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no NVIDIA driver on this machine")
+@pytest.mark.skipif(not gpus(), reason="no NVIDIA GPU on this machine")
 def test_relax_module_on_a_gpu_equals_x86(
     execute, library: Path, toolkit: Path, relax_module: IRModule, tmp_path: Path
 ):
