@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +36,7 @@ def open_device(requirements: Requirements, name: str | None) -> Device:
     _load_library("tvm_runtime_extra")
     if requirements.device == "cpu":
         return _open_device("cpu", 0)
+    _load_cuda_runtime()
     _load_library("tvm_runtime_cuda")
     device = _open_device("cuda", int(match[2] or 0))
     if not device.exist:
@@ -83,6 +86,15 @@ def _runs(code: tuple[str, int, int, str], gpu: tuple[str, int, int, str]) -> bo
     if kind == "compute":
         return (major, minor) <= gpu[1:3]
     return kind == "sm" and major == gpu[1] and minor <= gpu[2]
+
+
+def _load_cuda_runtime() -> None:
+    """Load the CUDA runtime of NVIDIA's wheel, where there is one, for TVM's library to find; else the system's is."""
+    package = importlib.util.find_spec("nvidia")
+    for location in (package.submodule_search_locations or ()) if package else ():
+        library = Path(location) / "cu13" / "lib" / "libcudart.so.13"
+        if library.exists():
+            ctypes.CDLL(str(library))
 
 
 def _load_library(name: str) -> None:
