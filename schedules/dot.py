@@ -73,7 +73,9 @@ def emit(tile: DotTile) -> Stmt:
             point.update(group.point(position))
 
         def strip_of(column: Expr, width: int) -> Stmt:
-            return _part(block, rows, TASK_ROWS, tile.rows, lambda row, count: _micro(tile, point, (row, count), (column, width)))
+            return _part(
+                block, rows, TASK_ROWS, tile.rows, lambda row, count: _micro(tile, point, (row, count), (column, width))
+            )
 
         return _part(strip, columns, tile.columns, tile.columns, strip_of)
 

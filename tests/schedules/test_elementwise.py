@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tvm.relax import op
+
+from tests.schedules.execution import integers, normal, run
+
+SIZES = st.sampled_from([1, 2, 3, 7, 16, 17, 33, 65])
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(shape=st.tuples(SIZES, SIZES, SIZES), kept=st.tuples(st.booleans(), st.booleans(), st.booleans()))
+def test_broadcast_sum(shape: tuple[int, ...], kept: tuple[bool, ...]) -> None:
+    other = tuple(extent if keep else 1 for extent, keep in zip(shape, kept, strict=True))
+    a, b = normal(*shape), normal(*other, seed=1)
+    got, families = run(op.add, [a, b])
+    np.testing.assert_array_equal(got, a + b)
+    assert families == {"elementwise"}
+
+
+@pytest.mark.parametrize("shape", [(301, 503), (70001,), (1, 1), ()])
+def test_large_small_and_scalar_tensors(shape: tuple[int, ...]) -> None:
+    x = normal(*shape) if shape else np.float32(1.5).reshape(())
+    got, _ = run(lambda x: op.nn.relu(op.multiply(x, x)), [x])
+    np.testing.assert_array_equal(got, x * x)
+
+
+def test_symbolic_shapes() -> None:
+    a, b = normal(5, 37), normal(37, seed=1)
+    got, _ = run(op.multiply, [a, b], [("n", "m"), ("m",)])
+    np.testing.assert_array_equal(got, a * b)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(shape=st.tuples(SIZES, SIZES, SIZES), axes=st.permutations([0, 1, 2]))
+def test_transposition(shape: tuple[int, ...], axes: list[int]) -> None:
+    x = normal(*shape)
+    got, _ = run(lambda x: op.permute_dims(x, axes), [x])
+    np.testing.assert_array_equal(got, x.transpose(axes))
+
+
+def test_concatenation_padding_and_slices() -> None:
+    a, b = normal(3, 7), normal(3, 40, seed=1)
+    got, _ = run(lambda a, b: op.nn.relu(op.concat([a, b], axis=1)), [a, b])
+    np.testing.assert_array_equal(got, np.maximum(np.concatenate([a, b], 1), 0))
+    got, _ = run(lambda a: op.nn.pad(a, (1, 2, 3, 4)), [a])
+    np.testing.assert_array_equal(got, np.pad(a, [(1, 2), (3, 4)]))
+    got, _ = run(lambda b: op.strided_slice(b, [1], [1], [39], [2]), [b])
+    np.testing.assert_array_equal(got, b[:, 1:39:2])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int32", "int64", "uint8"])
+def test_arithmetic_in_other_types(dtype: str) -> None:
+    make = normal if dtype.startswith("float") else integers
+    a, b = make(5, 71, dtype=dtype), make(71, dtype=dtype, seed=1)
+    got, _ = run(op.add, [a, b])
+    np.testing.assert_array_equal(got, a + b)
+
+
+def test_gather_of_rows() -> None:
+    table, rows = normal(50, 16), integers(3, 5, dtype="int64") % 50
+    got, _ = run(lambda t, i: op.take(t, i, axis=0, mode="clip"), [table, rows])
+    np.testing.assert_array_equal(got, table[rows])
+
+
+def test_scatter_keeps_its_order_of_updates() -> None:
+    data, updates = normal(9, 4), normal(6, 4, seed=1)
+    rows = np.array([[1], [3], [1], [8], [0], [3]], "int64")
+    got, _ = run(lambda d, i, u: op.scatter_nd(d, i, u, reduction="add"), [data, rows, updates])
+    want = data.copy()
+    np.add.at(want, rows[:, 0], updates)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_sorting_is_left_as_it_is() -> None:
+    x = normal(4, 30)
+    got, _ = run(lambda x: op.cumsum(op.sort(x, axis=1), axis=1), [x])
+    np.testing.assert_allclose(got, np.cumsum(np.sort(x, 1), 1), rtol=1e-5, atol=1e-5)

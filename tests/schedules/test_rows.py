@@ -1,0 +1,98 @@
+"""Reductions and functions of rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tvm.relax import op
+
+from tests.schedules.execution import integers, normal, run, sum_tolerance
+
+SIZES = st.sampled_from([1, 2, 3, 7, 16, 17, 33, 64, 65, 131])
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(shape=st.tuples(SIZES, SIZES), axis=st.sampled_from([0, 1]))
+def test_sum_and_maximum_along_either_axis(shape: tuple[int, int], axis: int) -> None:
+    x = normal(*shape)
+    got, _ = run(lambda x: op.sum(op.multiply(x, x), axis=axis), [x])
+    np.testing.assert_allclose(got, (x.astype("float64") ** 2).sum(axis), rtol=1e-5)
+    got, _ = run(lambda x: op.max(x, axis=axis), [x])
+    np.testing.assert_array_equal(got, x.max(axis))
+
+
+@pytest.mark.parametrize("axis", [None, [0, 2], 1])
+def test_sum_over_several_axes(axis: list[int] | int | None) -> None:
+    x = normal(7, 11, 13)
+    got, families = run(lambda x: op.sum(x, axis=axis), [x])
+    axes = tuple(axis) if isinstance(axis, list) else axis
+    np.testing.assert_allclose(got, x.astype("float64").sum(axes), rtol=1e-5, atol=sum_tolerance(1001, 1.0))
+    assert families == {"reduction"}
+
+
+def test_fp16_sum_is_rounded_once() -> None:
+    x = normal(3, 1000, dtype="float16")
+    got, _ = run(lambda x: op.sum(x, axis=1), [x])
+    want = x.astype("float64").sum(1)
+    np.testing.assert_allclose(got, want, rtol=2.0**-10, atol=sum_tolerance(1000, 1.0))
+
+
+def test_positions_of_extrema() -> None:
+    x = integers(9, 40, dtype="int32")
+    got, _ = run(lambda x: op.argmax(x, axis=1), [x])
+    np.testing.assert_array_equal(got, x.argmax(1))
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(shape=st.tuples(SIZES, SIZES), axis=st.sampled_from([0, 1]))
+def test_softmax(shape: tuple[int, int], axis: int) -> None:
+    x = normal(*shape) * 10
+    got, _ = run(lambda x: op.nn.softmax(x, axis=axis), [x])
+    exponentials = np.exp(x.astype("float64") - x.max(axis, keepdims=True))
+    # The difference from the maximum, up to 60 here, is rounded before it is exponentiated.
+    np.testing.assert_allclose(got, exponentials / exponentials.sum(axis, keepdims=True), rtol=1e-5)
+
+
+def test_masked_softmax_over_symbolic_lengths() -> None:
+    x, mask = normal(2, 3, 5, 37), np.where(integers(2, 1, 5, 37) > 0, 0, -np.inf).astype("float32")
+    mask[..., 0] = 0
+    got, families = run(
+        lambda x, m: op.nn.softmax(op.add(x, m), axis=-1), [x, mask], [(2, 3, "s", "t"), (2, 1, "s", "t")]
+    )
+    exponentials = np.exp(x.astype("float64") + mask)
+    np.testing.assert_allclose(got, exponentials / exponentials.sum(-1, keepdims=True), rtol=1e-5)
+    assert "rowwise" in families
+
+
+@pytest.mark.parametrize("width", [1, 5, 16, 40, 131])
+def test_layer_norm_with_activation(width: int) -> None:
+    x, scale, bias = normal(2, 5, width), normal(width, seed=1), normal(width, seed=2)
+    got, families = run(
+        lambda x, g, b: op.nn.relu(op.nn.layer_norm(x, g, b, axes=[-1])),
+        [x, scale, bias],
+        [("n", "s", width), (width,), (width,)],
+    )
+    wide = x.astype("float64")
+    want = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5) * scale + bias
+    np.testing.assert_allclose(got, np.maximum(want, 0), rtol=1e-5, atol=1e-5)
+    assert width == 1 or families == {"rowwise"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rms_norm(dtype: str) -> None:
+    x, scale = normal(3, 5, 72, dtype=dtype), normal(72, dtype=dtype, seed=1)
+    got, families = run(lambda x, g: op.nn.rms_norm(x, g, axes=[-1]), [x, scale])
+    wide = x.astype("float64")
+    want = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5) * scale
+    np.testing.assert_allclose(got, want, rtol=4 * np.finfo(dtype).eps, atol=4 * np.finfo(dtype).eps)
+    assert families == {"rowwise"}
+
+
+def test_group_norm() -> None:
+    x, scale, bias = normal(2, 8, 5, 7), normal(8, seed=1), normal(8, seed=2)
+    got, _ = run(lambda x, g, b: op.nn.group_norm(x, g, b, num_groups=4, channel_axis=1, axes=[2, 3]), [x, scale, bias])
+    wide = x.astype("float64").reshape(2, 4, -1)
+    want = ((wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)).reshape(x.shape)
+    np.testing.assert_allclose(got, want * scale[:, None, None] + bias[:, None, None], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,62 @@
+"""Accuracy of the vectorized elementary functions over the whole range of fp32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from tvm.relax import op
+
+from tests.schedules.execution import normal, run
+
+REFERENCES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
+    "exp": (np.exp, 2),
+    "log": (np.log, 2),
+    "tanh": (np.tanh, 3),
+    "erf": (np.vectorize(math.erf), 3),
+    "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), 3),
+}
+
+
+def inputs() -> np.ndarray:
+    """Return every 39989th bit pattern of both signs, the special values, and dense samples around 0."""
+    positive = np.arange(0, 0x7F800000, 39989, dtype=np.uint32)
+    special = np.array([0, 0x80000000, 0x7F800000, 0xFF800000, 0x7FC00000, 1, 0x80000001, 0x7F7FFFFF], np.uint32)
+    patterns = np.concatenate([positive, positive | np.uint32(0x80000000), special]).view(np.float32)
+    return np.concatenate(
+        [patterns, np.linspace(-110, 110, 40001, dtype="float32"), np.linspace(-5, 5, 40001, dtype="float32")]
+    )
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_error_in_units_in_the_last_place(name: str) -> None:
+    reference, bound = REFERENCES[name]
+    x = inputs()
+    got, _ = run(lambda x: getattr(op, name)(x), [x])
+    with np.errstate(all="ignore"):
+        want = reference(x.astype("float64"))
+        rounded = want.astype("float32")
+    if name == "sigmoid":  # 1 / infinity, where the exact value is denormal
+        rounded = np.where((x < -88) & np.isfinite(x), 0, rounded)
+        want = np.where((x < -88) & np.isfinite(x), got, want)
+        assert np.all(got[(x < -88) & np.isfinite(x)] < 2.0**-125)
+    finite = np.isfinite(rounded)
+    np.testing.assert_array_equal(got[~finite], rounded[~finite])
+    unit = np.spacing(np.abs(want[finite]).astype("float32")).astype("float64")
+    assert np.max(np.abs(got[finite] - want[finite]) / unit) <= bound
+
+
+def test_fp16_is_rounded_once() -> None:
+    x = normal(300, dtype="float16")
+    got, _ = run(op.exp, [x])
+    np.testing.assert_array_max_ulp(got, np.exp(x.astype("float64")).astype("float16"), maxulp=1)
+
+
+def test_small_whole_powers_are_products() -> None:
+    from tvm import relax
+
+    x = normal(70)
+    got, _ = run(lambda x: op.power(x, relax.const(2.0)), [x])
+    np.testing.assert_array_equal(got, x * x)
