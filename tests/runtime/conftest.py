@@ -57,7 +57,7 @@ ECHO = EntryPoint(
 )
 
 
-def linear_weights(seed: int = 0) -> list[Weight]:
+def make_linear_weights(seed: int = 0) -> list[Weight]:
     """Return the weights of the linear model: a float32 matrix and a bfloat16 vector."""
     generator = np.random.default_rng(seed)
     matrix = generator.standard_normal((4, 8)).astype(np.float32)
@@ -129,6 +129,11 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 
 @pytest.fixture(scope="session")
+def linear_weights() -> list[Weight]:
+    return make_linear_weights()
+
+
+@pytest.fixture(scope="session")
 def linear_library(build: Build) -> Path:
     return build(_linear_module(1.0), "linear")
 
@@ -176,7 +181,7 @@ def write_linear(tmp_path: Path, linear_library: Path) -> WritePackage:
 
     def write(name: str = "linear", library: Path = linear_library, seed: int = 0, **requirements: object) -> Path:
         path = tmp_path / name
-        write_package(path, draft((LINEAR, CACHED), **requirements), library, linear_weights(seed))
+        write_package(path, draft((LINEAR, CACHED), **requirements), library, make_linear_weights(seed))
         return path
 
     return write

@@ -1,0 +1,107 @@
+"""Run a compiled model and a reference on the same inputs, and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from optimizer.certificate.comparison import Outputs, compare_runs, require_agreement
+from optimizer.certificate.graph_inputs import graph_inputs, settings
+from optimizer.certificate.inputs import Array, make_inputs
+from optimizer.certificate.references import Reference, ReferenceFailedError, Runner, references
+from optimizer.certificate.tolerance import arithmetic
+from optimizer.errors import CertificateError, InputMismatchError
+from optimizer.package.manifest import Certificate
+
+SEEDS = (0, 1)
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """Inputs that a reference accepted, with the values of the symbols, and what it gave."""
+
+    seed: int
+    values: dict[str, int]
+    inputs: dict[str, Array]
+    outputs: Outputs
+
+
+def certify(
+    model: onnx.ModelProto,
+    run: Runner,
+    *,
+    path: Path | None = None,
+    shapes: Mapping[str, Sequence[int | str]] | None = None,
+    precision: str | None = None,
+    unoptimized: Runner | None = None,
+    seeds: Sequence[int] = SEEDS,
+) -> Certificate:
+    """Return the certificate of a compiled model, after one run per seed with other symbol values each.
+
+    `run` takes named inputs to named outputs: the packaged model, natively or under an emulator. `path` is where the
+    model was read from, needed when its data lie in files beside it. `shapes` are the shapes that the compile fixed and
+    `precision` the dtype that it computes in ("float16", "bfloat16"), if coarser than the model's. `unoptimized` runs
+    the imported module and is the last resort where no other reference can run the model.
+    Raises CertificateError with output, error and tolerance when an output differs by more than its tolerance, and when
+    no reference accepts the model.
+    """
+    reference, expected = _reference_runs(model, path, shapes, unoptimized, seeds)
+    pairs = [(each.outputs, _run_package(run, each.inputs)) for each in expected]
+    comparisons = compare_runs(pairs, arithmetic(model, precision))
+    require_agreement(comparisons, f"{reference.kind} {reference.version}")
+    settings_used = tuple(each.values for each in expected)
+    return Certificate(reference.kind, reference.version, tuple(seeds), settings_used, comparisons)
+
+
+def _run_package(run: Runner, inputs: Mapping[str, Array]) -> Outputs:
+    try:
+        return run(inputs)
+    except InputMismatchError as error:
+        raise CertificateError(f"the package refuses inputs that the reference accepts: {error}") from error
+
+
+def _reference_runs(
+    model: onnx.ModelProto,
+    path: Path | None,
+    shapes: Mapping[str, Sequence[int | str]] | None,
+    unoptimized: Runner | None,
+    seeds: Sequence[int],
+) -> tuple[Reference, list[ReferenceRun]]:
+    """Return the first reference that accepts inputs for every seed, with what it gave for them."""
+    reasons: list[str] = []
+    for construct in references(model, path, unoptimized):
+        kind = "reference"
+        try:
+            reference = construct()
+            kind = reference.kind
+            return reference, [_accepted(model, reference, shapes, run, seed) for run, seed in enumerate(seeds)]
+        except ReferenceFailedError as error:
+            reasons.append(f"{kind}: {(str(error).strip() or 'failed').splitlines()[0]:.300}")
+    raise CertificateError(
+        f"no reference can run this model ({'; '.join(reasons)}); give input shapes with --shape or install onnxruntime"
+    )
+
+
+def _accepted(
+    model: onnx.ModelProto,
+    reference: Reference,
+    shapes: Mapping[str, Sequence[int | str]] | None,
+    run: int,
+    seed: int,
+) -> ReferenceRun:
+    """Return the first run that the reference accepts, over the likely values of the symbols.
+
+    Raises ReferenceFailedError with the first refusal when it accepts none.
+    """
+    refusal: ReferenceFailedError | None = None
+    for values in settings(graph_inputs(model, shapes), run):
+        inputs = make_inputs(model, seed, values, shapes=shapes, padded=run > 0)
+        try:
+            return ReferenceRun(seed, values, inputs, reference.run(inputs))
+        except ReferenceFailedError as error:
+            refusal = refusal or error
+    assert refusal is not None
+    raise refusal

@@ -1,0 +1,163 @@
+"""The inputs of an ONNX graph, and values for their symbolic dimensions that a model is likely to accept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx
+
+from optimizer.errors import CertificateError
+from optimizer.package import dimensions
+
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
+_PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """An input: element type as in onnx.TensorProto, dimensions as numbers or symbols.
+
+    A dimension without a name gets the symbol "INPUT.AXIS".
+    """
+
+    name: str
+    element_type: int
+    dims: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Values for the dimensions of one run, by what they mean; `total` says whether a mask covers the past as well."""
+
+    batch: int
+    sequence: int
+    past: int
+    height: int
+    width: int
+    first_prime: int = 0
+    total: bool = True
+
+
+# Small and distinct, so that a mistaken axis shows; images divisible by 32, as networks that halve five times want.
+_FIRST = (
+    Sizes(batch=2, sequence=5, past=3, height=64, width=96),
+    Sizes(batch=2, sequence=5, past=3, height=64, width=96, total=False),
+    Sizes(batch=1, sequence=5, past=3, height=64, width=64),
+    Sizes(batch=1, sequence=1, past=3, height=224, width=224),
+    Sizes(batch=1, sequence=5, past=0, height=224, width=224),
+    Sizes(batch=1, sequence=16, past=0, height=320, width=320),
+    Sizes(batch=1, sequence=1, past=0, height=32, width=32),
+)
+_SECOND = (
+    Sizes(batch=1, sequence=7, past=0, height=96, width=64, first_prime=1),
+    Sizes(batch=1, sequence=1, past=4, height=32, width=32, first_prime=1),
+    Sizes(batch=3, sequence=7, past=2, height=96, width=64, first_prime=1, total=False),
+    *_FIRST,
+)
+
+
+def graph_inputs(
+    model: onnx.ModelProto, shapes: Mapping[str, Sequence[int | str]] | None = None
+) -> tuple[GraphInput, ...]:
+    """Return the inputs that a caller must give, with the shapes of `shapes` in place of those that the model declares.
+
+    Raises CertificateError for an input that is not a tensor.
+    """
+    initialized = {tensor.name for tensor in model.graph.initializer}
+    return tuple(_read(value, shapes or {}) for value in model.graph.input if value.name not in initialized)
+
+
+def _read(value: onnx.ValueInfoProto, shapes: Mapping[str, Sequence[int | str]]) -> GraphInput:
+    if not value.type.HasField("tensor_type"):
+        raise CertificateError(f"input '{value.name}' is not a tensor, so no inputs can be made; skip the certificate")
+    declared = value.type.tensor_type
+    dims = tuple(
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"{value.name}.{axis}"
+        for axis, dim in enumerate(declared.shape.dim)
+    )
+    return GraphInput(value.name, declared.elem_type, tuple(shapes.get(value.name, dims)))
+
+
+def evaluate(dim: int | str, values: Mapping[str, int]) -> int:
+    """Return the size of a dimension: a number, a symbol of `values`, or an expression of such symbols."""
+    if isinstance(dim, int):
+        return dim
+    return values[dim] if dim in values else dimensions.evaluate(dim, values)
+
+
+def settings(inputs: Sequence[GraphInput], run: int) -> Iterator[dict[str, int]]:
+    """Yield values for all symbols, the likeliest first; the second and later runs begin with other values.
+
+    Meaning is taken from names, as exporters choose them: batch, sequence, past, total (past and sequence together),
+    height and width. What has no such name gets a prime of its own.
+    """
+    atoms = symbols(inputs)
+    seen: list[dict[str, int]] = []
+    for sizes in _SECOND if run else _FIRST:
+        values = _assign(atoms, sizes)
+        if values not in seen:
+            seen.append(values)
+            yield values
+
+
+def symbols(inputs: Sequence[GraphInput]) -> dict[str, str]:
+    """Return what each symbol means. An expression is not a symbol if all that it is made of are."""
+    names = list(dict.fromkeys(dim for each in inputs for dim in each.dims if isinstance(dim, str)))
+    plain = {name for name in names if _parts(name) == {name}}
+    return {
+        name: _meaning(name, inputs) for name in names if name in plain or not (_parts(name) and _parts(name) <= plain)
+    }
+
+
+def _parts(name: str) -> frozenset[str]:
+    try:
+        return dimensions.symbols(name)
+    except ValueError:
+        return frozenset()
+
+
+def _meaning(name: str, inputs: Sequence[GraphInput]) -> str:
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    users = [(each, axis) for each in inputs for axis, dim in enumerate(each.dims) if dim == name]
+    if words & {"total", "plus", "with", "all"} or name.count("seq") > 1:
+        return "total"
+    if "past" in words or "cache" in words:
+        return "past"
+    if "batch" in words or words & {"n", "b", "bs"}:
+        return "batch"
+    if words & {"height", "h"}:
+        return "height"
+    if words & {"width", "w"}:
+        return "width"
+    if words & {"encoder", "enc"}:
+        return "other"
+    if any(part in word for word in words for part in ("seq", "len", "token", "time")):
+        return "total" if all("mask" in each.name for each, _ in users) else "sequence"
+    return _meaning_of_axis(*users[0]) if f"{users[0][0].name}.{users[0][1]}" == name else "other"
+
+
+def _meaning_of_axis(user: GraphInput, axis: int) -> str:
+    """Return what a dimension without a name means, by its place."""
+    if axis == 0:
+        return "batch"
+    if user.element_type in _FLOATS:
+        return {2: "height", 3: "width"}.get(axis, "other") if len(user.dims) == 4 else "other"
+    return "sequence" if len(user.dims) == 2 else "other"
+
+
+def _assign(atoms: Mapping[str, str], sizes: Sizes) -> dict[str, int]:
+    has_past = "past" in atoms.values()
+    past = sizes.past if has_past and sizes.total else 0
+    fixed = {
+        "batch": sizes.batch,
+        "sequence": sizes.sequence,
+        "past": sizes.past,
+        "total": past + sizes.sequence,
+        "height": sizes.height,
+        "width": sizes.width,
+    }
+    others = [name for name, meaning in atoms.items() if meaning == "other"]
+    primes = {name: _PRIMES[(index + sizes.first_prime) % len(_PRIMES)] for index, name in enumerate(others)}
+    return {name: primes[name] if meaning == "other" else fixed[meaning] for name, meaning in atoms.items()}

@@ -1,0 +1,99 @@
+"""What a compiled model is compared with: onnxruntime, the ONNX reference evaluator, or the unoptimized module."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+Array = NDArray[np.generic]
+Runner = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+
+
+class ReferenceFailedError(Exception):
+    """The reference cannot run this model, or not with these inputs."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A way to run the model; `run` raises ReferenceFailedError for inputs that it does not accept."""
+
+    kind: Literal["onnxruntime", "onnx", "unoptimized"]
+    version: str
+    run: Runner
+
+
+def references(
+    model: onnx.ModelProto, path: Path | None, unoptimized: Runner | None
+) -> Iterator[Callable[[], Reference]]:
+    """Yield constructors of references, the most trusted first; each raises ReferenceFailedError if it cannot."""
+    if importlib.util.find_spec("onnxruntime") is not None:
+        yield lambda: _onnxruntime(model, path)
+    yield lambda: _evaluator(model, path)
+    if unoptimized is not None:
+        yield lambda: Reference("unoptimized", onnx.__version__, unoptimized)
+
+
+def _onnxruntime(model: onnx.ModelProto, path: Path | None) -> Reference:
+    import onnxruntime  # noqa: PLC0415 - an optional dependency
+
+    state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "NoSuchFile", "NotImplemented", "RuntimeException", "EPFail")
+    errors = (RuntimeError, ValueError, *(getattr(state, name) for name in names))
+    beyond_numpy = _beyond_numpy(model)
+    if beyond_numpy:
+        raise ReferenceFailedError(f"its Python interface has no arrays of {beyond_numpy}")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    try:
+        source = str(path) if path is not None else model.SerializeToString()
+        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except errors as error:
+        raise ReferenceFailedError(str(error)) from error
+    outputs = [output.name for output in model.graph.output]
+
+    def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        try:
+            results = session.run(outputs, dict(inputs))
+        except errors as error:
+            raise ReferenceFailedError(str(error)) from error
+        return {name: np.asarray(result) for name, result in zip(outputs, results, strict=True)}
+
+    return Reference("onnxruntime", onnxruntime.__version__, run)
+
+
+def _beyond_numpy(model: onnx.ModelProto) -> str:
+    """Return the name of an input's or output's type that NumPy lacks, or ""."""
+    for value in (*model.graph.input, *model.graph.output):
+        kind = value.type.tensor_type.elem_type
+        if kind and np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).isbuiltin != 1:
+            return onnx.TensorProto.DataType.Name(kind)
+    return ""
+
+
+def _evaluator(model: onnx.ModelProto, path: Path | None) -> Reference:
+    from onnx.reference import ReferenceEvaluator  # noqa: PLC0415 - slow to import
+
+    try:
+        evaluator = ReferenceEvaluator(str(path) if path is not None else model)
+    except Exception as error:
+        raise ReferenceFailedError(str(error)) from error  # its constructor runs Python code of every operator
+    outputs = [output.name for output in model.graph.output]
+
+    def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        try:
+            with np.errstate(all="ignore"):
+                results = evaluator.run(outputs, dict(inputs))
+        except Exception as error:
+            raise ReferenceFailedError(str(error)) from error  # as above
+        return {name: np.asarray(result) for name, result in zip(outputs, results, strict=True)}
+
+    return Reference("onnx", onnx.__version__, run)

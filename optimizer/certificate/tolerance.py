@@ -1,0 +1,92 @@
+"""How far outputs may differ from a reference, derived from the model's arithmetic.
+
+An output's error is measured relative to the largest magnitude of the reference output. For a value that passes
+through D operators in a row, each rounding to unit roundoff u and summing K terms in float32 (u32), errors that behave
+like random walks grow as sqrt(D) * (u + sqrt(K) * u32) (Higham and Mary, "A New Approach to Probabilistic Rounding
+Error Analysis", SIAM J. Sci. Comput. 41(5), 2019). The tolerance is sixteen times that, which leaves room for
+polynomial approximations of exp, tanh and erf and for modest amplification, but never more than sqrt(u): at least half
+of the significant digits must agree.
+Integers and booleans must be equal. Only a model that quantizes, and so rounds numbers that may lie on a tie, may be
+one step off in its 8-bit outputs, and has the unit roundoff of an 8-bit grid in its floating-point outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx
+
+_UNIT_ROUNDOFF: dict[int, float] = {
+    onnx.TensorProto.DOUBLE: 2.0**-53,
+    onnx.TensorProto.FLOAT: 2.0**-24,
+    onnx.TensorProto.FLOAT16: 2.0**-11,
+    onnx.TensorProto.BFLOAT16: 2.0**-8,
+}
+_BY_NAME = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+_SUMMING_ROUNDOFF = 2.0**-24
+_GRID_ROUNDOFF = 2.0**-8
+_ALLOWANCE = 16.0
+_QUANTIZING = ("QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QAttention", "QGemm")
+_EXACT = frozenset({
+    "Abs", "And", "Cast", "Concat", "Constant", "ConstantOfShape", "Equal", "Expand", "Flatten", "Gather",
+    "GatherElements", "GatherND", "Greater", "Identity", "Less", "Max", "MaxPool", "Min", "Neg", "Not", "Or", "Pad",
+    "Relu", "Reshape", "Shape", "Size", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What decides a model's rounding errors: operators in a row, terms of a sum, unit roundoff, quantization."""
+
+    depth: int
+    terms: int
+    unit_roundoff: float
+    quantizes: bool
+
+    def tolerance(self, dtype: str) -> float:
+        """Return the largest acceptable error of an output: relative for floats, in steps for integers."""
+        if dtype not in _BY_NAME:
+            return 1.0 if self.quantizes and dtype in ("int8", "uint8") else 0.0
+        roundoff = max(self.unit_roundoff, _BY_NAME[dtype], _GRID_ROUNDOFF if self.quantizes else 0.0)
+        summing = min(_SUMMING_ROUNDOFF, roundoff)
+        growth = math.sqrt(self.depth) * (roundoff + math.sqrt(self.terms) * summing)
+        return min(_ALLOWANCE * growth, math.sqrt(roundoff))
+
+
+def arithmetic(model: onnx.ModelProto, precision: str | None = None) -> Arithmetic:
+    """Return the arithmetic of a model; `precision` names the dtype that it was compiled to compute in, if coarser."""
+    used = {tensor.data_type for tensor in model.graph.initializer}
+    used |= {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
+    known = [_UNIT_ROUNDOFF[kind] for kind in used if kind in _UNIT_ROUNDOFF]
+    roundoff = max([*known, _BY_NAME.get(precision or "", 0.0)], default=_SUMMING_ROUNDOFF)
+    operators = {node.op_type for node in model.graph.node}
+    quantizes = any(name in _QUANTIZING or name.startswith("QLinear") for name in operators)
+    return Arithmetic(_depth(model.graph), _terms(model.graph), roundoff or _SUMMING_ROUNDOFF, quantizes)
+
+
+def _depth(graph: onnx.GraphProto) -> int:
+    """Return how many rounding operators lie in a row on the longest path."""
+    depths: dict[str, int] = {}
+    for node in graph.node:
+        depth = max((depths.get(name, 0) for name in node.input), default=0) + (node.op_type not in _EXACT)
+        depths.update(dict.fromkeys(node.output, depth))
+    return max(1, *depths.values()) if depths else 1
+
+
+def _terms(graph: onnx.GraphProto) -> int:
+    """Return the most terms that a product with a constant matrix or filter sums."""
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    return max((count for node in graph.node for count in _summed(node, shapes)), default=1)
+
+
+def _summed(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> Iterator[int]:
+    for name in node.input:
+        shape = shapes.get(name, ())
+        if len(shape) < 2:
+            continue
+        if node.op_type.startswith(("Conv", "QLinearConv", "FusedConv")):
+            yield math.prod(shape) // max(1, min(shape[:2]))
+        elif "MatMul" in node.op_type or "Gemm" in node.op_type or node.op_type in ("LSTM", "GRU", "RNN"):
+            yield max(shape[-2:])

@@ -1,0 +1,184 @@
+"""A right model gets a certificate, a wrong one an error that says how wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from onnx.parser import parse_model
+
+from optimizer.certificate import certify, references
+from optimizer.certificate.comparison import compare
+from optimizer.certificate.tolerance import Arithmetic, arithmetic
+from optimizer.errors import CertificateError, InputMismatchError
+
+Array = NDArray[np.generic]
+Runner = Callable[[Mapping[str, Array]], dict[str, Array]]
+
+MATRIX = np.random.default_rng(7).standard_normal((16, 3)).astype(np.float32)
+
+
+def linear() -> onnx.ModelProto:
+    """A model with a dynamic batch: y = x @ matrix, best = argmax(y)."""
+    subject = parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[batch, 16] x) => (float[batch, 3] y, int64[batch] best)'
+        "{ y = MatMul(x, matrix) best = ArgMax<axis = 1, keepdims = 0>(y) }"
+    )
+    subject.graph.initializer.append(numpy_helper.from_array(MATRIX, "matrix"))
+    return subject
+
+
+def right(inputs: Mapping[str, Array]) -> dict[str, Array]:
+    y = (inputs["x"].astype(np.float64) @ MATRIX).astype(np.float32)
+    return {"y": y, "best": y.argmax(axis=1)}
+
+
+def test_right_model_gets_a_certificate() -> None:
+    certificate = certify(linear(), right)
+    assert certificate.reference == ("onnxruntime" if importlib.util.find_spec("onnxruntime") else "onnx")
+    assert certificate.seeds == (0, 1)
+    assert certificate.settings == ({"batch": 2}, {"batch": 1})
+    y, best = certificate.outputs
+    assert (y.name, y.dtype, y.ok) == ("y", "float32", True)
+    assert 0 < y.max_relative_error <= y.tolerance
+    assert y.cosine_similarity == pytest.approx(1, abs=1e-6)
+    assert (best.max_absolute_error, best.tolerance, best.cosine_similarity) == (0, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("y", lambda y: y * np.float32(1.001), r"'y' differs by .* tolerance"),
+        ("y", lambda y: np.where(np.arange(3) == 1, np.nan, y).astype(np.float32), "'y' has NaN or infinity where"),
+        ("best", lambda best: best + 1, r"'best' differs by 1 .* tolerance 0\)"),
+        ("y", lambda y: y.astype(np.float64), r"'y' is float64\[2, 3\], but the reference gives float32\[2, 3\]"),
+        ("y", lambda y: y[:1], r"'y' is float32\[1, 3\], but the reference gives float32\[2, 3\]"),
+    ],
+    ids=["inexact", "NaN", "integer", "dtype", "shape"],
+)
+def test_wrong_output_is_named_with_its_error(name: str, change: Callable[[Array], Array], message: str) -> None:
+    def wrong(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        outputs = right(inputs)
+        return {**outputs, name: change(outputs[name])}
+
+    with pytest.raises(CertificateError, match=message):
+        certify(linear(), wrong)
+
+
+def test_error_in_the_second_run_alone_is_found() -> None:
+    def wrong_for_one_row(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        outputs = right(inputs)
+        return outputs if len(inputs["x"]) > 1 else {**outputs, "y": -outputs["y"]}
+
+    with pytest.raises(CertificateError, match="'y' differs"):
+        certify(linear(), wrong_for_one_row)
+
+
+def test_missing_output_is_named() -> None:
+    with pytest.raises(CertificateError, match="no output 'best'"):
+        certify(linear(), lambda inputs: {"y": right(inputs)["y"]})
+
+
+def test_package_that_refuses_the_inputs_fails() -> None:
+    def refuse(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        raise InputMismatchError(f"{len(inputs)} is one too many")
+
+    with pytest.raises(CertificateError, match="refuses inputs that the reference accepts: 1 is one too many"):
+        certify(linear(), refuse)
+
+
+def test_fixed_shapes_are_used() -> None:
+    certificate = certify(linear(), right, shapes={"x": (4, 16)})
+    assert certificate.settings == ({}, {})
+
+
+def test_external_data_are_found_beside_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(linear(), path, save_as_external_data=True, size_threshold=0)
+    subject = onnx.load(path, load_external_data=False)
+    assert all(each.ok for each in certify(subject, right, path=path).outputs)
+
+
+def without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        references.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name)
+    )
+
+
+def test_onnx_evaluator_stands_in_for_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_onnxruntime(monkeypatch)
+    certificate = certify(linear(), right)
+    assert (certificate.reference, certificate.reference_version) == ("onnx", onnx.__version__)
+
+
+def foreign() -> onnx.ModelProto:
+    """A model with an operator that no reference knows."""
+    return parse_model(
+        '<ir_version: 10, opset_import: ["" : 21, "test.foreign" : 1]> g (float[3] x) => (float[3] y)'
+        "{ y = test.foreign.Unknown(x) }"
+    )
+
+
+def test_unoptimized_module_is_the_last_resort() -> None:
+    certificate = certify(foreign(), lambda inputs: {"y": inputs["x"]}, unoptimized=lambda inputs: {"y": inputs["x"]})
+    assert certificate.reference == "unoptimized"
+
+
+def test_without_any_reference_all_reasons_are_told() -> None:
+    with pytest.raises(CertificateError, match=r"no reference can run this model \(.*Unknown.*\); give input shapes"):
+        certify(foreign(), lambda inputs: {"y": inputs["x"]})
+
+
+def test_first_sizes_that_the_reference_refuses_are_replaced() -> None:
+    subject = parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[batch, 4] x) => (float[1, 4] y)'
+        "{ s = Constant<value = int64[2] {1, 4}>() y = Reshape(x, s) }"
+    )
+    certificate = certify(subject, lambda inputs: {"y": inputs["x"]})
+    assert certificate.settings == ({"batch": 1}, {"batch": 1})
+
+
+EXACT = Arithmetic(depth=1, terms=1, unit_roundoff=2.0**-24, quantizes=False)
+
+
+@pytest.mark.parametrize("values", [[np.inf, 1], [-np.inf, np.nan], []])
+def test_non_finite_and_empty_outputs_compare_by_place(values: list[float]) -> None:
+    array = np.array(values, np.float32)
+    assert compare("y", array, array.copy(), 0.0).ok
+
+
+def test_infinity_of_the_other_sign_differs() -> None:
+    assert not compare("y", np.array([np.inf]), np.array([-np.inf]), 1.0).ok
+
+
+def test_unsigned_integers_do_not_wrap() -> None:
+    comparison = compare("y", np.array([0], np.uint8), np.array([255], np.uint8), 1.0)
+    assert (comparison.max_absolute_error, comparison.ok) == (255, False)
+
+
+def test_tolerance_grows_with_depth_and_terms_but_keeps_half_the_digits() -> None:
+    shallow, deep = EXACT.tolerance("float32"), Arithmetic(100, 1, 2.0**-24, False).tolerance("float32")
+    wide = Arithmetic(1, 4096, 2.0**-24, False).tolerance("float32")
+    assert shallow == 32 * 2.0**-24
+    assert deep == 10 * shallow
+    assert wide == 16 * 65 * 2.0**-24
+    assert Arithmetic(10_000, 10_000, 2.0**-24, False).tolerance("float32") == 2.0**-12
+    assert Arithmetic(1, 1, 2.0**-8, False).tolerance("float32") == 2.0**-4
+
+
+def test_only_quantizing_models_may_be_one_step_off() -> None:
+    assert EXACT.tolerance("uint8") == 0
+    assert Arithmetic(1, 1, 2.0**-24, quantizes=True).tolerance("uint8") == 1
+    assert Arithmetic(1, 1, 2.0**-24, quantizes=True).tolerance("int64") == 0
+
+
+def test_arithmetic_is_read_from_the_graph() -> None:
+    assert arithmetic(linear()) == Arithmetic(depth=2, terms=16, unit_roundoff=2.0**-24, quantizes=False)
+    assert arithmetic(linear(), "bfloat16").unit_roundoff == 2.0**-8
