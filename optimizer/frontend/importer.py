@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,7 @@ class GraphImporter:
         self.builder = relax.BlockBuilder()
         self.symbols = Symbols()
         self.base_directory = base_directory
+        self._model = model
         self._graph = model.graph
         self._versions = {normalized_domain(entry.domain): entry.version for entry in model.opset_import}
         self._environment: Environment = {}
@@ -67,18 +68,25 @@ class GraphImporter:
         inputs = [value for value in graph.input if value.name not in initializers]
         parameters = self._parameters(inputs, shapes)
         outputs: list[Value] = []
+        branches = _has_subgraph(self._model)
         with self.builder.function("main", [value.expr for value in parameters]):
-            for declared, value in zip(inputs, parameters, strict=True):
-                self._environment[declared.name] = value
-            self._define_initializers(graph)
-            self.import_nodes(graph.node)
-            if not self._blockers:
-                outputs = [self._graph_output(output.name) for output in graph.output]
-            expressions = [value.expr for value in outputs]
-            result = expressions[0] if len(expressions) == 1 else relax.Tuple(expressions)
-            self.builder.emit_func_output(self.builder.emit(result))
+            with nullcontext() if branches else self.builder.dataflow():
+                for declared, value in zip(inputs, parameters, strict=True):
+                    self._environment[declared.name] = value
+                self._define_initializers(graph)
+                self.import_nodes(graph.node)
+                if not self._blockers:
+                    outputs = [self._graph_output(output.name) for output in graph.output]
+                expressions = [value.expr for value in outputs]
+                result = expressions[0] if len(expressions) == 1 else relax.Tuple(expressions)
+                bound = self.builder.emit(result) if branches else self.builder.emit_output(result)
+            self.builder.emit_func_output(bound)
         self._raise_blockers()
-        module = relax.transform.ConvertToDataflow()(self.builder.get())
+        module = self.builder.get()
+        if branches:
+            # Not used elsewhere: it folds away every match_cast between symbols that are already bound, and with it
+            # the check that two dimensions are equal.
+            module = relax.transform.ConvertToDataflow()(module)
         names = tuple(output.name for output in graph.output)
         return ImportedModel(
             module,
@@ -90,10 +98,10 @@ class GraphImporter:
 
     # For converters of operators with subgraphs
 
-    def import_nodes(self, nodes: Iterable[onnx.NodeProto], versions: Mapping[str, int] | None = None) -> None:
-        """Import nodes in order into the current scope. `versions` are the opsets, by default those of the model."""
+    def import_nodes(self, nodes: Iterable[onnx.NodeProto]) -> None:
+        """Import nodes in order into the current scope."""
         for proto in nodes:
-            self._import_node(proto, self._versions if versions is None else versions)
+            self._import_node(proto, self._versions)
 
     def import_subgraph(self, graph: onnx.GraphProto, arguments: Sequence[AnyValue]) -> list[AnyValue]:
         """Import the body of a subgraph into the current scope with its inputs bound to `arguments`.
@@ -108,17 +116,32 @@ class GraphImporter:
             return [self.lookup(output.name) for output in graph.output]
 
     def import_function(
-        self, function: onnx.FunctionProto, attributes: Mapping[str, onnx.AttributeProto], arguments: Sequence[AnyValue | None]
+        self,
+        function: onnx.FunctionProto,
+        attributes: Mapping[str, onnx.AttributeProto],
+        arguments: Sequence[AnyValue | None],
     ) -> list[AnyValue | None]:
         """Import the body of an ONNX function with its own opset versions and names."""
-        versions = {**self._versions, **{normalized_domain(e.domain): e.version for e in function.opset_import}}
-        outer, self._environment = self._environment, {}
+        values = {name: value for name, value in zip(function.input, arguments, strict=False) if value is not None}
+        outer = self._versions
+        self._versions = {**outer, **{normalized_domain(e.domain): e.version for e in function.opset_import}}
         try:
-            for name, value in zip(function.input, arguments, strict=False):
-                if value is not None:
-                    self._environment[name] = value
-            self.import_nodes(function_bodies.bound_nodes(function, attributes), versions)
-            return [self._environment.get(name) for name in function.output]
+            with self.only_names(values):
+                self.import_nodes(function_bodies.bound_nodes(function, attributes))
+                return [self._environment.get(name) for name in function.output]
+        finally:
+            self._versions = outer
+
+    def captured(self, graph: onnx.GraphProto) -> dict[str, AnyValue]:
+        """Return the values around a subgraph that it reads, by name."""
+        return {name: self.lookup(name) for name in sorted(_outer_names(graph)) if name in self._environment}
+
+    @contextmanager
+    def only_names(self, values: Mapping[str, AnyValue]) -> Iterator[None]:
+        """Define nothing but `values` inside."""
+        outer, self._environment = self._environment, dict(values)
+        try:
+            yield
         finally:
             self._environment = outer
 
@@ -131,11 +154,14 @@ class GraphImporter:
         finally:
             self._environment = outer
 
-    def nested_block(self, body: Callable[[], Sequence[Value]]) -> relax.SeqExpr:
-        """Return what `body` emits as an expression of its own: a tuple of its values, for a branch of relax.If."""
+    def nested_block(self, body: Callable[[], relax.Expr]) -> relax.SeqExpr:
+        """Return what `body` emits and returns as an expression of its own, for a branch of relax.If."""
         self.builder._begin_binding_block()
-        result = self.builder.emit(relax.Tuple([value.expr for value in body()]))
-        return relax.SeqExpr([self.builder._end_block()], result)
+        try:
+            result = self.builder.emit(body())
+        finally:
+            block = self.builder._end_block()
+        return relax.SeqExpr([block], result)
 
     def lookup(self, name: str) -> AnyValue:
         """Return the value of a name; raises if a blocker keeps it from being computed."""
@@ -252,7 +278,6 @@ class GraphImporter:
     def _parameters(
         self, inputs: Sequence[onnx.ValueInfoProto], shapes: Mapping[str, Sequence[int | str]]
     ) -> list[TensorValue]:
-        parameters: list[TensorValue] = []
         for declared in inputs:
             if not declared.type.HasField("tensor_type") or not declared.type.tensor_type.HasField("shape"):
                 kind = declared.type.WhichOneof("value") or "untyped value"
@@ -261,9 +286,7 @@ class GraphImporter:
                 self._blockers.append(Blocker(declared.name, "input", "strings and complex numbers are not supported"))
         self._raise_blockers()
         dimensions = input_shapes(inputs, self.symbols, shapes)
-        for declared in inputs:
-            parameters.append(self._parameter(declared, dimensions[declared.name]))
-        return parameters
+        return [self._parameter(declared, dimensions[declared.name]) for declared in inputs]
 
     def _parameter(self, declared: onnx.ValueInfoProto, shape: Shape) -> TensorValue:
         element_type = declared.type.tensor_type.elem_type
@@ -285,6 +308,20 @@ class GraphImporter:
         return value
 
 
+def _outer_names(graph: onnx.GraphProto) -> set[str]:
+    """Return the names that a subgraph and the subgraphs in it use but do not define."""
+    used = {output.name for output in graph.output}
+    defined = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    defined |= {sparse.values.name for sparse in graph.sparse_initializer}
+    for node in graph.node:
+        used.update(node.input)
+        defined.update(node.output)
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                used |= _outer_names(attribute.g)
+    return used - defined - {""}
+
+
 class _BlockedError(Exception):
     """A node's input depends on a node that is itself a blocker."""
 
@@ -294,6 +331,12 @@ def storage_dtype(element_type: int) -> str:
     if element_type in NARROW_TYPES:
         return NARROW_TYPES[element_type][1]
     return onnx.helper.tensor_dtype_to_np_dtype(element_type).name
+
+
+def _has_subgraph(model: onnx.ModelProto) -> bool:
+    """Return whether a node has a subgraph: a dataflow block cannot hold the If that may come of it."""
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    return any(attribute.HasField("g") for node in nodes for attribute in node.attribute)
 
 
 def _narrow(values: Iterable[tuple[str, Value]]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from tvm import relax
 
 from optimizer.frontend.dimensions import Dimension, Shape, as_expression, provably_equal, static_shape
-from optimizer.frontend.value import AnyValue, ConstantValue, SequenceValue, TensorValue, Value
+from optimizer.frontend.value import AnyValue, ConstantValue, SequenceValue, TensorValue, Value, integer_value
 
 if TYPE_CHECKING:
     from optimizer.frontend.importer import GraphImporter
@@ -150,7 +150,8 @@ class Node:
         """Return the elements of a rank 0 or 1 integer input (a shape, axes, starts, k, ...) as dimensions.
 
         Elements that are only known at run time become fresh symbols that the module binds when it runs. The symbols
-        are usable in shapes and in tensor expressions after this call.
+        are usable in shapes and in tensor expressions after this call. TVM takes symbols to be non-negative: use
+        `compute_shape` for what may be negative at run time.
         """
         value = self.input(index)
         elements = value.integers
@@ -199,9 +200,28 @@ class Node:
         call = self.graph.builder.call_te(function, *arguments, primfunc_name_hint=hint, **keywords)
         return self.emit(call)
 
+    def dimensions(self, value: Value) -> relax.Expr:
+        """Return the shape of `value` as an int64 tensor of rank 1."""
+        return integer_value(_object_array(value.shape), "int64", self.graph.builder).expr
+
+    def compute_shape(self, function: Callable[..., object], *arguments: object) -> Shape:
+        """Return dimensions that a tensor expression computes when the module runs, as fresh symbols.
+
+        `function` gives an int64 tensor of rank 1 with no negative element. Numbers that may be negative (axes,
+        starts, the -1 of a reshape) have to stay in tensors, because TVM takes every symbol to be non-negative.
+        """
+        lengths = self.compute(function, *arguments, primfunc_name_hint=f"{self.operator.lower()}_shape")
+        return tuple(self.graph.bind_elements(lengths, self.output_hint))
+
     def constant(self, array: np.ndarray) -> ConstantValue:
         """Return a constant value."""
         return ConstantValue(np.asarray(array))
+
+    def integer_value(self, dimension: Dimension) -> Value:
+        """Return a dimension as an int64 scalar."""
+        elements = np.empty((), dtype=object)
+        elements[()] = dimension
+        return integer_value(elements, "int64", self.graph.builder)
 
     def scalar(self, number: builtins.float | int | bool, dtype: str) -> relax.Expr:
         """Return a Relax scalar constant of the dtype."""
@@ -248,6 +268,12 @@ class Node:
     def unsupported(self, reason: str) -> UnsupportedNodeError:
         """Return the exception to raise for a case that cannot be converted."""
         return UnsupportedNodeError(reason)
+
+
+def _object_array(elements: Sequence[Dimension]) -> np.ndarray:
+    array = np.empty(len(elements), dtype=object)
+    array[:] = elements
+    return array
 
 
 def broadcast_shape(shapes: Sequence[Shape]) -> Shape:
