@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -58,23 +59,26 @@ def export_library(executable: Executable, target: Target, path: Path) -> None:
 
 def link(objects: Sequence[str | Path], target: Target, output: Path) -> None:
     """Link object files of the target into the shared library `output`; raises ToolchainError."""
-    environment = {
-        **os.environ,
-        "ZIG_GLOBAL_CACHE_DIR": str(cache_directory("zig")),
-        "ZIG_LOCAL_CACHE_DIR": str(cache_directory("zig")),
-    }
     command = [
         str(linker_executable()), "cc", "-target", target.linker_triple, *_LINK_OPTIONS, "-o", str(output),
         *(str(file) for file in objects),
     ]  # fmt: skip
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ToolchainError(
-            f"linking {output.name} for {target.name} took over {_TIMEOUT_SECONDS} s; try again on a less busy machine"
-        ) from error
+    # The support libraries are kept for all links, the record of this one is not.
+    with tempfile.TemporaryDirectory(prefix="optimizer-link-") as scratch:
+        caches = {"ZIG_GLOBAL_CACHE_DIR": str(cache_directory("zig")), "ZIG_LOCAL_CACHE_DIR": scratch}
+        try:
+            done = subprocess.run(
+                command,
+                env={**os.environ, **caches},
+                capture_output=True,
+                text=True,
+                timeout=_TIMEOUT_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ToolchainError(
+                f"linking {output.name} for {target.name} took over {_TIMEOUT_SECONDS} s; retry on a less busy machine"
+            ) from error
     if done.returncode != 0:
         reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
         raise ToolchainError(f"linking {output.name} for {target.name} failed: {reason}")

@@ -48,7 +48,7 @@ class ModuleBlob:
                 if kind != LIBRARY_KIND.encode():
                     contents, offset = read_string(body, offset)
                 modules.append(ImportedModule(kind.decode(), contents))
-        except (struct.error, UnicodeDecodeError) as error:
+        except (struct.error, OverflowError, UnicodeDecodeError) as error:
             raise ValueError(f"not a tree of TVM modules: {error}") from error
         return cls(tree, tuple(modules))
 

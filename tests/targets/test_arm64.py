@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from target_kernels import (
@@ -52,8 +54,10 @@ def test_matrix_instruction_is_exact(execute):
     np.testing.assert_array_equal(tiles, a.astype("int32") @ b.astype("int32").T)
 
 
-def test_scalable_vectors_cover_a_length_that_they_do_not_divide(execute):
-    target = targets.get("arm64-sve2")
+@pytest.mark.parametrize("registers", [1, 4], ids=["128 bits", "512 bits"])
+def test_scalable_vectors_cover_a_length_that_they_do_not_divide(execute, registers: int):
+    cpu = f"max,sve-max-vq={registers},sme=off,pauth-impdef=on"
+    target = replace(targets.get("arm64-sve2"), emulated_cpu=cpu)
     a, b = integers((100,), "float32", 6), integers((100,), "float32", 7)
     output = execute(scalable_scaled_sum(target.tvm_target()), target, [a, b, np.zeros(100, "float32")])
     np.testing.assert_array_equal(output, 2 * a + b)
