@@ -2,20 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from numpy.typing import NDArray
+
+import targets
+from optimizer import reference
+from optimizer.certificate import certify
+from optimizer.errors import CertificateError, IncompatibleMachineError, PackageError
 from optimizer.frontend.importer import ImportedModel
-from optimizer.frontend.model_file import ModelFile
-from optimizer.package.manifest import Certificate
+from optimizer.frontend.model_file import ModelFile, read_model
+from optimizer.package import open_package
+from optimizer.package.manifest import Certificate, Manifest
+from optimizer.runtime import load
+from optimizer.runtime.array_files import read_arrays, write_arrays
+from passes.convert_precision import ConvertPrecision
+from targets.base import Target
+from targets.emulator import Emulator
+from targets.execution import how_executed
 
 if TYPE_CHECKING:
     from optimizer.compile import CompileOptions
 
+Arrays: TypeAlias = Mapping[str, NDArray[Any]]
+_EMULATED_SECONDS = 600
 
-def certifier(
-    source: ModelFile, imported: ImportedModel, options: CompileOptions
-) -> Callable[[Path], Certificate] | None:
-    """Return a function that certifies the package in a folder, or None where this machine cannot execute it."""
-    return None
+
+@dataclass(frozen=True)
+class Certification:
+    """How a package is to be certified: `certify` does it, or is None where nothing here can execute the target."""
+
+    certify: Callable[[Path], Certificate] | None
+    note: str
+
+
+NO_CERTIFICATE = Certification(None, "none: not asked for")
+
+
+def plan_certification(source: ModelFile, imported: ImportedModel, options: CompileOptions) -> Certification:
+    """Choose how the finished package will be executed for its certificate."""
+    execution = how_executed(options.target)
+    if execution == "no":
+        return Certification(None, f"none: this machine cannot execute {options.target.name}")
+    run_with = _natively if execution == "native" else _emulated
+
+    def check(package: Path) -> Certificate:
+        return certify(
+            source.model,
+            run_with(package, options.target),
+            path=source.path,
+            shapes=options.shapes,
+            precision=options.operand_dtype,
+            unoptimized=reference.lazily_unoptimized(imported),
+        )
+
+    return Certification(check, execution)
+
+
+def _natively(package: Path, target: Target) -> Callable[[Arrays], Arrays]:  # noqa: ARG001 -- one signature for both
+    model = load(package)
+    return model.__call__
+
+
+def _emulated(package: Path, target: Target) -> Callable[[Arrays], Arrays]:
+    return lambda inputs: run_emulated(package, target, inputs)
+
+
+def run_emulated(package: Path, target: Target, inputs: Arrays) -> dict[str, NDArray[Any]]:
+    """Run a package's main entry point under the emulator, with the real runtime of the target's architecture.
+
+    Raises CertificateError if the emulated process fails.
+    """
+    root = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory(prefix="optimizer-") as folder:
+        given, results = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
+        write_arrays(given, inputs)
+        done = Emulator().run(
+            ["-m", "optimizer.runtime", str(package), str(given), str(results)],
+            target,
+            python_path=[root],
+            timeout=_EMULATED_SECONDS,
+        )
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise CertificateError(f"the package fails under the emulator: {reason}")
+        return read_arrays(results, open_package(package).manifest.entry_points[0].outputs)
+
+
+def certify_package(package: Path, manifest: Manifest, model: Path) -> Certificate:
+    """Compare an existing package with the model that it was compiled from, on this machine.
+
+    Raises PackageError if the model is another one, IncompatibleMachineError if nothing here can execute the package.
+    """
+    source = read_model(model)
+    if source.digest != manifest.model.sha256:
+        raise PackageError(
+            f"{package} was compiled from a model with sha256 {manifest.model.sha256[:16]}, "
+            f"{model} has {source.digest[:16]}; give the model that it was compiled from"
+        )
+    need = manifest.requirements
+    target = targets.get(need.target, need.gpu_architectures or None)
+    execution = how_executed(target)
+    if execution == "no":
+        raise IncompatibleMachineError(f"this machine cannot execute {target.name}; verify on one that can")
+    shapes = {spec.name: list(spec.shape) for spec in manifest.entry_points[0].inputs}
+    conversion = next((record for record in manifest.passes if record.name == ConvertPrecision.name), None)
+    return certify(
+        source.model,
+        (_natively if execution == "native" else _emulated)(package, target),
+        path=source.path,
+        shapes=shapes,
+        precision=None if conversion is None else str(conversion.options["dtype"]),
+    )

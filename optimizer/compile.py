@@ -13,12 +13,12 @@ from tvm import relax
 
 import targets
 from optimizer import execution
-from optimizer.certification import certifier
+from optimizer.certification import NO_CERTIFICATE, Certification, plan_certification
 from optimizer.errors import OptionError, TargetError
 from optimizer.frontend.importer import ImportedModel, import_model
 from optimizer.frontend.model_file import ModelFile, read_model
 from optimizer.lowering import LoweredModule, build, lower
-from optimizer.package import Manifest, Weight, write_package
+from optimizer.package import Manifest, Weight, require_replaceable, write_package
 from optimizer.packaging import describe
 from optimizer.progress import Silent, Timeline, Watcher
 from optimizer.weights import LiftedModule, lift_weights
@@ -37,6 +37,11 @@ class CompileOptions:
     shapes: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
     passes: str = pipeline.DEFAULT
     precision: str = "model"
+
+    @property
+    def operand_dtype(self) -> str | None:
+        """Return the dtype that products compute with, or None for the model's own."""
+        return PRECISIONS.get(self.precision)
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class CompileResult:
     manifest: Manifest
     plan: Plan
     source: ModelFile
+    certification: Certification
     seconds: Mapping[str, float]
 
 
@@ -75,6 +81,7 @@ def compile_model(
 
     Raises one of the errors of `optimizer.errors`.
     """
+    require_replaceable(output)
     timeline = Timeline(watcher or Silent())
     source, plan = _plan_file(model, options, timeline)
     with timeline.stage("generate code"):
@@ -84,11 +91,10 @@ def compile_model(
         with timeline.stage("link"):
             _link(executable, options.target, library)
         with timeline.stage("certify and write"):
-            check = certifier(source, plan.imported, options) if certify else None
-            manifest = write_package(
-                output, describe(source, plan, options.target), library, _weights(plan), certify=check
-            )
-    return CompileResult(manifest, plan, source, timeline.seconds)
+            certification = plan_certification(source, plan.imported, options) if certify else NO_CERTIFICATE
+            draft = describe(source, plan, options.target)
+            manifest = write_package(output, draft, library, _weights(plan), certify=certification.certify)
+    return CompileResult(manifest, plan, source, certification, timeline.seconds)
 
 
 def plan_model(model: Path, options: CompileOptions, watcher: Watcher | None = None) -> tuple[ModelFile, Plan]:
@@ -122,8 +128,8 @@ def _plan(model: onnx.ModelProto, options: CompileOptions, timeline: Timeline, b
 
 def _run_passes(module: tvm.IRModule, options: CompileOptions) -> tuple[tvm.IRModule, tuple[pipeline.PassRecord, ...]]:
     notation = options.passes
-    if options.precision != "model":
-        notation += f",convert-precision{{dtype={PRECISIONS[options.precision]}}}"
+    if options.operand_dtype is not None:
+        notation += f",convert-precision{{dtype={options.operand_dtype}}}"
     try:
         passes = pipeline.parse(notation)
     except pipeline.PassOptionError as error:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import tvm
 from tvm import relax
 
 from optimizer import execution
 from optimizer.frontend.importer import ImportedModel
+
+
+def lazily_unoptimized(model: ImportedModel) -> execution.Runner:
+    """Return what `unoptimized` returns, built at the first call: it is needed only where no other reference is."""
+    built = cache(lambda: unoptimized(model))
+    return lambda inputs: built()(inputs)  # noqa: PLW0108 -- built at the first call, not now
 
 
 def unoptimized(model: ImportedModel) -> execution.Runner:

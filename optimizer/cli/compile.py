@@ -18,7 +18,9 @@ _EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "decoder" / "model
 @click.command(name="compile")
 @click.argument("model", type=click.Path(path_type=Path), required=False)
 @click.option("--target", "-t", default="host", show_default=True, help="Hardware target; see `optimizer targets`.")
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Package: a folder, or one file if it ends in .opt.")
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), help="Package: a folder, or one file if it ends in .opt."
+)
 @click.option("--shape", "shapes", multiple=True, metavar="NAME=DIMS", help="Shape of an input, such as x=1,3,224,224.")
 @click.option("--passes", help="Graph passes in order, with options: name,name{option=value}.")
 @click.option(
@@ -51,7 +53,7 @@ def command(
     """
     from optimizer.cli import compile_report, console
     from optimizer.cli.arguments import parse_shapes
-    from optimizer.compile import CompileOptions, compile_model, plan_model, find_target
+    from optimizer.compile import CompileOptions, compile_model, find_target, plan_model
 
     model = _bundled_example() if model is None else model
     options = CompileOptions(find_target(target, gpu_architectures or None), parse_shapes(shapes), precision=precision)

@@ -32,7 +32,7 @@ def show_result(result: CompileResult, destination: Path, *, as_json: bool) -> N
     facts = [
         *_summary_facts(summary),
         ("time per step", step.text),
-        ("certificate", _certificate_text(result.manifest.certificate)),
+        ("certificate", _certificate_text(result.manifest.certificate, result.certification.note)),
         ("compile time", _stages_text(result)),
     ]
     print_facts(str(destination), facts)
@@ -76,12 +76,13 @@ def _largest(fused: dict[str, int], most: int = 8) -> list[tuple[str, int]]:
     return sorted(merged.items(), key=lambda item: -item[1] * item[0].count("_"))[:most]
 
 
-def _certificate_text(certificate: Certificate | None) -> str:
+def _certificate_text(certificate: Certificate | None, note: str) -> str:
     if certificate is None:
-        return "none (--no-certificate)"
+        return note
     worst = max(certificate.outputs, key=lambda output: output.max_relative_error / max(output.tolerance, 1e-30))
+    how = " under the emulator" if note == "emulator" else ""
     return (
-        f"agrees with {certificate.reference} {certificate.reference_version}: worst output '{worst.name}', "
+        f"agrees{how} with {certificate.reference} {certificate.reference_version}: worst output '{worst.name}', "
         f"relative error {worst.max_relative_error:.1e} (tolerance {worst.tolerance:.1e})"
     )
 

@@ -65,7 +65,12 @@ def _show(path: Path, manifest: Manifest, *, kernels: bool) -> None:
         print_table(f"\nentry point {entry.name}", ("", "name", "dtype", "shape"), rows)
     if manifest.certificate is not None:
         rows = [
-            (output.name, f"{output.max_absolute_error:.1e}", f"{output.max_relative_error:.1e}", f"{output.tolerance:.1e}")
+            (
+                output.name,
+                f"{output.max_absolute_error:.1e}",
+                f"{output.max_relative_error:.1e}",
+                f"{output.tolerance:.1e}",
+            )
             for output in manifest.certificate.outputs
         ]
         title = f"\ncertificate against {manifest.certificate.reference} {manifest.certificate.reference_version}"

@@ -41,7 +41,9 @@ def command(
         np.savez(output, **results)  # pyright: ignore[reportArgumentType] -- names are keywords of savez
     rows = [_summary(name, array) for name, array in results.items()]
     if as_json:
-        print_json([dict(zip(("name", "dtype", "shape", "minimum", "mean", "maximum"), row, strict=True)) for row in rows])
+        print_json(
+            [dict(zip(("name", "dtype", "shape", "minimum", "mean", "maximum"), row, strict=True)) for row in rows]
+        )
     else:
         print_table(str(package), ("output", "dtype", "shape", "min", "mean", "max"), rows)
 

@@ -61,7 +61,7 @@ def write_package(
     An existing package at `path` is replaced; anything else there raises PackageError and stays.
     """
     destination = Path(path)
-    _require_replaceable(destination)
+    require_replaceable(destination)
     staging = destination.parent / f".{destination.name}.{secrets.token_hex(8)}.partial"
     folder = staging / "package"
     try:
@@ -93,7 +93,8 @@ def _naming(destination: Path) -> Iterator[None]:
         raise PackageError(f"the package cannot be written to {destination}: {error}") from error
 
 
-def _require_replaceable(destination: Path) -> None:
+def require_replaceable(destination: Path) -> None:
+    """Raise PackageError if a package cannot be written here: no such folder, or something else stands there."""
     if destination.suffix == SINGLE_FILE_SUFFIX and destination.is_dir():
         raise PackageError(f"{destination} is a folder, but '.opt' asks for a single file; choose another output path")
     if os.path.lexists(destination) and not is_package(destination):

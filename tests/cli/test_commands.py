@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def package(optimizer: Callable, perceptron: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "perceptron.opt"
+    assert optimizer("compile", perceptron, "-o", path).code == 0
+    return path
+
+
+def test_compile_reports_what_it_did(optimizer: Callable, perceptron: Path, tmp_path: Path) -> None:
+    finished = optimizer("compile", perceptron, "-o", tmp_path / "package", "--json")
+    report = json.loads(finished.out)
+    assert report["onnx_nodes"] == 3
+    assert report["kernels"] == 2
+    assert report["weight_bytes"] == (64 * 32 + 32 * 10) * 4
+    assert report["certificate"]["reference"] == "onnxruntime"
+    assert report["step_seconds"]["median"] > 0
+
+
+def test_compile_prints_a_table(optimizer: Callable, perceptron: Path, tmp_path: Path) -> None:
+    out = optimizer("compile", perceptron, "-o", tmp_path / "package").out
+    for row in ("nodes", "fused", "kernels", "weights", "time per step", "certificate"):
+        assert f"\n{row}" in out
+
+
+def test_dry_run_writes_nothing(optimizer: Callable, perceptron: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    finished = optimizer("compile", perceptron, "-o", tmp_path / "package", "--dry-run", "--json")
+    assert json.loads(finished.out)["kernels"] == 2
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_precision_halves_the_weights(optimizer: Callable, perceptron: Path, tmp_path: Path) -> None:
+    arguments = ("compile", perceptron, "-o", tmp_path / "package", "--json", "--dry-run", "--precision", "bf16")
+    # The second matrix is below the size that is stored apart from the code once it is halved.
+    assert json.loads(optimizer(*arguments).out)["weight_bytes"] == 64 * 32 * 2
+
+
+def test_run_gives_the_models_numbers(optimizer: Callable, package: Path, perceptron: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    x = np.random.default_rng(5).standard_normal((3, 64), dtype=np.float32)
+    np.save(tmp_path / "x.npy", x)
+    finished = optimizer("run", package, "-i", f"x={tmp_path / 'x.npy'}", "-o", tmp_path / "y.npz", "--json")
+    assert json.loads(finished.out)[0]["shape"] == "3x10"
+    wanted = onnxruntime.InferenceSession(perceptron).run(None, {"x": x})[0]
+    np.testing.assert_allclose(np.load(tmp_path / "y.npz")["y"], wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_run_fills_in_random_inputs(optimizer: Callable, package: Path) -> None:
+    assert json.loads(optimizer("run", package, "--dim", "batch=4", "--json").out)[0]["shape"] == "4x10"
+
+
+def test_inspect_shows_the_manifest(optimizer: Callable, package: Path) -> None:
+    assert json.loads(optimizer("inspect", package, "--json").out)["entry_points"][0]["inputs"][0]["name"] == "x"
+    assert "[batch, 64]" in optimizer("inspect", package).out
+
+
+def test_inspect_shows_a_model(optimizer: Callable, perceptron: Path) -> None:
+    report = json.loads(optimizer("inspect", perceptron, "--json").out)
+    assert report["compiles"]
+    assert report["operators"] == {"MatMul": 2, "Relu": 1}
+
+
+def test_verify_finds_a_changed_byte(optimizer: Callable, perceptron: Path, tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    optimizer("compile", perceptron, "-o", package)
+    assert optimizer("verify", package).code == 0
+    weights = package / "weights.bin"
+    content = bytearray(weights.read_bytes())
+    content[100] ^= 1
+    weights.write_bytes(content)
+    finished = optimizer("verify", package)
+    assert finished.code == 7
+    assert "weights.bin" in finished.err
+
+
+def test_verify_compares_with_the_model(optimizer: Callable, package: Path, perceptron: Path) -> None:
+    report = json.loads(optimizer("verify", package, "--model", perceptron, "--json").out)
+    assert report["certificate"]["outputs"][0]["ok"]
+
+
+def test_bench_measures(optimizer: Callable, package: Path) -> None:
+    report = json.loads(optimizer("bench", package, "--seconds", "0.05", "--json").out)
+    assert report["median_seconds"] > 0
+    assert report["runs"] >= 3
+
+
+def test_targets_names_the_host(optimizer: Callable) -> None:
+    rows = json.loads(optimizer("targets", "--json").out)
+    assert {"x86-avx512", "x86-avx2", "arm64", "cuda"} <= {row["name"] for row in rows}
+    assert sum(row["host"] for row in rows) == 1
+
+
+def test_doctor_gives_a_fix_for_each_failure(optimizer: Callable) -> None:
+    checks = json.loads(optimizer("doctor", "--json").out)
+    assert all(check["fix"] for check in checks if check["status"] == "fail")
+
+
+def test_compile_twice_gives_the_same_bytes(optimizer: Callable, perceptron: Path, tmp_path: Path) -> None:
+    packages = [tmp_path / "first.opt", tmp_path / "second.opt"]
+    for path in packages:
+        optimizer("compile", perceptron, "-o", path)
+    assert packages[0].read_bytes() == packages[1].read_bytes()
