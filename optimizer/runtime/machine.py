@@ -130,6 +130,15 @@ def default_thread_count(root: Path = _ROOT) -> int:
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 
+def count_physical_cores_by_default() -> None:
+    """Make TVM's thread pools of this process and its children as large as ours, unless TVM_NUM_THREADS is set.
+
+    For programs that run TVM before they load a package, such as the compiler when it folds constants: the pool of a
+    thread cannot grow later.
+    """
+    os.environ.setdefault("TVM_NUM_THREADS", str(default_thread_count()))
+
+
 def _text(path: Path) -> str:
     """Return the file's text, or "" where this kernel does not offer the file."""
     try:

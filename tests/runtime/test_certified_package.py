@@ -48,7 +48,7 @@ def certified_write(
             manifest,
             library,
             linear_weights,
-            certify=lambda folder: certify(model, lambda inputs: load(folder)(inputs)),
+            certify=lambda folder: certify(model, load(folder)),
         )
         return open_package(tmp_path / "certified.opt").manifest.certificate
 

@@ -97,6 +97,15 @@ def test_aarch64_capability_bits_have_their_names() -> None:
     assert machine.aarch64_features(1 << 20 | 1 << 22, 1 << 13 | 1 << 1) == {"asimddp", "sve", "i8mm", "sve2"}
 
 
+def test_environment_asks_for_all_physical_cores_unless_it_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before, after in (("", str(machine.default_thread_count())), ("1", "1")):
+        monkeypatch.setitem(os.environ, "TVM_NUM_THREADS", before)
+        if not before:
+            del os.environ["TVM_NUM_THREADS"]
+        machine.count_physical_cores_by_default()
+        assert os.environ["TVM_NUM_THREADS"] == after
+
+
 @pytest.mark.parametrize(("text", "numbers"), [("0.27.0.post1", (0, 27, 0)), ("2.36", (2, 36)), ("", ())])
 def test_release_numbers_of_a_version(text: str, numbers: tuple[int, ...]) -> None:
     assert machine.release(text) == numbers

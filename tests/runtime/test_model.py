@@ -123,6 +123,36 @@ def test_output_tensors_are_accepted_as_inputs(write_linear: WritePackage) -> No
     np.testing.assert_array_equal(second["present"], np.concatenate([new, 2 * new], axis=1))
 
 
+class Foreign:
+    """An array of another library, which speaks DLPack and nothing else."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack__(self, **options: object) -> object:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+
+@pytest.mark.parametrize("offset", [0, 16, 4])
+def test_arrays_of_other_libraries_are_taken_by_dlpack(write_linear: WritePackage, offset: int) -> None:
+    storage = np.zeros(256, np.uint8)
+    start = -storage.ctypes.data % 64 + offset
+    x = storage[start : start + 48].view(np.float32).reshape(3, 4)
+    x[...] = np.arange(12).reshape(3, 4)
+    outputs = load(write_linear())({"x.0/data": Foreign(x), "scale": Foreign(np.ones((), np.float32))})
+    np.testing.assert_array_equal(outputs["flat"], np.arange(12))
+
+
+def test_numpy_scalars_are_inputs(write_linear: WritePackage) -> None:
+    model = load(write_linear())
+    inputs = linear_inputs()
+    for scale in (np.float32(0.5), np.array(0.5, np.float32)):
+        np.testing.assert_array_equal(model({**inputs, "scale": scale})["y"], model(inputs)["y"])
+
+
 def test_unknown_entry_point_lists_those_there_are(write_linear: WritePackage) -> None:
     with pytest.raises(OptionError, match="main, decode"):
         load(write_linear()).entry("prefill")
