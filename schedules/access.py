@@ -42,6 +42,17 @@ class Access:
         unit = len(moving) == 1 and coefficients[moving[0]] == 1 and not varies_below
         return Step.UNIT if unit else Step.STRIDED
 
+    def block(self, axis: Axis) -> int:
+        """Return b where `axis` occurs as [..., axis // b, ..., axis % b] and nowhere else, 0 for anything else."""
+        last = self.indices[-1] if self.indices else None
+        if not isinstance(last, tirx.FloorMod) or not last.a.same_as(axis.variable):
+            return 0
+        quotients = [i for i in self.indices[:-1] if occurs(i, axis.variable)]
+        if len(quotients) != 1 or not isinstance(quotients[0], tirx.FloorDiv):
+            return 0
+        own = quotients[0].a.same_as(axis.variable) and tvm_ffi.structural_equal(quotients[0].b, last.b)
+        return as_int(last.b) or 0 if own else 0
+
 
 def as_int(expression: Expr) -> int | None:
     """Return a constant as a Python integer, None for anything else."""
@@ -131,6 +142,10 @@ def _walks_as_one(access: Access, outer: Axis, inner: Axis) -> bool:
     inner_at = [i for i, index in enumerate(access.indices) if occurs(index, inner.variable)]
     if not outer_at and not inner_at:
         return True
+    if len(outer_at) == 1 and outer_at == inner_at and isinstance(inner.extent, int):
+        position = access.indices[outer_at[0]]
+        step = linear_coefficient(position, inner.variable)
+        return step is not None and linear_coefficient(position, outer.variable) == step * inner.extent
     if len(outer_at) != 1 or inner_at != [outer_at[0] + 1]:
         return False
     position = inner_at[0]

@@ -22,6 +22,7 @@ from schedules.epilogue import Epilogue
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
 from schedules.loops import (
     Extent,
+    flatten,
     index,
     load,
     local,
@@ -175,11 +176,11 @@ class _Emitter:
         def task(number: Expr) -> Stmt:
             position = unflatten(number, [*leading, *phases])
             channel, phase = position[: len(leading)], position[len(leading) :]
-            phase_number = _flatten(phase, phases)
+            phase_number = flatten(phase, phases)
 
             def element(point: list[Expr]) -> Stmt:
                 value = self._input_at(channel, phase, point)
-                return store(flat, value, [*channel, phase_number, _flatten(point, self.lengths)])
+                return store(flat, value, [*channel, phase_number, flatten(point, self.lengths)])
 
             slack = product(self.lengths)
             zero = tirx.const(0, flat.dtype)
@@ -339,7 +340,7 @@ class _Emitter:
             shift = window.shift(taps)
             phases.append(tirx.floormod(shift, index(window.stride)) if window.phases > 1 else index(0))
             shifts.append(tirx.floordiv(shift, index(window.stride)) if window.stride > 1 else shift)
-        return _flatten(phases, [w.phases for w in self.windows]), _flatten(shifts, self.lengths)
+        return flatten(phases, [w.phases for w in self.windows]), flatten(shifts, self.lengths)
 
     def _write(
         self, staging: Var, point: Mapping[Var, Expr], channel: Expr, count: int, start: Expr, steps: Extent
@@ -357,7 +358,7 @@ class _Emitter:
                     values[self.analysis.channel.variable] = channel + r
                 for number, (axis, position) in enumerate(zip(axes, inside, strict=True)):
                     values[axis.variable] = start + position if number == 0 else position
-                total = load(staging, [r, _flatten(inside, [steps, *self.lengths[1:]])])
+                total = load(staging, [r, flatten(inside, [steps, *self.lengths[1:]])])
                 return self.analysis.epilogue.store(total.astype(self.stage.output.dtype), values)
 
             last = steps if len(axes) == 1 else axes[-1].extent
@@ -365,13 +366,6 @@ class _Emitter:
 
         middle = [steps, *(axis.extent for axis in axes[1:-1])] if len(axes) > 1 else []
         return nest([count, *middle], row)
-
-
-def _flatten(point: Sequence[Expr], extents: Sequence[Extent]) -> Expr:
-    flat: Expr = index(0)
-    for position, extent in zip(point, extents, strict=True):
-        flat = flat * index(extent) + position
-    return flat
 
 
 def _extent(expression: Expr) -> Extent:

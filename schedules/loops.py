@@ -87,6 +87,14 @@ def ceiling(extent: Extent, size: int) -> Extent:
     return -(-extent // size) if isinstance(extent, int) else tirx.floordiv(extent + (size - 1), index(size))
 
 
+def flatten(point: Sequence[Expr], extents: Sequence[Extent]) -> Expr:
+    """Return the row-major position of `point` in a box of `extents`."""
+    flat: Expr = index(0)
+    for position, extent in zip(point, extents, strict=True):
+        flat = flat * index(extent) + position
+    return flat
+
+
 def product(extents: Sequence[Extent]) -> Extent:
     """Return the product of extents; an integer where all are."""
     result: Extent = 1

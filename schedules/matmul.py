@@ -7,6 +7,7 @@ rows is reduced along K in lanes instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,10 @@ ROWS_TO_TRANSPOSE = 48
 
 @dataclass(frozen=True, eq=False)
 class MatmulAnalysis:
-    """The axes of a contraction: `columns` in lanes, `rows` in registers, and the operand read along the columns."""
+    """The axes of a contraction: `columns` in lanes, `rows` in registers, and the operand read along the columns.
+
+    `block` is how many columns of the operand lie together where it is packed, 0 where it is not.
+    """
 
     stage: Stage
     epilogue: Epilogue
@@ -41,6 +45,7 @@ class MatmulAnalysis:
     reduction: tuple[AxisGroup, ...]
     operand: TensorLoad
     transposed: bool
+    block: int
 
 
 class Matmul:
@@ -50,6 +55,13 @@ class Matmul:
 
     def takes(self, kernel: Kernel, target: Target) -> MatmulAnalysis | None:
         """Return the analysis of a reduction in which each operand lacks an axis that the other has."""
+        analysis = self.analyse(kernel)
+        if analysis is not None and analysis.block % vector_width(target, analysis.stage):
+            return None
+        return analysis
+
+    def analyse(self, kernel: Kernel) -> MatmulAnalysis | None:
+        """Return the analysis for any target."""
         stage, follows = split_epilogue(kernel)
         if stage is None or follows is None or branches_on_any(stage):
             return None
@@ -66,10 +78,13 @@ class Matmul:
         if rows is None and not any(not load.same_as(operand) and reduces(load, reduction) for load in stage.loads()):
             return None
         along = step(operand, columns)
-        if along == Step.IRREGULAR:
+        block = Access(operand.source, tuple(operand.indices)).block(columns.inner)
+        if along == Step.IRREGULAR and not block:
             return None
         outer = tuple(group for group in groups[:-1] if group is not rows)
-        return MatmulAnalysis(stage, follows, outer, rows, columns, tuple(reduction), operand, along == Step.STRIDED)
+        return MatmulAnalysis(
+            stage, follows, outer, rows, columns, tuple(reduction), operand, along == Step.STRIDED, block
+        )
 
     def space(self, target: Target, analysis: MatmulAnalysis) -> Space:
         """Return the register tile, the rows of a task, and whether the column operand is copied to panels."""
@@ -85,6 +100,8 @@ class Matmul:
         """Return the loop nest; two of them, and a choice at run time, where the number of rows is symbolic."""
         enough = parameters["panel_rows"]
         extent: Extent = analysis.rows.extent if analysis.rows is not None else 1
+        if analysis.block:
+            return _many_rows(analysis, parameters, target)
         if isinstance(extent, int):
             return _many_rows(analysis, parameters, target) if extent >= enough else _few_rows(analysis, target)
         many, few = _many_rows(analysis, parameters, target), _few_rows(analysis, target)
@@ -111,7 +128,7 @@ def _row_block(target: Target, analysis: MatmulAnalysis) -> int:
 def _many_rows(analysis: MatmulAnalysis, parameters: Parameters, target: Target) -> Stmt:
     rows, vectors = parameters["rows"], parameters["vectors"]
     block = max(rows, parameters["row_block"] // rows * rows)
-    return tiling.emit(_tile(analysis, target, (rows, vectors), block, analysis.operand))
+    return tiling.emit(_tile(analysis, target, (rows, vectors), block, None if analysis.block else analysis.operand))
 
 
 def _few_rows(analysis: MatmulAnalysis, target: Target) -> Stmt:
@@ -152,6 +169,8 @@ def _tile(
     rows, vectors = shape
     lanes = vector_width(target, analysis.stage)
     width = lanes * vectors
+    if analysis.block:
+        width = math.gcd(width, analysis.block)
     columns = analysis.columns.extent
     if isinstance(columns, int):
         width = min(width, -(-columns // lanes) * lanes)

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tvm import tirx
+
 # The attribute by which TVM's own passes, too, know a function that needs no schedule.
 SCHEDULED = "tirx.is_scheduled"
+
+
+def is_scheduled(function: tirx.PrimFunc) -> bool:
+    """Return whether `function` is marked as scheduled."""
+    return function.attrs is not None and SCHEDULED in function.attrs and bool(function.attrs[SCHEDULED])
 
 
 @dataclass(frozen=True)

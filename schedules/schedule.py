@@ -12,7 +12,7 @@ from schedules.inline import inline
 from schedules.intrin import vector_math
 from schedules.kernels import cut
 from schedules.registry import FAMILIES
-from schedules.report import SCHEDULED, KernelReport
+from schedules.report import SCHEDULED, KernelReport, is_scheduled
 from schedules.stages import OpaqueStage, parse
 from targets.base import Target
 
@@ -33,11 +33,6 @@ def schedule_module(module: tvm.IRModule, target: Target) -> tuple[tvm.IRModule,
             reports.append(report)
     result = tvm.IRModule(scheduled, attrs=module.attrs, global_infos=module.global_infos)
     return result, tuple(reports)
-
-
-def is_scheduled(function: tirx.PrimFunc) -> bool:
-    """Return whether `function` is marked as scheduled."""
-    return function.attrs is not None and SCHEDULED in function.attrs and bool(function.attrs[SCHEDULED])
 
 
 def schedule_function(
