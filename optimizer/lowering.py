@@ -21,10 +21,11 @@ _LEGALIZE = (
     relax.transform.FuseOps,
     relax.transform.FuseTIR,
     relax.transform.DeadCodeElimination,
+    # It knows a reshape by its loop nest, so it has to see it before the schedule.
+    relax.transform.RewriteDataflowReshape,
 )
 # What remains between scheduled TIR and the bytecode of Relax's virtual machine.
 _FINISH = (
-    relax.transform.RewriteDataflowReshape,
     relax.transform.ToNonDataflow,
     relax.transform.RemovePurityChecking,
     relax.transform.CallTIRRewrite,
