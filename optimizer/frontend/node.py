@@ -202,7 +202,11 @@ class Node:
 
     def dimensions(self, value: Value) -> relax.Expr:
         """Return the shape of `value` as an int64 tensor of rank 1."""
-        return integer_value(_object_array(value.shape), "int64", self.graph.builder).expr
+        return self.shape_tensor(value.shape)
+
+    def shape_tensor(self, shape: Sequence[Dimension]) -> relax.Expr:
+        """Return dimensions as an int64 tensor of rank 1."""
+        return integer_value(_object_array(shape), "int64", self.graph.builder).expr
 
     def compute_shape(self, function: Callable[..., object], *arguments: object) -> Shape:
         """Return dimensions that a tensor expression computes when the module runs, as fresh symbols.
