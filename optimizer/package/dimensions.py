@@ -55,6 +55,7 @@ def _check(node: ast.expr, expression: str, depth: int) -> None:
             raise ValueError(f"'{expression}' holds more than integers, names, + - * // %, min and max")
 
 
+@lru_cache(maxsize=4096)
 def symbols(expression: str) -> frozenset[str]:
     """Return the names that the expression depends on; raises ValueError when it is not a valid expression."""
     tree = _parse(expression)

@@ -6,6 +6,7 @@ element a byte, because TVM's own packing of four-bit tensors is not part of its
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,6 +46,7 @@ def device_dtype(name: str) -> str:
     return _WIDENED.get(name, name)
 
 
+@functools.cache
 def numpy_dtype(name: str) -> NumpyDType:
     """Return the NumPy dtype called `name`; types that NumPy lacks come from ml_dtypes, imported only then."""
     if name in _BEYOND_NUMPY:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +14,12 @@ import tvm_ffi
 from tvm.runtime.vm import VirtualMachine
 
 from optimizer.errors import OptionError, PackageError
-from optimizer.package.dtypes import device_dtype, numpy_dtype
+from optimizer.package.dtypes import ITEM_BYTES, device_dtype, numpy_dtype
 from optimizer.package.manifest import EntryPoint, Manifest, TensorSpec
 from optimizer.package.reader import Package
 from optimizer.runtime import tensors
 from optimizer.runtime.devices import open_device
-from optimizer.runtime.signature import bind_symbols, check_dtype, check_names, mismatch
+from optimizer.runtime.signature import bind_symbols, check_names, mismatch, wrong_dtype
 from optimizer.runtime.tensors import SupportsDLPack, Tensor
 from optimizer.runtime.threads import resolve_thread_count, use_threads
 from optimizer.runtime.weights import map_weights
@@ -148,10 +149,11 @@ class Entry:
 
     def _tensor(self, spec: TensorSpec, value: Input) -> Tensor:
         """Return the input as a tensor on the model's device, having checked its dtype."""
-        if not isinstance(value, np.ndarray) and isinstance(value, SupportsDLPack):
-            return self._dlpack_tensor(spec, value)
+        if not isinstance(value, np.ndarray | np.generic) and hasattr(value, "__dlpack__"):
+            return self._dlpack_tensor(spec, cast("SupportsDLPack", value))
         array = np.asarray(value)
-        check_dtype(self.signature, spec, array.dtype.name if array.dtype.isnative else array.dtype.str)
+        if array.dtype != numpy_dtype(spec.dtype):
+            raise wrong_dtype(self.signature, spec, array.dtype.name if array.dtype.isnative else array.dtype.str)
         return self._on_device(tensors.from_numpy(array, spec.dtype))
 
     def _dlpack_tensor(self, spec: TensorSpec, value: SupportsDLPack) -> Tensor:
@@ -162,7 +164,8 @@ class Entry:
             except ValueError as error:
                 raise mismatch(self.signature, f"input '{spec.name}' cannot be used: {error}; copy it first") from error
         dtype = str(tensor.dtype)
-        check_dtype(self.signature, spec, spec.dtype if dtype == device_dtype(spec.dtype) else dtype)
+        if dtype != device_dtype(spec.dtype):
+            raise wrong_dtype(self.signature, spec, dtype)
         return self._on_device(tensor)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
@@ -172,7 +175,7 @@ class Entry:
         """Return the results, with those copied that lie in the memory of an input or of the weights."""
         regions = [self._model.weight_region]
         for spec, argument in zip(self.signature.inputs, arguments, strict=True):
-            size = int(np.prod(argument.shape)) * numpy_dtype(spec.dtype).itemsize
+            size = math.prod(argument.shape) * ITEM_BYTES[spec.dtype]
             regions.append((argument.data_ptr(), argument.data_ptr() + size))
         device = self._model.device
         return [result.copyto(device) if tensors.shares_memory(result, regions) else result for result in results]

@@ -22,10 +22,9 @@ def check_names(entry: EntryPoint, given: Iterable[str]) -> None:
         raise mismatch(entry, f"inputs: {'; '.join(problems)}")
 
 
-def check_dtype(entry: EntryPoint, spec: TensorSpec, dtype: str) -> None:
-    """Raise InputMismatchError unless the array's dtype is the declared one; nothing is converted in silence."""
-    if dtype != spec.dtype:
-        raise mismatch(entry, f"input '{spec.name}' has dtype {dtype}, not {spec.dtype}; convert it first")
+def wrong_dtype(entry: EntryPoint, spec: TensorSpec, dtype: str) -> InputMismatchError:
+    """Return the error for an array of another dtype than the declared one: nothing is converted in silence."""
+    return mismatch(entry, f"input '{spec.name}' has dtype {dtype}, not {spec.dtype}; convert it first")
 
 
 def bind_symbols(entry: EntryPoint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

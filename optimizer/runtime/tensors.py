@@ -1,10 +1,9 @@
-# ruff: noqa: D102 - the members of the protocols are TVM's and documented there
 """NumPy and DLPack arrays to TVM tensors and back, without a copy where TVM's demands allow it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import tvm.runtime
@@ -48,7 +47,6 @@ class Device(Protocol):
     def sync(self) -> None: ...
 
 
-@runtime_checkable
 class SupportsDLPack(Protocol):
     """Any array that other libraries can take over by DLPack, such as torch.Tensor."""
 
@@ -80,6 +78,8 @@ def from_numpy(array: Array, dtype: str) -> Tensor:
     shape = array.shape
     if not (array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % WEIGHT_ALIGNMENT == 0):
         array = _aligned_copy(array)
+    if array.size and array.dtype.isbuiltin == 1:
+        return _from_dlpack(array)
     return wrap_bytes(array.reshape(-1).view(np.uint8), dtype, shape)
 
 
