@@ -208,6 +208,10 @@ class Node:
         """Return dimensions as an int64 tensor of rank 1."""
         return integer_value(_object_array(shape), "int64", self.graph.builder).expr
 
+    def dimension(self, dimension: Dimension) -> tvm.ir.Expr:
+        """Return a dimension as an int64 expression, an argument for `compute`."""
+        return as_expression(dimension)
+
     def compute_shape(self, function: Callable[..., object], *arguments: object) -> Shape:
         """Return dimensions that a tensor expression computes when the module runs, as fresh symbols.
 

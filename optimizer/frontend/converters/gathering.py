@@ -19,7 +19,8 @@ from optimizer.frontend.value import Value
 def gather(node: Node) -> Result:
     """Convert Gather: slices of the input along one axis."""
     data, indices, axis = node.input(0), node.input(1), node.axis(0)
-    return relax.op.take(data.expr, _non_negative(node, indices, data.shape[axis]), axis, mode="clip")
+    taken = relax.op.take(data.expr, _non_negative(node, indices, data.shape[axis]), axis, mode="clip")
+    return node.emit(taken, data.narrow_type)
 
 
 def _non_negative(node: Node, indices: Value, size: Dimension) -> relax.Expr:
@@ -48,7 +49,7 @@ def gather_elements(node: Node) -> Result:
 
     def compute(source: te.Tensor, chosen: te.Tensor) -> te.Tensor:
         def element(*at: tirx.Var) -> tvm.ir.Expr:
-            position = _clipped(chosen(*at), source.shape[axis])
+            position = clipped_index(chosen(*at), source.shape[axis])
             return source(*at[:axis], position, *at[axis + 1 :])
 
         return te.compute(chosen.shape, element, name="gather_elements")
@@ -69,7 +70,7 @@ def gather_nd(node: Node) -> Result:
 
         def element(*at: tirx.Var) -> tvm.ir.Expr:
             prefix, rest = at[: len(outer)], at[len(outer) :]
-            positions = [_clipped(chosen(*prefix, i), source.shape[batch + i]) for i in range(depth)]
+            positions = [clipped_index(chosen(*prefix, i), source.shape[batch + i]) for i in range(depth)]
             return source(*at[:batch], *positions, *rest)
 
         shape = [*outer, *source.shape[batch + depth :]]
@@ -78,7 +79,11 @@ def gather_nd(node: Node) -> Result:
     return node.compute(compute, data.expr, indices.expr)
 
 
-def _clipped(index: tvm.ir.Expr, size: tvm.ir.Expr) -> tvm.ir.Expr:
+def clipped_index(index: tvm.ir.Expr, size: tvm.ir.Expr) -> tvm.ir.Expr:
+    """Return an index into an axis of `size` elements, counted from the front and within the axis."""
     wide = index.astype("int64")
     wrapped = tirx.Select(wide < 0, wide + size, wide)
     return tirx.max(tirx.min(wrapped, size - 1), tirx.const(0, "int64"))
+
+
+__all__ = ["clipped_index"]

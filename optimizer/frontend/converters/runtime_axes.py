@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import tvm.ir
 from tvm import te, tirx
@@ -17,13 +17,13 @@ _ZERO = tirx.const(0, "int64")
 def shape_with_ones(shape: te.Tensor, axes: te.Tensor) -> te.Tensor:
     """Return the shape with 1 on the chosen axes."""
     rank = int(shape.shape[0])
-    return _vector(rank, lambda axis: tirx.Select(_is_chosen(axis, axes, rank), _ONE, shape[axis]))
+    return vector([tirx.Select(_is_chosen(axis, axes, rank), _ONE, shape[axis]) for axis in range(rank)])
 
 
 def shape_of_chosen(shape: te.Tensor, axes: te.Tensor) -> te.Tensor:
     """Return the shape with 1 on all but the chosen axes."""
     rank = int(shape.shape[0])
-    return _vector(rank, lambda axis: tirx.Select(_is_chosen(axis, axes, rank), shape[axis], _ONE))
+    return vector([tirx.Select(_is_chosen(axis, axes, rank), shape[axis], _ONE) for axis in range(rank)])
 
 
 def shape_without(shape: te.Tensor, axes: te.Tensor) -> te.Tensor:
@@ -37,7 +37,7 @@ def shape_without(shape: te.Tensor, axes: te.Tensor) -> te.Tensor:
             result = tirx.Select(tirx.all(kept[axis], places[axis] == position), shape[axis], result)
         return result
 
-    return _vector(rank - int(axes.shape[0]), dimension)
+    return vector([dimension(position) for position in range(rank - int(axes.shape[0]))])
 
 
 def shape_with_inserted(shape: te.Tensor, axes: te.Tensor) -> te.Tensor:
@@ -52,7 +52,7 @@ def shape_with_inserted(shape: te.Tensor, axes: te.Tensor) -> te.Tensor:
             result = tirx.Select(tirx.all(kept[axis], places[axis] == index), shape[index], result)
         return result
 
-    return _vector(rank, dimension)
+    return vector([dimension(axis) for axis in range(rank)])
 
 
 def _is_chosen(axis: int, axes: te.Tensor, rank: int) -> tvm.ir.Expr:
@@ -71,17 +71,16 @@ def _kept_places(axes: te.Tensor, rank: int) -> tuple[list[tvm.ir.Expr], list[tv
     return kept, places[:-1]
 
 
-def _vector(length: int, element: Callable[[int], tvm.ir.Expr]) -> te.Tensor:
-    """Return an int64 vector whose elements are given one by one."""
-    elements = [element(index) for index in range(length)]
+def vector(elements: Sequence[tvm.ir.Expr]) -> te.Tensor:
+    """Return an int64 tensor of rank 1 whose elements are given one by one."""
 
     def chosen(index: tirx.Var) -> tvm.ir.Expr:
         result = elements[-1] if elements else _ZERO
-        for position in reversed(range(length - 1)):
+        for position in reversed(range(len(elements) - 1)):
             result = tirx.Select(index == position, elements[position], result)
         return result
 
-    return te.compute((length,), chosen, name="shape")
+    return te.compute((len(elements),), chosen, name="elements")
 
 
-__all__ = ["shape_of_chosen", "shape_with_inserted", "shape_with_ones", "shape_without"]
+__all__ = ["shape_of_chosen", "shape_with_inserted", "shape_with_ones", "shape_without", "vector"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import tvm.ir
 from tvm import relax, te, tirx
 
-from optimizer.frontend.converters.runtime_axes import shape_with_inserted, shape_without
+from optimizer.frontend.converters.runtime_axes import shape_with_inserted, shape_without, vector
 from optimizer.frontend.dimensions import Dimension, Shape, as_expression, product, provably_equal, simplified
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
@@ -44,9 +44,9 @@ def _computed_shape(node: Node, data: Value, wanted: Value) -> Shape:
     copy_zero = not node.integer("allowzero", 0)
 
     def resolved(given: te.Tensor, own: te.Tensor) -> te.Tensor:
-        length, own_length = int(given.shape[0]), int(own.shape[0])
+        own_length = int(own.shape[0])
         one = tirx.const(1, "int64")
-        sizes = [given[i].astype("int64") for i in range(length)]
+        sizes = [given[i].astype("int64") for i in range(int(given.shape[0]))]
         if copy_zero:
             sizes = [
                 tirx.Select(size == 0, own[i], size) if i < own_length else size for i, size in enumerate(sizes)
@@ -58,18 +58,11 @@ def _computed_shape(node: Node, data: Value, wanted: Value) -> Shape:
         for size in sizes:
             rest = rest * tirx.Select(size == -1, one, size)
         left = tirx.floordiv(total, tirx.max(rest, one))
-        return te.compute((length,), lambda i: _element([tirx.Select(s == -1, left, s) for s in sizes], i), name="shape")
+        return vector([tirx.Select(size == -1, left, size) for size in sizes])
 
     if not isinstance(rank, int):
         raise node.unsupported("the rank of the result is not known at compile time")
     return node.compute_shape(resolved, wanted.expr, node.dimensions(data)) if rank else ()
-
-
-def _element(elements: Sequence[tvm.ir.Expr], index: tirx.Var) -> tvm.ir.Expr:
-    result = elements[-1]
-    for position in reversed(range(len(elements) - 1)):
-        result = tirx.Select(index == position, elements[position], result)
-    return result
 
 
 def reshaped(node: Node, data: Value, shape: Sequence[Dimension]) -> TensorValue:
