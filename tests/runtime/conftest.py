@@ -27,6 +27,8 @@ from optimizer.package.manifest import (
     TensorSpec,
     TuningRecord,
 )
+from targets.arm64 import ARM64
+from targets.linking import export_library
 
 LINEAR = EntryPoint(
     "main",
@@ -141,6 +143,13 @@ def linear_library(build: Build) -> Path:
 @pytest.fixture(scope="session")
 def doubling_library(build: Build) -> Path:
     return build(_linear_module(2.0), "doubling")
+
+
+@pytest.fixture(scope="session")
+def arm64_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("arm64") / "model.so"
+    export_library(tvm.compile(_linear_module(1.0), target=ARM64.tvm_target()), ARM64, path)
+    return path
 
 
 @pytest.fixture(scope="session")
