@@ -27,10 +27,14 @@ def rotated(node: Node, data: Value, cosines: Value, sines: Value, *, head_axis:
     cosine = _with_head_axis(node, cosines, head_axis)
     sine = _with_head_axis(node, sines, head_axis)
     outer = data.shape[:-1]
-    first, second = _pairs(node, turning, outer, half, interleaved)
+    if interleaved:
+        first, second = _interleaved_pairs(node, turning, outer, half)
+    else:
+        first, second = (part.expr for part in node.emit_tuple(relax.op.split(turning, 2, axis=-1)))
     real = relax.op.subtract(relax.op.multiply(first, cosine), relax.op.multiply(second, sine))
     imaginary = relax.op.add(relax.op.multiply(first, sine), relax.op.multiply(second, cosine))
-    result = _joined(node, real, imaginary, outer, half, interleaved)
+    parts = (node.emit(real).expr, node.emit(imaginary).expr)
+    result = _interleaved(node, parts, outer, half) if interleaved else relax.op.concat(parts, axis=-1)
     return node.emit(result if kept is None else relax.op.concat([node.emit(result).expr, kept], axis=-1))
 
 
@@ -43,23 +47,16 @@ def _with_head_axis(node: Node, angles: Value, head_axis: int) -> relax.Expr:
     return node.emit(relax.op.expand_dims(angles.expr, head_axis)).expr
 
 
-def _pairs(
-    node: Node, data: relax.Expr, outer: tuple[Dimension, ...], half: int, interleaved: bool
+def _interleaved_pairs(
+    node: Node, data: relax.Expr, outer: tuple[Dimension, ...], half: int
 ) -> tuple[relax.Expr, relax.Expr]:
-    if not interleaved:
-        first, second = node.emit_tuple(relax.op.split(data, 2, axis=-1))
-        return first.expr, second.expr
     paired = node.emit(relax.op.reshape(data, (*outer, half, 2)))
     first, second = node.emit_tuple(relax.op.split(paired.expr, 2, axis=-1))
     return relax.op.squeeze(first.expr, [-1]), relax.op.squeeze(second.expr, [-1])
 
 
-def _joined(
-    node: Node, real: relax.Expr, imaginary: relax.Expr, outer: tuple[Dimension, ...], half: int, interleaved: bool
+def _interleaved(
+    node: Node, parts: tuple[relax.Expr, relax.Expr], outer: tuple[Dimension, ...], half: int
 ) -> relax.Expr:
-    real, imaginary = node.emit(real).expr, node.emit(imaginary).expr
-    if not interleaved:
-        return relax.op.concat([real, imaginary], axis=-1)
-    rank = len(outer) + 1
-    paired = [node.emit(relax.op.expand_dims(part, rank)).expr for part in (real, imaginary)]
-    return relax.op.reshape(node.emit(relax.op.concat(paired, axis=-1)).expr, (*outer, 2 * half))
+    apart = [node.emit(relax.op.expand_dims(part, len(outer) + 1)).expr for part in parts]
+    return relax.op.reshape(node.emit(relax.op.concat(apart, axis=-1)).expr, (*outer, 2 * half))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from tvm import relax, te, tirx
 
+from optimizer.frontend.accumulation import accumulation_dtype
 from optimizer.frontend.dimensions import Dimension, as_expression, provably_equal, simplified
 from optimizer.frontend.node import Node
 from optimizer.frontend.value import TensorValue, Value
@@ -33,11 +34,6 @@ class Attention:
     biased: TensorValue
     probabilities: TensorValue
     output: TensorValue
-
-
-def accumulation_dtype(dtype: str) -> str:
-    """Return the type that products of `dtype` are summed in."""
-    return "float32" if dtype in ("float16", "bfloat16") else dtype
 
 
 def attend(
@@ -201,8 +197,8 @@ def _grouped_matmul(node: Node, left: Value, right: Value, dtype: str) -> Tensor
 def _sum_of_biases(node: Node, biases: Sequence[Value], dtype: str) -> Value | None:
     total: Value | None = None
     for bias in biases:
-        bias = converted(node, bias, dtype)
-        total = bias if total is None else node.emit(relax.op.add(*node.broadcast_operands(total, bias)))
+        term = converted(node, bias, dtype)
+        total = term if total is None else node.emit(relax.op.add(*node.broadcast_operands(total, term)))
     return total
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import onnx
 from tvm import relax
 
+from optimizer.frontend.accumulation import accumulation_dtype
 from optimizer.frontend.dimensions import Dimension, simplified
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
 from optimizer.frontend.rotary import angles_at, rotated
 from optimizer.frontend.scaled_dot_product import (
     Attention,
-    accumulation_dtype,
     attend,
     bias_where,
     converted,

@@ -1,0 +1,221 @@
+"""GroupQueryAttention: the attention of exported decoders, with its key-value cache and rotary embedding.
+
+Of each row b, `seqlens_k[b] + 1` positions are in use after the step, the last S of them being new, unless the whole
+step is a prompt (S equals `total_sequence_length`): then all S are new, and a shorter row is padded at its end.
+present [B, G, max(total_sequence_length, past length), D] holds the row's past, its new keys or values, and zeros.
+Queries attend to the first `total_sequence_length` positions T of it, as far as their row reaches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from tvm import relax, te, tirx
+
+from optimizer.frontend.accumulation import accumulation_dtype
+from optimizer.frontend.dimensions import Dimension, as_expression, provably_equal
+from optimizer.frontend.node import Node, Result
+from optimizer.frontend.registry import MICROSOFT, converter
+from optimizer.frontend.rotary import angles_at, rotated
+from optimizer.frontend.scaled_dot_product import (
+    Attention,
+    attend,
+    bias_where,
+    converted,
+    merge_heads,
+    positions,
+    split_heads,
+    visible_keys,
+)
+from optimizer.frontend.value import TensorValue, Value, integer_value
+
+_REFUSED_INPUTS = {12: "k_scale", 13: "v_scale", 14: "q_norm_weight", 15: "k_norm_weight"}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Where the new tokens stand: S, T and the cache's length; for each row its past length and its last position."""
+
+    length: Dimension
+    total: Dimension
+    cache: Dimension
+    past: Value
+    last: Value
+
+
+@converter("GroupQueryAttention", domain=MICROSOFT)
+def group_query_attention(node: Node) -> Result:
+    """Convert GroupQueryAttention: causal attention of H query heads over G key heads and their cache."""
+    _check(node)
+    query, key, value = _heads(node)
+    step = _step(node, query.shape[2])
+    if node.integer("do_rotary", 0):
+        place = _positions(node, step)
+        cosines, sines = (angles_at(node, node.input(index), place) for index in (7, 8))
+        interleaved = bool(node.integer("rotary_interleaved", 0))
+        query, key = (
+            rotated(node, part, cosines, sines, head_axis=1, interleaved=interleaved) for part in (query, key)
+        )
+    present_key, present_value = (
+        _present(node, part, node.optional_input(index), step) for part, index in ((key, 3), (value, 4))
+    )
+    allowed = _allowed(node, step)
+    biases: list[Value] = [bias_where(node, allowed, accumulation_dtype(query.dtype))]
+    result = attend(
+        node,
+        query,
+        _in_use(node, present_key, step),
+        _in_use(node, present_value, step),
+        scale=node.float("scale", 0.0) or None,
+        soft_cap=node.float("softcap", 0.0),
+        bias=[*biases, node.input(10)] if node.has_input(10) else biases,
+        sink=_sink(node),
+        zero_masked_rows=node.integer("local_window_size", -1) > 0,
+    )
+    scores = _exposed_scores(node, result, allowed)
+    return [
+        merge_heads(node, result.output),
+        present_key,
+        present_value,
+        None if scores is None else converted(node, scores, query.dtype),
+    ]
+
+
+def _check(node: Node) -> None:
+    given = [name for index, name in _REFUSED_INPUTS.items() if node.has_input(index)]
+    if given:
+        raise node.unsupported(f"the input(s) {', '.join(given)} are not supported")
+    if node.integer("sliding_window_cache", 0):
+        raise node.unsupported("a window-sized cache is not supported")
+    if node.has_input(3) != node.has_input(4):
+        raise node.unsupported("past_key and past_value go together")
+
+
+def _heads(node: Node) -> tuple[Value, Value, Value]:
+    """Return query [B, H, S, D], key and value [B, G, S, D]."""
+    heads, groups = node.integer("num_heads"), node.integer("kv_num_heads")
+    if node.has_input(1):
+        counts = (heads, groups, groups)
+        query, key, value = (split_heads(node, node.input(i), count) for i, count in enumerate(counts))
+        return query, key, value
+    together = split_heads(node, node.input(0), heads + 2 * groups)
+    query, key, value = node.emit_tuple(relax.op.split(together.expr, [heads, heads + groups], axis=1))
+    return query, key, value
+
+
+def _step(node: Node, length: Dimension) -> _Step:
+    (total,) = node.shape_argument(6)
+    batch = node.input(0).shape[0]
+    ends = node.input(5)
+    ends = node.emit(relax.op.reshape(ends.expr, (batch,))) if ends.rank != 1 else ends
+
+    if provably_equal(total, length):
+        past = node.emit(relax.op.zeros((batch,), "int64"))
+    else:
+        sizes = (as_expression(total), as_expression(length))
+        past = node.compute(_past_positions, ends.expr, *sizes, primfunc_name_hint="past_positions")
+    return _Step(length, total, _cache_length(node, total), past, ends)
+
+
+def _past_positions(last: te.Tensor, total: tirx.PrimExpr, length: tirx.PrimExpr) -> te.Tensor:
+    """Return how many positions precede the new ones: [B]; `last` holds each row's last position."""
+
+    def element(row: tirx.Var) -> tirx.PrimExpr:
+        past = last[row].astype("int64") + 1 - length
+        return tirx.Select(tirx.EQ(total, length), tirx.const(0, "int64"), past)
+
+    return te.compute(last.shape, element, name="past_positions")
+
+
+def _cache_length(node: Node, total: Dimension) -> Dimension:
+    """Return the greater one of the total length and the length of the past; a symbol if that is not known."""
+    past_length = node.input(3).shape[2] if node.has_input(3) else 0
+    wide, narrow = as_expression(total), as_expression(past_length)
+    if node.graph.symbols.proves(wide >= narrow):
+        return total
+    if node.graph.symbols.proves(narrow >= wide):
+        return past_length
+    # A symbol of its own: Relax does not recognise two equal expressions with max as equal dimensions.
+    length = np.empty(1, dtype=object)
+    length[0] = tirx.max(wide, narrow)
+    (symbol,) = node.graph.bind_elements(integer_value(length, "int64", node.graph.builder), "cache_length")
+    return symbol
+
+
+def _positions(node: Node, step: _Step) -> Value:
+    """Return the position of each new token: int64 [B, S]."""
+    if node.has_input(9):
+        return node.input(9)
+    row = relax.op.reshape(positions(0, step.length), (1, step.length))
+    return node.emit(relax.op.add(row, relax.op.expand_dims(step.past.expr, 1)))
+
+
+def _present(node: Node, new: Value, past: Value | None, step: _Step) -> TensorValue:
+    """Return the cache after the step: [B, G, cache length, D]."""
+    batch, groups, length, size = new.shape
+    if past is None:
+        if provably_equal(step.cache, length):
+            return node.emit(new.expr)
+        return node.compute(lambda data: _padded(data, step.cache), new.expr, primfunc_name_hint="pad_cache")
+    old = node.reshaped_type(past, (batch, groups, past.shape[2], size))
+
+    def append(before: te.Tensor, added: te.Tensor, counts: te.Tensor) -> te.Tensor:
+        def element(row: tirx.Var, head: tirx.Var, place: tirx.Var, channel: tirx.Var) -> tirx.PrimExpr:
+            kept = tirx.all(place < counts[row], place < before.shape[2])
+            fresh = tirx.all(place >= counts[row], place < counts[row] + added.shape[2])
+            rest = tirx.if_then_else(fresh, added[row, head, place - counts[row], channel], tirx.const(0, added.dtype))
+            return tirx.if_then_else(kept, before[row, head, place, channel], rest)
+
+        shape = (added.shape[0], added.shape[1], as_expression(step.cache), added.shape[3])
+        return te.compute(shape, element, name="append_to_cache")
+
+    return node.compute(append, old, new.expr, step.past.expr, primfunc_name_hint="append_to_cache")
+
+
+def _padded(data: te.Tensor, length: Dimension) -> te.Tensor:
+    def element(row: tirx.Var, head: tirx.Var, place: tirx.Var, channel: tirx.Var) -> tirx.PrimExpr:
+        inside = place < data.shape[2]
+        return tirx.if_then_else(inside, data[row, head, place, channel], tirx.const(0, data.dtype))
+
+    return te.compute((*data.shape[:2], as_expression(length), data.shape[3]), element, name="pad_cache")
+
+
+def _in_use(node: Node, present: Value, step: _Step) -> Value:
+    """Return the first T positions of the cache."""
+    if provably_equal(step.total, step.cache):
+        return present
+    return node.emit(relax.op.strided_slice(present.expr, [2], [0], [step.total], [1], assume_inbound=True))
+
+
+def _allowed(node: Node, step: _Step) -> TensorValue:
+    """Return which keys each query may see: bool [B, 1, S, T]."""
+    window = node.integer("local_window_size", -1)
+    place = node.emit(positions(0, step.total))
+    last = relax.op.reshape(converted(node, step.last, "int64").expr, (step.last.shape[0], 1, 1, 1))
+    in_row = node.emit(relax.op.less_equal(place.expr, last))
+    if not node.integer("causal", 1):
+        return in_row
+    before = window - 1 if window > 0 else None
+    causal = visible_keys(node, step.length, step.total, step.past, before=before)
+    return node.emit(relax.op.logical_and(causal.expr, in_row.expr))
+
+
+def _sink(node: Node) -> Value | None:
+    if node.has_input(11):
+        return node.input(11)
+    if node.integer("smooth_softmax", 0) > 0:
+        heads = node.integer("num_heads")
+        return node.emit(relax.op.zeros((heads,), node.input(0).dtype))
+    return None
+
+
+def _exposed_scores(node: Node, result: Attention, allowed: Value) -> Value | None:
+    """Return the probabilities, or the scores with 0 for masked ones, if the node gives them out."""
+    if not node.has_output(3) or not node.integer("qk_output", 0):
+        return None
+    if node.integer("qk_output") == 2:
+        return result.probabilities
+    zero = relax.const(0.0, result.biased.dtype)
+    visible, scores = node.broadcast_operands(allowed, result.biased)
+    return node.emit(relax.op.where(visible, scores, zero))
