@@ -1,0 +1,47 @@
+"""Loops over index spaces, for kernels that write where the data say and so cannot be tensor expressions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import tvm.ir
+from tvm import te, tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+Body = Callable[..., None]
+
+
+def kernel(
+    inputs: Sequence[te.Tensor], shapes: Sequence[Sequence[tvm.ir.Expr]], dtypes: Sequence[str], body: Body, name: str
+) -> te.Tensor | list[te.Tensor]:
+    """Return the outputs of a kernel; `body` gets the input and output buffers and emits its statements."""
+
+    def generate(given: Sequence[tirx.Buffer], results: Sequence[tirx.Buffer]) -> tirx.Stmt:
+        with IRBuilder() as builder:
+            with T.seq_scope():
+                body(*given, *results)
+            return builder.get()
+
+    return te.extern([tuple(shape) for shape in shapes], list(inputs), generate, dtype=list(dtypes), name=name)
+
+
+@contextmanager
+def loops(extents: Sequence[tvm.ir.Expr], parallel: bool = False) -> Iterator[list[tirx.Var]]:
+    """Open nested loops, the outermost of them parallel if asked for; gives the loop variables."""
+    with ExitStack() as stack:
+        variables: list[tirx.Var] = []
+        for depth, extent in enumerate(extents):
+            loop = T.parallel if parallel and depth == 0 else T.serial
+            variables.append(stack.enter_context(loop(0, extent)))
+        yield variables
+
+
+def copy(source: tirx.Buffer, target: tirx.Buffer) -> None:
+    """Copy a buffer to another of the same shape."""
+    with loops(list(source.shape), parallel=True) as index:
+        T.buffer_store(target, source[tuple(index)], index)
+
+
+__all__ = ["copy", "kernel", "loops"]

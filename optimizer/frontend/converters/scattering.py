@@ -1,0 +1,109 @@
+"""Operators that write elements at computed positions of a copy: ScatterElements, ScatterND, TensorScatter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tvm.ir
+from tvm import te, tirx
+from tvm.script.ir_builder import tirx as T
+
+from optimizer.frontend.converters.gathering import clipped_index
+from optimizer.frontend.converters.kernel_loops import copy, kernel, loops
+from optimizer.frontend.node import Node, Result
+from optimizer.frontend.registry import converter
+from optimizer.frontend.value import TensorValue
+
+_COMBINE: dict[str, Callable[[tvm.ir.Expr, tvm.ir.Expr], tvm.ir.Expr]] = {
+    "none": lambda old, new: new,
+    "add": lambda old, new: old + new,
+    "mul": lambda old, new: old * new,
+    "max": tirx.max,
+    "min": tirx.min,
+}
+
+
+@converter("Scatter", since=9)
+@converter("ScatterElements", since=11)
+def scatter_elements(node: Node) -> Result:
+    """Convert ScatterElements: out[indices[i][j]][j] = updates[i][j] for axis 0, combined by `reduction`."""
+    combine = _combine(node)
+    axis = node.axis(0)
+
+    def body(data: tirx.Buffer, indices: tirx.Buffer, updates: tirx.Buffer, out: tirx.Buffer) -> None:
+        copy(data, out)
+        extents = list(indices.shape)
+        lines = [extent for place, extent in enumerate(extents) if place != axis]
+        with loops(lines, parallel=True) as line, T.serial(0, extents[axis]) as along:
+            index = [*line[:axis], along, *line[axis:]]
+            target = [*line[:axis], clipped_index(indices[tuple(index)], data.shape[axis]), *line[axis:]]
+            T.buffer_store(out, combine(out[tuple(target)], updates[tuple(index)]), target)
+
+    return _scattered(node, body)
+
+
+@converter("ScatterND", since=11)
+def scatter_nd(node: Node) -> Result:
+    """Convert ScatterND: the last dimension of the indices addresses the first axes of the output."""
+    combine = _combine(node)
+    depth = node.input(1).shape[-1]
+    if not isinstance(depth, int):
+        raise node.unsupported("the last dimension of the indices has to be known at compile time")
+
+    def body(data: tirx.Buffer, indices: tirx.Buffer, updates: tirx.Buffer, out: tirx.Buffer) -> None:
+        copy(data, out)
+        outer = list(indices.shape)[:-1]
+        # Two of the positions may be the same, so they are taken in order.
+        with loops(outer) as place, loops(list(data.shape)[depth:]) as rest:
+            address = [clipped_index(indices[(*place, k)], data.shape[k]) for k in range(depth)]
+            target = [*address, *rest]
+            T.buffer_store(out, combine(out[tuple(target)], updates[(*place, *rest)]), target)
+
+    return _scattered(node, body)
+
+
+def _combine(node: Node) -> Callable[[tvm.ir.Expr, tvm.ir.Expr], tvm.ir.Expr]:
+    reduction = node.string("reduction", "none")
+    if reduction not in _COMBINE:
+        raise node.unsupported(f"reduction '{reduction}' is unknown")
+    if reduction != "none" and node.input().dtype == "bool":
+        raise node.unsupported(f"reduction '{reduction}' of booleans is not supported")
+    return _COMBINE[reduction]
+
+
+def _scattered(node: Node, body: Callable[..., None]) -> TensorValue:
+    """Emit a kernel that copies input 0 and writes input 2 at the positions of input 1."""
+
+    def scattered(*tensors: te.Tensor) -> te.Tensor:
+        data = tensors[0]
+        return kernel(tensors, [data.shape], [str(data.dtype)], body, node.operator.lower())
+
+    result = node.compute(scattered, *(node.expr(index) for index in range(3)))
+    return node.emit(result.expr, node.input().narrow_type)
+
+
+@converter("TensorScatter", since=24)
+def tensor_scatter(node: Node) -> Result:
+    """Convert TensorScatter: updates written along an axis of a cache, from a position given for each batch row."""
+    axis = node.axis(-2)
+    mode = node.string("mode", "linear")
+    if mode not in ("linear", "circular"):
+        raise node.unsupported(f"mode '{mode}' is unknown")
+    if axis == 0:
+        raise node.unsupported("the batch axis cannot be written along")
+
+    def scattered(cache: te.Tensor, update: te.Tensor, *starts: te.Tensor) -> te.Tensor:
+        capacity, count = cache.shape[axis], update.shape[axis]
+
+        def element(*index: tirx.Var) -> tvm.ir.Expr:
+            start = starts[0](index[0]).astype("int64") if starts else tirx.const(0, "int64")
+            offset = index[axis] - start
+            if mode == "circular":
+                offset = tirx.floormod(offset, capacity)
+            new = update(*index[:axis], tirx.max(tirx.min(offset, count - 1), 0), *index[axis + 1 :])
+            return tirx.Select(tirx.all(offset >= 0, offset < count), new, cache(*index))
+
+        return te.compute(cache.shape, element, name="tensor_scatter")
+
+    starts = [node.expr(2)] if node.has_input(2) else []
+    return node.compute(scattered, node.expr(0), node.expr(1), *starts)

@@ -1,0 +1,262 @@
+"""Operators that order or select elements by value: TopK, ArgMax, ArgMin, Unique, NonZero, Compress."""
+
+from __future__ import annotations
+
+import tvm.ir
+from tvm import relax, te, tirx
+from tvm.script.ir_builder import tirx as T
+
+from optimizer.frontend.converters.kernel_loops import kernel, loops
+from optimizer.frontend.dimensions import Dimension, product
+from optimizer.frontend.node import Node, Result
+from optimizer.frontend.registry import converter
+from optimizer.frontend.value import TensorValue, Value
+
+_INT64 = "int64"
+_MOST_PASSES = 62  # of a merge sort whose runs double from 1 to the largest int64
+
+
+@converter("ArgMax")
+def argmax(node: Node) -> Result:
+    """Convert ArgMax: where along the axis the greatest element is, the first or the last of equal ones."""
+    return _extremum(node, largest=True)
+
+
+@converter("ArgMin")
+def argmin(node: Node) -> Result:
+    """Convert ArgMin: where along the axis the least element is, the first or the last of equal ones."""
+    return _extremum(node, largest=False)
+
+
+def _extremum(node: Node, largest: bool) -> Result:
+    value, axis = node.input(), node.axis(0)
+    keep = bool(node.integer("keepdims", 1))
+    function = relax.op.argmax if largest else relax.op.argmin
+    if not node.integer("select_last_index", 0):
+        return function(value.expr, axis, keep)
+    reversed_value = node.emit(relax.op.flip(value.expr, axis))
+    from_end = node.emit(function(reversed_value.expr, axis, keep))
+
+    def counted_back(tensor: te.Tensor, extent: tvm.ir.Expr) -> te.Tensor:
+        return te.compute(tensor.shape, lambda *index: extent - 1 - tensor(*index), name="last_index")
+
+    return node.compute(counted_back, from_end.expr, node.dimension(value.shape[axis]))
+
+
+@converter("TopK", since=10)
+def top_k(node: Node) -> Result:
+    """Convert TopK: the k first elements along an axis in descending (or ascending) order, and their positions.
+
+    Of equal elements the one with the lower index comes first.
+    """
+    value = node.input(0)
+    axis = node.axis(-1)
+    (count,) = node.shape_argument(1)
+    extent = value.shape[axis]
+    if isinstance(count, int) and isinstance(extent, int) and count > extent:
+        raise node.unsupported(f"k is {count}, but the axis has {extent} elements")
+    lines = [product(value.shape[:axis]), extent, product(value.shape[axis + 1 :])]
+    data = node.emit(relax.op.reshape(value.expr, lines))
+    order = node.compute(_sorted_positions, data.expr, bool(node.integer("largest", 1)))
+
+    def first(tensor: te.Tensor, *_: tvm.ir.Expr) -> te.Tensor:
+        return te.compute((lines[0], count, lines[2]), lambda i, j, k: tensor(i, j, k), name="first")
+
+    def picked(tensor: te.Tensor, positions: te.Tensor) -> te.Tensor:
+        return te.compute(positions.shape, lambda i, j, k: tensor(i, positions(i, j, k), k), name="picked")
+
+    indices = node.compute(first, order.expr)
+    values = node.compute(picked, data.expr, indices.expr)
+    shape = [*value.shape[:axis], count, *value.shape[axis + 1 :]]
+    return [relax.op.reshape(values.expr, shape), relax.op.reshape(indices.expr, shape)]
+
+
+def _sorted_positions(data: te.Tensor, descending: bool) -> te.Tensor:
+    """Return the positions along axis 1 of a tensor of rank 3 in the order of their elements, by merge sort.
+
+    The sort is stable. NaN counts as greater than any number.
+    """
+
+    def body(source: tirx.Buffer, order: tirx.Buffer, spare: tirx.Buffer) -> None:
+        before, length, after = source.shape
+        left, right = (T.alloc_buffer((1,), _INT64, scope="local") for _ in range(2))
+        with loops([before, after]) as (i, k):
+            with T.serial(0, length) as j:
+                T.buffer_store(order, j, [i, j, k])
+            with T.serial(0, _MOST_PASSES) as step:
+                width = tirx.const(1, _INT64) << step.astype(_INT64)
+                with T.If(width < length), T.Then():
+                    with T.serial(0, tirx.floordiv(length + 2 * width - 1, 2 * width)) as run:
+                        begin = run * 2 * width
+                        middle = tirx.min(begin + width, length)
+                        end = tirx.min(begin + 2 * width, length)
+                        T.buffer_store(left, begin, [0])
+                        T.buffer_store(right, middle, [0])
+                        with T.serial(0, end - begin) as place:
+                            a = order[i, tirx.min(left[0], length - 1), k]
+                            b = order[i, tirx.min(right[0], length - 1), k]
+                            precedes = _precedes(source[i, b, k], source[i, a, k], descending)
+                            from_right = tirx.any(left[0] >= middle, tirx.all(right[0] < end, precedes))
+                            with T.If(from_right):
+                                with T.Then():
+                                    T.buffer_store(spare, b, [i, begin + place, k])
+                                    T.buffer_store(right, right[0] + 1, [0])
+                                with T.Else():
+                                    T.buffer_store(spare, a, [i, begin + place, k])
+                                    T.buffer_store(left, left[0] + 1, [0])
+                    with T.serial(0, length) as j:
+                        T.buffer_store(order, spare[i, j, k], [i, j, k])
+
+    shape = data.shape
+    return kernel([data], [shape, shape], [_INT64, _INT64], body, "sorted_positions")[0]
+
+
+def _precedes(x: tvm.ir.Expr, y: tvm.ir.Expr, descending: bool) -> tvm.ir.Expr:
+    """Return whether x comes strictly before y."""
+    before = x > y if descending else x < y
+    if "float" not in str(x.ty.dtype if hasattr(x, "ty") else x.dtype):
+        return before
+    x_is_nan, y_is_nan = tirx.isnan(x), tirx.isnan(y)
+    nan_first = tirx.all(x_is_nan, tirx.Not(y_is_nan)) if descending else tirx.all(y_is_nan, tirx.Not(x_is_nan))
+    return tirx.any(before, nan_first)
+
+
+@converter("NonZero")
+def non_zero(node: Node) -> Result:
+    """Convert NonZero: the coordinates of the elements that are not 0, one row for each axis, in row-major order."""
+    value = node.input()
+    if value.rank == 0:
+        raise node.unsupported("a scalar input is not supported")
+    flat = node.emit(relax.op.reshape(value.expr, (product(value.shape),)))
+    flags = flat if value.dtype == "bool" else node.emit(relax.op.not_equal(flat.expr, node.scalar(0, value.dtype)))
+    positions = true_positions(node, flags)
+
+    def unravelled(tensor: te.Tensor, *extents: tvm.ir.Expr) -> te.Tensor:
+        def element(axis: tirx.Var, place: tirx.Var) -> tvm.ir.Expr:
+            remainder, result = tensor[place], tirx.const(0, _INT64)
+            for own in reversed(range(len(extents))):
+                result = tirx.Select(axis == own, tirx.floormod(remainder, extents[own]), result)
+                remainder = tirx.floordiv(remainder, extents[own])
+            return result
+
+        return te.compute((len(extents), tensor.shape[0]), element, name="non_zero")
+
+    return node.compute(unravelled, positions.expr, *(node.dimension(extent) for extent in value.shape))
+
+
+@converter("Compress", since=9)
+def compress(node: Node) -> Result:
+    """Convert Compress: the slices of an axis (of the flattened input, if none is given) whose condition is true."""
+    value, condition = node.input(0), node.input(1)
+    axis = node.axis() if node.has_attribute("axis") else 0
+    if not node.has_attribute("axis"):
+        value = node.emit(relax.op.reshape(value.expr, (product(value.shape),)))
+    positions = true_positions(node, condition)
+    return relax.op.take(value.expr, positions.expr, axis, mode="clip")
+
+
+def true_positions(node: Node, flags: Value) -> TensorValue:
+    """Return where a boolean vector is true, as int64."""
+    (count,) = node.compute_shape(_count_of_true, flags.expr)
+
+    def positions(tensor: te.Tensor, number: tvm.ir.Expr) -> te.Tensor:
+        def body(source: tirx.Buffer, target: tirx.Buffer) -> None:
+            filled = T.alloc_buffer((1,), _INT64, scope="local")
+            T.buffer_store(filled, tirx.const(0, _INT64), [0])
+            with T.serial(0, source.shape[0]) as i, T.If(source[i]), T.Then():
+                T.buffer_store(target, i, [filled[0]])
+                T.buffer_store(filled, filled[0] + 1, [0])
+
+        return kernel([tensor], [(number,)], [_INT64], body, "true_positions")
+
+    return node.compute(positions, flags.expr, count)
+
+
+def _count_of_true(flags: te.Tensor) -> te.Tensor:
+    axis = te.reduce_axis((0, flags.shape[0]), "i")
+    return te.compute((1,), lambda _: te.sum(flags[axis].astype(_INT64), axis=axis), name="count")
+
+
+@converter("Unique", since=11)
+def unique(node: Node) -> Result:
+    """Convert Unique: the distinct slices of an axis (or elements), where each is first, the inverse, and the counts.
+
+    Every pair of slices is compared: the time grows with the square of their number.
+    """
+    value = node.input()
+    by_axis = node.has_attribute("axis")
+    axis = node.axis() if by_axis else 0
+    data = value if by_axis else node.emit(relax.op.reshape(value.expr, (product(value.shape),)))
+    rows = _rows(node, data, axis)
+    ordered = bool(node.integer("sorted", 1))
+    first = node.compute(_first_equal, rows.expr)
+    ranks = node.compute(_ranks, rows.expr, first.expr, ordered)
+    (count,) = node.compute_shape(_count_of_first, first.expr)
+
+    def indices_of(rank: te.Tensor, own: te.Tensor, number: tvm.ir.Expr) -> te.Tensor:
+        i = te.reduce_axis((0, rank.shape[0]), "i")
+        chosen = lambda g: tirx.Select(tirx.all(rank[i] == g, own[i] == i), i.var, tirx.const(0, _INT64))  # noqa: E731
+        return te.compute((number,), lambda g: te.max(chosen(g), axis=i), name="indices")
+
+    def counts_of(rank: te.Tensor, number: tvm.ir.Expr) -> te.Tensor:
+        i = te.reduce_axis((0, rank.shape[0]), "i")
+        return te.compute((number,), lambda g: te.sum((rank[i] == g).astype(_INT64), axis=i), name="counts")
+
+    indices = node.compute(indices_of, ranks.expr, first.expr, count)
+    counts = node.compute(counts_of, ranks.expr, count)
+    return [relax.op.take(data.expr, indices.expr, axis, mode="clip"), indices, ranks, counts]
+
+
+def _rows(node: Node, data: Value, axis: int) -> TensorValue:
+    """Return the slices of an axis as the rows of a matrix."""
+    order = [axis, *(other for other in range(data.rank) if other != axis)]
+    turned = node.emit(relax.op.permute_dims(data.expr, order))
+    width: Dimension = product(extent for place, extent in enumerate(data.shape) if place != axis)
+    return node.emit(relax.op.reshape(turned.expr, (data.shape[axis], width)))
+
+
+def _first_difference(rows: te.Tensor) -> te.Tensor:
+    """Return for each pair of rows the first column in which they differ, or the number of columns."""
+    count, width = rows.shape
+    column = te.reduce_axis((0, width), "c")
+
+    def element(i: tirx.Var, j: tirx.Var) -> tvm.ir.Expr:
+        return te.min(tirx.Select(rows[i, column] != rows[j, column], column.var, width), axis=column)
+
+    return te.compute((count, count), element, name="first_difference")
+
+
+def _first_equal(rows: te.Tensor) -> te.Tensor:
+    """Return for each row the first row that is equal to it."""
+    count, width = rows.shape
+    difference = _first_difference(rows)
+    j = te.reduce_axis((0, count), "j")
+    return te.compute(
+        (count,), lambda i: te.min(tirx.Select(difference[i, j] == width, j.var, count), axis=j), name="first_equal"
+    )
+
+
+def _ranks(rows: te.Tensor, first: te.Tensor, ordered: bool) -> te.Tensor:
+    """Return for each row the place of its value among the distinct ones, by value or by first occurrence."""
+    count, width = rows.shape
+    difference = _first_difference(rows)
+    j = te.reduce_axis((0, count), "j")
+
+    def element(i: tirx.Var) -> tvm.ir.Expr:
+        if ordered:
+            column = difference[i, j]
+            at = tirx.min(column, width - 1)
+            before = tirx.all(column < width, rows[j, at] < rows[i, at])
+        else:
+            before = j < first[i]
+        return te.sum(tirx.all(first[j] == j, before).astype(_INT64), axis=j)
+
+    return te.compute((count,), element, name="ranks")
+
+
+def _count_of_first(first: te.Tensor) -> te.Tensor:
+    i = te.reduce_axis((0, first.shape[0]), "i")
+    return te.compute((1,), lambda _: te.sum((first[i] == i).astype(_INT64), axis=i), name="count")
+
+
+__all__ = ["true_positions"]
