@@ -161,7 +161,6 @@ class _Emitter:
             [*self._leading_extents(), self.phases, product(self.lengths) + self.width],
             str(self.analysis.read.load.source.dtype),
             "flat_input",
-            "global",
         )
         return with_local([flat], [self._copy(flat), self._compute(flat)])
 
@@ -261,7 +260,7 @@ class _Emitter:
         span = index(capacity) * self.inner + self.width if not isinstance(self.inner, int) else capacity * self.inner
         if isinstance(span, int):
             span = -(-span // self.width) * self.width
-        staging = local([count, span], accumulator_dtype(self.stage), "staging", "global")
+        staging = local([count, span], accumulator_dtype(self.stage), "staging")
         needed = self._last_position(steps)
         vectors = (
             -(-needed // self.width)

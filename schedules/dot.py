@@ -34,8 +34,8 @@ from schedules.loops import (
     vector,
     with_local,
 )
-from schedules.reducer import Reducer, accumulator_dtype, lanes_for, term_at
-from schedules.stages import Stage, sequence, substitute
+from schedules.reducer import Reducer, accumulator_dtype, fold, lanes_for, load_lanes, term_at
+from schedules.stages import Stage, substitute
 
 # Rows of one task: enough to reuse the column operand from the first-level cache.
 TASK_ROWS = 16
@@ -139,37 +139,22 @@ def _micro(tile: DotTile, point: Mapping[Var, Expr], rows: tuple[Expr, int], col
             ),
         )
 
+    def folded(cell: Expr) -> Expr:
+        return fold(tile.reducer, load_lanes(partial, cell * lanes, lanes), lanes)
+
     identity = tile.reducer.identity.astype(dtype)
     initial = tile.stage.initial
     assert initial is not None
-    folds, folding = _fold(tile.reducer, partial, cells, lanes, dtype)
     rest = remainder(extent, lanes)
     statements = [
         unrolled(cells, lambda cell: vector(lanes, lambda v: store(partial, identity, [cell * lanes + v]))),
         unrolled(cells, lambda cell: store(total, substitute(initial, at(cell)).astype(dtype), [cell])),
         along_others(vectors),
         *([] if isinstance(rest, int) and rest == 0 else [along_others(scalars)]),
-        *folding,
-        unrolled(cells, lambda cell: _finish(tile, combine(load(total, [cell]), load(folds[-1], [cell])), at(cell))),
+        unrolled(cells, lambda cell: _finish(tile, combine(load(total, [cell]), folded(cell)), at(cell))),
     ]
-    return with_local([partial, total, *folds[1:]], [sequence(statements)])
+    return with_local([partial, total], statements)
 
 
 def _finish(tile: DotTile, total: Expr, point: Mapping[Var, Expr]) -> Stmt:
     return tile.epilogue.store(total.astype(tile.stage.output.dtype), point)
-
-
-def _fold(reducer: Reducer, partial: Var, cells: int, lanes: int, dtype: str) -> tuple[list[Var], list[Stmt]]:
-    """Return the buffers and statements that halve every cell's lanes until one is left."""
-    buffers, statements = [partial], []
-    while lanes > 1:
-        lanes //= 2
-        source, target = buffers[-1], local([cells * lanes], dtype, "folded")
-
-        def halve(cell: Expr, v: Expr, source: Var = source, target: Var = target, half: int = lanes) -> Stmt:
-            base = cell * (2 * half) + v
-            return store(target, reducer.combine(load(source, [base]), load(source, [base + half])), [cell * half + v])
-
-        statements.append(unrolled(cells, lambda cell, halve=halve, half=lanes: vector(half, lambda v: halve(cell, v))))
-        buffers.append(target)
-    return buffers, statements

@@ -16,7 +16,7 @@ from schedules.windows import SlidingRead, sliding_read
 
 # With fewer rows than this, rows of this many elements are better cut than kept in one task.
 FEW_ROWS = 8
-LONG_ROW = 256 * 1024
+LONG_ROW = 64 * 1024
 
 
 def cut(staged: StagedFunction) -> list[Kernel | OpaqueStage]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from tvm import tirx
@@ -12,6 +13,7 @@ from schedules.stages import sequence
 
 Extent = int | Expr
 INDEX = "int64"
+MOST_STACK_BYTES = 16 * 1024
 
 
 def index(value: Extent) -> Expr:
@@ -141,14 +143,24 @@ def tile_choice(number: Expr, extent: int, size: int, body: Callable[[Expr, int]
     return tirx.IfThenElse(number < full, body(number * size, size), body(index(full * size), rest))
 
 
-def local(shape: Sequence[Extent], dtype: str, name: str, scope: str = "local") -> Var:
+def local(shape: Sequence[Extent], dtype: str, name: str) -> Var:
     """Return a buffer that lives inside one task."""
-    return tirx.decl_buffer([index(extent) for extent in shape], dtype, name, scope=scope)
+    return tirx.decl_buffer([index(extent) for extent in shape], dtype, name)
 
 
 def with_local(buffers: Sequence[Var], statements: Sequence[Stmt]) -> Stmt:
-    """Return `statements` with `buffers` allocated around them."""
-    return tirx.SeqStmt([*(tirx.AllocBuffer(buffer) for buffer in buffers), *statements])
+    """Return `statements` with `buffers` allocated around them: small ones on the stack, where they become registers.
+
+    TVM would take a workspace, by a call, for all but the smallest.
+    """
+    return tirx.SeqStmt([*(_allocate(buffer) for buffer in buffers), *statements])
+
+
+def _allocate(buffer: Var) -> Stmt:
+    extents = [int(extent) for extent in buffer.shape if isinstance(extent, tirx.IntImm)]
+    bytes_ = math.prod(extents) * (buffer.dtype.bits // 8)
+    on_stack = len(extents) == len(buffer.shape) and bytes_ <= MOST_STACK_BYTES
+    return tirx.AllocBuffer(buffer, {"disable_lower_builtin": True} if on_stack else {})
 
 
 def store(buffer: Var, value: Expr, indices: Sequence[Expr]) -> Stmt:

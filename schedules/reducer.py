@@ -9,8 +9,8 @@ from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.loops import Extent, load, local, loop, quotient, remainder, store, vector, with_local
-from schedules.stages import Stage, loads_of, replace_loads, sequence, substitute
+from schedules.loops import Extent, index, load, local, loop, quotient, remainder, store, vector, with_local
+from schedules.stages import Stage, loads_of, replace_loads, substitute
 
 NARROW_FLOATS = ("float16", "bfloat16")
 
@@ -82,33 +82,28 @@ def term_at(stage: Stage, reducer: Reducer, point: Mapping[Var, Expr]) -> Expr:
 
 
 def lanes_for(extent: Extent, lanes: int, most: int = 4) -> int:
-    """Return how many lanes accumulate side by side: whole registers, up to `most`, and no more than the axis has."""
+    """Return how many lanes accumulate side by side: 1, 2 or 4 registers up to `most`, no more than the axis has."""
     if not isinstance(extent, int):
         return lanes
     if extent < lanes:
         return 1 << (extent.bit_length() - 1)
-    return min(most, extent // lanes) * lanes
+    return lanes * min(most, 1 << ((extent // lanes).bit_length() - 1))
 
 
-def fold_lanes(reducer: Reducer, source: Var, base: int, width: int, dtype: str) -> tuple[list[Var], list[Stmt], Expr]:
-    """Return buffers, statements and the value that combines `source[base : base + width]` pairwise into one."""
-    buffers, statements = [], []
-    while width > 1:
-        half = width // 2
-        odd = width % 2
-        target = local([half + odd], dtype, "folded")
+def fold(reducer: Reducer, vector_value: Expr, lanes: int) -> Expr:
+    """Return all lanes of a vector, a power of two of them, combined pairwise into one."""
+    if lanes == 1:
+        return vector_value
+    variable = Var("lanes", vector_value.ty)
+    half = lanes // 2
+    low = tirx.Shuffle([variable], list(range(half)))
+    high = tirx.Shuffle([variable], list(range(half, lanes)))
+    return tirx.Let(variable, vector_value, fold(reducer, reducer.combine(low, high), half))
 
-        def pair(i: Expr, source: Var = source, base: int = base, half: int = half, target: Var = target) -> Stmt:
-            value = reducer.combine(load(source, [base + i]), load(source, [base + half + i]))
-            return store(target, value, [i])
 
-        statements.append(vector(half, pair))
-        if odd:
-            zero = tirx.const(half, "int64")
-            statements.append(store(target, load(source, [zero + (base + half)]), [zero]))
-        buffers.append(target)
-        source, base, width = target, 0, half + odd
-    return buffers, statements, load(source, [tirx.const(base, "int64")])
+def load_lanes(buffer: Var, base: Expr, lanes: int) -> Expr:
+    """Return `lanes` neighbouring elements of `buffer` as one vector."""
+    return load(buffer, [base if lanes == 1 else tirx.Ramp(base, index(1), lanes)])
 
 
 def reduce_contiguous(
@@ -123,32 +118,37 @@ def reduce_contiguous(
     """Return code that reduces one element in lanes along a contiguous axis of `extent`.
 
     `outer(body)` wraps `body` in the loops of the other reduction axes and hands it their values; `at(i)` gives the
-    contiguous axis's; `finish(total)` stores the result.
+    contiguous axis's; `finish(total)` stores the result. The axis is walked by several registers at once, what is left
+    of it by one, and the rest one by one.
     """
     dtype = accumulator_dtype(stage)
-    width = lanes_for(extent, lanes)
-    lanes_buffer, total = local([width], dtype, "lanes"), local([1], dtype, "total")
-    zero = tirx.const(0, "int64")
     identity = reducer.identity.astype(dtype)
+    assert stage.initial is not None
+    buffers: list[Var] = []
+    initialize, accumulate_all = [], []
+    total: Expr = index(0)
+    start, rest = index(0), extent
+    for width in dict.fromkeys((lanes_for(extent, lanes), lanes_for(extent, lanes, most=1), 1)):
+        count = quotient(rest, width)
+        if isinstance(count, int) and count == 0:
+            continue
+        buffer = local([width], dtype, f"lanes{width}")
+        first = stage.initial.astype(dtype) if width == 1 else identity
+        initialize.append(vector(width, lambda v, b=buffer, f=first: store(b, f, [v])))
 
-    def step(buffer: Var, position: Expr, point: Mapping[Var, Expr]) -> Stmt:
-        return store(buffer, reducer.combine(load(buffer, [position]), term_at(stage, reducer, point)), [position])
+        def step(values: Mapping[Var, Expr], position: Expr, v: Expr, b: Var = buffer) -> Stmt:
+            term = term_at(stage, reducer, {**values, **at(position + v)})
+            return store(b, reducer.combine(load(b, [v]), term), [v])
 
-    def main(values: Mapping[Var, Expr]) -> Stmt:
-        return loop(count, lambda i: vector(width, lambda v: step(lanes_buffer, v, {**values, **at(i * width + v)})))
+        def walk(values: Mapping[Var, Expr], w: int = width, s: Expr = start, c: Extent = count, f=step) -> Stmt:
+            return loop(c, lambda i: vector(w, lambda v: f(values, s + i * w, v)))
 
-    def tail(values: Mapping[Var, Expr]) -> Stmt:
-        return loop(rest, lambda i: step(total, zero, {**values, **at(tirx.const(0, "int64") + count * width + i)}))
-
-    count, rest = quotient(extent, width), remainder(extent, width)
-    buffers, folding, folded = fold_lanes(reducer, lanes_buffer, 0, width, dtype)
-    initial = stage.initial.astype(dtype) if stage.initial is not None else identity
-    statements = [
-        vector(width, lambda v: store(lanes_buffer, identity, [v])),
-        store(total, initial, [zero]),
-        outer(main),
-        *([] if isinstance(rest, int) and rest == 0 else [outer(tail)]),
-        *folding,
-        finish(reducer.combine(load(total, [zero]), folded).astype(stage.output.dtype)),
-    ]
-    return with_local([lanes_buffer, total, *buffers], [sequence(statements)])
+        accumulate_all.append(outer(walk))
+        folded = fold(reducer, load_lanes(buffer, index(0), width), width)
+        total = folded if not buffers else reducer.combine(total, folded)
+        buffers.append(buffer)
+        start = start + count * width
+        rest = remainder(rest, width) if width > 1 else 0
+    if not any(int(buffer.shape[0]) == 1 for buffer in buffers):
+        total = reducer.combine(stage.initial.astype(dtype), total)
+    return with_local(buffers, [*initialize, *accumulate_all, finish(total.astype(stage.output.dtype))])

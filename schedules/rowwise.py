@@ -17,12 +17,29 @@ from tvm.tirx.stmt import Stmt
 from schedules.access import AxisGroup, as_int, branches_on, group_axes
 from schedules.elementwise import vector_tiles
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
-from schedules.loops import Extent, index, load, local, loop, nest, parallel, product, store, unflatten, with_local
+from schedules.loops import (
+    Extent,
+    ceiling,
+    index,
+    load,
+    local,
+    loop,
+    nest,
+    parallel,
+    product,
+    store,
+    unflatten,
+    with_local,
+)
 from schedules.reducer import reducer_of
 from schedules.matmul import walks_in_lanes
 from schedules.reduction import reduce_element
-from schedules.stages import Axis, Stage, replace_loads
+from schedules.stages import Axis, Stage, as_extent, replace_loads, sequence
 from targets.base import Target
+
+
+TASKS_PER_CORE = 4
+SYMBOLIC_ROWS_PER_TASK = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +59,7 @@ class Rowwise:
     def takes(self, kernel: Kernel, target: Target) -> RowwiseAnalysis | None:
         """Return the analysis of a kernel of several stages with leading axes in common."""
         leading = shared_leading(kernel.stages)
-        if len(kernel.stages) < 2 or not leading or not any(stage.is_reduction for stage in kernel.stages):
+        if not kernel.private or not leading or not any(stage.is_reduction for stage in kernel.stages):
             return None
         return RowwiseAnalysis(kernel.stages, leading, kernel.private)
 
@@ -58,12 +75,28 @@ class Rowwise:
         large = any(is_large(work) for work in total)
         lanes = max(vector_width(target, stage) for stage in analysis.stages) * parameters["vectors"]
 
-        def task(number: Expr) -> Stmt:
-            position = unflatten(number, extents)
-            statements = [_step(stage, analysis.leading, rows, position, lanes) for stage in analysis.stages]
-            return with_local([row.local for row in rows], statements)
+        count = product(extents)
+        chunk = _rows_per_task(count, target)
 
-        return parallel(product(extents), task, large)
+        def row(number: Expr) -> Stmt:
+            position = unflatten(number, extents)
+            return sequence([_step(stage, analysis.leading, rows, position, lanes) for stage in analysis.stages])
+
+        def task(number: Expr) -> Stmt:
+            start = number * chunk
+            rest = (
+                index(chunk) if isinstance(count, int) and count % chunk == 0 else tirx.min(index(chunk), count - start)
+            )
+            return with_local([row.local for row in rows], [loop(as_extent(rest), lambda i: row(start + i))])
+
+        return parallel(ceiling(count, chunk), task, large)
+
+
+def _rows_per_task(count: Extent, target: Target) -> int:
+    """Return how many rows share one set of row buffers: allocating them costs as much as a short row's work."""
+    if not isinstance(count, int):
+        return SYMBOLIC_ROWS_PER_TASK
+    return max(1, count // (TASKS_PER_CORE * target.cores))
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +110,7 @@ class _RowBuffer:
     @staticmethod
     def of(buffer: Var, leading: int) -> _RowBuffer:
         shape = [_extent(extent) for extent in buffer.shape[leading:]] or [1]
-        return _RowBuffer(buffer, local(shape, str(buffer.dtype), f"{buffer.name}_row", "global"), leading)
+        return _RowBuffer(buffer, local(shape, str(buffer.dtype), f"{buffer.name}_row"), leading)
 
     def at(self, indices: Sequence[Expr]) -> list[Expr]:
         return list(indices[self.leading :]) or [index(0)]

@@ -129,7 +129,7 @@ def _flat_reduction(tile: Tile, point: Mapping[Var, Expr]) -> Expr:
 
 def _copy_panel(tile: Tile, read: TensorLoad, point: Mapping[Var, Expr], base: Expr, width: int) -> tuple[Var, Stmt]:
     depth = product([group.extent for group in tile.reduction])
-    panel = local([depth, width], str(read.source.dtype), "panel", "global")
+    panel = local([depth, width], str(read.source.dtype), "panel")
     contiguous = Access(read.source, tuple(read.indices)).step(tile.vector_group.inner) != Step.STRIDED
 
     def copy(positions: Sequence[Expr]) -> Stmt:
