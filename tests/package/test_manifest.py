@@ -54,7 +54,7 @@ CERTIFICATES = st.builds(
         st.builds(OutputComparison, NAMES, TEXT, FINITE, FINITE, FINITE, st.none() | FINITE, st.booleans()), max_size=3
     ).map(tuple),
 )
-RELAXED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+RELAXED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @RELAXED

@@ -20,7 +20,7 @@ from optimizer.package.reader import digest_line
 
 WritePackage = Callable[..., Path]
 FORMS = pytest.mark.parametrize("name", ["folder", "file.opt"])
-RELAXED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
+RELAXED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 
 
 @FORMS
