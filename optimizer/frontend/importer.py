@@ -19,7 +19,15 @@ from optimizer.frontend import constant_evaluation, function_bodies, shape_arith
 from optimizer.frontend.dimensions import Dimension, Shape, Symbols, as_expression, input_shapes, static_shape
 from optimizer.frontend.node import Node, Result, UnsupportedNodeError, normalized_domain
 from optimizer.frontend.registry import find_converter
-from optimizer.frontend.value import NARROW_TYPES, AnyValue, ConstantValue, SequenceValue, TensorValue, Value
+from optimizer.frontend.value import (
+    NARROW_TYPES,
+    AnyValue,
+    ConstantValue,
+    SequenceValue,
+    TensorValue,
+    Value,
+    integer_value,
+)
 
 Environment = dict[str, "AnyValue | None"]  # None marks a value that a blocker keeps from being computed
 
@@ -203,6 +211,12 @@ class GraphImporter:
         shape_value = self.builder.emit(relax.op.tensor_to_shape(tensor))
         self.builder.match_cast(shape_value, relax.ShapeType(list(elements)))
         return elements.reshape(shape)
+
+    def bound_dimension(self, dimension: tvm.ir.Expr, name: str) -> tvm.ir.Expr:
+        """Return a symbol of its own for a dimension: Relax does not see that two equal min or max are equal."""
+        element = np.empty(1, dtype=object)
+        element[0] = dimension
+        return self.bind_elements(integer_value(element, "int64", self.builder), name)[0]
 
     def identifier(self, name: str) -> str:
         """Return a valid Relax identifier made from an ONNX name."""

@@ -131,7 +131,8 @@ def expand(node: Node) -> Result:
     def broadcast(tensor: te.Tensor) -> te.Tensor:
         def element(*index: tirx.Var) -> tvm.ir.Expr:
             inner = index[rank - len(tensor.shape) :]
-            return tensor(*(tirx.Select(d == 1, 0, i) for i, d in zip(inner, tensor.shape, strict=True)))
+            zero = tirx.const(0, "int64")
+            return tensor(*(tirx.Select(d == 1, zero, i) for i, d in zip(inner, tensor.shape, strict=True)))
 
         return te.compute(bound, element, name="expand")
 
@@ -162,6 +163,8 @@ def tile(node: Node) -> Result:
     if all(isinstance(count, int) for count in repeats):
         return node.emit(relax.op.tile(data.expr, list(repeats)), data.narrow_type)
     shape = [simplified(extent * count) for extent, count in zip(data.shape, repeats, strict=True)]
+    if all(_is_one(extent) or _is_one(count) for extent, count in zip(data.shape, repeats, strict=True)):
+        return node.emit(relax.op.broadcast_to(data.expr, shape), data.narrow_type)
 
     def tiled(tensor: te.Tensor, *sizes: tirx.Var) -> te.Tensor:
         return te.compute(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 from tvm import relax, te, tirx
 
 from optimizer.frontend.accumulation import accumulation_dtype
@@ -28,7 +27,7 @@ from optimizer.frontend.scaled_dot_product import (
     split_heads,
     visible_keys,
 )
-from optimizer.frontend.value import TensorValue, Value, integer_value
+from optimizer.frontend.value import TensorValue, Value
 
 _REFUSED_INPUTS = {12: "k_scale", 13: "v_scale", 14: "q_norm_weight", 15: "k_norm_weight"}
 
@@ -136,11 +135,7 @@ def _cache_length(node: Node, total: Dimension) -> Dimension:
         return total
     if node.graph.symbols.proves(narrow >= wide):
         return past_length
-    # A symbol of its own: Relax does not recognise two equal expressions with max as equal dimensions.
-    length = np.empty(1, dtype=object)
-    length[0] = tirx.max(wide, narrow)
-    (symbol,) = node.graph.bind_elements(integer_value(length, "int64", node.graph.builder), "cache_length")
-    return symbol
+    return node.graph.bound_dimension(tirx.max(wide, narrow), "cache_length")
 
 
 def _positions(node: Node, step: _Step) -> Value:
