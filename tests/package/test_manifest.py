@@ -33,7 +33,7 @@ DIMENSIONS = COUNTS | st.sampled_from(["n", "m", "n + m", "(n - 1) // 2", "max(n
 
 
 def specs() -> st.SearchStrategy[tuple[TensorSpec, ...]]:
-    spec = st.builds(TensorSpec, NAMES, st.sampled_from(sorted(ITEM_BYTES)), st.lists(DIMENSIONS).map(tuple))
+    spec = st.builds(TensorSpec, NAMES, st.sampled_from(sorted(ITEM_BYTES)), st.lists(DIMENSIONS, max_size=5).map(tuple))
     return st.lists(spec, max_size=4, unique_by=lambda spec: spec.name).map(tuple)
 
 
@@ -48,7 +48,7 @@ CERTIFICATES = st.builds(
     Certificate,
     st.sampled_from(["onnxruntime", "onnx", "unoptimized"]),
     TEXT,
-    st.lists(COUNTS).map(tuple),
+    st.lists(COUNTS, max_size=3).map(tuple),
     st.lists(st.dictionaries(NAMES, COUNTS, max_size=3), max_size=3).map(tuple),
     st.lists(
         st.builds(OutputComparison, NAMES, TEXT, FINITE, FINITE, FINITE, st.none() | FINITE, st.booleans()), max_size=3
