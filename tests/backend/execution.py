@@ -9,13 +9,16 @@ import ml_dtypes
 import numpy as np
 import onnx
 
+import targets
+from optimizer import reference
+from optimizer.compile import CompileOptions, compile_in_memory
 from optimizer.errors import UnsupportedModelError
 from optimizer.frontend.importer import import_model
 from optimizer.frontend.value import NARROW_TYPES
-from optimizer.reference import unoptimized
 from tests.backend.cases import BackendCase
 
 RIGHT, WRONG, REFUSED = "right", "wrong", "refused"
+Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 _BFLOAT16_RTOL = 2**-6  # two units in the last place, as the suite's own runner allows
 
 
@@ -27,10 +30,20 @@ class Outcome:
     reason: str = ""
 
 
-def judge(case: BackendCase) -> Outcome:
+def optimized(model: onnx.ModelProto) -> Run:
+    """Compile a model for this machine as a user would."""
+    return compile_in_memory(model, CompileOptions(targets.get("host")))
+
+
+def unoptimized(model: onnx.ModelProto) -> Run:
+    """Compile a model without passes, fusion and schedules: what fails here too is not their fault."""
+    return reference.unoptimized(import_model(model))
+
+
+def judge(case: BackendCase, prepare: Callable[[onnx.ModelProto], Run] = optimized) -> Outcome:
     """Compile and run a case and compare its outputs."""
     try:
-        outputs = _run(case)
+        outputs = _run(case, prepare)
     except UnsupportedModelError as error:
         reasons = [f"{blocker.operator}: {blocker.reason}" for blocker in error.blockers]
         return Outcome(REFUSED, "; ".join(dict.fromkeys(reasons)) or str(error))
@@ -55,22 +68,12 @@ def first_difference(outputs: Sequence[object], case: BackendCase) -> str:
     return ""
 
 
-def _run(case: BackendCase) -> list[np.ndarray]:
+def _run(case: BackendCase, prepare: Callable[[onnx.ModelProto], Run]) -> list[np.ndarray]:
     model = case.model
     names = [value.name for value in model.graph.input]
-    inputs = {name: item for name, item in zip(names, case.inputs, strict=False) if item is not None}
-    run, narrow_outputs = _compiled(model)
-    outputs = run({name: _stored(np.asarray(item)) for name, item in inputs.items()})
-    results = [outputs[value.name] for value in model.graph.output]
-    types = [narrow_outputs.get(value.name) for value in model.graph.output]
-    return [_widened(result, narrow) for result, narrow in zip(results, types, strict=True)]
-
-
-def _compiled(
-    model: onnx.ModelProto,
-) -> tuple[Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]], Mapping[str, int]]:
-    imported = import_model(model)
-    return unoptimized(imported), imported.narrow_outputs
+    given = {name: item for name, item in zip(names, case.inputs, strict=False) if item is not None}
+    outputs = prepare(model)({name: _stored(np.asarray(item)) for name, item in given.items()})
+    return [_typed(outputs[value.name], value.type.tensor_type.elem_type) for value in model.graph.output]
 
 
 def _stored(array: np.ndarray) -> np.ndarray:
@@ -79,8 +82,8 @@ def _stored(array: np.ndarray) -> np.ndarray:
     return array.astype(storage[array.dtype]) if array.dtype in storage else array
 
 
-def _widened(array: np.ndarray, narrow_type: int | None) -> np.ndarray:
-    return array if narrow_type is None else array.astype(NARROW_TYPES[narrow_type][0])
+def _typed(array: np.ndarray, element_type: int) -> np.ndarray:
+    return array.astype(NARROW_TYPES[element_type][0]) if element_type in NARROW_TYPES else array
 
 
 def _difference(given: np.ndarray, expected: np.ndarray, case: BackendCase) -> str:

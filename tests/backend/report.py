@@ -10,14 +10,17 @@ import argparse
 import multiprocessing
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.backend.cases import LIGHT, MODEL, NODE, BackendCase, all_cases
-from tests.backend.execution import REFUSED, RIGHT, WRONG, Outcome, judge
+import onnx
 
+from tests.backend.cases import LIGHT, MODEL, NODE, BackendCase, all_cases
+from tests.backend.execution import REFUSED, RIGHT, WRONG, Outcome, Run, judge, optimized, unoptimized
+
+Prepare = Callable[[onnx.ModelProto], Run]
 ONNXRUNTIME_PASSES = Path(__file__).with_name("onnxruntime_passes.txt")
 _CASE_SECONDS = 60.0  # a case that takes longer counts as wrong
 _LIGHT_SECONDS = 300.0
@@ -29,11 +32,11 @@ def onnxruntime_passes() -> frozenset[str]:
     return frozenset(line for line in lines if line and not line.startswith("#"))
 
 
-def run_cases(cases: Sequence[BackendCase], processes: int = 2) -> dict[str, Outcome]:
+def run_cases(cases: Sequence[BackendCase], processes: int = 2, prepare: Prepare = optimized) -> dict[str, Outcome]:
     """Judge cases in worker processes; one that crashes or takes too long is replaced by a new one."""
     waiting = list(reversed(cases))
     outcomes: dict[str, Outcome] = {}
-    workers = [_Worker() for _ in range(min(processes, max(len(waiting), 1)))]
+    workers = [_Worker(prepare) for _ in range(min(processes, max(len(waiting), 1)))]
     try:
         while waiting or any(worker.case for worker in workers):
             for worker in workers:
@@ -54,8 +57,9 @@ def run_cases(cases: Sequence[BackendCase], processes: int = 2) -> dict[str, Out
 class _Worker:
     """A process that judges one case at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, prepare: Prepare) -> None:
         self.case: BackendCase | None = None
+        self._prepare = prepare
         self._began = 0.0
         self._launch()
 
@@ -94,14 +98,14 @@ class _Worker:
         self._process: BaseProcess
         context = multiprocessing.get_context("fork")
         self.connection, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other,), daemon=True)
+        self._process = context.Process(target=_serve, args=(other, self._prepare), daemon=True)
         self._process.start()
         other.close()
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, prepare: Prepare) -> None:
     while True:
-        connection.send(judge(connection.recv()))
+        connection.send(judge(connection.recv(), prepare))
 
 
 def counts(cases: Iterable[BackendCase], outcomes: Mapping[str, Outcome]) -> list[str]:
@@ -147,6 +151,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases with this text in their name or operators")
     parser.add_argument("--kind", choices=(NODE, MODEL, LIGHT), help="only this kind of case")
     parser.add_argument("--jobs", type=int, default=2, help="worker processes")
+    parser.add_argument("--unoptimized", action="store_true", help="run the imported module without passes and schedules")
     parser.add_argument("--output", type=Path, help="write the list of cases that are not right to this file")
     options = parser.parse_args()
     wanted = options.only.lower()
@@ -157,7 +162,7 @@ def main() -> None:
         and (wanted in case.name.lower() or wanted in (operator.lower() for operator in case.operators))
     ]
     began = time.monotonic()
-    outcomes = run_cases(cases, options.jobs)
+    outcomes = run_cases(cases, options.jobs, unoptimized if options.unoptimized else optimized)
     listed = by_operator(cases, outcomes)
     summary = [*counts(cases, outcomes), f"{time.monotonic() - began:.0f} s"]
     if options.output:
