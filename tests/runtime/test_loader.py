@@ -195,3 +195,18 @@ def test_pool_that_cannot_grow_is_reported() -> None:
     printed = run_python(THREADS, "late", TVM_USE_RUNTIME_LIB="1", TVM_NUM_THREADS="1", TVM_BIND_THREADS="0")
     assert printed.startswith("False ")
     assert int(printed.split()[1]) > 0
+
+
+@FORMS
+def test_weights_are_mapped_read_only_from_the_package(write_linear: WritePackage, name: str) -> None:
+    path = write_linear(name)
+    model = load(path)
+    address = model.weight_region[0]
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, permissions, *_, file = line.split(maxsplit=5)
+        first, end = (int(bound, 16) for bound in span.split("-"))
+        if first <= address < end:
+            assert permissions.startswith("r--")
+            assert file == str(path / "weights.bin" if path.is_dir() else path)
+            return
+    pytest.fail("the weights are nowhere in memory")
