@@ -213,7 +213,10 @@ def _scanned(
 
     captured = {**node.graph.captured(body), **dict(zip(names, sources, strict=True))}
     final, stacked = repeat(node, node.integer_value(length), true, initial, captured, step)
-    return [*final, *stacked]
+    # The loop always runs to its end, so that the number of rows is known.
+    shapes = [(length, *rows.shape[1:]) for rows in stacked]
+    known = [node.reshaped_type(rows, shape) for rows, shape in zip(stacked, shapes, strict=True)]
+    return [*final, *[TensorValue(e, rows.narrow_type) for e, rows in zip(known, stacked, strict=True)]]
 
 
 @converter("Scan", since=8)

@@ -277,7 +277,8 @@ def _run(
         current, collected = repeat(
             node, node.integer_value(length), node.constant(np.array(True)), state, values, step
         )
-        stacked = collected[0]
+        shape = (length, *collected[0].shape[1:])
+        stacked = TensorValue(node.reshaped_type(collected[0], shape))
     return (node.emit(relax.op.flip(stacked.expr, 0)) if reverse else stacked), current
 
 
@@ -296,7 +297,9 @@ def _activations(node: Node, layer: _Layer, directions: int, dtype: str) -> list
             raise node.unsupported(f"activation '{name}'")
         alpha = next(alphas, entry.alpha) if entry.alpha is not None else 0.0
         beta = next(betas, entry.beta) if entry.beta is not None else 0.0
-        made.append(_clipped(entry.build(node, alpha, beta, dtype), clip))
+        # As in onnxruntime, the cell state of an LSTM is not clipped on its way to the output.
+        limit = 0.0 if len(made) % count == 2 else clip
+        made.append(_clipped(entry.build(node, alpha, beta, dtype), limit))
     return [made[number * count : (number + 1) * count] for number in range(directions)]
 
 

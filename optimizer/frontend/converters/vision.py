@@ -1,0 +1,341 @@
+"""Detection and sampling of images: NonMaxSuppression, RoiAlign, GridSample."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from tvm import relax, te, tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T  # noqa: N812 - the name that TVM's own code gives it
+
+from optimizer.frontend.accumulation import accumulation_dtype, cast
+from optimizer.frontend.dimensions import as_expression
+from optimizer.frontend.node import Node, Result
+from optimizer.frontend.registry import converter
+
+
+@converter("NonMaxSuppression", since=10)
+def non_max_suppression(node: Node) -> Result:
+    """Convert NonMaxSuppression: greedily, by score, the boxes that overlap no box chosen before by more than a limit.
+
+    Returns [selected, 3]: batch, class and box. Equal scores are taken in the order of the boxes.
+    """
+    boxes, scores = node.input(0), node.input(1)
+    most = _scalar_input(node, 2, np.array(0, np.int64))
+    overlap = _scalar_input(node, 3, np.array(0, np.float32))
+    threshold = _scalar_input(node, 4, np.array(-np.inf, np.float32))
+    has_threshold = node.has_input(4)
+    centered = bool(node.integer("center_point_box", 0))
+
+    def select(*tensors: te.Tensor) -> list[te.Tensor]:
+        batches, classes, count = scores.shape
+        shapes = [(batches, classes, count), (batches, classes), (batches, classes, count)]
+
+        def build(inputs: Sequence[tirx.Buffer], outputs: Sequence[tirx.Buffer]) -> tirx.Stmt:
+            return _suppression(inputs, outputs, centered=centered, has_threshold=has_threshold)
+
+        shapes = [[as_expression(size) for size in shape] for shape in shapes]
+        return te.extern(shapes, list(tensors), build, dtype=["int64", "int64", "int8"], name="non_max_suppression")
+
+    call = node.graph.builder.call_te(
+        select, boxes.expr, scores.expr, most, overlap, threshold, primfunc_name_hint="non_max_suppression"
+    )
+    chosen, counts, _ = node.emit_tuple(call)
+    total = node.emit(relax.op.reshape(relax.op.sum(counts.expr), (1,)))
+    length = node.graph.bind_elements(total, f"{node.output_hint}_count").item()
+    return node.compute(
+        lambda selected, numbers: _selected_boxes(selected, numbers, length),
+        chosen.expr,
+        counts.expr,
+        primfunc_name_hint="selected_boxes",
+    )
+
+
+def _selected_boxes(selected: te.Tensor, numbers: te.Tensor, length: tirx.Expr) -> te.Tensor:
+    """Return the chosen boxes of all batches and classes as one list of [batch, class, box]."""
+    batches, classes = numbers.shape
+    pairs = batches * classes
+    zero, other = tirx.const(0, "int64"), te.reduce_axis((0, pairs), name="other")
+
+    def number(pair: tirx.Expr) -> tirx.Expr:
+        return numbers(pair // classes, pair % classes)
+
+    ends = te.compute(
+        (pairs,), lambda pair: te.sum(tirx.Select(other <= pair, number(other), zero), axis=other), name="ends"
+    )
+    before = te.reduce_axis((0, pairs), name="before")
+    pair_of = te.compute(
+        (length,), lambda row: te.sum(tirx.Select(ends(before) <= row, zero + 1, zero), axis=before), name="pair"
+    )
+
+    def element(row: tirx.Expr, column: tirx.Expr) -> tirx.Expr:
+        pair = pair_of(row)
+        batch, label = pair // classes, pair % classes
+        box = selected(batch, label, row - (ends(pair) - number(pair)))
+        return tirx.if_then_else(column == 0, batch, tirx.if_then_else(column == 1, label, box))
+
+    return te.compute((length, as_expression(3)), element, name="selected_boxes")
+
+
+def _scalar_input(node: Node, index: int, default: np.ndarray) -> relax.Expr:
+    value = node.optional_input(index)
+    return node.reshape(value if value is not None else node.constant(default), (1,)).expr
+
+
+def _suppression(
+    inputs: Sequence[tirx.Buffer], outputs: Sequence[tirx.Buffer], *, centered: bool, has_threshold: bool
+) -> tirx.Stmt:
+    """Return the greedy selection of each batch and class: chosen boxes in order, their number, and scratch flags."""
+    with IRBuilder() as builder:
+        boxes, scores, most, overlap, threshold = (T.buffer_proxy(buffer) for buffer in inputs)
+        selected, counts, dropped = (T.buffer_proxy(buffer) for buffer in outputs)
+        batches, classes, size = inputs[1].shape
+        with T.parallel(0, batches * classes) as pair:
+            batch, label = pair // classes, pair % classes
+            best = T.buffer_proxy(T.alloc_buffer((1,), "int64", scope="local"))
+            top = T.buffer_proxy(T.alloc_buffer((1,), inputs[1].dtype, scope="local"))
+            counts[batch, label] = T.int64(0)
+            best[0] = T.int64(0)
+            with T.serial(0, size) as box:
+                rejected = tirx.Not(scores[batch, label, box] > threshold[0])
+                dropped[batch, label, box] = tirx.Cast("int8", rejected) if has_threshold else T.int8(0)
+            with T.serial(0, size), T.If(tirx.all(best[0] >= 0, counts[batch, label] < most[0])), T.Then():
+                best[0] = T.int64(-1)
+                with T.serial(0, size) as box:
+                    score = scores[batch, label, box]
+                    better = tirx.any(best[0] < 0, score > top[0])
+                    with T.If(tirx.all(dropped[batch, label, box] == 0, better)), T.Then():
+                        best[0] = tirx.Cast("int64", box)
+                        top[0] = score
+                with T.If(best[0] >= 0), T.Then():
+                    selected[batch, label, counts[batch, label]] = best[0]
+                    counts[batch, label] = counts[batch, label] + 1
+                    dropped[batch, label, best[0]] = T.int8(1)
+                    with T.serial(0, size) as box:
+                        two = [[boxes[batch, which, k] for k in range(4)] for which in (box, best[0])]
+                        with T.If(_overlap(two, centered=centered, limit=overlap[0])), T.Then():
+                            dropped[batch, label, box] = T.int8(1)
+        return builder.get()
+
+
+def _overlap(boxes: Sequence[Sequence[tirx.Expr]], *, centered: bool, limit: tirx.Expr) -> tirx.Expr:
+    """Return whether the intersection of two boxes over their union exceeds `limit`; empty boxes overlap nothing.
+
+    A box is two opposite corners [y1, x1, y2, x2], or with `centered` [x, y, width, height].
+    """
+    spans = [_spans(box, centered=centered) for box in boxes]
+    zero = tirx.const(0, "float32")
+    intersection: tirx.Expr = tirx.const(1, "float32")
+    for (low, high), (other_low, other_high) in zip(*spans, strict=True):
+        intersection = intersection * tirx.max(tirx.min(high, other_high) - tirx.max(low, other_low), zero)
+    areas = [(span[0][1] - span[0][0]) * (span[1][1] - span[1][0]) for span in spans]
+    union = areas[0] + areas[1] - intersection
+    valid = tirx.all(intersection > zero, areas[0] > zero, areas[1] > zero, union > zero)
+    return tirx.all(valid, intersection / tirx.Select(valid, union, tirx.const(1, "float32")) > limit)
+
+
+def _spans(box: Sequence[tirx.Expr], *, centered: bool) -> list[tuple[tirx.Expr, tirx.Expr]]:
+    if centered:
+        halves = [box[2] / tirx.const(2, "float32"), box[3] / tirx.const(2, "float32")]
+        return [(center - half, center + half) for center, half in zip(box[:2], halves, strict=True)]
+    return [(tirx.min(box[k], box[k + 2]), tirx.max(box[k], box[k + 2])) for k in (0, 1)]
+
+
+@converter("RoiAlign", since=10)
+def roi_align(node: Node) -> Result:
+    """Convert RoiAlign: the mean (or maximum) of bilinear samples in each cell of a region (arXiv 1703.06870)."""
+    data, regions, images = node.input(0), node.input(1), node.input(2)
+    grid = [node.integer("output_height", 1), node.integer("output_width", 1)]
+    ratio, scale = node.integer("sampling_ratio", 0), node.float("spatial_scale", 1.0)
+    default = "half_pixel" if node.version >= 16 else "output_half_pixel"
+    half_pixel = node.string("coordinate_transformation_mode", default) == "half_pixel"
+    mode = node.string("mode", "avg")
+    if mode not in ("avg", "max"):
+        raise node.unsupported(f"mode '{mode}'")
+    dtype = accumulation_dtype(data.dtype)
+
+    def align(image: te.Tensor, boxes: te.Tensor, batch_of: te.Tensor) -> te.Tensor:
+        def number(value: float) -> tirx.Expr:
+            return tirx.const(value, dtype)
+
+        def cell(region: tirx.Expr, channel: tirx.Expr, *place: tirx.Expr) -> tirx.Expr:
+            starts, steps, counts = [], [], []
+            for axis, column in ((0, 1), (1, 0)):
+                start, end = (
+                    boxes(region, index) * number(scale) - number(0.5 if half_pixel else 0.0)
+                    for index in (column, column + 2)
+                )
+                # Malformed regions count as 1x1 in the older mode.
+                length = end - start if half_pixel else tirx.max(end - start, number(1))
+                step = length / number(grid[axis])
+                count = tirx.const(ratio, "int64") if ratio > 0 else tirx.Cast("int64", te.ceil(step))
+                starts.append(start + tirx.Cast(dtype, place[axis]) * step)
+                steps.append(step / tirx.Cast(dtype, tirx.max(count, tirx.const(1, "int64"))))
+                counts.append(tirx.max(count, tirx.const(0, "int64")))
+            samples = [te.reduce_axis((0, count), name=f"sample{axis}") for axis, count in enumerate(counts)]
+            position = [
+                start + (tirx.Cast(dtype, sample) + number(0.5)) * step
+                for start, step, sample in zip(starts, steps, samples, strict=True)
+            ]
+            corners = _bilinear_corners(image, [tirx.Cast("int64", batch_of(region)), channel], position, dtype)
+            if mode == "avg":
+                total = tirx.Cast(dtype, tirx.max(counts[0] * counts[1], tirx.const(1, "int64")))
+                return te.sum(sum(corners[1:], corners[0]) / total, axis=samples)
+            largest = corners[0]
+            for corner in corners[1:]:
+                largest = tirx.max(largest, corner)
+            return te.max(largest, axis=samples)
+
+        return te.compute((boxes.shape[0], image.shape[1], *grid), cell, name="roi_align")
+
+    wide = [cast(value.expr, value.dtype, dtype) for value in (data, regions)]
+    aligned = node.compute(align, *wide, images.expr, primfunc_name_hint="roi_align").expr
+    if mode == "max":
+        # A cell without a sample keeps the lowest number of the reduction; ONNX gives 0 there.
+        lowest = node.scalar(float(np.finfo(dtype).min), dtype)
+        aligned = relax.op.where(relax.op.less_equal(aligned, lowest), node.scalar(0, dtype), aligned)
+    return cast(node.emit(aligned).expr, dtype, data.dtype)
+
+
+def _bilinear_corners(
+    image: te.Tensor, leading: Sequence[tirx.Expr], position: Sequence[tirx.Expr], dtype: str
+) -> list[tirx.Expr]:
+    """Return the four weighted pixels around a position; up to one pixel outside it is moved onto the border."""
+    rows: list[list[tuple[tirx.Expr, tirx.Expr]]] = []
+    outside: list[tirx.Expr] = []
+    one, zero = tirx.const(1, dtype), tirx.const(0, dtype)
+    for at, size in zip(position, image.shape[-2:], strict=True):
+        outside.append(tirx.any(at < -one, at > tirx.Cast(dtype, size)))
+        inside = tirx.min(tirx.max(at, zero), tirx.Cast(dtype, size - 1))
+        low = tirx.Cast("int64", te.floor(inside))
+        weight = inside - te.floor(inside)
+        rows.append([(low, one - weight), (tirx.min(low + 1, size - 1), weight)])
+    beyond = tirx.any(*outside)
+    return [
+        tirx.if_then_else(beyond, zero, weight_y * weight_x * image(*leading, y, x))
+        for (y, weight_y), (x, weight_x) in itertools.product(*rows)
+    ]
+
+
+@converter("GridSample", since=16)
+def grid_sample(node: Node) -> Result:
+    """Convert GridSample: the input at positions in [-1, 1] that a grid gives, last axis in the order x, y(, z)."""
+    data, grid = node.input(0), node.input(1)
+    names = {"bilinear": "linear", "bicubic": "cubic"}
+    mode = node.string("mode", "bilinear" if node.version < 20 else "linear")
+    mode, padding = names.get(mode, mode), node.string("padding_mode", "zeros")
+    if mode not in _TAPS or padding not in ("zeros", "border", "reflection"):
+        raise node.unsupported(f"mode '{mode}' with padding '{padding}'")
+    aligned = bool(node.integer("align_corners", 0))
+    rank = data.rank - 2
+    dtype = accumulation_dtype(data.dtype)
+    operands = [cast(data.expr, data.dtype, dtype), cast(grid.expr, grid.dtype, dtype)]
+
+    def sample(image: te.Tensor, places: te.Tensor) -> te.Tensor:
+        def element(batch: tirx.Expr, channel: tirx.Expr, *output: tirx.Expr) -> tirx.Expr:
+            axes: list[list[tuple[tirx.Expr, tirx.Expr, tirx.Expr]]] = []
+            for axis in range(rank):
+                border = _Border(image.shape[2 + axis], padding, dtype, aligned=aligned)
+                place = border.position(places(batch, *output, rank - 1 - axis))
+                place = border.folded(te.nearbyint(place) if mode == "nearest" else place)
+                base = te.floor(place)
+                taps = _TAPS[mode](place - base, dtype)
+                axes.append([(*border.pixel(base + tirx.const(offset, dtype)), weight) for offset, weight in taps])
+            total: tirx.Expr = tirx.const(0, dtype)
+            for pixels in itertools.product(*axes):
+                value = image(batch, channel, *[index for index, _, _ in pixels])
+                inside = tirx.all(*[condition for _, condition, _ in pixels])
+                for _, _, weight in pixels:
+                    value = value * weight
+                total = total + tirx.if_then_else(inside, value, tirx.const(0, dtype))
+            return total
+
+        return te.compute((*image.shape[:2], *places.shape[1:-1]), element, name="grid_sample")
+
+    return cast(node.compute(sample, *operands).expr, dtype, data.dtype)
+
+
+class _Border:
+    """What lies beyond the ends of one axis of `size` pixels."""
+
+    def __init__(self, size: tirx.Expr, padding: str, dtype: str, *, aligned: bool) -> None:
+        self._size = size
+        self._length = tirx.Cast(dtype, size)
+        self._padding = padding
+        self._dtype = dtype
+        self._aligned = aligned
+        self._low = self._number(0.0 if aligned else -0.5)
+        self._high = self._length - self._number(1.0 if aligned else 0.5)
+
+    def _number(self, value: float) -> tirx.Expr:
+        return tirx.const(value, self._dtype)
+
+    def position(self, coordinate: tirx.Expr) -> tirx.Expr:
+        """Return the pixel position of a coordinate in [-1, 1]."""
+        one, half = self._number(1.0), self._number(0.5)
+        if self._aligned:
+            return (coordinate + one) * half * (self._length - one)
+        return ((coordinate + one) * self._length - one) * half
+
+    def folded(self, position: tirx.Expr) -> tirx.Expr:
+        """Return a position outside of the borders as the padding moves it inside."""
+        if self._padding == "zeros":
+            return position
+        outside = tirx.any(position < self._low, position > self._high)
+        clamped = tirx.min(tirx.max(position, self._number(0.0)), self._length - self._number(1.0))
+        moved = clamped if self._padding == "border" else self._reflected(position)
+        return tirx.Select(outside, moved, position)
+
+    def _reflected(self, position: tirx.Expr) -> tirx.Expr:
+        span = tirx.max(self._high - self._low, self._number(1e-30))
+        below = position < self._low
+        distance = tirx.Select(below, self._low - position, position - self._high)
+        times = te.floor(distance / span)
+        rest = distance - times * span
+        is_even = times == te.floor(times * self._number(0.5)) * self._number(2.0)
+        from_low = tirx.Select(below, is_even, tirx.Not(is_even))
+        reflected = tirx.Select(from_low, self._low + rest, self._high - rest)
+        return tirx.Select(tirx.any(below, position > self._high), reflected, position)
+
+    def pixel(self, position: tirx.Expr) -> tuple[tirx.Expr, tirx.Expr]:
+        """Return the index of a whole position, moved inside, and whether the pixel there counts."""
+        inside = tirx.all(position >= self._number(0.0), position <= self._length - self._number(1.0))
+        if self._padding == "reflection":
+            position = self._reflected(position)
+        limited = tirx.min(tirx.max(position, self._number(0.0)), self._length - self._number(1.0))
+        index = tirx.Cast("int64", limited)
+        return index, inside if self._padding == "zeros" else tirx.const(1, "bool")
+
+
+def _nearest_taps(_: tirx.Expr, dtype: str) -> list[tuple[int, tirx.Expr]]:
+    return [(0, tirx.const(1, dtype))]
+
+
+def _linear_taps(fraction: tirx.Expr, dtype: str) -> list[tuple[int, tirx.Expr]]:
+    return [(0, tirx.const(1, dtype) - fraction), (1, fraction)]
+
+
+def _cubic_taps(fraction: tirx.Expr, dtype: str) -> list[tuple[int, tirx.Expr]]:
+    """Return the weights of cubic convolution (Keys 1981, equation 15, with a = -0.75)."""
+    a = -0.75
+
+    def number(value: float) -> tirx.Expr:
+        return tirx.const(value, dtype)
+
+    def near(x: tirx.Expr) -> tirx.Expr:
+        return (number(a + 2) * x - number(a + 3)) * x * x + number(1)
+
+    def far(x: tirx.Expr) -> tirx.Expr:
+        return ((number(a) * x - number(5 * a)) * x + number(8 * a)) * x - number(4 * a)
+
+    one, two = number(1), number(2)
+    return [(-1, far(fraction + one)), (0, near(fraction)), (1, near(one - fraction)), (2, far(two - fraction))]
+
+
+_TAPS: dict[str, Callable[[tirx.Expr, str], list[tuple[int, tirx.Expr]]]] = {
+    "nearest": _nearest_taps,
+    "linear": _linear_taps,
+    "cubic": _cubic_taps,
+}
