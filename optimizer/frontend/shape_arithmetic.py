@@ -17,7 +17,7 @@ from optimizer.frontend.dimensions import Dimension, as_expression, product, sim
 from optimizer.frontend.node import Node
 from optimizer.frontend.value import ConstantValue, IntegerValue, Value, integer_value
 
-_INTEGER_NAMES = {TensorProto.INT64: "int64", TensorProto.INT32: "int32"}
+_INTEGER_NAMES: dict[int, str] = {TensorProto.INT64: "int64", TensorProto.INT32: "int32"}
 _MOST_ELEMENTS = 1024  # longer vectors are data, not shapes
 
 

@@ -173,5 +173,4 @@ def tile(node: Node) -> Result:
             name="tile",
         )
 
-    bound = node.compute_shape(_same_shape, node.shape_tensor(shape))
-    return node.compute(lambda tensor: tiled(tensor, *bound), data.expr)
+    return node.compute(tiled, data.expr, *(as_expression(size) for size in shape))
