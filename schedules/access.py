@@ -44,8 +44,10 @@ class Access:
 
     def block(self, axis: Axis) -> int:
         """Return b where `axis` occurs as [..., axis // b, ..., axis % b] and nowhere else, 0 for anything else."""
-        last = self.indices[-1] if self.indices else None
-        if not isinstance(last, tirx.FloorMod) or not last.a.same_as(axis.variable):
+        if not self.indices or not isinstance(self.indices[-1], tirx.FloorMod):
+            return 0
+        last = self.indices[-1]
+        if not last.a.same_as(axis.variable):
             return 0
         quotients = [i for i in self.indices[:-1] if occurs(i, axis.variable)]
         if len(quotients) != 1 or not isinstance(quotients[0], tirx.FloorDiv):

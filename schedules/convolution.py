@@ -22,6 +22,7 @@ from schedules.epilogue import Epilogue
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
 from schedules.loops import (
     Extent,
+    cells,
     flatten,
     index,
     load,
@@ -33,13 +34,11 @@ from schedules.loops import (
     store,
     tile_choice,
     unflatten,
-    unrolled,
-    vector,
     with_local,
 )
 from schedules.matmul import branches_on_any, register_tile, split_epilogue
 from schedules.reducer import accumulate, accumulator_dtype
-from schedules.stages import Axis, Stage, replace_loads, sequence, substitute
+from schedules.stages import Axis, Stage, bind, replace_loads, sequence, substitute
 from schedules.windows import SlidingRead, sliding_read
 from targets.base import Target
 
@@ -213,12 +212,7 @@ class _Emitter:
         producer = self.analysis.producer
         if producer is None:
             return load(self.analysis.read.load.source, indices)
-        point = {
-            own: actual
-            for own, actual in zip(producer.indices, indices, strict=True)
-            if not isinstance(own, tirx.IntImm)
-        }
-        return substitute(producer.value, point)
+        return substitute(producer.value, bind(producer.indices, indices))
 
     def _compute(self, flat: Var) -> Stmt:
         """Return the parallel loop over outer axes, groups of channels, channels and blocks of rows."""
@@ -288,9 +282,6 @@ class _Emitter:
         registers = local([count * width], dtype, "accumulators")
         reduction = self.stage.reduction
 
-        def each(element) -> Stmt:
-            return unrolled(count, lambda r: vector(width, lambda v: element(r, v)))
-
         def at(r: Expr) -> dict[Var, Expr]:
             values = dict(point)
             if self.analysis.channel is not None:
@@ -314,14 +305,14 @@ class _Emitter:
                 value = accumulate(self._with_input(element), load(registers, [r * width + v]), {**at(r), **taps})
                 return store(registers, value, [r * width + v])
 
-            return each(update)
+            return cells(count, width, update)
 
         return with_local(
             [registers],
             [
-                each(start),
+                cells(count, width, start),
                 nest([axis.extent for axis in reduction], step),
-                each(lambda r, v: store(staging, load(registers, [r * width + v]), [r, offset + v])),
+                cells(count, width, lambda r, v: store(staging, load(registers, [r * width + v]), [r, offset + v])),
             ],
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -10,7 +11,7 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.access import AxisGroup, branches_on, group_axes
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width
-from schedules.loops import Extent, loop, parallel, product, store, tiles, unflatten, vector
+from schedules.loops import Extent, index, loop, parallel, product, quotient, remainder, store, tiles, unflatten, vector
 from schedules.stages import Stage
 from targets.base import Target
 
@@ -69,28 +70,27 @@ class Elementwise:
         if outer_extents:
             return parallel(
                 product(outer_extents),
-                lambda task: row(unflatten(task, outer_extents), tirx.const(0, "int64"), inner),
+                lambda task: row(unflatten(task, outer_extents), index(0), inner),
                 large,
             )
         return split_row(inner, parameters["chunk"] if large else 0, lambda start, extent: row([], start, extent))
 
 
-def vector_tiles(extent: Extent, lanes: int, element) -> Stmt:
+def vector_tiles(extent: Extent, lanes: int, element: Callable[[Expr], Stmt]) -> Stmt:
     """Return vectors over [0, extent); a symbolic remainder is left to a scalar loop."""
     sizes = [lanes] if isinstance(extent, int) else [lanes, 1]
     return tiles(extent, sizes, lambda base, width: vector(width, lambda i: element(base + i)))
 
 
-def split_row(extent: Extent, chunk: int, row) -> Stmt:
+def split_row(extent: Extent, chunk: int, row: Callable[[Expr, Extent], Stmt]) -> Stmt:
     """Return one long axis as parallel tasks of `chunk` elements and what remains after them (`chunk` 0: one task)."""
-    zero = tirx.const(0, "int64")
+    zero = index(0)
     if not chunk:
         return row(zero, extent)
-    count = extent // chunk if isinstance(extent, int) else tirx.floordiv(extent, tirx.const(chunk, "int64"))
-    rest = extent % chunk if isinstance(extent, int) else tirx.floormod(extent, tirx.const(chunk, "int64"))
+    count, rest = quotient(extent, chunk), remainder(extent, chunk)
     statements = []
     if not (isinstance(count, int) and count == 0):
         statements.append(parallel(count, lambda task: row(task * chunk, chunk)))
     if not (isinstance(rest, int) and rest == 0):
-        statements.append(row(tirx.const(0, "int64") + count * chunk, rest))
+        statements.append(row(index(0) + count * chunk, rest))
     return statements[0] if len(statements) == 1 else tirx.SeqStmt(statements)

@@ -13,6 +13,7 @@ from schedules.stages import (
     OpaqueStage,
     Stage,
     StagedFunction,
+    bind,
     calls_of,
     contains,
     loads_of,
@@ -75,10 +76,7 @@ def inline_into(producer: Stage, reader: Stage) -> Stage:
         indices = [replace_loads(index, rewrite) for index in load.indices]
         if not load.source.same_as(producer.output):
             return tirx.BufferLoad(load.source, indices)
-        point: dict[Var, Expr] = {}
-        for own, actual in zip(producer.indices, indices, strict=True):
-            if not isinstance(own, tirx.IntImm):
-                point[own] = actual
+        point = bind(producer.indices, indices)
         return replace_loads(substitute(producer.value, point), lambda read: _simplified(read, analyzer))
 
     analyzer = sym.Analyzer()

@@ -48,14 +48,19 @@ def row_runs(staged: StagedFunction) -> list[list[Stage | OpaqueStage]]:
                 break
             end = last
         run = list(staged.stages[position:end])
-        if sum(isinstance(stage, Stage) and stage.is_reduction for stage in run) == 0:
+        if sum(isinstance(stage, Stage) and stage.is_reduction for stage in run) == 0 or (
+            len(run) == 2 and _is_reduction_with_epilogue(*run)
+        ):
             run, end = run[:1], position + 1
-        elif len(run) == 2 and isinstance(run[0], Stage) and run[0].is_reduction:  # a reduction and its epilogue
-            if isinstance(run[1], Stage) and epilogue.match(run[0], run[1]) is not None:
-                run, end = run[:1], position + 1
         runs.append(run)
         position = end
     return runs
+
+
+def _is_reduction_with_epilogue(first: Stage | OpaqueStage, second: Stage | OpaqueStage) -> bool:
+    if not isinstance(first, Stage) or not isinstance(second, Stage) or not first.is_reduction:
+        return False
+    return epilogue.match(first, second) is not None
 
 
 def _is_row_run(stages: Sequence[Stage | OpaqueStage]) -> bool:

@@ -13,6 +13,8 @@ from schedules.stages import sequence
 
 Extent = int | Expr
 INDEX = "int64"
+# Code for one cell of a register tile, from its row and column.
+Element = Callable[[Expr, Expr], Stmt]
 MOST_STACK_BYTES = 16 * 1024
 
 
@@ -39,6 +41,11 @@ def unrolled(extent: int, body: Callable[[Expr], Stmt]) -> Stmt:
 def vector(width: int, body: Callable[[Expr], Stmt]) -> Stmt:
     """Return one vector statement of `width` lanes."""
     return loop(width, body, tirx.ForKind.VECTORIZED, "v")
+
+
+def cells(rows: int, width: int, element: Element) -> Stmt:
+    """Return `element` for every row, unrolled, by one vector of `width`: a register tile."""
+    return unrolled(rows, lambda row: vector(width, lambda column: element(row, column)))
 
 
 def parallel(extent: Extent, body: Callable[[Expr], Stmt], enabled: bool = True) -> Stmt:
@@ -134,7 +141,7 @@ def tiles(extent: Extent, sizes: Sequence[int], body: Callable[[Expr, int], Stmt
 
 
 def tile_choice(number: Expr, extent: int, size: int, body: Callable[[Expr, int], Stmt]) -> Stmt:
-    """Return the body of tile `number` of [0, extent): a branch to the narrower last tile where `size` does not divide."""
+    """Return the body of tile `number` of [0, extent): a branch to a narrower last one where `size` leaves a rest."""
     full, rest = divmod(extent, size)
     if not rest:
         return body(number * size, size)

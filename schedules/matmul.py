@@ -202,12 +202,10 @@ def register_tile(target: Target) -> tuple[int, int]:
 
 def split_epilogue(kernel: Kernel) -> tuple[Stage | None, Epilogue | None]:
     """Return the reduction of a kernel of one reduction and what follows it."""
-    if not kernel.stages or not kernel.stages[0].is_reduction or len(kernel.stages) > 2:
+    stage, *following = kernel.stages
+    if not stage.is_reduction or len(following) > 1:
         return None, None
-    stage = kernel.stages[0]
-    if len(kernel.stages) == 1:
-        return stage, epilogue.plain(stage)
-    return stage, epilogue.match(stage, kernel.stages[1])
+    return stage, epilogue.match(stage, following[0]) if following else epilogue.plain(stage)
 
 
 def follows_as_stage(follows: Epilogue) -> Stage:

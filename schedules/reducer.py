@@ -12,6 +12,7 @@ from tvm.tirx.stmt import Stmt
 from schedules.loops import Extent, index, load, local, loop, quotient, remainder, store, vector, with_local
 from schedules.stages import Stage, loads_of, replace_loads, substitute
 
+Step = Callable[[Mapping[Var, Expr], Expr, Expr], Stmt]
 NARROW_FLOATS = ("float16", "bfloat16")
 
 
@@ -140,7 +141,9 @@ def reduce_contiguous(
             term = term_at(stage, reducer, {**values, **at(position + v)})
             return store(b, reducer.combine(load(b, [v]), term), [v])
 
-        def walk(values: Mapping[Var, Expr], w: int = width, s: Expr = start, c: Extent = count, f=step) -> Stmt:
+        def walk(
+            values: Mapping[Var, Expr], w: int = width, s: Expr = start, c: Extent = count, f: Step = step
+        ) -> Stmt:
             return loop(c, lambda i: vector(w, lambda v: f(values, s + i * w, v)))
 
         accumulate_all.append(outer(walk))

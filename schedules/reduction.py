@@ -103,7 +103,10 @@ def _rows(analysis: ReductionAnalysis, lanes: int, large: bool) -> Stmt:
         point: dict[Var, Expr] = {}
         for group, position in zip(analysis.groups, unflatten(number, extents) if extents else [], strict=True):
             point.update(group.point(position))
-        finish = lambda total: analysis.epilogue.store(total, point)
+
+        def finish(total: Expr) -> Stmt:
+            return analysis.epilogue.store(total, point)
+
         return reduce_element(
             analysis.stage, analysis.reduction, analysis.reducer, analysis.along, lanes, point, finish
         )

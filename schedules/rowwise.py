@@ -31,12 +31,11 @@ from schedules.loops import (
     unflatten,
     with_local,
 )
-from schedules.reducer import reducer_of
 from schedules.matmul import walks_in_lanes
+from schedules.reducer import reducer_of
 from schedules.reduction import reduce_element
-from schedules.stages import Axis, Stage, as_extent, replace_loads, sequence
+from schedules.stages import Axis, Stage, as_extent, bind, replace_loads, sequence
 from targets.base import Target
-
 
 TASKS_PER_CORE = 4
 SYMBOLIC_ROWS_PER_TASK = 4
@@ -145,10 +144,7 @@ def _common_prefix(left: Sequence[Expr], right: Sequence[Expr], most: int) -> in
 
 def _step(stage: Stage, leading: int, rows: Sequence[_RowBuffer], position: Sequence[Expr], lanes: int) -> Stmt:
     """Return one stage's code for the row at `position`."""
-    point: dict[Var, Expr] = {}
-    for own, actual in zip(stage.indices[:leading], position, strict=True):
-        if not isinstance(own, tirx.IntImm):
-            point[own] = actual
+    point = bind(stage.indices[:leading], position)
     inner = [axis for axis in stage.spatial if axis.variable not in point]
     stage = _in_row(stage, rows)
     if stage.is_reduction:

@@ -101,6 +101,11 @@ def contains(variables: Sequence[Var], variable: Var) -> bool:
     return any(variable.same_as(other) for other in variables)
 
 
+def bind(indices: Sequence[Expr], actual: Sequence[Expr]) -> dict[Var, Expr]:
+    """Return the values of the axes that make `indices`, plain axes and zeros, equal to `actual`."""
+    return {own: value for own, value in zip(indices, actual, strict=True) if not isinstance(own, tirx.IntImm)}
+
+
 def sequence(statements: Sequence[Stmt]) -> Stmt:
     """Return the statements as one."""
     return statements[0] if len(statements) == 1 else tirx.SeqStmt(list(statements))

@@ -6,7 +6,7 @@ accumulators stays in registers while the reduction axes run, and what follows t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -17,6 +17,7 @@ from schedules.access import Access, AxisGroup, Step
 from schedules.epilogue import Epilogue
 from schedules.loops import (
     Extent,
+    cells,
     load,
     local,
     loop,
@@ -27,14 +28,14 @@ from schedules.loops import (
     tile_choice,
     tiles,
     unflatten,
-    unrolled,
     vector,
     with_local,
 )
 from schedules.reducer import accumulate, accumulator_dtype
 from schedules.stages import Stage, replace_loads, sequence, substitute, with_value
 
-ROW_UNROLL_LIMIT = 16
+# Code for the columns of one width that begin at an offset.
+Columns = Callable[[Expr, int], Stmt]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,7 @@ def emit(tile: Tile) -> Stmt:
     return sequence([full, rest])
 
 
-def _tasks(tile: Tile, columns: Extent, choose) -> Stmt:
+def _tasks(tile: Tile, columns: Extent, choose: Callable[[Expr, Columns], Stmt]) -> Stmt:
     """Return the parallel loop over outer axes, column tiles and blocks of rows."""
     outer = [group.extent for group in tile.outer]
     rows = tile.row_extent
@@ -111,7 +112,7 @@ def _block(tile: Tile, point: Mapping[Var, Expr], base: Expr, width: int, block:
         return tiles(extent, sizes, lambda row, count: _micro(tile, stage, point, base, width, start + row, count))
 
     if isinstance(rows, int):
-        body = tile_choice(block, rows, tile.row_block, lambda start, count: kernels(start, count))
+        body = tile_choice(block, rows, tile.row_block, kernels)
     else:
         start = block * tile.row_block
         body = kernels(start, tirx.min(tirx.const(tile.row_block, "int64"), rows - start))
@@ -183,12 +184,9 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
             values.update(tile.row_group.point(row + r))
         return values
 
-    def each(element) -> Stmt:
-        return unrolled(rows, lambda r: vector(width, lambda v: element(r, v)))
-
     def start(r: Expr, v: Expr) -> Stmt:
-        initial = substitute(tile.stage.initial, at(r, v)) if tile.stage.initial is not None else None
-        return store(registers, initial.astype(dtype), [r * width + v])
+        assert tile.stage.initial is not None
+        return store(registers, substitute(tile.stage.initial, at(r, v)).astype(dtype), [r * width + v])
 
     def step(positions: Sequence[Expr]) -> Stmt:
         inner: dict[Var, Expr] = {}
@@ -199,28 +197,30 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
             register = load(registers, [r * width + v])
             return store(registers, accumulate(stage, register, {**at(r, v), **inner}), [r * width + v])
 
-        return each(update)
-
-    def finish(r: Expr, v: Expr) -> Stmt:
-        total = load(registers, [r * width + v]).astype(tile.stage.output.dtype)
-        return tile.epilogue.store(total, at(r, v))
+        return cells(rows, width, update)
 
     extents = [group.extent for group in tile.reduction]
     return with_local(
-        [registers], [each(start), nest(extents, step), _write_back(tile, registers, width, rows, at, finish, each)]
+        [registers],
+        [cells(rows, width, start), nest(extents, step), _write_back(tile, registers, (rows, width), at)],
     )
 
 
-def _write_back(tile: Tile, registers: Var, width: int, rows: int, at, finish, each) -> Stmt:
+def _write_back(
+    tile: Tile, registers: Var, shape: tuple[int, int], at: Callable[[Expr, Expr], dict[Var, Expr]]
+) -> Stmt:
+    """Return the stores of a tile of `shape` rows by columns; `at` gives the axes' values at a cell."""
+    rows, width = shape
+
+    def finish(source: Var, r: Expr, v: Expr) -> Stmt:
+        total = load(source, [r * width + v]).astype(tile.stage.output.dtype)
+        return tile.epilogue.store(total, at(r, v))
+
     written = Access(tile.epilogue.stage.output, tile.epilogue.indices)
     if written.step(tile.vector_group.inner) != Step.STRIDED or rows == 1:
-        return each(finish)
+        return cells(rows, width, lambda r, v: finish(registers, r, v))
     # The output is contiguous along the rows: the tile goes through memory and is written column by column.
     spilled = local([rows * width], accumulator_dtype(tile.stage), "spilled")
-    spill = each(lambda r, v: store(spilled, load(registers, [r * width + v]), [r * width + v]))
-
-    def element(r: Expr, v: Expr) -> Stmt:
-        return tile.epilogue.store(load(spilled, [r * width + v]).astype(tile.stage.output.dtype), at(r, v))
-
-    columns = loop(width, lambda v: vector(rows, lambda r: element(r, v)))
+    spill = cells(rows, width, lambda r, v: store(spilled, load(registers, [r * width + v]), [r * width + v]))
+    columns = loop(width, lambda v: vector(rows, lambda r: finish(spilled, r, v)))
     return with_local([spilled], [spill, columns])

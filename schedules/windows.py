@@ -102,7 +102,7 @@ def _match(stage: Stage, load: TensorLoad, axes: Sequence[Axis]) -> SlidingRead 
         return None
     windows = []
     for position, axis in zip(sliding, axes, strict=True):
-        window = _window(stage, position, axis, axes)
+        window = _window(stage, position, axis)
         if window is None or window.reach is None:
             return None
         windows.append(window)
@@ -112,11 +112,11 @@ def _match(stage: Stage, load: TensorLoad, axes: Sequence[Axis]) -> SlidingRead 
     return SlidingRead(load, leading, tuple(windows))
 
 
-def _window(stage: Stage, position: Expr, axis: Axis, axes: Sequence[Axis]) -> Window | None:
+def _window(stage: Stage, position: Expr, axis: Axis) -> Window | None:
     stride = linear_coefficient(position, axis.variable)
     if stride is None or stride < 1:
         return None
-    if any(other is not axis and occurs(position, other.variable) for other in (*stage.spatial,)):
+    if any(other is not axis and occurs(position, other.variable) for other in stage.spatial):
         return None
     taps = []
     for tap in stage.reduction:

@@ -100,7 +100,7 @@ def _power_of_two(n: Expr) -> Expr:
 
 
 def exp(x: Expr) -> Expr:
-    """Return exp(x) of an fp32 expression: x = n ln 2 + r, a polynomial in r, scaled by 2**n in two exact steps."""
+    """Return the exponential of an fp32 expression: x = n ln 2 + r, a polynomial in r, times 2**n in two steps."""
 
     def scaled(x: Expr) -> Expr:
         shifted = x * _f32(LOG2_E) + _f32(ROUNDING_SHIFT)
@@ -127,7 +127,7 @@ def _exp_reduced(x: Expr, shifted: Expr) -> Expr:
 
 
 def log(x: Expr) -> Expr:
-    """Return log(x) of an fp32 expression: x = 2**e m with m around 1, a polynomial in m - 1."""
+    """Return the natural logarithm of an fp32 expression: x = 2**e m with m around 1, a polynomial in m - 1."""
 
     def normal(original: Expr) -> Expr:
         tiny = original < _f32(2.0**-126)
@@ -173,7 +173,7 @@ def _with_sign_of(magnitude: Expr, x: Expr) -> Expr:
 
 
 def tanh(x: Expr) -> Expr:
-    """Return tanh(x) of an fp32 expression: a polynomial near 0, 1 - 2 / (exp(2 |x|) + 1) elsewhere."""
+    """Return the hyperbolic tangent of an fp32 expression: a polynomial near 0, 1 - 2 / (exp(2 |x|) + 1) elsewhere."""
 
     def value(x: Expr) -> Expr:
         small = _let("square", x * x, lambda u: _polynomial(u, TANH) * u * x + x)
@@ -188,7 +188,7 @@ def tanh(x: Expr) -> Expr:
 
 
 def erf(x: Expr) -> Expr:
-    """Return erf(x) of an fp32 expression: a polynomial near 0, 1 - exp(-polynomial(|x|)) elsewhere."""
+    """Return the error function of an fp32 expression: a polynomial near 0, 1 - exp(-polynomial(|x|)) elsewhere."""
 
     def value(x: Expr) -> Expr:
         small = _let("square", x * x, lambda u: _polynomial(u, ERF_SMALL) * x)

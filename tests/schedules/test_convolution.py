@@ -9,7 +9,7 @@ from tvm.relax import op
 from tests.schedules.execution import integers, normal, run, sum_tolerance
 
 
-def convolve(  # noqa: PLR0913
+def convolve(
     x: np.ndarray, w: np.ndarray, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1
 ) -> np.ndarray:
     """Return the convolution over any number of spatial dimensions, in float64 (int64 for integers)."""

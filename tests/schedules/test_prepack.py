@@ -32,9 +32,7 @@ def test_packed_weights_change_no_bit(rows: int, columns: int, depth: int) -> No
 
 def test_one_function_with_two_weights_is_packed_at_both_calls() -> None:
     first, second, x = normal(40, 40), normal(40, 40, seed=1), normal(5, 40, seed=2)
-    module = build(
-        lambda x: op.matmul(op.matmul(x, relax.const(first)), relax.const(second)), [x.shape], ["float32"]
-    )
+    module = build(lambda x: op.matmul(op.matmul(x, relax.const(first)), relax.const(second)), [x.shape], ["float32"])
     plain, packed, count = packed_and_plain(module, x)
     np.testing.assert_array_equal(packed, plain)
     assert count == 2
