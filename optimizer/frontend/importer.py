@@ -18,7 +18,7 @@ from optimizer.errors import Blocker, UnsupportedModelError
 from optimizer.frontend import constant_evaluation, function_bodies, shape_arithmetic
 from optimizer.frontend.dimensions import Dimension, Shape, Symbols, as_expression, input_shapes, static_shape
 from optimizer.frontend.node import Node, Result, UnsupportedNodeError, normalized_domain
-from optimizer.frontend.registry import find_converter
+from optimizer.frontend.registry import find_converter, load_converters
 from optimizer.frontend.value import (
     NARROW_TYPES,
     AnyValue,
@@ -52,6 +52,7 @@ def import_model(
 
     Raises UnsupportedModelError with all that cannot be converted.
     """
+    load_converters()
     importer = GraphImporter(model, base_directory)
     return importer.run(shapes or {})
 

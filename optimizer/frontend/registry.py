@@ -36,7 +36,7 @@ def converter(*operators: str, domain: str = "", since: int = 1) -> Callable[[Co
 
 def find_converter(domain: str, operator: str, version: int) -> Converter | None:
     """Return the newest converter that is not newer than `version`, or None."""
-    _load_all()
+    load_converters()
     versions = _CONVERTERS.get((domain, operator), {})
     usable = [since for since in versions if since <= version]
     return versions[max(usable)] if usable else None
@@ -44,11 +44,12 @@ def find_converter(domain: str, operator: str, version: int) -> Converter | None
 
 def registered_operators() -> tuple[tuple[str, str], ...]:
     """Return all (domain, operator) pairs that have a converter, sorted."""
-    _load_all()
+    load_converters()
     return tuple(sorted(_CONVERTERS))
 
 
 @cache
-def _load_all() -> None:
+def load_converters() -> None:
+    """Import all modules of converters. A fault in one of them is raised here, not as a blocker of some node."""
     for module in pkgutil.walk_packages(converters.__path__, f"{converters.__name__}."):
         importlib.import_module(module.name)
