@@ -36,6 +36,7 @@ class FlatDecoder(nn.Module):
         position_ids: Tensor,
         past_key_values: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, ...]:
+        """The inputs of :meth:`Decoder.forward`; the logits, then key and value of every layer."""
         logits, present = self.decoder(
             input_ids, attention_mask, position_ids, [KeyValue(*past) for past in past_key_values]
         )
@@ -171,4 +172,6 @@ def check_against_torch(model: ModelProto, decoder: Decoder) -> None:
         actual = session.run(None, dict(zip(input_names, (tensor.numpy() for tensor in flat), strict=True)))
         expected = FlatDecoder(decoder)(*inputs)
         for value, result, tensor in zip(session.get_outputs(), actual, expected, strict=True):
-            np.testing.assert_allclose(result, tensor.numpy(), rtol=TOLERANCE, atol=TOLERANCE, err_msg=value.name)
+            np.testing.assert_allclose(
+                np.asarray(result), tensor.numpy(), rtol=TOLERANCE, atol=TOLERANCE, err_msg=value.name
+            )

@@ -43,6 +43,7 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """[..., size] -> [..., size]."""
         return self.weight * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.epsilon))
 
 
@@ -118,6 +119,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(configuration.intermediate_size, configuration.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """[batch, sequence, hidden_size] -> the same shape."""
         return self.down(functional.silu(self.gate(hidden)) * self.up(hidden))
 
 
@@ -134,6 +136,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, hidden: Tensor, rotary: tuple[Tensor, Tensor], past: KeyValue | None, mask: Tensor
     ) -> tuple[Tensor, KeyValue]:
+        """[batch, sequence, hidden_size] -> the same shape, and the layer's keys and values; see :class:`Attention`."""
         attended, present = self.attention(self.attention_norm(hidden), rotary, past, mask)
         hidden = hidden + attended
         return hidden + self.feed_forward(self.feed_forward_norm(hidden)), present

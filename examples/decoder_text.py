@@ -35,9 +35,16 @@ _CHAPTER_START = re.compile(r"<chapter\b[^>]*\bsID=[^>]*>")
 _PARAGRAPH_START = re.compile(r"<(?:div|lb)\b[^>]*type=\"x-p\"[^>]*>|<lg\b[^>]*>")
 _TAG = re.compile(r"<[^>]*>")
 # Text to type at a prompt: straight quotation marks, and a dash that stands apart.
-_PLAIN_CHARACTERS = str.maketrans(
-    {"“": '"', "”": '"', "‘": "'", "’": "'", "—": " - ", "–": "-", "\u00a0": " ", "\u202f": " "}
-)
+_PLAIN_CHARACTERS = {
+    0x201C: '"',
+    0x201D: '"',
+    0x2018: "'",
+    0x2019: "'",
+    0x2014: " - ",
+    0x2013: "-",
+    0xA0: " ",
+    0x202F: " ",
+}
 
 
 def download_package(folder: Path) -> Path:

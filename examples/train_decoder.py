@@ -1,6 +1,6 @@
 """Train the bundled decoder and export it to ONNX.
 
-    python examples/train_decoder.py --steps 1000 --work /tmp/decoder
+    python examples/train_decoder.py --steps 1500 --work /tmp/decoder
 
 Stopped at any time, the same command resumes from the last checkpoint. With ``--steps`` of the steps already done it
 only exports. Needs torch 2.13, tokenizers, onnx, onnxscript and onnxruntime, and on Debian fetches the text itself.
@@ -73,6 +73,7 @@ class Training:
         return loss.item()
 
     def save(self, path: Path) -> None:
+        """Write the checkpoint in one go: an interrupted write leaves the one before."""
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         state = {"step": self.step, "model": self.model.state_dict(), "optimizers": optimizers}
         partial = path.with_suffix(".partial")
@@ -80,6 +81,7 @@ class Training:
         partial.replace(path)
 
     def load(self, path: Path) -> None:
+        """Continue from a checkpoint that :meth:`save` wrote."""
         state = torch.load(path, weights_only=True)
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
@@ -131,8 +133,9 @@ def train(training: Training, tokens: Tensor, validation_tokens: Tensor, steps: 
 
 
 def main() -> None:
+    """Parse the command line, train, export."""
     parser = argparse.ArgumentParser(description="Train the bundled decoder and export it to ONNX.")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of the whole run")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of the whole run")
     parser.add_argument("--tokens-per-step", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
