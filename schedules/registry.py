@@ -11,5 +11,6 @@ from schedules.family import Family
 from schedules.matmul import Matmul
 from schedules.reduction import Reduction
 from schedules.rowwise import Rowwise
+from schedules.transpose import Transpose
 
-FAMILIES: tuple[Family[Any], ...] = (Convolution(), Matmul(), Rowwise(), Reduction(), Elementwise())
+FAMILIES: tuple[Family[Any], ...] = (Convolution(), Matmul(), Rowwise(), Reduction(), Transpose(), Elementwise())

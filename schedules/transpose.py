@@ -1,0 +1,139 @@
+"""Elementwise functions that read along another axis than they write: transpositions and layout changes.
+
+The output is computed in square tiles; each is first read along the input's contiguous axis into a buffer of the tile's
+size, so that every cache line is read once and whole, and then written along the output's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tvm.ir import Expr, TensorLoad, Var
+from tvm.tirx.stmt import Stmt
+
+from schedules.access import AxisGroup, Step, branches_on, group_axes
+from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
+from schedules.loops import (
+    ceiling,
+    load,
+    local,
+    loop,
+    parallel,
+    product,
+    store,
+    tile_choice,
+    unflatten,
+    vector,
+    with_local,
+)
+from schedules.matmul import step
+from schedules.stages import Stage, replace_loads, substitute
+from targets.base import Target
+
+# Below this a tile is too narrow for its detour through memory to pay.
+SHORTEST_AXIS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class TransposeAnalysis:
+    """A stage whose reads `turned` are contiguous along group `across` while it writes along `along`."""
+
+    stage: Stage
+    outer: tuple[AxisGroup, ...]
+    across: AxisGroup
+    along: AxisGroup
+    turned: tuple[TensorLoad, ...]
+
+
+class Transpose:
+    """Square tiles through a buffer."""
+
+    name = "transpose"
+
+    def takes(self, kernel: Kernel, target: Target) -> TransposeAnalysis | None:
+        """Return the analysis of an elementwise stage with a read that is contiguous along another axis."""
+        stage, *others = kernel.stages
+        if others or stage.is_reduction or any(branches_on(stage.value, axis) for axis in stage.spatial):
+            return None
+        *groups, along = group_axes(stage.spatial, [stage]) or [None]
+        if along is None or not _long(along):
+            return None
+        for across in reversed(groups):
+            turned = tuple(
+                read for read in stage.loads() if step(read, along) == Step.STRIDED and step(read, across) == Step.UNIT
+            )
+            if turned and _long(across):
+                outer = tuple(group for group in groups if group is not across)
+                return TransposeAnalysis(stage, outer, across, along, turned)
+        return None
+
+    def space(self, target: Target, analysis: TransposeAnalysis) -> Space:
+        """Return the side of a tile."""
+        lanes = vector_width(target, analysis.stage)
+        return (Choice("side", lanes, (lanes // 2, lanes, 2 * lanes)),)
+
+    def apply(self, analysis: TransposeAnalysis, parameters: Parameters, target: Target) -> Stmt:
+        """Return the loop nest."""
+        side = parameters["side"]
+        across, along = int(analysis.across.extent), int(analysis.along.extent)
+        outer = [group.extent for group in analysis.outer]
+
+        def task(number: Expr) -> Stmt:
+            *outside, strip = unflatten(number, [*outer, ceiling(across, side)])
+            point: dict[Var, Expr] = {}
+            for group, position in zip(analysis.outer, outside, strict=True):
+                point.update(group.point(position))
+
+            def strip_of(row: Expr, rows: int) -> Stmt:
+                return loop(
+                    ceiling(along, side),
+                    lambda number: tile_choice(
+                        number, along, side, lambda column, columns: _tile(analysis, point, (row, rows), (column, columns))
+                    ),
+                )
+
+            return tile_choice(strip, across, side, strip_of)
+
+        return parallel(product([*outer, ceiling(across, side)]), task, is_large(work_of(analysis.stage)))
+
+
+def _long(group: AxisGroup) -> bool:
+    return isinstance(group.extent, int) and group.extent >= SHORTEST_AXIS
+
+
+def _tile(
+    analysis: TransposeAnalysis, point: dict[Var, Expr], across: tuple[Expr, int], along: tuple[Expr, int]
+) -> Stmt:
+    """Return one tile; `across` and `along` are offset and count on the two axes."""
+    rows, columns = across[1], along[1]
+    stage = analysis.stage
+    buffers = [local([columns * rows], str(read.source.dtype), "turned") for read in analysis.turned]
+
+    def at(r: Expr, c: Expr) -> dict[Var, Expr]:
+        return {**point, **analysis.across.point(across[0] + r), **analysis.along.point(along[0] + c)}
+
+    def fill(buffer: Var, read: TensorLoad) -> Stmt:
+        return loop(
+            columns,
+            lambda c: vector(rows, lambda r: store(buffer, substitute(read, at(r, c)), [c * rows + r])),
+        )
+
+    def element(r: Expr, c: Expr) -> Stmt:
+        value = _reading(stage.value, analysis.turned, buffers, c * rows + r)
+        values = at(r, c)
+        return store(stage.output, substitute(value, values), [substitute(i, values) for i in stage.indices])
+
+    copies = [fill(buffer, read) for buffer, read in zip(buffers, analysis.turned, strict=True)]
+    return with_local(buffers, [*copies, loop(rows, lambda r: vector(columns, lambda c: element(r, c)))])
+
+
+def _reading(value: Expr, reads: Sequence[TensorLoad], buffers: Sequence[Var], position: Expr) -> Expr:
+    """Return `value` with `reads` replaced by the buffers' elements at `position`."""
+
+    def rewrite(read: TensorLoad) -> Expr | None:
+        return next(
+            (load(buffer, [position]) for own, buffer in zip(reads, buffers, strict=True) if own.same_as(read)), None
+        )
+
+    return replace_loads(value, rewrite)
