@@ -9,7 +9,6 @@ from tvm import relax, te, tirx
 
 from optimizer.frontend.dimensions import as_expression
 from optimizer.frontend.node import Node, Result
-from optimizer.frontend.ranges import range_of_dimensions
 from optimizer.frontend.registry import converter
 from optimizer.frontend.value import ConstantValue, Value
 
