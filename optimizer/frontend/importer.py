@@ -185,7 +185,8 @@ class GraphImporter:
 
     def emit(self, expr: relax.Expr, hint: str, narrow_type: int | None = None) -> TensorValue:
         """Bind one tensor; dimensions that Relax cannot infer become fresh symbols bound at run time."""
-        bound = self.builder.emit(expr, hint)
+        # A variable needs no second name.
+        bound = expr if isinstance(expr, relax.Var) else self.builder.emit(expr, hint)
         tensor_type = bound.ty
         if not isinstance(tensor_type, relax.TensorType):
             raise UnsupportedNodeError(f"expected a tensor, got {tensor_type}")

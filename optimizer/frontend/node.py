@@ -261,12 +261,14 @@ class Node:
         return self.reshaped_type(value, wanted)
 
     def reshaped_type(self, value: Value, shape: Sequence[Dimension]) -> relax.Expr:
-        """Return `value` with `shape` as its static type; where the two are not provably equal it is checked at run time."""
+        """Return `value` with `shape` as its static type; checked at run time where the two are not provably equal."""
         if all(provably_equal(a, b) for a, b in zip(value.shape, shape, strict=True)):
             return value.expr
-        return self.graph.builder.match_cast(
-            value.expr, relax.TensorType([as_expression(dimension) for dimension in shape], value.dtype)
-        )
+        # The first cast hides the shape: TVM would conclude from `x` cast to `y` that x may stand for y everywhere,
+        # and recurses without end if it meets both directions, or x is an expression of y.
+        hidden = self.graph.builder.match_cast(value.expr, relax.TensorType(dtype=value.dtype, ndim=value.rank))
+        wanted = relax.TensorType([as_expression(dimension) for dimension in shape], value.dtype)
+        return self.graph.builder.match_cast(hidden, wanted)
 
     @property
     def output_hint(self) -> str:

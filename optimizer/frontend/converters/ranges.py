@@ -53,7 +53,7 @@ def _range_of_dimensions(node: Node, start: Dimension, limit: Dimension, delta: 
 def _count(first: te.Tensor, last: te.Tensor, step: te.Tensor) -> te.Tensor:
     """Return max(ceil((last - first) / step), 0), the schema's formula, as an int64 tensor of one element."""
     begin, end, stride = first(), last(), step()
-    if "float" in first.dtype:
+    if "float" in str(first.dtype):
         steps = tirx.ceil((end.astype("float64") - begin.astype("float64")) / stride.astype("float64"))
         return te.compute((1,), lambda _: tirx.max(steps.astype("int64"), _ZERO), name="count")
     distance, size = end.astype("int64") - begin.astype("int64"), stride.astype("int64")
