@@ -30,16 +30,15 @@ def _non_negative(node: Node, indices: Value, size: Dimension) -> relax.Expr:
         return node.constant(np.where(constant < 0, constant + size, constant).astype(constant.dtype)).expr
     if indices.dtype.startswith("uint"):
         return indices.expr
-    bound = as_expression(size)
 
-    def wrapped(chosen: te.Tensor) -> te.Tensor:
+    def wrapped(chosen: te.Tensor, bound: tvm.ir.Expr) -> te.Tensor:
         return te.compute(
             chosen.shape,
             lambda *at: tirx.Select(chosen(*at) < 0, chosen(*at) + bound.astype(indices.dtype), chosen(*at)),
             name="wrapped",
         )
 
-    return node.compute(wrapped, indices.expr, primfunc_name_hint="wrap_indices").expr
+    return node.compute(wrapped, indices.expr, as_expression(size), primfunc_name_hint="wrap_indices").expr
 
 
 @converter("GatherElements", since=11)
