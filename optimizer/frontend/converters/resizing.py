@@ -1,0 +1,316 @@
+"""Resize and its forerunner Upsample: every axis is resampled on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tvm.ir
+from tvm import relax, te, tirx
+
+from optimizer.frontend.converters.precision import HALF_TYPES, is_float
+from optimizer.frontend.converters.resampling import (
+    NUMPY,
+    TIR,
+    Axis,
+    Sampling,
+    computed_taps,
+    known_taps,
+    nearest_index,
+    source_position,
+    stretch,
+    tap_count,
+)
+from optimizer.frontend.converters.runtime_axes import vector
+from optimizer.frontend.dimensions import Dimension, as_expression, simplified
+from optimizer.frontend.node import Node, Result
+from optimizer.frontend.registry import converter
+from optimizer.frontend.value import TensorValue, Value
+
+_FLOAT64 = "float64"
+_UNROLLED_TAPS = 4
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a node asks for on each of `axes`: either `scales` or `sizes`, and the region of interest."""
+
+    axes: tuple[int, ...]
+    scales: Value | None
+    sizes: Value | None
+    region: Value | None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The output length of each axis, and the scales: an array if they are known, else a float64 tensor."""
+
+    lengths: tuple[Dimension, ...]
+    scales: np.ndarray | relax.Expr
+
+
+@converter("Upsample", since=7)
+def upsample_by_attribute(node: Node) -> Result:
+    """Convert Upsample with scales as an attribute."""
+    scales = node.constant(np.array(node.floats("scales"), np.float32))
+    return _resized(node, _Request(tuple(range(node.input().rank)), scales, None, None), _old_sampling(node))
+
+
+@converter("Upsample", since=9)
+@converter("Resize", since=10)
+def upsample(node: Node) -> Result:
+    """Convert Upsample and the Resize of opset 10, which share their rules."""
+    return _resized(node, _Request(tuple(range(node.input().rank)), node.input(1), None, None), _old_sampling(node))
+
+
+def _old_sampling(node: Node) -> Sampling:
+    return Sampling(_filter(node), "asymmetric", "floor", -0.75, False, False)
+
+
+@converter("Resize", since=11)
+def resize(node: Node) -> Result:
+    """Convert Resize by scales or to sizes, with all filters and coordinate transformations."""
+    rank = node.input().rank
+    axes = tuple(node.checked_axis(axis, rank) for axis in node.integers("axes", range(rank)))
+    region, scales, sizes = (_given(node, index) for index in (1, 2, 3))
+    if (scales is None) == (sizes is None):
+        raise node.unsupported("exactly one of scales and sizes has to be given")
+    sampling = Sampling(
+        _filter(node),
+        node.string("coordinate_transformation_mode", "half_pixel"),
+        node.string("nearest_mode", "round_prefer_floor"),
+        node.float("cubic_coeff_a", -0.75),
+        bool(node.integer("antialias", 0)),
+        bool(node.integer("exclude_outside", 0)),
+    )
+    if sampling.coordinates != "tf_crop_and_resize":
+        region = None
+    elif region is None:
+        raise node.unsupported("tf_crop_and_resize needs a region of interest")
+    return _resized(node, _Request(axes, scales, sizes, region), sampling)
+
+
+def _given(node: Node, index: int) -> Value | None:
+    """Return an optional input; before opset 13 one that is not given is an empty tensor."""
+    value = node.optional_input(index)
+    return None if value is None or value.shape == (0,) else value
+
+
+def _filter(node: Node) -> str:
+    mode = node.string("mode", "nearest")
+    if mode not in ("nearest", "linear", "cubic"):
+        raise node.unsupported(f"mode '{mode}' is unknown")
+    return mode
+
+
+def _resized(node: Node, request: _Request, sampling: Sampling) -> Result:
+    data = node.input()
+    if sampling.filter != "nearest" and not is_float(data.dtype):
+        raise node.unsupported(f"mode '{sampling.filter}' is not supported for {data.dtype}")
+    plan = _known_plan(node, request, data) or _computed_plan(node, request, data)
+    result: Value = data
+    for place, axis in enumerate(request.axes):
+        unit = isinstance(plan.scales, np.ndarray) and plan.scales[place] == 1.0
+        if not (unit and request.region is None and simplified(plan.lengths[place] - data.shape[axis]) == 0):
+            result = _resampled(node, result, axis, place, request, plan, sampling)
+    return node.emit(result.expr, data.narrow_type)
+
+
+def _known_plan(node: Node, request: _Request, data: Value) -> _Plan | None:
+    """Return the plan if scales are constant, or sizes constant and the dimensions static."""
+    extents = [data.shape[axis] for axis in request.axes]
+    if request.scales is not None:
+        if request.scales.constant is None:
+            return None
+        scales = request.scales.constant.astype(np.float64)
+        lengths = [_scaled_length(extent, scale) for extent, scale in zip(extents, scales, strict=True)]
+        return None if None in lengths else _Plan(tuple(lengths), scales)
+    sizes = request.sizes.integers if request.sizes is not None else None
+    if sizes is None:
+        return None
+    if not all(isinstance(extent, int) for extent in [*sizes, *extents]):
+        return None
+    wanted = [int(size) for size in sizes]
+    scales = np.array(wanted, np.float64) / np.array(extents, np.float64)
+    policy = node.string("keep_aspect_ratio_policy", "stretch")
+    if policy != "stretch":
+        scales = np.full(len(wanted), scales.min() if policy == "not_larger" else scales.max())
+        wanted = [int(scale * extent + 0.5) for scale, extent in zip(scales, extents, strict=True)]
+    return _Plan(tuple(wanted), scales)
+
+
+def _scaled_length(extent: Dimension, scale: float) -> Dimension | None:
+    if isinstance(extent, int):
+        return int(extent * scale)
+    return simplified(extent * int(scale)) if scale == int(scale) else None
+
+
+def _computed_plan(node: Node, request: _Request, data: Value) -> _Plan:
+    shape = node.shape_tensor([data.shape[axis] for axis in request.axes])
+    policy = node.string("keep_aspect_ratio_policy", "stretch")
+    asked = request.scales if request.scales is not None else request.sizes
+    if asked is None:
+        raise node.unsupported("exactly one of scales and sizes has to be given")
+    by_size = request.scales is None
+    count = len(request.axes)
+
+    def factors(given: te.Tensor, extents: te.Tensor) -> list[tvm.ir.Expr]:
+        numbers = [given[i].astype(_FLOAT64) for i in range(count)]
+        if not by_size:
+            return numbers
+        quotients = [number / extents[i].astype(_FLOAT64) for i, number in enumerate(numbers)]
+        if policy == "stretch":
+            return quotients
+        extreme = quotients[0]
+        for quotient in quotients[1:]:
+            extreme = tirx.min(extreme, quotient) if policy == "not_larger" else tirx.max(extreme, quotient)
+        return [extreme] * count
+
+    def lengths(given: te.Tensor, extents: te.Tensor) -> te.Tensor:
+        if by_size and policy == "stretch":
+            return vector([given[i].astype("int64") for i in range(count)])
+        half = 0.5 if by_size else 0.0
+        products = [f * extents[i].astype(_FLOAT64) for i, f in enumerate(factors(given, extents))]
+        return vector([tirx.floor(number + half).astype("int64") for number in products])
+
+    scales = node.compute(lambda given, extents: vector(factors(given, extents)), asked.expr, shape)
+    known = asked.integers if by_size and policy == "stretch" else None
+    if known is not None:
+        return _Plan(tuple(known.ravel()), scales.expr)
+    return _Plan(node.compute_shape(lengths, asked.expr, shape), scales.expr)
+
+
+def _resampled(
+    node: Node, data: Value, axis: int, place: int, request: _Request, plan: _Plan, sampling: Sampling
+) -> TensorValue:
+    """Return `data` with one axis resampled."""
+    length = plan.lengths[place]
+    extent = data.shape[axis]
+    region = request.region.constant if request.region is not None else None
+    known_region = request.region is None or region is not None
+    static = isinstance(plan.scales, np.ndarray) and isinstance(extent, int) and isinstance(length, int)
+    if static and known_region:
+        count = len(request.axes)
+        start, end = (float(region[place]), float(region[count + place])) if region is not None else (0.0, 1.0)
+        numbers = Axis(float(extent), float(length), float(plan.scales[place]), start, end)
+        return _resampled_by_table(node, data, axis, numbers, sampling)
+    return _resampled_at_run_time(node, data, axis, place, request, plan, sampling)
+
+
+def _resampled_by_table(node: Node, data: Value, axis: int, numbers: Axis, sampling: Sampling) -> TensorValue:
+    places = np.arange(int(numbers.output_length), dtype=np.float64)
+    position = source_position(sampling, numbers, places, NUMPY)
+    outside = None
+    if sampling.coordinates == "tf_crop_and_resize":
+        outside = relax.const((position < 0) | (position > numbers.length - 1))
+    if sampling.filter == "nearest":
+        indices = nearest_index(sampling, numbers, position, NUMPY).astype(np.int64)
+        taken = node.emit(relax.op.take(data.expr, relax.const(indices), axis, mode="clip"))
+        return taken if outside is None else _extrapolated(node, taken, axis, outside)
+    indices, weights = known_taps(sampling, numbers)
+    wide = _FLOAT64 if data.dtype == _FLOAT64 else "float32"
+    result = _weighted(node, data, axis, relax.const(indices), relax.const(weights.astype(wide)))
+    return result if outside is None else _extrapolated(node, result, axis, outside)
+
+
+def _resampled_at_run_time(
+    node: Node, data: Value, axis: int, place: int, request: _Request, plan: _Plan, sampling: Sampling
+) -> TensorValue:
+    length, extent = as_expression(plan.lengths[place]), as_expression(data.shape[axis])
+    scales = relax.const(plan.scales) if isinstance(plan.scales, np.ndarray) else plan.scales
+    arguments = [scales, *([request.region.expr] if request.region is not None else [])]
+    count = len(request.axes)
+
+    def numbers(inner: tvm.ir.Expr, outer: tvm.ir.Expr, given: Sequence[te.Tensor]) -> Axis:
+        region = [given[1][i].astype(_FLOAT64) for i in (place, count + place)] if len(given) > 1 else [0.0, 1.0]
+        return Axis(inner.astype(_FLOAT64), outer.astype(_FLOAT64), given[0][place], region[0], region[1])
+
+    def along(function: object, dtype: str, name: str) -> TensorValue:
+        """Emit a vector with one element for each output place, a function of its source position."""
+
+        def computed(inner: tvm.ir.Expr, outer: tvm.ir.Expr, *given: te.Tensor) -> te.Tensor:
+            own = numbers(inner, outer, given)
+            return te.compute(
+                (outer,),
+                lambda i: function(own, source_position(sampling, own, i.astype(_FLOAT64), TIR)).astype(dtype),
+                name=name,
+            )
+
+        return node.compute(computed, extent, length, *arguments)
+
+    outside = None
+    if sampling.coordinates == "tf_crop_and_resize":
+        outside = along(lambda own, at: tirx.any(at < 0.0, at > own.length - 1.0), "bool", "outside").expr
+    if sampling.filter == "nearest":
+        indices = along(lambda own, at: nearest_index(sampling, own, at, TIR), "int64", "nearest")
+        result = node.emit(relax.op.take(data.expr, indices.expr, axis, mode="clip"))
+    else:
+        indices, weights = _tables(node, sampling, numbers, extent, length, arguments)
+        result = _weighted(node, data, axis, indices.expr, weights.expr)
+    return result if outside is None else _extrapolated(node, result, axis, outside)
+
+
+def _tables(
+    node: Node,
+    sampling: Sampling,
+    numbers: object,
+    extent: tvm.ir.Expr,
+    length: tvm.ir.Expr,
+    arguments: Sequence[relax.Expr],
+) -> tuple[TensorValue, TensorValue]:
+    if sampling.antialias:
+
+        def counted(inner: tvm.ir.Expr, outer: tvm.ir.Expr, *given: te.Tensor) -> te.Tensor:
+            narrowing = stretch(sampling, numbers(inner, outer, given), TIR)
+            return vector([tap_count(sampling, narrowing, TIR).astype("int64")])
+
+        (taps,) = node.compute_shape(counted, extent, length, *arguments)
+    else:
+        taps = tirx.const(2 if sampling.filter == "linear" else 4, "int64")
+
+    def table(which: int, *given: object) -> te.Tensor:
+        inner, outer, width, *tensors = given
+        return computed_taps(sampling, numbers(inner, outer, tensors), outer, width)[which]
+
+    indices = node.compute(lambda *given: table(0, *given), extent, length, taps, *arguments)
+    weights = node.compute(lambda *given: table(1, *given), extent, length, taps, *arguments)
+    return indices, weights
+
+
+def _weighted(node: Node, data: Value, axis: int, indices: relax.Expr, weights: relax.Expr) -> TensorValue:
+    """Return the sums of samples along an axis by tables of (output elements, taps)."""
+    wide = "float32" if data.dtype in HALF_TYPES else data.dtype
+
+    def summed(tensor: te.Tensor, index: te.Tensor, weight: te.Tensor) -> te.Tensor:
+        length, taps = index.shape
+
+        def sample(place: tuple[tirx.Var, ...], t: tvm.ir.Expr | int) -> tvm.ir.Expr:
+            i = place[axis]
+            value = tensor(*place[:axis], index[i, t], *place[axis + 1 :])
+            return value.astype(wide) * weight[i, t].astype(wide)
+
+        shape = [*list(tensor.shape)[:axis], length, *list(tensor.shape)[axis + 1 :]]
+        if isinstance(taps, tirx.IntImm) and int(taps) <= _UNROLLED_TAPS:
+            return te.compute(
+                shape,
+                lambda *place: sum((sample(place, t) for t in range(1, int(taps))), sample(place, 0)).astype(data.dtype),
+                name="resize",
+            )
+        step = te.reduce_axis((0, taps), "t")
+        total = te.compute(shape, lambda *place: te.sum(sample(place, step.var), axis=step), name="resize")
+        return te.compute(shape, lambda *place: total(*place).astype(data.dtype), name="rounded")
+
+    return node.compute(summed, data.expr, indices, weights)
+
+
+def _extrapolated(node: Node, data: Value, axis: int, outside: relax.Expr) -> TensorValue:
+    value = node.float("extrapolation_value", 0.0)
+
+    def chosen(tensor: te.Tensor, mask: te.Tensor) -> te.Tensor:
+        constant = tirx.const(value, str(tensor.dtype))
+        return te.compute(
+            tensor.shape, lambda *place: tirx.Select(mask[place[axis]], constant, tensor(*place)), name="extrapolated"
+        )
+
+    return node.compute(chosen, data.expr, outside)
