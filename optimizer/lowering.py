@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 from schedules import KernelReport, schedule_module
 from targets.base import Target
@@ -17,6 +17,7 @@ _LEGALIZE = (
     relax.backend.DispatchSortScan,
     relax.transform.LegalizeOps,
     relax.transform.AnnotateTIROpPattern,
+    lambda: _keep_symbolic_functions_apart,
     relax.transform.FoldConstant,
     relax.transform.FuseOps,
     relax.transform.FuseTIR,
@@ -24,6 +25,8 @@ _LEGALIZE = (
     # It knows a reshape by its loop nest, so it has to see it before the schedule.
     relax.transform.RewriteDataflowReshape,
 )
+_OPAQUE = 8  # TVM's OpPatternKind.kOpaque: never fused
+
 # What remains between scheduled TIR and the bytecode of Relax's virtual machine.
 _FINISH = (
     relax.transform.ToNonDataflow,
@@ -55,6 +58,18 @@ def lower(module: tvm.IRModule, target: Target) -> LoweredModule:
             module = transform()(module)
     scheduled, kernels = schedule_module(module, target)
     return LoweredModule(scheduled, kernels)
+
+
+def _keep_symbolic_functions_apart(module: tvm.IRModule) -> tvm.IRModule:
+    """Keep functions that take the value of a symbol as an argument out of fusion: FuseTIR loses such arguments."""
+    for variable, function in module.functions_items():
+        if isinstance(function, tirx.PrimFunc) and any(_is_scalar(parameter) for parameter in function.params):
+            module.update_func(variable, function.with_attr("op_pattern", _OPAQUE))
+    return module
+
+
+def _is_scalar(parameter: tirx.Var) -> bool:
+    return not tirx.is_buffer_var(parameter)
 
 
 def build(module: tvm.IRModule, target: Target) -> relax.VMExecutable:
