@@ -13,7 +13,15 @@ from onnx import numpy_helper
 from tvm import relax
 
 from optimizer.frontend.dimensions import Dimension, Shape, as_expression, provably_equal, static_shape
-from optimizer.frontend.value import AnyValue, ConstantValue, SequenceValue, TensorValue, Value, integer_value
+from optimizer.frontend.value import (
+    AnyValue,
+    ConstantValue,
+    SequenceValue,
+    TensorValue,
+    Value,
+    integer_value,
+    numpy_dtype,
+)
 
 if TYPE_CHECKING:
     from optimizer.frontend.importer import GraphImporter
@@ -242,6 +250,14 @@ class Node:
             return ConstantValue(value.constant.reshape(static), value.narrow_type)
         expr = relax.op.reshape(value.expr, [as_expression(dimension) for dimension in shape])
         return self.emit(expr, value.narrow_type)
+
+    def cast(self, value: Value, dtype: str) -> Value:
+        """Return `value` with elements of another dtype; a constant is cast at compile time."""
+        if value.dtype == dtype:
+            return value
+        if value.constant is not None:
+            return ConstantValue(value.constant.astype(numpy_dtype(dtype)))
+        return self.emit(relax.op.astype(value.expr, dtype))
 
     def broadcast_operands(self, *values: Value) -> list[relax.Expr]:
         """Return the operands ready for a broadcasting Relax operator.

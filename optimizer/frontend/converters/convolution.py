@@ -77,7 +77,7 @@ def with_bias(node: Node, result: Value, bias: Value | None, dtype: str) -> rela
     expr = result.expr
     if bias is not None:
         shape = (1, bias.shape[0], *[1] * (result.rank - 2))
-        expr = relax.op.add(expr, cast(node.reshape(bias, shape).expr, bias.dtype, result.dtype))
+        expr = relax.op.add(expr, node.cast(node.reshape(bias, shape), result.dtype).expr)
     return cast(expr, result.dtype, dtype)
 
 
@@ -206,9 +206,9 @@ def deform_conv(node: Node) -> Result:
     windows = sliding_windows(node, kernel)
     groups, offset_groups = node.integer("group", 1), node.integer("offset_group", 1)
     wide = accumulation_dtype(data.dtype)
-    operands = [cast(value.expr, value.dtype, wide) for value in (data, weight, offset)]
+    operands = [node.cast(value, wide).expr for value in (data, weight, offset)]
     if node.has_input(4):
-        operands.append(cast(node.expr(4), node.input(4).dtype, wide))
+        operands.append(node.cast(node.input(4), wide).expr)
 
     def sampled_conv(image: te.Tensor, filters: te.Tensor, shift: te.Tensor, *mask: te.Tensor) -> te.Tensor:
         batches, channels = image.shape[:2]

@@ -41,12 +41,12 @@ def _inverse_deviation(node: Node, variance: relax.Expr, dtype: str) -> relax.Ex
 
 def _wide(node: Node, value: Value) -> relax.Expr:
     """Return `value` in the dtype that statistics are computed in."""
-    return node.emit(cast(value.expr, value.dtype, accumulation_dtype(value.dtype))).expr
+    return node.cast(value, accumulation_dtype(value.dtype)).expr
 
 
 def _per_channel(node: Node, value: Value, rank: int, dtype: str) -> relax.Expr:
     """Return a [C] value as [1, C, 1, ...]."""
-    return cast(node.reshape(value, (1, value.shape[0], *[1] * (rank - 2))).expr, value.dtype, dtype)
+    return node.cast(node.reshape(value, (1, value.shape[0], *[1] * (rank - 2))), dtype).expr
 
 
 def _scaled(data: relax.Expr, scale: relax.Expr, bias: relax.Expr) -> relax.Expr:
@@ -62,13 +62,12 @@ def batch_normalization(node: Node) -> Result:
     if node.version < 9 and not node.integer("spatial", 1) and data.rank > 2:
         raise node.unsupported("spatial=0: statistics per position are not supported")
     dtype = accumulation_dtype(data.dtype)
-    statistics = [cast(node.expr(index), node.input(index).dtype, dtype) for index in range(1, 5)]
+    statistics = [node.cast(node.input(index), dtype).expr for index in range(1, 5)]
     training = node.integer("training_mode", 0) if node.version >= 14 else any(map(node.has_output, range(1, 5)))
     if training:
         return _training_normalization(node, dtype)
     epsilon = node.float("epsilon", 1e-5)
-    expr = cast(data.expr, data.dtype, dtype)
-    normalized = relax.op.nn.batch_norm(expr, *statistics, axis=1, epsilon=epsilon, training=False)
+    normalized = relax.op.nn.batch_norm(_wide(node, data), *statistics, axis=1, epsilon=epsilon, training=False)
     return cast(node.emit(relax.TupleGetItem(node.graph.builder.emit(normalized), 0)).expr, dtype, data.dtype)
 
 
@@ -85,7 +84,7 @@ def _training_normalization(node: Node, dtype: str) -> Result:
         given = node.input(index)
         flat = node.emit(relax.op.squeeze(current, axes)).expr
         updated = relax.op.add(
-            relax.op.multiply(cast(given.expr, given.dtype, dtype), node.scalar(momentum, dtype)),
+            relax.op.multiply(node.cast(given, dtype).expr, node.scalar(momentum, dtype)),
             relax.op.multiply(flat, node.scalar(1.0 - momentum, dtype)),
         )
         running.append(cast(updated, dtype, given.dtype))
@@ -116,7 +115,7 @@ def group_normalization(node: Node) -> Result:
     rest = product(data.shape[1:])
     if isinstance(rest, int) and rest % groups:
         raise node.unsupported(f"{data.shape[1]} channels do not divide into {groups} groups")
-    grouped = node.reshape(node.emit(_wide(node, data)), (data.shape[0], groups, simplified(rest // groups)))
+    grouped = node.reshape(node.cast(data, dtype), (data.shape[0], groups, simplified(rest // groups)))
     moments = _moments(node, grouped.expr, [2])
     normalized = node.emit(relax.op.multiply(moments.centered, _inverse_deviation(node, moments.variance, dtype)))
     if node.version < 21:
@@ -138,7 +137,7 @@ def layer_normalization(node: Node) -> Result:
     if plain and _has_shape(scale, normalized_shape) and (bias is None or _has_shape(bias, normalized_shape)):
         dtype = data.dtype if data.dtype == "float16" else accumulation_dtype(data.dtype)
         shift = _zeros(node, scale) if bias is None else bias
-        operands = [cast(value.expr, value.dtype, dtype) for value in (data, scale, shift)]
+        operands = [node.cast(value, dtype).expr for value in (data, scale, shift)]
         axes = list(range(axis - data.rank, 0))
         result = relax.op.nn.layer_norm(*operands, axes=axes, epsilon=node.float("epsilon", 1e-5))
         return cast(result, dtype, data.dtype)
@@ -146,10 +145,10 @@ def layer_normalization(node: Node) -> Result:
     moments = _moments(node, _wide(node, data), range(axis, data.rank))
     inverse = _inverse_deviation(node, moments.variance, dtype)
     result = relax.op.multiply(
-        relax.op.multiply(moments.centered, inverse), cast(scale.expr, scale.dtype, dtype)
+        relax.op.multiply(moments.centered, inverse), node.cast(scale, dtype).expr
     )
     if bias is not None:
-        result = relax.op.add(result, cast(bias.expr, bias.dtype, dtype))
+        result = relax.op.add(result, node.cast(bias, dtype).expr)
     stash = _stash_dtype(node)
     return [cast(result, dtype, data.dtype), cast(moments.mean, dtype, stash), cast(inverse, dtype, stash)]
 
@@ -181,8 +180,7 @@ def rms_normalization(node: Node) -> Result:
 def rms_norm(node: Node, data: Value, scale: Value, axis: int, epsilon: float) -> relax.Expr:
     """Return x / sqrt(mean(x^2) + epsilon) * scale over the axes from `axis` on, computed in at least float32."""
     dtype = accumulation_dtype(data.dtype)
-    wide = node.emit(cast(data.expr, data.dtype, dtype)).expr
-    wide_scale = cast(scale.expr, scale.dtype, dtype)
+    wide, wide_scale = node.cast(data, dtype).expr, node.cast(scale, dtype).expr
     if dtype == "float32" and axis > 0 and _has_shape(scale, data.shape[axis:]):
         result = relax.op.nn.rms_norm(wide, wide_scale, axes=list(range(axis - data.rank, 0)), epsilon=epsilon)
     else:

@@ -136,7 +136,7 @@ def average_pool(node: Node) -> Result:
         pads = None if include else windows.covering_pads
     operator = _AVERAGE_POOL.get(windows.rank)
     wide = accumulation_dtype(data.dtype)
-    expr = node.emit(cast(data.expr, data.dtype, wide)).expr
+    expr = node.cast(data, wide).expr
     if pads is not None and operator is not None and set(windows.dilations) == {1}:
         kernel, strides = list(windows.kernel), list(windows.strides)
         result = node.emit(operator(expr, pool_size=kernel, strides=strides, padding=pads, count_include_pad=include))
@@ -205,7 +205,7 @@ def _register_global(operator: str, reduce: Callable[[Node, relax.Expr, list[int
         if data.rank < 3:
             raise node.unsupported(f"an input of rank {data.rank} has no spatial axes")
         wide = accumulation_dtype(data.dtype)
-        result = reduce(node, cast(data.expr, data.dtype, wide), list(range(2, data.rank)))
+        result = reduce(node, node.cast(data, wide).expr, list(range(2, data.rank)))
         return cast(result, wide, data.dtype)
 
 

@@ -10,7 +10,6 @@ from onnx import TensorProto, helper
 from tvm import relax, te, tirx
 
 from optimizer.frontend import float8
-from optimizer.frontend.accumulation import cast
 from optimizer.frontend.converters.convolution import cross_correlation
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
@@ -177,7 +176,7 @@ def centered(node: Node, value: Value, zero_point: Value | None, axis: int) -> r
         aligned = node.reshape(zero_point, shape)
     if value.constant is not None and aligned.constant is not None:
         return node.constant(value.constant.astype(np.int16) - aligned.constant.astype(np.int16)).expr
-    operands = [cast(operand.expr, operand.dtype, "int16") for operand in (value, aligned)]
+    operands = [node.cast(operand, "int16").expr for operand in (value, aligned)]
     return node.emit(relax.op.subtract(*operands)).expr
 
 
@@ -237,12 +236,15 @@ def requantized(
     A scale with one number per index belongs to the axis of the result that `axes` gives for (left, right).
     """
     left, right, output = (
-        cast(_aligned(node, scale, result.rank, axis).expr, scale.dtype, "float32")
+        node.cast(_aligned(node, scale, result.rank, axis), "float32")
         for scale, axis in zip(scales, (*axes, axes[1]), strict=True)
     )
-    factor = relax.op.divide(relax.op.multiply(left, right), output)
+    if all(scale.constant is not None for scale in (left, right, output)):
+        factor = node.constant(left.constant * right.constant / output.constant).expr
+    else:
+        factor = relax.op.divide(relax.op.multiply(left.expr, right.expr), output.expr)
     scaled = relax.op.round(relax.op.multiply(relax.op.astype(result.expr, "float32"), factor))
-    zero = cast(_aligned(node, zero_point, result.rank, axes[1]).expr, zero_point.dtype, "float32")
+    zero = node.cast(_aligned(node, zero_point, result.rank, axes[1]), "float32").expr
     limits = np.iinfo(zero_point.dtype)
     shifted = relax.op.clip(relax.op.add(scaled, zero), float(limits.min), float(limits.max))
     return relax.op.astype(node.emit(shifted).expr, zero_point.dtype)

@@ -128,8 +128,9 @@ def recurrent(node: Node) -> Result:
     if reversals is None:
         raise node.unsupported(f"direction '{direction}'")
     dtype = accumulation_dtype(node.input(0).dtype)
-    given = node.emit(cast(node.expr(0), node.input(0).dtype, dtype)).expr
-    data = node.emit(relax.op.permute_dims(given, [1, 0, 2]) if batch_first else given)
+    data = node.cast(node.input(0), dtype)
+    if batch_first:
+        data = node.emit(relax.op.permute_dims(data.expr, [1, 0, 2]))
     sequences: list[relax.Expr] = []
     finals: list[list[relax.Expr]] = [[] for _ in range(layer.states)]
     activations = _activations(node, layer, len(reversals), dtype)
@@ -156,7 +157,7 @@ def _direction(node: Node, index: int, number: int, dtype: str) -> Value:
     if value.constant is not None:
         return node.constant(value.constant[number].astype(dtype))
     picked = relax.op.take(value.expr, node.scalar(number, "int64"), axis=0)
-    return node.emit(cast(picked, value.dtype, dtype))
+    return node.cast(node.emit(picked), dtype)
 
 
 def _columns(node: Node, weight: Value) -> Value:
@@ -180,7 +181,7 @@ def _initial_state(node: Node, layer: _Layer, number: int, data: Value, dtype: s
             state.append(node.emit(relax.op.zeros(relax.ShapeExpr([data.shape[1], hidden]), dtype)))
         elif node.integer("layout", 0):
             picked = relax.op.take(node.expr(index), node.scalar(number, "int64"), axis=1)
-            state.append(node.emit(cast(picked, node.input(index).dtype, dtype)))
+            state.append(node.cast(node.emit(picked), dtype))
         else:
             state.append(_direction(node, index, number, dtype))
     return state
@@ -243,7 +244,7 @@ def _run(
     values["projected"] = node.emit(projected if bias is None else relax.op.add(projected, bias.expr))
     if node.has_input(4):
         lengths = node.input(4)
-        values["lengths"] = node.emit(cast(node.reshape(lengths, (lengths.shape[0], 1)).expr, lengths.dtype, "int64"))
+        values["lengths"] = node.cast(node.reshape(lengths, (lengths.shape[0], 1)), "int64")
     length = data.shape[0]
 
     def at(index: Value, before: Sequence[Value], captured: Mapping[str, AnyValue]) -> tuple[list[Value], Value]:

@@ -190,7 +190,7 @@ def roi_align(node: Node) -> Result:
 
         return te.compute((boxes.shape[0], image.shape[1], *grid), cell, name="roi_align")
 
-    wide = [cast(value.expr, value.dtype, dtype) for value in (data, regions)]
+    wide = [node.cast(value, dtype).expr for value in (data, regions)]
     aligned = node.compute(align, *wide, images.expr, primfunc_name_hint="roi_align").expr
     if mode == "max":
         # A cell without a sample keeps the lowest number of the reduction; ONNX gives 0 there.
@@ -231,7 +231,7 @@ def grid_sample(node: Node) -> Result:
     aligned = bool(node.integer("align_corners", 0))
     rank = data.rank - 2
     dtype = accumulation_dtype(data.dtype)
-    operands = [cast(data.expr, data.dtype, dtype), cast(grid.expr, grid.dtype, dtype)]
+    operands = [node.cast(value, dtype).expr for value in (data, grid)]
 
     def sample(image: te.Tensor, places: te.Tensor) -> te.Tensor:
         def element(batch: tirx.Expr, channel: tirx.Expr, *output: tirx.Expr) -> tirx.Expr:
