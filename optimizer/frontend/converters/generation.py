@@ -67,12 +67,15 @@ def one_hot(node: Node) -> Result:
     axis = node.axis(-1, rank=indices.rank + 1)
     (depth,) = _depth(node)
     shape = [*indices.shape[:axis], depth, *indices.shape[axis:]]
+    counts_from_end = node.version >= 11  # before, a negative index is out of range
 
     def encoded(tensor: te.Tensor, off_on: te.Tensor, length: tvm.ir.Expr) -> te.Tensor:
         def element(*place: tirx.Var) -> tvm.ir.Expr:
             index = tensor(*place[:axis], *place[axis + 1 :]).astype(_INT64)
-            position = tirx.Select(index < 0, index + length, index)
-            return tirx.Select(place[axis] == position, off_on[1], off_on[0])
+            matches = place[axis] == index
+            if counts_from_end:
+                matches = tirx.any(matches, place[axis] == index + length)
+            return tirx.Select(matches, off_on[1], off_on[0])
 
         return te.compute([as_expression(extent) for extent in shape], element, name="one_hot")
 

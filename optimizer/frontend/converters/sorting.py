@@ -43,7 +43,7 @@ def _extremum(node: Node, largest: bool) -> Result:
     return node.compute(counted_back, from_end.expr, node.dimension(value.shape[axis]))
 
 
-@converter("TopK", since=10)
+@converter("TopK")
 def top_k(node: Node) -> Result:
     """Convert TopK: the k first elements along an axis in descending (or ascending) order, and their positions.
 
@@ -51,7 +51,7 @@ def top_k(node: Node) -> Result:
     """
     value = node.input(0)
     axis = node.axis(-1)
-    (count,) = node.shape_argument(1)
+    (count,) = [node.integer("k")] if node.has_attribute("k") else node.shape_argument(1)
     extent = value.shape[axis]
     if isinstance(count, int) and isinstance(extent, int) and count > extent:
         raise node.unsupported(f"k is {count}, but the axis has {extent} elements")
