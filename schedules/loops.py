@@ -76,9 +76,18 @@ def unflatten(flat: Expr, extents: Sequence[Extent]) -> list[Expr]:
         elif position == varying[0]:
             point.append(rest)
         else:
-            point.append(tirx.floormod(rest, index(extent)))
-            rest = tirx.floordiv(rest, index(extent))
+            divisor = _divisor(extent)
+            point.append(tirx.floormod(rest, divisor))
+            rest = tirx.floordiv(rest, divisor)
     return point[::-1]
+
+
+def _divisor(extent: Extent) -> Expr:
+    """Return an extent to divide by: a quotient that may be 0 is kept from being folded to a division by zero.
+
+    The loop over an empty box has no iterations, so the coordinates in it do not matter.
+    """
+    return index(extent) if isinstance(extent, int | tirx.Var) else tirx.max(index(extent), index(1))
 
 
 def quotient(extent: Extent, size: int) -> Extent:
