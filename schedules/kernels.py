@@ -27,13 +27,14 @@ def cut(staged: StagedFunction) -> list[Kernel | OpaqueStage]:
     kernels: list[Kernel | OpaqueStage] = []
     loose: list[Stage | OpaqueStage] = []
     for run in row_runs(staged):
-        if len(run) == 1:
+        stages = tuple(stage for stage in run if isinstance(stage, Stage))
+        private = _private(stages, staged)
+        if len(run) == 1 or not private:
             loose.extend(run)
             continue
         kernels.extend(_cut(loose, staged))
         loose = []
-        stages = tuple(stage for stage in run if isinstance(stage, Stage))
-        kernels.append(Kernel(stages, _private(stages, staged)))
+        kernels.append(Kernel(stages, private))
     return _with_producers([*kernels, *_cut(loose, staged)], staged)
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import tvm
 from tvm import tirx
 from tvm.tirx.stmt import Stmt
 
-from schedules import cuda
+from schedules import cuda, fallback
 from schedules.family import Kernel, Parameters, defaults, work_of
 from schedules.inline import inline
 from schedules.intrin import vector_math
 from schedules.kernels import cut
 from schedules.registry import FAMILIES
 from schedules.report import SCHEDULED, KernelReport, is_scheduled
-from schedules.stages import OpaqueStage, parse
+from schedules.stages import OpaqueStage, parse, sequence
 from targets.base import Target
 
 
@@ -56,12 +58,13 @@ def schedule_function(
         if isinstance(kernel, OpaqueStage):
             statements.append(kernel.statement)
             continue
-        statement, family, used = schedule_kernel(kernel, target, parameters if kernel is main else None)
-        statements.append(statement)
+        scheduled = _schedule_kernel(kernel, target, parameters if kernel is main else None)
+        statements.append(scheduled.statement)
         if kernel is main:
-            report = KernelReport(name, family, used, report.reason)
-    scheduled = staged.rebuild([vector_math.expand(statement) for statement in statements])
-    return scheduled.with_attr(SCHEDULED, True), report
+            reason = "; ".join(filter(None, (report.reason, scheduled.reason)))
+            report = KernelReport(name, scheduled.family, scheduled.parameters, reason)
+    rebuilt = staged.rebuild([vector_math.expand(statement) for statement in statements])
+    return rebuilt.with_attr(SCHEDULED, True), report
 
 
 def _weight(kernel: Kernel) -> float:
@@ -69,8 +72,18 @@ def _weight(kernel: Kernel) -> float:
     return sum(amount if isinstance(amount, int) else 1e12 for amount in work)
 
 
-def schedule_kernel(kernel: Kernel, target: Target, parameters: Parameters | None) -> tuple[Stmt, str, dict[str, int]]:
-    """Return a kernel's code, its family's name and the parameters."""
+@dataclass(frozen=True)
+class _ScheduledKernel:
+    statement: Stmt
+    family: str
+    parameters: dict[str, int]
+    reason: str = ""
+
+
+def _schedule_kernel(kernel: Kernel, target: Target, parameters: Parameters | None) -> _ScheduledKernel:
+    reason = "; ".join(filter(None, map(fallback.needs_scalars, kernel.stages)))
+    if reason:
+        return _ScheduledKernel(fallback.emit(kernel, target), fallback.NAME, {}, reason)
     for family in FAMILIES:
         analysis = family.takes(kernel, target)
         if analysis is not None:
@@ -79,5 +92,8 @@ def schedule_kernel(kernel: Kernel, target: Target, parameters: Parameters | Non
                 if key not in used:
                     raise KeyError(f"{family.name} has no parameter {key!r}; it has {', '.join(used)}")
                 used[key] = value
-            return family.apply(analysis, used, target), family.name, used
-    raise AssertionError("the elementwise and reduction families take every kernel")
+            return _ScheduledKernel(family.apply(analysis, used, target), family.name, used)
+    # A stage alone is elementwise or a reduction, which take whatever they are given.
+    assert len(kernel.stages) > 1
+    parts = [_schedule_kernel(Kernel((stage,)), target, None).statement for stage in kernel.stages]
+    return _ScheduledKernel(sequence(parts), fallback.NAME, {}, "no family takes its stages together")

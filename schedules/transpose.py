@@ -56,9 +56,10 @@ class Transpose:
         stage, *others = kernel.stages
         if others or stage.is_reduction or any(branches_on(stage.value, axis) for axis in stage.spatial):
             return None
-        *groups, along = group_axes(stage.spatial, [stage]) or [None]
-        if along is None or not _long(along):
+        every = group_axes(stage.spatial, [stage])
+        if not every or not _long(every[-1]):
             return None
+        groups, along = every[:-1], every[-1]
         for across in reversed(groups):
             turned = tuple(
                 read for read in stage.loads() if step(read, along) == Step.STRIDED and step(read, across) == Step.UNIT
@@ -89,7 +90,10 @@ class Transpose:
                 return loop(
                     ceiling(along, side),
                     lambda number: tile_choice(
-                        number, along, side, lambda column, columns: _tile(analysis, point, (row, rows), (column, columns))
+                        number,
+                        along,
+                        side,
+                        lambda column, columns: _tile(analysis, point, (row, rows), (column, columns)),
                     ),
                 )
 

@@ -46,6 +46,11 @@ def build(
 def scheduled(module: tvm.IRModule) -> tuple[Callable[..., np.ndarray], tuple[KernelReport, ...]]:
     """Return the compiled module's main function, scheduled for this machine, and the reports."""
     module, reports = schedule_module(module, TARGET)
+    return compiled(module), reports
+
+
+def compiled(module: tvm.IRModule) -> Callable[..., np.ndarray]:
+    """Return the main function of a module, compiled as it is."""
     target = TARGET.tvm_target()
     with target:
         machine = relax.VirtualMachine(tvm.compile(module, target), tvm.cpu())
@@ -53,7 +58,7 @@ def scheduled(module: tvm.IRModule) -> tuple[Callable[..., np.ndarray], tuple[Ke
     def call(*arrays: np.ndarray) -> np.ndarray:
         return machine["main"](*[tvm.runtime.tensor(array) for array in arrays]).numpy()
 
-    return call, reports
+    return call
 
 
 def run(

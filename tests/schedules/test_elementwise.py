@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm.relax import op
 
-from tests.schedules.execution import integers, normal, run
+from tests.schedules.execution import build, compiled, integers, normal, run
 
 SIZES = st.sampled_from([1, 2, 3, 7, 16, 17, 33, 65])
 
@@ -79,3 +79,12 @@ def test_sorting_is_left_as_it_is() -> None:
     x = normal(4, 30)
     got, _ = run(lambda x: op.cumsum(op.sort(x, axis=1), axis=1), [x])
     np.testing.assert_allclose(got, np.cumsum(np.sort(x, 1), 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_types_without_vector_conversions_are_converted_as_without_a_schedule(dtype: str) -> None:
+    x = normal(5, 19)
+    got, families = run(lambda x: op.astype(x, dtype), [x])
+    plain = compiled(build(lambda x: op.astype(x, dtype), [x.shape], ["float32"]))
+    np.testing.assert_array_equal(got.view("uint8"), plain(x).view("uint8"))
+    assert families == {"fallback"}
