@@ -21,6 +21,7 @@ from optimizer.lowering import LoweredModule, build, lower
 from optimizer.package import Manifest, Weight, require_replaceable, write_package
 from optimizer.packaging import describe
 from optimizer.progress import Silent, Timeline, Watcher
+from optimizer.runtime.machine import count_physical_cores_by_default
 from optimizer.weights import LiftedModule, lift_weights
 from passes import pipeline
 from targets.base import Target
@@ -82,6 +83,7 @@ def compile_model(
     Raises one of the errors of `optimizer.errors`.
     """
     require_replaceable(output)
+    count_physical_cores_by_default()
     timeline = Timeline(watcher or Silent())
     source, plan = _plan_file(model, options, timeline)
     with timeline.stage("generate code"):

@@ -57,13 +57,20 @@ class Arithmetic:
 
 def arithmetic(model: onnx.ModelProto, precision: str | None = None) -> Arithmetic:
     """Return the arithmetic of a model; `precision` names the dtype that it was compiled to compute in, if coarser."""
-    used = {tensor.data_type for tensor in model.graph.initializer}
+    stored = _only_stored(model.graph)
+    used = {tensor.data_type for tensor in model.graph.initializer if tensor.name not in stored}
     used |= {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
     known = [_UNIT_ROUNDOFF[kind] for kind in used if kind in _UNIT_ROUNDOFF]
     roundoff = max([*known, _BY_NAME.get(precision or "", 0.0)], default=_SUMMING_ROUNDOFF)
     operators = {node.op_type for node in model.graph.node}
     quantizes = any(name in _QUANTIZING or name.startswith("QLinear") for name in operators)
     return Arithmetic(_depth(model.graph), _terms(model.graph), roundoff or _SUMMING_ROUNDOFF, quantizes)
+
+
+def _only_stored(graph: onnx.GraphProto) -> set[str]:
+    """Return the initializers that are read by Cast alone: their type is one of storage, not of arithmetic."""
+    computed = {name for node in graph.node if node.op_type != "Cast" for name in node.input}
+    return {tensor.name for tensor in graph.initializer} - computed
 
 
 def _depth(graph: onnx.GraphProto) -> int:

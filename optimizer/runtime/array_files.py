@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Array]) -> None:
     """Write arrays by name; a type that .npz does not know (bfloat16, ...) is stored as unsigned integers."""
-    plain = {
-        name: array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array for name, array in arrays.items()
-    }
-    np.savez(path, **plain)
+    with zipfile.ZipFile(path, "w") as archive:  # numpy.savez cannot write an array called "file"
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, _plain(array), allow_pickle=False)
+
+
+def _plain(array: Array) -> Array:
+    return array if array.dtype.isbuiltin == 1 else array.view(f"u{array.itemsize}")
 
 
 def read_arrays(path: str | os.PathLike[str], specs: Sequence[TensorSpec]) -> dict[str, Array]:
@@ -35,4 +40,4 @@ def read_arrays(path: str | os.PathLike[str], specs: Sequence[TensorSpec]) -> di
 
 def _typed(array: Array, spec: TensorSpec) -> Array:
     dtype = numpy_dtype(spec.dtype)
-    return array.view(dtype) if dtype.kind == "V" and array.dtype.kind == "u" else array
+    return array if dtype.isbuiltin == 1 else array.view(dtype)
