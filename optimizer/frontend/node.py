@@ -12,7 +12,7 @@ import tvm.ir
 from onnx import numpy_helper
 from tvm import relax
 
-from optimizer.frontend.dimensions import Dimension, Shape, as_expression, provably_equal, static_shape
+from optimizer.frontend.dimensions import Dimension, Shape, as_expression, provably_equal, static_shape, static_shape
 from optimizer.frontend.value import (
     AnyValue,
     ConstantValue,
@@ -166,6 +166,13 @@ class Node:
         if elements is None:
             elements = self.graph.bind_elements(value, self.proto.input[index])
         return tuple(elements.ravel())
+
+    def vector_length(self, index: int) -> int:
+        """Return the number of elements of a rank 0 or 1 input; refuses the node if it is not known."""
+        shape = static_shape(self.input(index).shape)
+        if shape is None or len(shape) > 1:
+            raise UnsupportedNodeError(f"the length of input {index} ('{self.proto.input[index]}') is not known")
+        return shape[0] if shape else 1
 
     def axes_argument(self, index: int = 1, attribute: str = "axes", rank: int | None = None) -> list[int] | None:
         """Return axes given by an attribute (older opsets) or a constant input, non-negative; None if not given.

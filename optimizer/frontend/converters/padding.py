@@ -63,6 +63,7 @@ def _padded_by(node: Node, data: Value, pads: Sequence[int], fill: relax.Expr) -
 
 def _padded_at_run_time(node: Node, data: Value, fill: relax.Expr) -> Result:
     rank = data.rank
+    node.vector_length(1)
     arguments = [node.dimensions(data), node.expr(1), *([node.expr(3)] if node.has_input(3) else [])]
 
     def pads(which: int, given: te.Tensor, axes: te.Tensor | None) -> list[tvm.ir.Expr]:

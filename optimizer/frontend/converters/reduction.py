@@ -165,6 +165,7 @@ def _axes(node: Node) -> _Axes | None:
     given = node.optional_input(1)
     every = tuple(range(value.rank))
     if not node.has_attribute("axes") and given is not None and given.constant is None and given.shape != (0,):
+        node.vector_length(1)
         return _Axes((), given)
     known = None if given is not None and given.shape == (0,) else node.axes_argument()
     if not known:

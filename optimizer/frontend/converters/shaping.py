@@ -40,7 +40,6 @@ def _quotient(total: Dimension, rest: Dimension) -> Dimension:
 
 def _computed_shape(node: Node, data: Value, wanted: Value) -> Shape:
     """Return the dimensions that a shape known at run time alone asks for."""
-    rank = wanted.shape[0]
     copy_zero = not node.integer("allowzero", 0)
 
     def resolved(given: te.Tensor, own: te.Tensor) -> te.Tensor:
@@ -60,13 +59,14 @@ def _computed_shape(node: Node, data: Value, wanted: Value) -> Shape:
         left = tirx.floordiv(total, tirx.max(rest, one))
         return vector([tirx.Select(size == -1, left, size) for size in sizes])
 
-    if not isinstance(rank, int):
-        raise node.unsupported("the rank of the result is not known at compile time")
-    return node.compute_shape(resolved, wanted.expr, node.dimensions(data)) if rank else ()
+    return node.compute_shape(resolved, wanted.expr, node.dimensions(data)) if node.vector_length(1) else ()
 
 
 def reshaped(node: Node, data: Value, shape: Sequence[Dimension]) -> TensorValue:
     """Return `data` in another shape of as many elements."""
+    if any(isinstance(extent, int) and extent == 0 for extent in shape):
+        # Relax takes a 0 for the dimension of the input, and there is nothing to copy.
+        return node.emit(relax.op.zeros(list(shape), data.dtype), data.narrow_type)
     return node.emit(relax.op.reshape(data.expr, list(shape)), data.narrow_type)
 
 
@@ -84,6 +84,7 @@ def squeeze(node: Node) -> Result:
     """Convert Squeeze: without the given dimensions of 1, or without all of them."""
     data, given = node.input(), node.optional_input(1)
     if given is not None and given.constant is None:
+        node.vector_length(1)
         return reshaped(node, data, node.compute_shape(shape_without, node.dimensions(data), given.expr))
     axes = node.axes_argument()
     if axes is None:
@@ -101,6 +102,7 @@ def unsqueeze(node: Node) -> Result:
     """Convert Unsqueeze: new dimensions of 1 at the given axes of the result."""
     data, given = node.input(), node.optional_input(1)
     if given is not None and given.constant is None:
+        node.vector_length(1)
         return reshaped(node, data, node.compute_shape(shape_with_inserted, node.dimensions(data), given.expr))
     count = len(node.integers("axes")) if node.has_attribute("axes") else node.constant_input(1).size
     axes = node.axes_argument(rank=data.rank + count)

@@ -48,9 +48,10 @@ def split(node: Node) -> Result:
     if all(isinstance(size, int) for size in sizes) and isinstance(data.shape[axis], int):
         if sum(sizes) != data.shape[axis]:
             raise node.unsupported(f"parts of {sizes} do not make up the dimension {data.shape[axis]}")
-        ends = [sum(sizes[: index + 1]) for index in range(len(sizes) - 1)]
-        if not ends:
+        if len(sizes) == 1:
             return [data]
+    if all(isinstance(size, int) and size > 0 for size in sizes) and isinstance(data.shape[axis], int):
+        ends = [sum(sizes[: index + 1]) for index in range(len(sizes) - 1)]
         fields = node.emit_tuple(relax.op.split(data.expr, ends, axis))
         return [node.emit(field.expr, data.narrow_type) for field in fields] if data.narrow_type else fields
     parts: list[TensorValue] = []
@@ -151,6 +152,9 @@ def sliced(node: Node, data: Value, ranges: dict[int, _Range]) -> TensorValue:
     ranges = {axis: cut for axis, cut in ranges.items() if not _is_everything(cut, data.shape[axis])}
     if not ranges:
         return node.emit(data.expr, data.narrow_type)
+    shape = [ranges[axis].length if axis in ranges else extent for axis, extent in enumerate(data.shape)]
+    if any(isinstance(extent, int) and extent == 0 for extent in shape):
+        return node.emit(relax.op.zeros(shape, data.dtype), data.narrow_type)
     static = all(isinstance(number, int) for cut in ranges.values() for number in (cut.begin, cut.length))
     if static and all(isinstance(data.shape[axis], int) and cut.step > 0 for axis, cut in ranges.items()):
         axes, cuts = list(ranges), list(ranges.values())
@@ -158,7 +162,6 @@ def sliced(node: Node, data: Value, ranges: dict[int, _Range]) -> TensorValue:
         limits = [min(end, data.shape[axis]) for axis, end in zip(axes, ends, strict=True)]
         begins, steps = [cut.begin for cut in cuts], [cut.step for cut in cuts]
         return node.emit(relax.op.strided_slice(data.expr, axes, begins, limits, steps), data.narrow_type)
-    shape = [ranges[axis].length if axis in ranges else extent for axis, extent in enumerate(data.shape)]
     steps = {axis: cut.step for axis, cut in ranges.items()}
 
     def cut(tensor: te.Tensor, *begins: tirx.Var) -> te.Tensor:
@@ -184,6 +187,7 @@ def _sliced_at_run_time(node: Node) -> Result:
     """Convert a Slice of which a bound, an axis or a step is known only when the module runs."""
     data = node.input(0)
     rank = data.rank
+    node.vector_length(1)
     bounds = [node.expr(1), node.expr(2)]
     optional = [node.expr(index) for index in (3, 4) if node.has_input(index)]
     has_axes, has_steps = node.has_input(3), node.has_input(4)
