@@ -90,6 +90,7 @@ def loop(node: Node) -> Result:
         with node.graph.only_names(captured):
             results = _only_tensors(node, node.graph.import_subgraph(body, [index, active, *values]))
         goes_on, after, rows = results[0], results[1 : 1 + len(carried)], results[1 + len(carried) :]
+        rows = _as_declared(node, rows, body.output[1 + len(carried) :])
         return Iteration(node.reshape(goes_on, ()) if goes_on.rank else goes_on, after, rows)
 
     most = count if count is not None else node.constant(np.array(MOST_TRIPS, np.int64))
@@ -144,6 +145,23 @@ def _only_tensors(node: Node, values: Sequence[AnyValue]) -> list[Value]:
     if len(tensors) != len(values):
         raise node.unsupported("a sequence carried or collected by a loop whose trip count is not a small constant")
     return tensors
+
+
+def _as_declared(node: Node, rows: Sequence[Value], declared: Sequence[onnx.ValueInfoProto]) -> list[Value]:
+    """Return scan outputs with the dimensions that the subgraph declares where the import could not find any out.
+
+    The module checks them when it runs.
+    """
+    result: list[Value] = []
+    for row, output in zip(rows, declared, strict=True):
+        dimensions = output.type.tensor_type.shape.dim
+        if len(dimensions) != row.rank:
+            result.append(row)
+            continue
+        pairs = zip(row.shape, dimensions, strict=True)
+        shape = [d.dim_value if d.HasField("dim_value") and not isinstance(own, int) else own for own, d in pairs]
+        result.append(TensorValue(node.reshaped_type(row, shape), row.narrow_type))
+    return result
 
 
 @converter("Scan", since=9)
@@ -209,7 +227,8 @@ def _scanned(
         own = _only_tensors(node, [captured[name] for name in names])
         with node.graph.only_names(captured):
             made = _only_tensors(node, node.graph.import_subgraph(body, [*values, *slices(own, index)]))
-        return Iteration(active, made[: len(initial)], made[len(initial) :])
+        rows = _as_declared(node, made[len(initial) :], body.output[len(initial) :])
+        return Iteration(active, made[: len(initial)], rows)
 
     captured = {**node.graph.captured(body), **dict(zip(names, sources, strict=True))}
     final, stacked = repeat(node, node.integer_value(length), true, initial, captured, step)

@@ -1,4 +1,4 @@
-"""Fourier transforms and mel filters: DFT, STFT, MelWeightMatrix.
+"""Fourier transforms, their windows, and mel filters: DFT, STFT, *Window, MelWeightMatrix.
 
 A transform of known length is one matrix product with a constant matrix; another computes its angles as it runs.
 """
@@ -180,6 +180,34 @@ def stft(node: Node) -> Result:
 
     frames = node.compute(frame, *operands, primfunc_name_hint="frames")
     return _transformed(node, frames, _Transform(length, inverse=False, onesided=bool(node.integer("onesided", 1))))
+
+
+_WINDOWS = {
+    "HannWindow": (0.5, 0.5, 0.0),
+    "HammingWindow": (25 / 46, 21 / 46, 0.0),
+    "BlackmanWindow": (0.42, 0.5, 0.08),
+}
+
+
+@converter(*_WINDOWS, since=17)
+def cosine_window(node: Node) -> Result:
+    """Convert the windows a - b cos(2 pi i / n) + c cos(4 pi i / n), n one less unless the window is periodic."""
+    size = node.shape_argument(0)[0]
+    intervals = size if node.integer("periodic", 1) else simplified(size - 1)
+    dtype = helper.tensor_dtype_to_np_dtype(node.integer("output_datatype", 1)).name
+    factors = [tirx.const(factor, "float64") for factor in _WINDOWS[node.operator]]
+
+    def window() -> te.Tensor:
+        turn = tirx.const(2 * math.pi, "float64") / tirx.Cast("float64", as_expression(intervals))
+
+        def element(i: tirx.Expr) -> tirx.Expr:
+            angle = tirx.Cast("float64", i) * turn
+            second = te.cos(angle + angle)
+            return tirx.Cast(dtype, factors[0] - factors[1] * te.cos(angle) + factors[2] * second)
+
+        return te.compute((as_expression(size),), element, name="window")
+
+    return node.compute(window)
 
 
 @converter("MelWeightMatrix", since=17)

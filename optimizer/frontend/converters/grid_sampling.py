@@ -1,0 +1,166 @@
+"""Images read at positions that another tensor gives: GridSample, and the grids of AffineGrid."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+from tvm import te, tirx
+
+from optimizer.frontend.accumulation import accumulation_dtype, cast
+from optimizer.frontend.dimensions import as_expression
+from optimizer.frontend.node import Node, Result
+from optimizer.frontend.registry import converter
+
+
+@converter("AffineGrid", since=20)
+def affine_grid(node: Node) -> Result:
+    """Convert AffineGrid: an affine map [N, R, R + 1] of evenly spaced positions in [-1, 1]: [N, spatial..., R]."""
+    theta, size = node.input(0), node.shape_argument(1)
+    spatial = size[2:]
+    rank = len(spatial)
+    aligned = bool(node.integer("align_corners", 0))
+    if aligned and any(isinstance(length, int) and length == 1 for length in spatial):
+        raise node.unsupported("align_corners on an axis of one position, which has no two corners")
+    dtype = accumulation_dtype(theta.dtype)
+
+    def grid(maps: te.Tensor) -> te.Tensor:
+        def coordinate(position: tirx.Expr, length: tirx.Expr) -> tirx.Expr:
+            steps = tirx.Cast(dtype, length - 1 if aligned else length)
+            doubled = tirx.Cast(dtype, position * 2 if aligned else position * 2 + 1)
+            return doubled / steps - tirx.const(1, dtype)
+
+        def element(*index: tirx.Expr) -> tirx.Expr:
+            batch, places, row = index[0], index[1:-1], index[-1]
+            total = maps(batch, row, rank)
+            # Columns are in the order x, y, z: the last spatial axis first.
+            for column, (place, length) in enumerate(reversed(list(zip(places, spatial, strict=True)))):
+                total = total + maps(batch, row, column) * coordinate(place, as_expression(length))
+            return total
+
+        shape = [as_expression(length) for length in (size[0], *spatial, rank)]
+        return te.compute(shape, element, name="affine_grid")
+
+    return cast(node.compute(grid, node.cast(theta, dtype).expr).expr, dtype, theta.dtype)
+
+
+@converter("GridSample", since=16)
+def grid_sample(node: Node) -> Result:
+    """Convert GridSample: the input at positions in [-1, 1] that a grid gives, last axis in the order x, y(, z)."""
+    data, grid = node.input(0), node.input(1)
+    names = {"bilinear": "linear", "bicubic": "cubic"}
+    mode = node.string("mode", "bilinear" if node.version < 20 else "linear")
+    mode, padding = names.get(mode, mode), node.string("padding_mode", "zeros")
+    if mode not in _TAPS or padding not in ("zeros", "border", "reflection"):
+        raise node.unsupported(f"mode '{mode}' with padding '{padding}'")
+    aligned = bool(node.integer("align_corners", 0))
+    rank = data.rank - 2
+    dtype = accumulation_dtype(data.dtype)
+    operands = [node.cast(value, dtype).expr for value in (data, grid)]
+
+    def sample(image: te.Tensor, places: te.Tensor) -> te.Tensor:
+        def element(batch: tirx.Expr, channel: tirx.Expr, *output: tirx.Expr) -> tirx.Expr:
+            axes: list[list[tuple[tirx.Expr, tirx.Expr, tirx.Expr]]] = []
+            for axis in range(rank):
+                border = _Border(image.shape[2 + axis], padding, dtype, aligned=aligned)
+                place = border.position(places(batch, *output, rank - 1 - axis))
+                place = border.folded(te.nearbyint(place) if mode == "nearest" else place)
+                base = te.floor(place)
+                taps = _TAPS[mode](place - base, dtype)
+                axes.append([(*border.pixel(base + tirx.const(offset, dtype)), weight) for offset, weight in taps])
+            total: tirx.Expr = tirx.const(0, dtype)
+            for pixels in itertools.product(*axes):
+                value = image(batch, channel, *[index for index, _, _ in pixels])
+                inside = tirx.all(*[condition for _, condition, _ in pixels])
+                for _, _, weight in pixels:
+                    value = value * weight
+                total = total + tirx.if_then_else(inside, value, tirx.const(0, dtype))
+            return total
+
+        return te.compute((*image.shape[:2], *places.shape[1:-1]), element, name="grid_sample")
+
+    return cast(node.compute(sample, *operands).expr, dtype, data.dtype)
+
+
+class _Border:
+    """What lies beyond the ends of one axis of `size` pixels."""
+
+    def __init__(self, size: tirx.Expr, padding: str, dtype: str, *, aligned: bool) -> None:
+        self._size = size
+        self._length = tirx.Cast(dtype, size)
+        self._padding = padding
+        self._dtype = dtype
+        self._aligned = aligned
+        self._low = self._number(0.0 if aligned else -0.5)
+        self._high = self._length - self._number(1.0 if aligned else 0.5)
+
+    def _number(self, value: float) -> tirx.Expr:
+        return tirx.const(value, self._dtype)
+
+    def position(self, coordinate: tirx.Expr) -> tirx.Expr:
+        """Return the pixel position of a coordinate in [-1, 1]."""
+        one, half = self._number(1.0), self._number(0.5)
+        if self._aligned:
+            return (coordinate + one) * half * (self._length - one)
+        return ((coordinate + one) * self._length - one) * half
+
+    def folded(self, position: tirx.Expr) -> tirx.Expr:
+        """Return a position outside of the borders as the padding moves it inside."""
+        if self._padding == "zeros":
+            return position
+        outside = tirx.any(position < self._low, position > self._high)
+        clamped = tirx.min(tirx.max(position, self._number(0.0)), self._length - self._number(1.0))
+        moved = clamped if self._padding == "border" else self._reflected(position)
+        return tirx.Select(outside, moved, position)
+
+    def _reflected(self, position: tirx.Expr) -> tirx.Expr:
+        span = tirx.max(self._high - self._low, self._number(1e-30))
+        below = position < self._low
+        distance = tirx.Select(below, self._low - position, position - self._high)
+        times = te.floor(distance / span)
+        rest = distance - times * span
+        is_even = times == te.floor(times * self._number(0.5)) * self._number(2.0)
+        from_low = tirx.Select(below, is_even, tirx.Not(is_even))
+        reflected = tirx.Select(from_low, self._low + rest, self._high - rest)
+        return tirx.Select(tirx.any(below, position > self._high), reflected, position)
+
+    def pixel(self, position: tirx.Expr) -> tuple[tirx.Expr, tirx.Expr]:
+        """Return the index of a whole position, moved inside, and whether the pixel there counts."""
+        inside = tirx.all(position >= self._number(0.0), position <= self._length - self._number(1.0))
+        if self._padding == "reflection":
+            position = self._reflected(position)
+        limited = tirx.min(tirx.max(position, self._number(0.0)), self._length - self._number(1.0))
+        index = tirx.Cast("int64", limited)
+        return index, inside if self._padding == "zeros" else tirx.const(1, "bool")
+
+
+def _nearest_taps(_: tirx.Expr, dtype: str) -> list[tuple[int, tirx.Expr]]:
+    return [(0, tirx.const(1, dtype))]
+
+
+def _linear_taps(fraction: tirx.Expr, dtype: str) -> list[tuple[int, tirx.Expr]]:
+    return [(0, tirx.const(1, dtype) - fraction), (1, fraction)]
+
+
+def _cubic_taps(fraction: tirx.Expr, dtype: str) -> list[tuple[int, tirx.Expr]]:
+    """Return the weights of cubic convolution (Keys 1981, equation 15, with a = -0.75)."""
+    a = -0.75
+
+    def number(value: float) -> tirx.Expr:
+        return tirx.const(value, dtype)
+
+    def near(x: tirx.Expr) -> tirx.Expr:
+        return (number(a + 2) * x - number(a + 3)) * x * x + number(1)
+
+    def far(x: tirx.Expr) -> tirx.Expr:
+        return ((number(a) * x - number(5 * a)) * x + number(8 * a)) * x - number(4 * a)
+
+    one, two = number(1), number(2)
+    return [(-1, far(fraction + one)), (0, near(fraction)), (1, near(one - fraction)), (2, far(two - fraction))]
+
+
+_TAPS: dict[str, Callable[[tirx.Expr, str], list[tuple[int, tirx.Expr]]]] = {
+    "nearest": _nearest_taps,
+    "linear": _linear_taps,
+    "cubic": _cubic_taps,
+}
