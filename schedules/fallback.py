@@ -11,21 +11,26 @@ from tvm.tirx.stmt import Stmt
 from schedules.elementwise import Elementwise
 from schedules.family import Kernel, defaults
 from schedules.reduction import Reduction
-from schedules.stages import Stage, sequence
+from schedules.stages import Stage, calls_of, sequence
 from targets.base import Target
 
 NAME = "fallback"
 NARROWEST_INTEGER = 8
+# LLVM's lowering rules in TVM take these of one element only.
+SCALAR_CALLS = ("tirx.cosh", "tirx.sinh")
 
 
 def needs_scalars(stage: Stage) -> str:
-    """Return why `stage` cannot be vectorized, or nothing: TVM takes conversions of these types element by element."""
+    """Return why `stage` cannot be vectorized, or nothing: what TVM takes element by element."""
     types = {str(stage.output.dtype), *(str(load.source.dtype) for load in stage.loads())}
     casts: list[tirx.Cast] = []
     tvm_ffi.structural_walk(stage.value, (tirx.Cast, casts.append))
     types.update(str(cast.ty.dtype) for cast in casts)
     narrow = sorted(dtype for dtype in types if _is_narrow(dtype))
-    return f"{', '.join(narrow)} has no vector conversions" if narrow else ""
+    if narrow:
+        return f"{', '.join(narrow)} has no vector conversions"
+    scalar = sorted({call.op.name for call in calls_of(stage.value)} & set(SCALAR_CALLS))
+    return f"{', '.join(scalar)} has no vector form" if scalar else ""
 
 
 def _is_narrow(dtype: str) -> bool:

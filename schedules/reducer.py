@@ -45,8 +45,8 @@ def reducer_of(stage: Stage) -> Reducer | None:
 
 
 def accumulator_dtype(stage: Stage) -> str:
-    """Return the type to accumulate in: sums of 16-bit floats are kept in fp32."""
-    narrow = str(stage.output.dtype) in NARROW_FLOATS and isinstance(stage.value, tirx.Add)
+    """Return the type to accumulate in: fp32 for 16-bit floats, which is exact for extrema."""
+    narrow = str(stage.output.dtype) in NARROW_FLOATS and reducer_of(stage) is not None
     return "float32" if narrow else str(stage.output.dtype)
 
 

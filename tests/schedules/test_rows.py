@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -96,3 +97,21 @@ def test_group_norm() -> None:
     wide = x.astype("float64").reshape(2, 4, -1)
     want = ((wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)).reshape(x.shape)
     np.testing.assert_allclose(got, want * scale[:, None, None] + bias[:, None, None], rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_softmax() -> None:
+    x = (normal(4, 70) * 4).astype(ml_dtypes.bfloat16)
+    got, families = run(lambda x: op.nn.softmax(x, axis=-1), [x])
+    exponentials = np.exp(x.astype("float64") - x.astype("float64").max(-1, keepdims=True))
+    want = exponentials / exponentials.sum(-1, keepdims=True)
+    # Three roundings to 8 bits: of the difference (up to 32 here, so 2**-4 of it), the exponential and the quotient.
+    np.testing.assert_allclose(got.astype("float64"), want, rtol=2.0**-4 + 2.0**-7)
+    assert families == {"rowwise"}
+
+
+@pytest.mark.parametrize("name", ["cosh", "sinh"])
+def test_functions_without_a_vector_form(name: str) -> None:
+    x = normal(3, 40)
+    got, families = run(getattr(op, name), [x])
+    np.testing.assert_allclose(got, getattr(np, name)(x.astype("float64")), rtol=1e-6)
+    assert families == {"fallback"}
