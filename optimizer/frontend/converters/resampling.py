@@ -36,7 +36,10 @@ TIR = Arithmetic(tirx.floor, tirx.ceil, tirx.min, tirx.max, tirx.abs, tirx.Selec
 
 @dataclass(frozen=True)
 class Sampling:
-    """The attributes of a Resize node that say how samples are taken. `filter` is nearest, linear or cubic."""
+    """The attributes of a Resize node that say how samples are taken.
+
+    `filter` is nearest, linear or cubic. `nearest` is a nearest_mode, or ceil_to_shrink: the rule before opset 11.
+    """
 
     filter: str
     coordinates: str
@@ -48,19 +51,22 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Axis:
-    """The numbers of one axis, all floats: elements in and out, the scale, and the region of interest."""
+    """The numbers of one axis, all floats: elements in and out, the scale, and the region of interest.
+
+    `width` is the output length before it was rounded to a whole number of elements.
+    """
 
     length: Number
     output_length: Number
     scale: Number
+    width: Number
     region_start: Number
     region_end: Number
 
 
 def source_position(sampling: Sampling, axis: Axis, place: Number, a: Arithmetic) -> Number:
     """Return the position in the input, as a float, of the output element at `place`."""
-    width = axis.scale * axis.length
-    last = axis.length - 1.0
+    width, last = axis.width, axis.length - 1.0
     match sampling.coordinates:
         case "align_corners":
             # A single output element would divide by zero.
@@ -70,7 +76,7 @@ def source_position(sampling: Sampling, axis: Axis, place: Number, a: Arithmetic
         case "half_pixel":
             return (place + 0.5) / axis.scale - 0.5
         case "pytorch_half_pixel":
-            return a.where(width == 1.0, place * 0.0 - 0.5, (place + 0.5) / axis.scale - 0.5)
+            return a.where(axis.output_length > 1.0, (place + 0.5) / axis.scale - 0.5, place * 0.0)
         case "half_pixel_symmetric":
             offset = axis.length / 2.0 * (1.0 - axis.output_length / width)
             return offset + (place + 0.5) / axis.scale - 0.5
@@ -98,6 +104,8 @@ def nearest_index(sampling: Sampling, axis: Axis, position: Number, a: Arithmeti
             up = fraction > 0.5
         case "round_prefer_ceil":
             up = fraction >= 0.5
+        case "ceil_to_shrink":
+            up = a.where(axis.scale < 1.0, fraction > 0.0, fraction >= 1.0)
         case _:
             raise ValueError(f"nearest_mode '{sampling.nearest}' is unknown")
     return a.maximum(a.minimum(before + a.where(up, fraction * 0.0 + 1.0, fraction * 0.0), axis.length - 1.0), 0.0)
@@ -142,6 +150,7 @@ def known_taps(sampling: Sampling, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
     place = np.arange(int(axis.output_length), dtype=np.float64)[:, None]
     position = source_position(sampling, axis, place, NUMPY)
     index, weight = tap(sampling, axis, position, np.arange(int(taps), dtype=np.float64)[None, :], taps, NUMPY)
+    index, weight = np.asarray(index), np.asarray(weight)
     total = weight.sum(axis=1, keepdims=True)
     return index.astype(np.int64), weight / np.where(total == 0, 1.0, total)
 
@@ -157,7 +166,7 @@ def computed_taps(
         position = source_position(sampling, axis, place.astype("float64"), TIR)
         return tap(sampling, axis, position, t.astype("float64"), count, TIR)
 
-    indices = te.compute(shape, lambda i, t: entry(i, t)[0].astype("int64"), name="indices")
+    indices = te.compute(shape, lambda i, t: tirx.Cast("int64", entry(i, t)[0]), name="indices")
     weights = te.compute(shape, lambda i, t: entry(i, t)[1], name="weights")
     step = te.reduce_axis((0, taps), "t")
     totals = te.compute((output_length,), lambda i: te.sum(weights[i, step], axis=step), name="totals")

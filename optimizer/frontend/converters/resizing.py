@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from optimizer.frontend.converters.resampling import (
     NUMPY,
     TIR,
     Axis,
+    Number,
     Sampling,
     computed_taps,
     known_taps,
@@ -23,7 +24,7 @@ from optimizer.frontend.converters.resampling import (
     tap_count,
 )
 from optimizer.frontend.converters.runtime_axes import vector
-from optimizer.frontend.dimensions import Dimension, as_expression, simplified
+from optimizer.frontend.dimensions import Dimension, as_expression, provably_equal, simplified
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
 from optimizer.frontend.value import TensorValue, Value
@@ -44,10 +45,16 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The output length of each axis, and the scales: an array if they are known, else a float64 tensor."""
+    """The output length and, where it is known, the scale of each axis.
+
+    `computed` is a float64 tensor of all scales, given if one of them is only known at run time. `exact` says that the
+    lengths were asked for, and not rounded from scales.
+    """
 
     lengths: tuple[Dimension, ...]
-    scales: np.ndarray | relax.Expr
+    scales: tuple[float | None, ...]
+    computed: relax.Expr | None
+    exact: bool
 
 
 @converter("Upsample", since=7)
@@ -65,7 +72,7 @@ def upsample(node: Node) -> Result:
 
 
 def _old_sampling(node: Node) -> Sampling:
-    return Sampling(_filter(node), "asymmetric", "floor", -0.75, False, False)
+    return Sampling(_filter(node), "asymmetric", "ceil_to_shrink", -0.75, False, False)
 
 
 @converter("Resize", since=11)
@@ -111,89 +118,120 @@ def _resized(node: Node, request: _Request, sampling: Sampling) -> Result:
     plan = _known_plan(node, request, data) or _computed_plan(node, request, data)
     result: Value = data
     for place, axis in enumerate(request.axes):
-        unit = isinstance(plan.scales, np.ndarray) and plan.scales[place] == 1.0
-        if not (unit and request.region is None and simplified(plan.lengths[place] - data.shape[axis]) == 0):
+        if not _is_unchanged(request, plan, place, data.shape[axis]):
             result = _resampled(node, result, axis, place, request, plan, sampling)
     return node.emit(result.expr, data.narrow_type)
 
 
+def _is_unchanged(request: _Request, plan: _Plan, place: int, extent: Dimension) -> bool:
+    if plan.scales[place] != 1.0 or not provably_equal(plan.lengths[place], extent):
+        return False
+    return request.region is None or _known_region(request, place) == (0.0, 1.0)
+
+
+def _known_region(request: _Request, place: int) -> tuple[float, float] | None:
+    """Return the region of interest on one of the axes if it is known; all of the axis if none is asked for."""
+    if request.region is None:
+        return 0.0, 1.0
+    region = request.region.constant
+    return None if region is None else (float(region[place]), float(region[len(request.axes) + place]))
+
+
 def _known_plan(node: Node, request: _Request, data: Value) -> _Plan | None:
-    """Return the plan if scales are constant, or sizes constant and the dimensions static."""
+    """Return the plan if its lengths are known as dimensions."""
     extents = [data.shape[axis] for axis in request.axes]
     if request.scales is not None:
         if request.scales.constant is None:
             return None
-        scales = request.scales.constant.astype(np.float64)
-        lengths = [_scaled_length(extent, scale) for extent, scale in zip(extents, scales, strict=True)]
-        return None if None in lengths else _Plan(tuple(lengths), scales)
+        scales = tuple(float(scale) for scale in request.scales.constant)
+        lengths = tuple(_scaled_length(extent, scale) for extent, scale in zip(extents, scales, strict=True))
+        return _Plan(lengths, scales, None, exact=False)
     sizes = request.sizes.integers if request.sizes is not None else None
     if sizes is None:
         return None
-    if not all(isinstance(extent, int) for extent in [*sizes, *extents]):
+    pairs = list(zip(sizes, extents, strict=True))
+    scales = tuple(_quotient(size, extent) for size, extent in pairs)
+    policy = node.string("keep_aspect_ratio_policy", "stretch")
+    if policy == "stretch":
+        computed = _computed_scales(node, request, data).expr if None in scales else None
+        return _Plan(tuple(sizes), scales, computed, exact=True)
+    known = [scale for scale in scales if scale is not None]
+    if len(known) < len(scales) or not all(isinstance(extent, int) for extent in extents):
         return None
-    wanted = [int(size) for size in sizes]
-    scales = np.array(wanted, np.float64) / np.array(extents, np.float64)
-    policy = node.string("keep_aspect_ratio_policy", "stretch")
-    if policy != "stretch":
-        scales = np.full(len(wanted), scales.min() if policy == "not_larger" else scales.max())
-        wanted = [int(scale * extent + 0.5) for scale, extent in zip(scales, extents, strict=True)]
-    return _Plan(tuple(wanted), scales)
+    scale = min(known) if policy == "not_larger" else max(known)
+    return _Plan(tuple(int(scale * extent + 0.5) for extent in extents), (scale,) * len(known), None, exact=False)
 
 
-def _scaled_length(extent: Dimension, scale: float) -> Dimension | None:
+def _scaled_length(extent: Dimension, scale: float) -> Dimension:
+    """Return the length floor(extent * scale), which a fraction of integers gives exactly."""
+    numerator, denominator = scale.as_integer_ratio()
     if isinstance(extent, int):
-        return int(extent * scale)
-    return simplified(extent * int(scale)) if scale == int(scale) else None
+        return extent * numerator // denominator
+    return simplified(tirx.floordiv(as_expression(extent) * numerator, tirx.const(denominator, "int64")))
 
 
-def _computed_plan(node: Node, request: _Request, data: Value) -> _Plan:
-    shape = node.shape_tensor([data.shape[axis] for axis in request.axes])
+def _quotient(size: Dimension, extent: Dimension) -> float | None:
+    if isinstance(size, int) and isinstance(extent, int):
+        return size / extent
+    return 1.0 if provably_equal(size, extent) else None
+
+
+def _factors(node: Node, request: _Request, given: te.Tensor, extents: te.Tensor) -> list[tvm.ir.Expr]:
+    """Return the scales of all axes as expressions of the scales or sizes asked for, and of the dimensions."""
+    numbers = [given[place].astype(_FLOAT64) for place in range(len(request.axes))]
+    if request.scales is not None:
+        return numbers
+    quotients = [number / extents[place].astype(_FLOAT64) for place, number in enumerate(numbers)]
     policy = node.string("keep_aspect_ratio_policy", "stretch")
+    if policy == "stretch":
+        return quotients
+    extreme = quotients[0]
+    for quotient in quotients[1:]:
+        extreme = tirx.min(extreme, quotient) if policy == "not_larger" else tirx.max(extreme, quotient)
+    return [extreme] * len(quotients)
+
+
+def _asked(node: Node, request: _Request, data: Value) -> tuple[relax.Expr, relax.Expr]:
+    """Return the scales or sizes that are asked for, and the dimensions they apply to, as tensors."""
     asked = request.scales if request.scales is not None else request.sizes
     if asked is None:
         raise node.unsupported("exactly one of scales and sizes has to be given")
-    by_size = request.scales is None
-    count = len(request.axes)
+    return asked.expr, node.shape_tensor([data.shape[axis] for axis in request.axes])
 
-    def factors(given: te.Tensor, extents: te.Tensor) -> list[tvm.ir.Expr]:
-        numbers = [given[i].astype(_FLOAT64) for i in range(count)]
-        if not by_size:
-            return numbers
-        quotients = [number / extents[i].astype(_FLOAT64) for i, number in enumerate(numbers)]
-        if policy == "stretch":
-            return quotients
-        extreme = quotients[0]
-        for quotient in quotients[1:]:
-            extreme = tirx.min(extreme, quotient) if policy == "not_larger" else tirx.max(extreme, quotient)
-        return [extreme] * count
+
+def _computed_scales(node: Node, request: _Request, data: Value) -> TensorValue:
+    def scales(given: te.Tensor, extents: te.Tensor) -> te.Tensor:
+        return vector(_factors(node, request, given, extents))
+
+    return node.compute(scales, *_asked(node, request, data))
+
+
+def _computed_plan(node: Node, request: _Request, data: Value) -> _Plan:
+    exact = request.scales is None and node.string("keep_aspect_ratio_policy", "stretch") == "stretch"
+    half = 0.5 if request.scales is None else 0.0  # sizes that keep the aspect ratio are rounded, scaled ones cut off
 
     def lengths(given: te.Tensor, extents: te.Tensor) -> te.Tensor:
-        if by_size and policy == "stretch":
-            return vector([given[i].astype("int64") for i in range(count)])
-        half = 0.5 if by_size else 0.0
-        products = [f * extents[i].astype(_FLOAT64) for i, f in enumerate(factors(given, extents))]
+        places = range(len(request.axes))
+        if exact:
+            return vector([given[place].astype("int64") for place in places])
+        factors = _factors(node, request, given, extents)
+        products = [factors[place] * extents[place].astype(_FLOAT64) for place in places]
         return vector([tirx.floor(number + half).astype("int64") for number in products])
 
-    scales = node.compute(lambda given, extents: vector(factors(given, extents)), asked.expr, shape)
-    known = asked.integers if by_size and policy == "stretch" else None
-    if known is not None:
-        return _Plan(tuple(known.ravel()), scales.expr)
-    return _Plan(node.compute_shape(lengths, asked.expr, shape), scales.expr)
+    computed = _computed_scales(node, request, data).expr
+    unknown = (None,) * len(request.axes)
+    return _Plan(node.compute_shape(lengths, *_asked(node, request, data)), unknown, computed, exact)
 
 
 def _resampled(
     node: Node, data: Value, axis: int, place: int, request: _Request, plan: _Plan, sampling: Sampling
 ) -> TensorValue:
     """Return `data` with one axis resampled."""
-    length = plan.lengths[place]
-    extent = data.shape[axis]
-    region = request.region.constant if request.region is not None else None
-    known_region = request.region is None or region is not None
-    static = isinstance(plan.scales, np.ndarray) and isinstance(extent, int) and isinstance(length, int)
-    if static and known_region:
-        count = len(request.axes)
-        start, end = (float(region[place]), float(region[count + place])) if region is not None else (0.0, 1.0)
-        numbers = Axis(float(extent), float(length), float(plan.scales[place]), start, end)
+    length, extent, scale = plan.lengths[place], data.shape[axis], plan.scales[place]
+    region = _known_region(request, place)
+    if isinstance(extent, int) and isinstance(length, int) and scale is not None and region is not None:
+        width = float(length) if plan.exact else scale * extent
+        numbers = Axis(float(extent), float(length), scale, width, *region)
         return _resampled_by_table(node, data, axis, numbers, sampling)
     return _resampled_at_run_time(node, data, axis, place, request, plan, sampling)
 
@@ -205,7 +243,7 @@ def _resampled_by_table(node: Node, data: Value, axis: int, numbers: Axis, sampl
     if sampling.coordinates == "tf_crop_and_resize":
         outside = relax.const((position < 0) | (position > numbers.length - 1))
     if sampling.filter == "nearest":
-        indices = nearest_index(sampling, numbers, position, NUMPY).astype(np.int64)
+        indices = np.asarray(nearest_index(sampling, numbers, position, NUMPY)).astype(np.int64)
         taken = node.emit(relax.op.take(data.expr, relax.const(indices), axis, mode="clip"))
         return taken if outside is None else _extrapolated(node, taken, axis, outside)
     indices, weights = known_taps(sampling, numbers)
@@ -218,15 +256,21 @@ def _resampled_at_run_time(
     node: Node, data: Value, axis: int, place: int, request: _Request, plan: _Plan, sampling: Sampling
 ) -> TensorValue:
     length, extent = as_expression(plan.lengths[place]), as_expression(data.shape[axis])
-    scales = relax.const(plan.scales) if isinstance(plan.scales, np.ndarray) else plan.scales
-    arguments = [scales, *([request.region.expr] if request.region is not None else [])]
-    count = len(request.axes)
+    scale, region = plan.scales[place], _known_region(request, place)
+    arguments = [plan.computed] if scale is None and plan.computed is not None else []
+    if region is None and request.region is not None:
+        arguments.append(request.region.expr)
 
     def numbers(inner: tvm.ir.Expr, outer: tvm.ir.Expr, given: Sequence[te.Tensor]) -> Axis:
-        region = [given[1][i].astype(_FLOAT64) for i in (place, count + place)] if len(given) > 1 else [0.0, 1.0]
-        return Axis(inner.astype(_FLOAT64), outer.astype(_FLOAT64), given[0][place], region[0], region[1])
+        own_length, output_length = inner.astype(_FLOAT64), outer.astype(_FLOAT64)
+        factor = given[0][place] if scale is None else tirx.const(scale, _FLOAT64)
+        width = output_length if plan.exact else factor * own_length
+        if region is not None:
+            return Axis(own_length, output_length, factor, width, *region)
+        start, end = (given[-1][i].astype(_FLOAT64) for i in (place, len(request.axes) + place))
+        return Axis(own_length, output_length, factor, width, start, end)
 
-    def along(function: object, dtype: str, name: str) -> TensorValue:
+    def along(function: Callable[[Axis, Number], tvm.ir.Expr], dtype: str, name: str) -> TensorValue:
         """Emit a vector with one element for each output place, a function of its source position."""
 
         def computed(inner: tvm.ir.Expr, outer: tvm.ir.Expr, *given: te.Tensor) -> te.Tensor:
@@ -254,7 +298,7 @@ def _resampled_at_run_time(
 def _tables(
     node: Node,
     sampling: Sampling,
-    numbers: object,
+    numbers: Callable[[tvm.ir.Expr, tvm.ir.Expr, Sequence[te.Tensor]], Axis],
     extent: tvm.ir.Expr,
     length: tvm.ir.Expr,
     arguments: Sequence[relax.Expr],
@@ -263,7 +307,7 @@ def _tables(
 
         def counted(inner: tvm.ir.Expr, outer: tvm.ir.Expr, *given: te.Tensor) -> te.Tensor:
             narrowing = stretch(sampling, numbers(inner, outer, given), TIR)
-            return vector([tap_count(sampling, narrowing, TIR).astype("int64")])
+            return vector([tirx.Cast("int64", tap_count(sampling, narrowing, TIR))])
 
         (taps,) = node.compute_shape(counted, extent, length, *arguments)
     else:
@@ -292,11 +336,14 @@ def _weighted(node: Node, data: Value, axis: int, indices: relax.Expr, weights: 
 
         shape = [*list(tensor.shape)[:axis], length, *list(tensor.shape)[axis + 1 :]]
         if isinstance(taps, tirx.IntImm) and int(taps) <= _UNROLLED_TAPS:
-            return te.compute(
-                shape,
-                lambda *place: sum((sample(place, t) for t in range(1, int(taps))), sample(place, 0)).astype(data.dtype),
-                name="resize",
-            )
+
+            def unrolled(*place: tirx.Var) -> tvm.ir.Expr:
+                total = sample(place, 0)
+                for t in range(1, int(taps)):
+                    total = total + sample(place, t)
+                return total.astype(data.dtype)
+
+            return te.compute(shape, unrolled, name="resize")
         step = te.reduce_axis((0, taps), "t")
         total = te.compute(shape, lambda *place: te.sum(sample(place, step.var), axis=step), name="resize")
         return te.compute(shape, lambda *place: total(*place).astype(data.dtype), name="rounded")
