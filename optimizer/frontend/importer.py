@@ -16,6 +16,7 @@ from tvm import relax
 
 from optimizer.errors import Blocker, UnsupportedModelError
 from optimizer.frontend import constant_evaluation, function_bodies, shape_arithmetic
+from optimizer.frontend.branches import convert_to_dataflow
 from optimizer.frontend.dimensions import Dimension, Shape, Symbols, as_expression, input_shapes, static_shape
 from optimizer.frontend.node import Node, Result, UnsupportedNodeError, normalized_domain
 from optimizer.frontend.registry import find_converter, load_converters
@@ -95,7 +96,7 @@ class GraphImporter:
         if branches:
             # Not used elsewhere: it folds away every match_cast between symbols that are already bound, and with it
             # the check that two dimensions are equal.
-            module = relax.transform.ConvertToDataflow()(module)
+            module = convert_to_dataflow(module)
         names = tuple(output.name for output in graph.output)
         return ImportedModel(
             module,
