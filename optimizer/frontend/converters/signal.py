@@ -195,16 +195,14 @@ def cosine_window(node: Node) -> Result:
     size = node.shape_argument(0)[0]
     intervals = size if node.integer("periodic", 1) else simplified(size - 1)
     dtype = helper.tensor_dtype_to_np_dtype(node.integer("output_datatype", 1)).name
-    first, second, third = _WINDOWS[node.operator]
-    # cos(2x) = 2 cos(x)^2 - 1 makes the window a polynomial in one cosine.
-    factors = [tirx.const(factor, "float64") for factor in (first - third, second, 2 * third)]
+    factors = [tirx.const(factor, "float64") for factor in _WINDOWS[node.operator]]
 
     def window() -> te.Tensor:
         turn = tirx.const(2 * math.pi, "float64") / tirx.Cast("float64", as_expression(intervals))
 
         def element(i: tirx.Expr) -> tirx.Expr:
-            cosine = te.cos(tirx.Cast("float64", i) * turn)
-            return tirx.Cast(dtype, (factors[2] * cosine - factors[1]) * cosine + factors[0])
+            once, twice = (te.cos(tirx.Cast("float64", index) * turn) for index in (i, i * 2))
+            return tirx.Cast(dtype, factors[0] - factors[1] * once + factors[2] * twice)
 
         return te.compute((as_expression(size),), element, name="window")
 
