@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
@@ -61,12 +62,61 @@ def product(shape: Iterable[Dimension]) -> Dimension:
     return simplified(result)
 
 
+def quotient(shape: Iterable[Dimension], divisors: Iterable[Dimension]) -> Dimension:
+    """Return the number of elements of `shape` divided by the product of `divisors`, which must divide it.
+
+    Factors on both sides are cancelled, so that the result is as simple as the dimensions are.
+    """
+    number, factors = _factored(shape)
+    divisor, remaining = _factored(divisors)
+    kept: list[tvm.ir.Expr] = []
+    for factor in remaining:
+        match = next((index for index, other in enumerate(factors) if provably_equal(factor, other)), None)
+        if match is None:
+            kept.append(factor)
+        else:
+            del factors[match]
+    common = math.gcd(number, divisor) or 1
+    top, bottom = product([number // common, *factors]), product([divisor // common, *kept])
+    if isinstance(bottom, int) and bottom in (0, 1):
+        return top if bottom else 0
+    return simplified(tirx.floordiv(as_expression(top), as_expression(bottom)))
+
+
+def _factored(shape: Iterable[Dimension]) -> tuple[int, list[tvm.ir.Expr]]:
+    """Return the product of dimensions as an integer and factors without an integer factor of their own."""
+    number, factors, waiting = 1, [], list(shape)
+    while waiting:
+        dimension = simplified(waiting.pop())
+        if isinstance(dimension, int):
+            number *= dimension
+        elif isinstance(dimension, tirx.Mul):
+            waiting += [dimension.a, dimension.b]
+        else:
+            common = _integer_factor(dimension)
+            number *= common
+            factors.append(as_expression(simplified(tirx.floordiv(dimension, tirx.IntImm("int64", common)))))
+    return number, factors
+
+
+def _integer_factor(expression: tvm.ir.Expr) -> int:
+    """Return an integer that divides a sum of products."""
+    if isinstance(expression, tirx.IntImm):
+        return abs(int(expression.value))
+    if isinstance(expression, tirx.Mul):
+        return _integer_factor(expression.a) * _integer_factor(expression.b)
+    if isinstance(expression, (tirx.Add, tirx.Sub)):
+        return math.gcd(_integer_factor(expression.a), _integer_factor(expression.b)) or 1
+    return 1
+
+
 class Symbols:
     """The named symbols of one model, all known to be non-negative."""
 
     def __init__(self) -> None:
         self._variables: dict[str, tirx.Var] = {}
         self._analyzer = tvm.sym.Analyzer()
+        self._nonempty_analyzer = tvm.sym.Analyzer()
 
     def named(self, name: str) -> tirx.Var:
         """Return the symbol for an ONNX dimension name; the same one at every call."""
@@ -81,7 +131,12 @@ class Symbols:
         """Return a new symbol of a non-negative value; `hint` is a valid identifier."""
         variable = tirx.Var(hint, "int64")
         self._analyzer.update(variable, tvm.sym.ConstIntBound(0, tvm.sym.ConstIntBound.POS_INF))
+        self._nonempty_analyzer.update(variable, tvm.sym.ConstIntBound(1, tvm.sym.ConstIntBound.POS_INF))
         return variable
+
+    def simplified_if_nonempty(self, dimension: Dimension) -> Dimension:
+        """Return `dimension` in the simplest form that is right unless a symbol is 0."""
+        return simplified(self._nonempty_analyzer.simplify(as_expression(dimension)))
 
     def proves(self, condition: tvm.ir.Expr) -> bool:
         """Return whether `condition` holds for all non-negative values of the symbols."""

@@ -8,7 +8,7 @@ import tvm.ir
 from tvm import relax, te, tirx
 
 from optimizer.frontend.converters.runtime_axes import shape_with_inserted, shape_without, vector
-from optimizer.frontend.dimensions import Dimension, Shape, as_expression, product, provably_equal, simplified
+from optimizer.frontend.dimensions import Dimension, Shape, as_expression, product, provably_equal, quotient, simplified
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
 from optimizer.frontend.value import TensorValue, Value
@@ -27,15 +27,8 @@ def reshape(node: Node) -> Result:
     ]
     if -1 in [size for size in shape if isinstance(size, int)]:
         free = next(axis for axis, size in enumerate(shape) if isinstance(size, int) and size == -1)
-        rest = product(size for axis, size in enumerate(shape) if axis != free)
-        shape[free] = _quotient(product(data.shape), rest)
+        shape[free] = quotient(data.shape, [size for axis, size in enumerate(shape) if axis != free])
     return reshaped(node, data, shape)
-
-
-def _quotient(total: Dimension, rest: Dimension) -> Dimension:
-    if isinstance(rest, int) and rest == 0:
-        return 0
-    return simplified(tirx.floordiv(as_expression(total), as_expression(rest)))
 
 
 def _computed_shape(node: Node, data: Value, wanted: Value) -> Shape:
@@ -47,9 +40,7 @@ def _computed_shape(node: Node, data: Value, wanted: Value) -> Shape:
         one = tirx.const(1, "int64")
         sizes = [given[i].astype("int64") for i in range(int(given.shape[0]))]
         if copy_zero:
-            sizes = [
-                tirx.Select(size == 0, own[i], size) if i < own_length else size for i, size in enumerate(sizes)
-            ]
+            sizes = [tirx.Select(size == 0, own[i], size) if i < own_length else size for i, size in enumerate(sizes)]
         total: tvm.ir.Expr = one
         for i in range(own_length):
             total = total * own[i]

@@ -9,7 +9,7 @@ import tvm.ir
 from tvm import relax, te, tirx
 
 from optimizer.frontend.converters.runtime_axes import vector
-from optimizer.frontend.dimensions import Dimension, as_expression, simplified
+from optimizer.frontend.dimensions import Dimension, Shape, as_expression, simplified
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
 from optimizer.frontend.value import TensorValue, Value
@@ -34,7 +34,8 @@ def concat(node: Node) -> Result:
     axis = node.axis()
     first = values[0]
     parts = [
-        node.reshaped_type(value, [*first.shape[:axis], value.shape[axis], *first.shape[axis + 1 :]]) for value in values
+        node.reshaped_type(value, [*first.shape[:axis], value.shape[axis], *first.shape[axis + 1 :]])
+        for value in values
     ]
     return node.emit(relax.op.concat(parts, axis) if len(parts) > 1 else parts[0], first.narrow_type)
 
@@ -104,7 +105,22 @@ def _sliced(
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         place = node.checked_axis(axis, data.rank)
         ranges[place] = _normalized(node, start, end, step, data.shape[place])
-    return sliced(node, data, ranges)
+    result = sliced(node, data, ranges)
+    return TensorValue(node.reshaped_type(result, _without_empty_inputs(node, result.shape)), data.narrow_type)
+
+
+def _without_empty_inputs(node: Node, shape: Shape) -> list[Dimension]:
+    """Return the shape with the dimensions that are known unless an input is empty; the module checks them.
+
+    So the last row of a convolution's result is one row, whatever the image's size. A dimension of an input itself may
+    well be empty, and is left alone.
+    """
+    data = node.input(0)
+    simple = [node.graph.symbols.simplified_if_nonempty(dimension) for dimension in shape]
+    return [
+        short if isinstance(short, int) and not isinstance(own, tirx.Var) else dimension
+        for short, dimension, own in zip(simple, shape, data.shape, strict=True)
+    ]
 
 
 def _normalized(node: Node, start: Dimension, end: Dimension, step: int, extent: Dimension) -> _Range:
@@ -178,9 +194,11 @@ def sliced(node: Node, data: Value, ranges: dict[int, _Range]) -> TensorValue:
 
 def _is_everything(cut: _Range, extent: Dimension) -> bool:
     same = isinstance(cut.begin, int) and cut.begin == 0 and cut.step == 1
-    return same and isinstance(simplified(as_expression(cut.length) - as_expression(extent)), int) and simplified(
-        as_expression(cut.length) - as_expression(extent)
-    ) == 0
+    return (
+        same
+        and isinstance(simplified(as_expression(cut.length) - as_expression(extent)), int)
+        and simplified(as_expression(cut.length) - as_expression(extent)) == 0
+    )
 
 
 def _sliced_at_run_time(node: Node) -> Result:
