@@ -1,72 +1,69 @@
-"""Det: the determinant of square matrices."""
+"""Det: determinants of square matrices."""
 
 from __future__ import annotations
 
+import tvm.ir
 from tvm import relax, te, tirx
 from tvm.script.ir_builder import tirx as T
 
-from optimizer.frontend.accumulation import accumulation_dtype, cast
 from optimizer.frontend.converters.kernel_loops import kernel, loops
+from optimizer.frontend.converters.precision import HALF_TYPES
 from optimizer.frontend.dimensions import product
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
 
+_INT64 = "int64"
+
 
 @converter("Det", since=11)
 def determinant(node: Node) -> Result:
-    """Convert Det: the determinant of each matrix of the last two axes."""
+    """Convert Det: the determinant of each matrix in the last two axes."""
     data = node.input()
-    wide = accumulation_dtype(data.dtype)
-    size = data.shape[-1]
-    matrices = node.emit(relax.op.reshape(cast(data.expr, data.dtype, wide), (product(data.shape[:-2]), size, size)))
-    found = node.compute(lambda tensor: _determinants(tensor, wide), matrices.expr)
-    return node.emit(cast(relax.op.reshape(found.expr, list(data.shape[:-2])), wide, data.dtype))
+    outer, (rows, columns) = data.shape[:-2], data.shape[-2:]
+    wide = "float32" if data.dtype in HALF_TYPES else data.dtype
+    matrices = node.emit(relax.op.reshape(data.expr, (product(outer), rows, columns)))
+    if wide != data.dtype:
+        matrices = node.emit(relax.op.astype(matrices.expr, wide))
+    values = node.emit(relax.op.reshape(node.compute(_determinants, matrices.expr).expr, list(outer)))
+    return values if wide == data.dtype else relax.op.astype(values.expr, data.dtype)
 
 
-def _determinants(matrices: te.Tensor, dtype: str) -> te.Tensor:
-    """Return the determinants of a batch of matrices, by Gaussian elimination with partial pivoting."""
+def _determinants(matrices: te.Tensor) -> te.Tensor:
+    """Return the product of the pivots of Gaussian elimination with partial pivoting."""
+    dtype = str(matrices.dtype)
+    shape = list(matrices.shape)
 
     def body(source: tirx.Buffer, result: tirx.Buffer, work: tirx.Buffer) -> None:
-        batch, size, _ = source.shape
-        with loops([batch], parallel=True) as (b,):
-            pivot = T.alloc_buffer((1,), "int64", scope="local")
-            found = T.alloc_buffer((1,), dtype, scope="local")
-            T.buffer_store(found, tirx.const(1, dtype), [0])
+        count, size, _ = source.shape
+        pivot = T.alloc_buffer((1,), _INT64, scope="local")
+        spare = T.alloc_buffer((1,), dtype, scope="local")
+        with loops([count]) as (batch,):
             with loops([size, size]) as (i, j):
-                T.buffer_store(work, source[b, i, j], [b, i, j])
+                T.buffer_store(work, source[batch, i, j], [batch, i, j])
+            T.buffer_store(result, tirx.const(1, dtype), [batch])
             with T.serial(0, size) as k:
-                _choose_pivot(work, pivot, b, k)
-                T.buffer_store(found, found[0] * work[b, pivot[0], k], [0])
+                T.buffer_store(pivot, k, [0])
+                with T.serial(0, size - k) as below:
+                    larger = tirx.abs(work[batch, k + below, k]) > tirx.abs(work[batch, pivot[0], k])
+                    with T.If(larger), T.Then():
+                        T.buffer_store(pivot, k + below, [0])
                 with T.If(pivot[0] != k), T.Then():
-                    T.buffer_store(found, -found[0], [0])
-                    _swap_rows(work, pivot[0], b, k, dtype)
-                with T.If(work[b, k, k] != tirx.const(0, dtype)), T.Then():
-                    _eliminate(work, b, k)
-            T.buffer_store(result, found[0], [b])
+                    T.buffer_store(result, -result[batch], [batch])
+                    with T.serial(0, size) as j:
+                        T.buffer_store(spare, work[batch, k, j], [0])
+                        T.buffer_store(work, work[batch, pivot[0], j], [batch, k, j])
+                        T.buffer_store(work, spare[0], [batch, pivot[0], j])
+                T.buffer_store(result, result[batch] * work[batch, k, k], [batch])
+                with T.If(work[batch, k, k] != tirx.const(0, dtype)), T.Then():
+                    _eliminate(work, batch, k, size, spare)
 
-    shapes = [(matrices.shape[0],), matrices.shape]
-    return kernel([matrices], shapes, [dtype, dtype], body, "determinant")[0]
-
-
-def _choose_pivot(work: tirx.Buffer, pivot: tirx.Buffer, b: tirx.Var, k: tirx.Var) -> None:
-    """Store the row, from row k on, whose element in column k is largest in size."""
-    T.buffer_store(pivot, k, [0])
-    with T.serial(k + 1, work.shape[1]) as row:
-        larger = tirx.abs(work[b, row, k]) > tirx.abs(work[b, pivot[0], k])
-        with T.If(larger), T.Then():
-            T.buffer_store(pivot, row, [0])
+    return kernel([matrices], [shape[:1], shape], [dtype, dtype], body, "determinant")[0]
 
 
-def _swap_rows(work: tirx.Buffer, row: tirx.Expr, b: tirx.Var, k: tirx.Var, dtype: str) -> None:
-    held = T.alloc_buffer((1,), dtype, scope="local")
-    with T.serial(k, work.shape[1]) as j:
-        T.buffer_store(held, work[b, k, j], [0])
-        T.buffer_store(work, work[b, row, j], [b, k, j])
-        T.buffer_store(work, held[0], [b, row, j])
-
-
-def _eliminate(work: tirx.Buffer, b: tirx.Var, k: tirx.Var) -> None:
-    """Make column k zero below row k (the zeros themselves are not written, as nothing reads them)."""
-    size = work.shape[1]
-    with T.serial(k + 1, size) as row, T.serial(k + 1, size) as j:
-        T.buffer_store(work, work[b, row, j] - work[b, row, k] / work[b, k, k] * work[b, k, j], [b, row, j])
+def _eliminate(work: tirx.Buffer, batch: tirx.Var, k: tirx.Var, size: tvm.ir.Expr, spare: tirx.Buffer) -> None:
+    """Subtract multiples of row k from the rows below it, so that nothing is left below the pivot."""
+    with T.serial(0, size - k - 1) as below:
+        row = k + 1 + below
+        T.buffer_store(spare, work[batch, row, k] / work[batch, k, k], [0])
+        with T.serial(0, size) as j:
+            T.buffer_store(work, work[batch, row, j] - spare[0] * work[batch, k, j], [batch, row, j])

@@ -91,7 +91,8 @@ def einsum(node: Node) -> Result:
     accumulator = "float32" if dtype in HALF_TYPES else dtype
 
     def compute(*tensors: te.Tensor) -> te.Tensor:
-        axes = {letter: te.reduce_axis((0, sizes[letter]), name=f"sum_{i}") for i, letter in enumerate(summed)}
+        extents = _extents(terms, tensors)
+        axes = {letter: te.reduce_axis((0, extents[letter]), name=f"sum_{i}") for i, letter in enumerate(summed)}
 
         def element(*indices: tirx.Var) -> tvm.ir.Expr:
             at: dict[str, tvm.ir.Expr] = {**axes, **dict(zip(result, indices, strict=True))}
@@ -103,7 +104,7 @@ def einsum(node: Node) -> Result:
             whole = factors[0].astype(accumulator) * whole if len(factors) > 1 else factors[0].astype(accumulator)
             return te.sum(whole, axis=list(axes.values())) if axes else whole
 
-        total = te.compute(tuple(sizes[letter] for letter in result), element, name="einsum")
+        total = te.compute(tuple(extents[letter] for letter in result), element, name="einsum")
         return (
             total if accumulator == dtype else te.compute(total.shape, lambda *i: total(*i).astype(dtype), name="cast")
         )
@@ -111,9 +112,23 @@ def einsum(node: Node) -> Result:
     return node.compute(compute, *operands)
 
 
+def _extents(terms: list[str], tensors: tuple[te.Tensor, ...]) -> dict[str, tvm.ir.Expr]:
+    """Return the length of the loop over each letter: that of an operand which is not broadcast along it."""
+    extents: dict[str, tvm.ir.Expr] = {}
+    for term, tensor in zip(terms, tensors, strict=True):
+        for letter, size in zip(term, tensor.shape, strict=True):
+            if letter not in extents or _is_one(extents[letter]):
+                extents[letter] = size
+    return extents
+
+
+def _is_one(size: tvm.ir.Expr) -> bool:
+    return isinstance(size, tirx.IntImm) and int(size.value) == 1
+
+
 def _index(position: tvm.ir.Expr, size: tvm.ir.Expr) -> tvm.ir.Expr:
     """Return 0 along a dimension of 1 that is broadcast, else the position."""
-    return tirx.const(0, "int64") if isinstance(size, tirx.IntImm) and int(size.value) == 1 else position
+    return tirx.const(0, "int64") if _is_one(size) else position
 
 
 def _parsed(equation: str, ranks: list[int]) -> tuple[list[str], str]:
