@@ -8,6 +8,7 @@ import tvm
 from tvm import relax, tirx
 
 from schedules import KernelReport, schedule_module
+from schedules.prepack import prepack
 from targets.base import Target
 from targets.device_code import generating_source
 
@@ -56,6 +57,8 @@ def lower(module: tvm.IRModule, target: Target) -> LoweredModule:
     with tvm_target:
         for transform in _LEGALIZE:
             module = transform()(module)
+    module, _ = prepack(module, target)
+    module = relax.transform.DeadCodeElimination()(module)
     scheduled, kernels = schedule_module(module, target)
     return LoweredModule(scheduled, kernels)
 
