@@ -1,4 +1,4 @@
-"""The committed exports import with symbolic shapes, and give the outputs of onnxruntime when compiled for this machine."""
+"""The committed exports import with symbolic shapes, and compiled for this machine give the outputs of onnxruntime."""
 
 from __future__ import annotations
 
