@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -110,22 +111,25 @@ class _Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
+        self._commands = cast("IO[str]", self._process.stdin)
+        self._answers = cast("IO[str]", self._process.stdout)
+        self._errors = cast("IO[str]", self._process.stderr)
 
-    def answer(self) -> dict[str, object]:
-        line = self._process.stdout.readline()
+    def answer(self) -> dict[str, Any]:
+        line = self._answers.readline()
         if line:
             return json.loads(line)
-        lines = self._process.stderr.read().strip().splitlines()
+        lines = self._errors.read().strip().splitlines()
         return {"error": lines[-1] if lines else f"exit code {self._process.wait()}"}
 
-    def ask(self, command: dict[str, object]) -> dict[str, object]:
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
+    def ask(self, command: dict[str, object]) -> dict[str, Any]:
+        self._commands.write(json.dumps(command) + "\n")
+        self._commands.flush()
         result = self.answer()
         if "error" in result:
             raise RuntimeError(str(result["error"]))
         return result
 
     def close(self) -> None:
-        self._process.stdin.close()
+        self._commands.close()
         self._process.wait(timeout=60)

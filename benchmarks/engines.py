@@ -96,7 +96,8 @@ class OnnxRuntime(Engine):
         return self._session.run(None, self._inputs)
 
     def outputs(self) -> dict[str, np.ndarray]:
-        return dict(zip(self._names, self._session.run(None, self._inputs), strict=True))
+        results = self._session.run(None, self._inputs)
+        return {name: np.asarray(value) for name, value in zip(self._names, results, strict=True)}
 
 
 class OpenVino(Engine):
@@ -162,8 +163,8 @@ class StockTvm(Engine):
         return self._entry(*self._arguments)
 
     def outputs(self) -> dict[str, np.ndarray]:
-        result = self.call()
-        results = [result] if hasattr(result, "numpy") else list(result)  # pyright: ignore[reportArgumentType]
+        result = self._entry(*self._arguments)
+        results = [result] if hasattr(result, "numpy") else list(result)
         return {name: value.numpy() for name, value in zip(self._names, results, strict=False)}
 
 

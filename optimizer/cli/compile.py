@@ -59,15 +59,14 @@ def command(
     options = CompileOptions(find_target(target, gpu_architectures or None), parse_shapes(shapes), precision=precision)
     options = options if passes is None else _with_passes(options, passes)
     destination = output or Path(f"{_stem(model)}-{options.target.name}")
-    with console.StageProgress(quiet=as_json) as progress:
-        if dry_run:
-            source, plan = plan_model(model, options, progress)
-        else:
-            result = compile_model(model, destination, options, progress, certify=not no_certificate)
     if dry_run:
+        with console.StageProgress(quiet=as_json) as progress:
+            source, plan = plan_model(model, options, progress)
         compile_report.show_plan(source, plan, destination, as_json=as_json)
-    else:
-        compile_report.show_result(result, destination, as_json=as_json)
+        return
+    with console.StageProgress(quiet=as_json) as progress:
+        result = compile_model(model, destination, options, progress, certify=not no_certificate)
+    compile_report.show_result(result, destination, as_json=as_json)
 
 
 def _bundled_example() -> Path:

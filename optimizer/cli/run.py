@@ -56,4 +56,5 @@ def _summary(name: str, array: object) -> tuple[str, str, str, str, str, str]:
     if values.size == 0:
         return name, values.dtype.name, shape, "-", "-", "-"
     numbers = values.astype(np.float64)
-    return name, values.dtype.name, shape, *(f"{f(numbers):.6g}" for f in (np.min, np.mean, np.max))
+    least, mean, most = (f"{function(numbers):.6g}" for function in (np.min, np.mean, np.max))
+    return name, str(values.dtype), shape, least, mean, most

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import onnx
 from onnx import defs, helper
@@ -53,7 +54,8 @@ def _bound(
 
 def _schema_function(node: Node) -> onnx.FunctionProto | None:
     try:
-        schema = defs.get_schema(node.operator, node.version, node.domain)
+        # The extension module's type stub leaves out what concerns functions.
+        schema: Any = defs.get_schema(node.operator, node.version, node.domain)
     except defs.SchemaError:
         return None
     if schema.has_context_dependent_function:

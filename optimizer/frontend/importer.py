@@ -149,7 +149,8 @@ class GraphImporter:
     @contextmanager
     def only_names(self, values: Mapping[str, AnyValue]) -> Iterator[None]:
         """Define nothing but `values` inside."""
-        outer, self._environment = self._environment, dict(values)
+        outer = self._environment
+        self._environment = dict[str, AnyValue | None](values)
         try:
             yield
         finally:
@@ -270,7 +271,7 @@ class GraphImporter:
                 values.append(node.emit(item))
             elif isinstance(item, np.ndarray):
                 values.append(ConstantValue(item))
-            else:
+            elif item is None or isinstance(item, Value | SequenceValue):
                 values.append(item)
         for index in range(node.output_count):
             if node.has_output(index) and (index >= len(values) or values[index] is None):

@@ -33,7 +33,7 @@ class Attention:
     capped: TensorValue
     biased: TensorValue
     probabilities: TensorValue
-    output: TensorValue
+    output: Value
 
 
 def attend(

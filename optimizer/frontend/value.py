@@ -148,7 +148,7 @@ AnyValue: TypeAlias = Value | SequenceValue
 def integer_value(elements: np.ndarray, dtype: str, builder: relax.BlockBuilder) -> Value:
     """Return a constant if every element is an int, else a symbolic value; `elements` is an object array."""
     simplified = np.empty(elements.shape, dtype=object)
-    simplified.ravel()[:] = simplified_shape(elements.ravel())
+    simplified.ravel()[:] = simplified_shape(list(elements.ravel()))
     if any(isinstance(element, tvm.ir.Expr) for element in simplified.ravel()):
         return IntegerValue(simplified, dtype, builder)
     return ConstantValue(simplified.astype(dtype))

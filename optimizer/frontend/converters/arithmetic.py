@@ -52,7 +52,7 @@ def _register_variadic(operator: str, function: Binary) -> None:
 
 
 def _combined(node: Node, function: Binary) -> Value:
-    values = [node.input(index) for index in range(len(node.inputs))]
+    values: list[Value] = [node.input(index) for index in range(len(node.inputs))]
     return reduce(lambda left, right: node.emit(function(*node.broadcast_operands(left, right))), values)
 
 
@@ -179,8 +179,8 @@ def _broadcast_compute(
     return te.compute(shape, lambda *index: element(at(left, index), at(right, index)), name=name)
 
 
-def _is_one(extent: object) -> bool:
-    return int(extent) == 1 if isinstance(extent, (int, tirx.IntImm)) else False
+def _is_one(extent: int | tvm.ir.Expr) -> bool:
+    return int(extent) == 1 if isinstance(extent, int | tirx.IntImm) else False
 
 
 for _operator, _function in _BINARY.items():

@@ -12,7 +12,7 @@ from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
 from optimizer.frontend.value import NARROW_TYPES, ConstantValue, TensorValue, Value, numpy_dtype
 
-_NARROW_BITS = {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.INT2: 2, TensorProto.UINT2: 2}
+_NARROW_BITS: dict[int, int] = {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.INT2: 2, TensorProto.UINT2: 2}
 _NO_TARGET = (TensorProto.STRING, TensorProto.COMPLEX64, TensorProto.COMPLEX128, TensorProto.UNDEFINED)
 
 

@@ -102,10 +102,12 @@ def loop(node: Node) -> Result:
 
 def _known_trips(count: Value | None, condition: Value | None) -> int | None:
     """Return the trip count if it is known, as far as the condition at the start says."""
-    if condition is not None and condition.constant is None:
-        return None
-    if condition is not None and not condition.constant.all():
-        return 0
+    if condition is not None:
+        known = condition.constant
+        if known is None:
+            return None
+        if not known.all():
+            return 0
     return None if count is None or count.constant is None else int(count.constant.item())
 
 

@@ -45,10 +45,10 @@ def triangle(node: Node) -> Result:
     """Convert Trilu: the elements on and above (or below) the diagonal `k`, 0 elsewhere."""
     data = node.input(0)
     upper = bool(node.integer("upper", 1))
-    offset = node.known_integers(1) if node.has_input(1) else [0]
+    known = node.known_integers(1) if node.has_input(1) else [0]
 
     def masked(tensor: te.Tensor, *diagonals: te.Tensor) -> te.Tensor:
-        diagonal = diagonals[0](*(0 for _ in diagonals[0].shape)).astype(_INT64) if diagonals else offset[0]
+        diagonal = diagonals[0](*(0 for _ in diagonals[0].shape)).astype(_INT64) if known is None else known[0]
 
         def element(*index: tirx.Var) -> tvm.ir.Expr:
             distance = index[-1] - index[-2]
@@ -57,7 +57,7 @@ def triangle(node: Node) -> Result:
 
         return te.compute(tensor.shape, element, name="trilu")
 
-    return node.compute(masked, data.expr, *([node.expr(1)] if offset is None else []))
+    return node.compute(masked, data.expr, *([node.expr(1)] if known is None else []))
 
 
 @converter("OneHot", since=9)

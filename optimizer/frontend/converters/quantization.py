@@ -15,7 +15,7 @@ from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
 from optimizer.frontend.value import NARROW_TYPES, TensorValue, Value, numpy_dtype
 
-_NARROW_RANGES = {
+_NARROW_RANGES: dict[int, tuple[int, int]] = {
     TensorProto.INT4: (-8, 7),
     TensorProto.UINT4: (0, 15),
     TensorProto.INT2: (-2, 1),
@@ -239,7 +239,7 @@ def requantized(
         node.cast(_aligned(node, scale, result.rank, axis), "float32")
         for scale, axis in zip(scales, (*axes, axes[1]), strict=True)
     )
-    if all(scale.constant is not None for scale in (left, right, output)):
+    if left.constant is not None and right.constant is not None and output.constant is not None:
         factor = node.constant(left.constant * right.constant / output.constant).expr
     else:
         factor = relax.op.divide(relax.op.multiply(left.expr, right.expr), output.expr)

@@ -214,7 +214,7 @@ def _parameters(node: Node, layer: _Layer, number: int, dtype: str) -> tuple[dic
         if reset_late:
             # The reset gate scales the recurrent bias too, so that one stays in the step.
             bias, candidate_bias = parts
-        elif all(part.constant is not None for part in parts):
+        elif parts[0].constant is not None and parts[1].constant is not None:
             bias = node.constant(parts[0].constant + parts[1].constant)
         else:
             bias = node.emit(relax.op.add(parts[0].expr, parts[1].expr))
@@ -247,7 +247,7 @@ def _run(
         values["lengths"] = node.cast(node.reshape(lengths, (lengths.shape[0], 1)), "int64")
     length = data.shape[0]
 
-    def at(index: Value, before: Sequence[Value], captured: Mapping[str, AnyValue]) -> tuple[list[Value], Value]:
+    def at(index: Value, before: Sequence[Value], captured: Mapping[str, AnyValue]) -> tuple[Sequence[Value], Value]:
         """Return the state after the step `index` and the row of Y that it makes."""
         parameters = _Parameters({name: value for name, value in captured.items() if isinstance(value, Value)})
         time = index
