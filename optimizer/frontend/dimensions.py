@@ -51,7 +51,13 @@ def provably_equal(left: Dimension, right: Dimension) -> bool:
     """Return whether two dimensions are equal for all values of their symbols."""
     if isinstance(left, int) and isinstance(right, int):
         return left == right
-    return bool(_ANALYZER.can_prove_equal(as_expression(left), as_expression(right)))
+    if _ANALYZER.can_prove_equal(as_expression(left), as_expression(right)):
+        return True
+    if not isinstance(left, tirx.Mul) and not isinstance(right, tirx.Mul):
+        return False
+    number, factors = _factored((left,))  # TVM does not see that a * b * a and a * a * b are equal
+    other_number, others = _factored((right,))
+    return number == other_number and len(factors) == len(others) and not _without(others, factors)
 
 
 def product(shape: Iterable[Dimension]) -> Dimension:
@@ -69,13 +75,7 @@ def quotient(shape: Iterable[Dimension], divisors: Iterable[Dimension]) -> Dimen
     """
     number, factors = _factored(shape)
     divisor, remaining = _factored(divisors)
-    kept: list[tvm.ir.Expr] = []
-    for factor in remaining:
-        match = next((index for index, other in enumerate(factors) if provably_equal(factor, other)), None)
-        if match is None:
-            kept.append(factor)
-        else:
-            del factors[match]
+    kept, factors = _without(remaining, factors), _without(factors, remaining)
     common = math.gcd(number, divisor) or 1
     top, bottom = product([number // common, *factors]), product([divisor // common, *kept])
     if isinstance(bottom, int) and bottom in (0, 1):
@@ -87,16 +87,26 @@ def _factored(shape: Iterable[Dimension]) -> tuple[int, list[tvm.ir.Expr]]:
     """Return the product of dimensions as an integer and factors without an integer factor of their own."""
     number, factors, waiting = 1, [], list(shape)
     while waiting:
-        dimension = simplified(waiting.pop())
+        dimension = simplified(waiting.pop(0))
         if isinstance(dimension, int):
             number *= dimension
         elif isinstance(dimension, tirx.Mul):
-            waiting += [dimension.a, dimension.b]
+            waiting = [dimension.a, dimension.b, *waiting]
         else:
             common = _integer_factor(dimension)
             number *= common
             factors.append(as_expression(simplified(tirx.floordiv(dimension, tirx.IntImm("int64", common)))))
     return number, factors
+
+
+def _without(factors: Sequence[tvm.ir.Expr], removed: Sequence[tvm.ir.Expr]) -> list[tvm.ir.Expr]:
+    """Return `factors` less those that equal one of `removed`, each taken once."""
+    kept = list(factors)
+    for factor in removed:
+        match = next((index for index, other in enumerate(kept) if provably_equal(factor, other)), None)
+        if match is not None:
+            del kept[match]
+    return kept
 
 
 def _integer_factor(expression: tvm.ir.Expr) -> int:

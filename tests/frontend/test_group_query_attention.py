@@ -1,0 +1,125 @@
+"""GroupQueryAttention against onnxruntime: prompts, decoding, chunks, ragged and padded rows, and every option."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import pytest
+
+from optimizer.errors import UnsupportedModelError
+from optimizer.frontend.importer import import_model
+from tests.frontend.comparison import assert_close, node_model, ours, theirs
+
+HEADS, GROUPS, SIZE = 4, 2, 16
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call: new tokens, the past's buffer length (None: no past), the total length, each row's last position."""
+
+    length: int
+    past: int | None
+    total: int
+    last: tuple[int, ...]
+    packed: bool = False
+    rotary: int = 0  # number of angles; 0 for no rotary embedding
+    dtype: str = "float32"
+    extra: dict[str, tuple[int, ...]] = field(default_factory=dict)  # further inputs from cos_cache on, by shape
+    attributes: dict[str, int | float] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ("output", "present_key", "present_value")
+    tolerance: float = 1.0
+
+
+STEPS = {
+    "prompt_without_past": Step(3, None, 3, (2, 2)),
+    "padded_prompt": Step(3, None, 3, (2, 1)),
+    "padded_prompt_into_buffer": Step(3, 8, 3, (2, 1), rotary=8),
+    "decode_with_growing_past": Step(1, 4, 5, (4, 4), rotary=8),
+    "decode_of_ragged_rows": Step(1, 4, 5, (4, 2), rotary=8),
+    "decode_in_buffer": Step(1, 8, 5, (4, 3), rotary=8),
+    "chunk_after_past": Step(3, 4, 7, (6,), rotary=8),
+    "chunk_rotated_in_part_and_interleaved": Step(3, 4, 7, (6,), rotary=8, attributes={"rotary_interleaved": 1}),
+    "packed": Step(3, 4, 7, (6,), packed=True, rotary=8),
+    "window": Step(6, 4, 10, (9,), attributes={"local_window_size": 3}),
+    "window_of_padded_prompt": Step(6, None, 6, (5, 1), attributes={"local_window_size": 2}),
+    "soft_cap_and_scale": Step(3, 4, 7, (6,), attributes={"softcap": 5.0, "scale": 0.3}),
+    "smooth_softmax": Step(3, 4, 7, (6,), attributes={"smooth_softmax": 1}),
+    "head_sink": Step(3, 4, 7, (6,), extra={"_cos": (), "_sin": (), "_positions": (), "_bias": (), "sink": (HEADS,)}),
+    "bias": Step(1, 8, 5, (4,), extra={"_cos": (), "_sin": (), "_positions": (), "bias": (1, 1, 1, 5)}),
+    "not_causal": Step(3, None, 3, (2, 1), attributes={"causal": 0}),
+    "scores": Step(
+        3,
+        4,
+        7,
+        (6,),
+        attributes={"qk_output": 1, "softcap": 2.0},
+        outputs=("output", "present_key", "present_value", "scores"),
+    ),
+    "probabilities": Step(
+        1,
+        8,
+        5,
+        (4,),
+        attributes={"qk_output": 2},
+        outputs=("output", "present_key", "present_value", "probabilities"),
+    ),
+    # onnxruntime rotates and multiplies in 16 bits; we in 32.
+    "half_precision": Step(3, 4, 7, (6,), rotary=8, dtype="float16", tolerance=4.0),
+}
+
+
+def inputs_of(step: Step) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(5)
+    batch = len(step.last)
+
+    def draw(*shape: int) -> np.ndarray:
+        return random.normal(size=shape).astype(step.dtype)
+
+    absent = np.zeros(0)
+    if step.packed:
+        inputs = {"query": draw(batch, step.length, (HEADS + 2 * GROUPS) * SIZE), "_key": absent, "_value": absent}
+    else:
+        inputs = {name: draw(batch, step.length, GROUPS * SIZE) for name in ("key", "value")}
+        inputs = {"query": draw(batch, step.length, HEADS * SIZE), **inputs}
+    if step.past is None:
+        inputs |= {"_past_key": absent, "_past_value": absent}
+    else:
+        inputs |= {name: draw(batch, GROUPS, step.past, SIZE) for name in ("past_key", "past_value")}
+    inputs |= {"last": np.array(step.last, np.int32), "total": np.array(step.total, np.int32)}
+    if step.rotary:
+        angles = random.uniform(0, 6, size=(16, step.rotary))
+        inputs |= {"cosines": np.cos(angles).astype(step.dtype), "sines": np.sin(angles).astype(step.dtype)}
+    return inputs | {name: draw(*shape) if shape else absent for name, shape in step.extra.items()}
+
+
+def model_of(step: Step, **options: object) -> onnx.ModelProto:
+    heads = {"num_heads": HEADS, "kv_num_heads": GROUPS, "do_rotary": int(step.rotary > 0)}
+    return node_model("GroupQueryAttention", inputs_of(step), step.outputs, **heads, **step.attributes, **options)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_matches_onnxruntime(name: str):
+    step = STEPS[name]
+    model, inputs = model_of(step), inputs_of(step)
+    fed = {value.name: inputs[value.name] for value in model.graph.input}
+    assert_close(ours(model)(fed), theirs(model)(fed), step.tolerance)
+
+
+def test_one_import_serves_all_lengths():
+    steps = [STEPS[name] for name in ("padded_prompt_into_buffer", "decode_of_ragged_rows", "decode_in_buffer")]
+    dynamic = dict.fromkeys(("query", "key", "value"), ("batch", "length", None))
+    shapes = {name: (*shape[:2], HEADS * SIZE if name == "query" else GROUPS * SIZE) for name, shape in dynamic.items()}
+    shapes |= dict.fromkeys(("past_key", "past_value"), ("batch", GROUPS, "past", SIZE))
+    model = model_of(steps[0], shapes={**shapes, "last": ("batch",)})
+    run, reference = ours(model), theirs(model)
+    for step in steps:
+        inputs = inputs_of(step)
+        assert_close(run(inputs), reference(inputs))
+
+
+def test_quantized_cache_is_refused():
+    step = Step(1, 4, 5, (4,), rotary=8, extra={"_p": (), "_b": (), "_s": (), "key_scale": (1,), "value_scale": (1,)})
+    with pytest.raises(UnsupportedModelError, match="k_scale, v_scale"):
+        import_model(model_of(step))
