@@ -59,27 +59,64 @@ def grid_sample(node: Node) -> Result:
     operands = [node.cast(value, dtype).expr for value in (data, grid)]
 
     def sample(image: te.Tensor, places: te.Tensor) -> te.Tensor:
+        axes = [
+            _axis_taps(places, rank - 1 - axis, _Border(image.shape[2 + axis], padding, dtype, aligned=aligned), mode)
+            for axis in range(rank)
+        ]
+        count = len(_TAPS[mode](tirx.const(0, dtype), dtype))
+
         def element(batch: tirx.Expr, channel: tirx.Expr, *output: tirx.Expr) -> tirx.Expr:
-            axes: list[list[tuple[tirx.Expr, tirx.Expr, tirx.Expr]]] = []
-            for axis in range(rank):
-                border = _Border(image.shape[2 + axis], padding, dtype, aligned=aligned)
-                place = border.position(places(batch, *output, rank - 1 - axis))
-                place = border.folded(te.nearbyint(place) if mode == "nearest" else place)
-                base = te.floor(place)
-                taps = _TAPS[mode](place - base, dtype)
-                axes.append([(*border.pixel(base + tirx.const(offset, dtype)), weight) for offset, weight in taps])
             total: tirx.Expr = tirx.const(0, dtype)
-            for pixels in itertools.product(*axes):
-                value = image(batch, channel, *[index for index, _, _ in pixels])
-                inside = tirx.all(*[condition for _, condition, _ in pixels])
-                for _, _, weight in pixels:
-                    value = value * weight
+            for taps in itertools.product(range(count), repeat=rank):
+                pixel = [index(batch, *output, tap) for (index, _), tap in zip(axes, taps, strict=True)]
+                value = image(batch, channel, *pixel)
+                for (_, weight), tap in zip(axes, taps, strict=True):
+                    value = value * weight(batch, *output, tap)
+                inside = tirx.all(*[index >= 0 for index in pixel])
                 total = total + tirx.if_then_else(inside, value, tirx.const(0, dtype))
             return total
 
         return te.compute((*image.shape[:2], *places.shape[1:-1]), element, name="grid_sample")
 
     return cast(node.compute(sample, *operands).expr, dtype, data.dtype)
+
+
+def _axis_taps(places: te.Tensor, column: int, border: _Border, mode: str) -> tuple[te.Tensor, te.Tensor]:
+    """Return, for each output and tap along one axis, the pixel (-1 for none) and its weight.
+
+    Every step is a stage of its own: as one expression, the reflections of reflections take minutes to simplify.
+    """
+    dtype = str(places.dtype)
+    shape = places.shape[:-1]
+    zero = tirx.const(0, dtype)
+    count = len(_TAPS[mode](zero, dtype))
+    raw = te.compute(shape, lambda *at: border.position(places(*at, column)), name="position")
+
+    def fold(*at: tirx.Expr) -> tirx.Expr:
+        if mode == "cubic":
+            # As in PyTorch and onnxruntime, it is the four pixels that move inside, not the position between them.
+            return raw(*at)
+        return border.folded(te.nearbyint(raw(*at)) if mode == "nearest" else raw(*at))
+
+    folded = te.compute(shape, fold, name="folded")
+
+    def pick(values: list[tirx.Expr], tap: tirx.Expr) -> tirx.Expr:
+        chosen = values[-1]
+        for number, value in enumerate(values[:-1]):
+            chosen = tirx.Select(tap == number, value, chosen)
+        return chosen
+
+    def tap_position(*at: tirx.Expr) -> tirx.Expr:
+        offsets = [tirx.const(offset, dtype) for offset, _ in _TAPS[mode](zero, dtype)]
+        return te.floor(folded(*at[:-1])) + pick(offsets, at[-1])
+
+    def tap_weight(*at: tirx.Expr) -> tirx.Expr:
+        fraction = folded(*at[:-1]) - te.floor(folded(*at[:-1]))
+        return pick([weight for _, weight in _TAPS[mode](fraction, dtype)], at[-1])
+
+    wanted = te.compute((*shape, count), tap_position, name="tap_position")
+    pixels = te.compute((*shape, count), lambda *at: border.pixel(wanted(*at)), name="tap_pixel")
+    return pixels, te.compute((*shape, count), tap_weight, name="tap_weight")
 
 
 class _Border:
@@ -124,14 +161,14 @@ class _Border:
         reflected = tirx.Select(from_low, self._low + rest, self._high - rest)
         return tirx.Select(tirx.any(below, position > self._high), reflected, position)
 
-    def pixel(self, position: tirx.Expr) -> tuple[tirx.Expr, tirx.Expr]:
-        """Return the index of a whole position, moved inside, and whether the pixel there counts."""
-        inside = tirx.all(position >= self._number(0.0), position <= self._length - self._number(1.0))
-        if self._padding == "reflection":
-            position = self._reflected(position)
-        limited = tirx.min(tirx.max(position, self._number(0.0)), self._length - self._number(1.0))
-        index = tirx.Cast("int64", limited)
-        return index, inside if self._padding == "zeros" else tirx.const(1, "bool")
+    def pixel(self, position: tirx.Expr) -> tirx.Expr:
+        """Return the index of a whole position, moved inside; -1 if zero stands there."""
+        zero, last = self._number(0.0), self._length - self._number(1.0)
+        moved = self._reflected(position) if self._padding == "reflection" else position
+        index = tirx.Cast("int64", tirx.min(tirx.max(moved, zero), last))
+        if self._padding != "zeros":
+            return index
+        return tirx.Select(tirx.all(position >= zero, position <= last), index, tirx.const(-1, "int64"))
 
 
 def _nearest_taps(_: tirx.Expr, dtype: str) -> list[tuple[int, tirx.Expr]]:
