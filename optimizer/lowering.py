@@ -42,6 +42,9 @@ _FINISH = (
     relax.transform.AttachGlobalSymbol,
 )
 
+# TVM's elimination of common subexpressions fails on vectors of booleans; LLVM and nvcc do the same later.
+_CODE_GENERATION = {"tirx.disable_cse_tir": True}
+
 
 @dataclass(frozen=True)
 class LoweredModule:
@@ -78,7 +81,7 @@ def _is_scalar(parameter: tirx.Var) -> bool:
 def build(module: tvm.IRModule, target: Target) -> relax.VMExecutable:
     """Generate code for a module whose TIR functions are scheduled."""
     tvm_target = target.tvm_target()
-    with tvm_target, generating_source():
+    with tvm_target, generating_source(), tvm.transform.PassContext(config=_CODE_GENERATION):
         for transform in _FINISH:
             module = transform()(module)
         return relax.build(module, tvm_target, relax_pipeline=None)
