@@ -58,12 +58,24 @@ def _reduced(
     transform: Callable[[tirx.Expr], tirx.Expr],
 ) -> te.Tensor:
     """Return the reduction of `transform(element)` over each window; elements in the padding count as `padding`."""
+    reached = [
+        (output - 1) * stride + extent
+        for output, stride, extent in zip(windows.output, windows.strides, windows.extents, strict=True)
+    ]
+
+    def padded_element(batch: tirx.Expr, channel: tirx.Expr, *places: tirx.Expr) -> tirx.Expr:
+        positions = [place - begin for place, begin in zip(places, windows.pads_begin, strict=True)]
+        value = transform(data(batch, channel, *positions))
+        return tirx.if_then_else(windows.inside(positions), value, padding)
+
+    # Padding is a stage of its own, so that the reduction has the form of every other pooling.
+    padded = te.compute((*data.shape[:2], *[as_expression(size) for size in reached]), padded_element, name="padded")
     offsets = windows.reduce_axes()
 
     def element(batch: tirx.Expr, channel: tirx.Expr, *outputs: tirx.Expr) -> tirx.Expr:
-        positions = windows.positions(outputs, [offset.var for offset in offsets])
-        value = transform(data(batch, channel, *positions))
-        return reduction(tirx.if_then_else(windows.inside(positions), value, padding), axis=offsets)
+        steps = zip(outputs, windows.strides, offsets, windows.dilations, strict=True)
+        places = [output * stride + offset * dilation for output, stride, offset, dilation in steps]
+        return reduction(padded(batch, channel, *places), axis=offsets)
 
     return te.compute((*data.shape[:2], *windows.output), element, name="pool")
 
