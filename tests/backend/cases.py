@@ -20,12 +20,21 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 from onnx.backend.test import loader
+from onnx.backend.test.case.test_case import TestCase
 
 NODE, MODEL, LIGHT = "node", "model", "light"
 _MODEL_KINDS = ("simple", "pytorch-converted", "pytorch-operator")
 # The types of numpy itself: the suite's tensors of other types (bfloat16, 8-bit and 4-bit numbers) are not counted
 # among the plain ones.
-_NUMPY_TYPES = frozenset("float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool".split())
+_NUMPY_TYPES = frozenset(
+    [
+        *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
+        "float16",
+        "float32",
+        "float64",
+        "bool",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class BackendCase:
 def node_cases() -> tuple[BackendCase, ...]:
     """Return all node cases of the installed onnx."""
     path = Path(tempfile.gettempdir()) / f"onnx-backend-node-cases-{onnx.__version__}-{os.getuid()}.pickle"
-    with open(f"{path}.lock", "w") as lock:
+    with Path(f"{path}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             unfinished = path.with_suffix(".unfinished")
@@ -105,8 +114,8 @@ def _generated_node_cases() -> Iterator[tuple[object, ...]]:
             yield test.name, NODE, test.model.SerializeToString(), inputs, outputs, test.rtol, test.atol
 
 
-def _stored(test: object) -> Iterator[BackendCase]:
-    directory = Path(test.model_dir)
+def _stored(test: TestCase) -> Iterator[BackendCase]:
+    directory = Path(test.model_dir or "")
     model = onnx.load(directory / "model.onnx")
     for index, data in enumerate(sorted(directory.glob("test_data_set_*"))):
         name = test.name if index == 0 else f"{test.name}_{index}"

@@ -47,7 +47,7 @@ def judge(case: BackendCase, prepare: Callable[[onnx.ModelProto], Run] = optimiz
     except UnsupportedModelError as error:
         reasons = [f"{blocker.operator}: {blocker.reason}" for blocker in error.blockers]
         return Outcome(REFUSED, "; ".join(dict.fromkeys(reasons)) or str(error))
-    except Exception as error:  # noqa: BLE001 - any other error is a defect of ours, reported as such
+    except Exception as error:
         lines = str(error).strip().splitlines()
         return Outcome(WRONG, f"{type(error).__name__}: {lines[-1] if lines else ''}")
     difference = first_difference(outputs, case)
@@ -70,9 +70,10 @@ def first_difference(outputs: Sequence[object], case: BackendCase) -> str:
 
 def _run(case: BackendCase, prepare: Callable[[onnx.ModelProto], Run]) -> list[np.ndarray]:
     model = case.model
-    names = [value.name for value in model.graph.input]
-    given = {name: item for name, item in zip(names, case.inputs, strict=False) if item is not None}
-    outputs = prepare(model)({name: _stored(np.asarray(item)) for name, item in given.items()})
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    names = [value.name for value in model.graph.input if value.name not in initializers]
+    given = zip(names, case.inputs, strict=False)
+    outputs = prepare(model)({name: _stored(np.asarray(item)) for name, item in given if item is not None})
     return [_typed(outputs[value.name], value.type.tensor_type.elem_type) for value in model.graph.output]
 
 
@@ -92,7 +93,7 @@ def _difference(given: np.ndarray, expected: np.ndarray, case: BackendCase) -> s
     if given.shape != expected.shape:
         return f"shape {given.shape} instead of {expected.shape}"
     rtol = case.rtol
-    if not np.issubdtype(given.dtype, np.number) and given.dtype.kind == "V" or given.dtype.name == "bfloat16":
+    if (not np.issubdtype(given.dtype, np.number) and given.dtype.kind == "V") or given.dtype.name == "bfloat16":
         if given.dtype == ml_dtypes.bfloat16:
             rtol = max(rtol, _BFLOAT16_RTOL)
         given, expected = given.astype(np.float32), expected.astype(np.float32)

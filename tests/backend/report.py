@@ -10,7 +10,8 @@ import argparse
 import multiprocessing
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -32,10 +33,11 @@ def onnxruntime_passes() -> frozenset[str]:
     return frozenset(line for line in lines if line and not line.startswith("#"))
 
 
-def run_cases(cases: Sequence[BackendCase], processes: int = 2, prepare: Prepare = optimized) -> dict[str, Outcome]:
+def run_cases(
+    cases: Sequence[BackendCase], processes: int = 2, prepare: Prepare = optimized
+) -> Iterator[tuple[str, Outcome]]:
     """Judge cases in worker processes; one that crashes or takes too long is replaced by a new one."""
     waiting = list(reversed(cases))
-    outcomes: dict[str, Outcome] = {}
     workers = [_Worker(prepare) for _ in range(min(processes, max(len(waiting), 1)))]
     try:
         while waiting or any(worker.case for worker in workers):
@@ -47,11 +49,10 @@ def run_cases(cases: Sequence[BackendCase], processes: int = 2, prepare: Prepare
                 name = worker.case.name if worker.case else ""
                 outcome = worker.outcome()
                 if outcome is not None:
-                    outcomes[name] = outcome
+                    yield name, outcome
     finally:
         for worker in workers:
             worker.stop()
-    return outcomes
 
 
 class _Worker:
@@ -94,11 +95,9 @@ class _Worker:
         return Outcome(WRONG, reason)
 
     def _launch(self) -> None:
-        self.connection: Connection
-        self._process: BaseProcess
         context = multiprocessing.get_context("fork")
         self.connection, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, self._prepare), daemon=True)
+        self._process: BaseProcess = context.Process(target=_serve, args=(other, self._prepare), daemon=True)
         self._process.start()
         other.close()
 
@@ -151,7 +150,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases with this text in their name or operators")
     parser.add_argument("--kind", choices=(NODE, MODEL, LIGHT), help="only this kind of case")
     parser.add_argument("--jobs", type=int, default=2, help="worker processes")
-    parser.add_argument("--unoptimized", action="store_true", help="run the imported module without passes and schedules")
+    parser.add_argument(
+        "--unoptimized", action="store_true", help="run the imported module without passes and schedules"
+    )
     parser.add_argument("--output", type=Path, help="write the list of cases that are not right to this file")
     options = parser.parse_args()
     wanted = options.only.lower()
@@ -162,7 +163,9 @@ def main() -> None:
         and (wanted in case.name.lower() or wanted in (operator.lower() for operator in case.operators))
     ]
     began = time.monotonic()
-    outcomes = run_cases(cases, options.jobs, unoptimized if options.unoptimized else optimized)
+    outcomes: dict[str, Outcome] = {}
+    with suppress(KeyboardInterrupt):  # what is done by then is reported
+        outcomes.update(run_cases(cases, options.jobs, unoptimized if options.unoptimized else optimized))
     listed = by_operator(cases, outcomes)
     summary = [*counts(cases, outcomes), f"{time.monotonic() - began:.0f} s"]
     if options.output:

@@ -50,9 +50,7 @@ def shrink(node: Node) -> Result:
     if "int" in dtype and (bias != int(bias) or limit != int(limit)):
         raise node.unsupported("integer input with a fractional bias or lambd is not supported")
     bias_scalar, limit_scalar = node.scalar(bias, dtype), node.scalar(limit, dtype)
-    above = relax.op.where(
-        relax.op.greater(x, limit_scalar), relax.op.subtract(x, bias_scalar), node.scalar(0, dtype)
-    )
+    above = relax.op.where(relax.op.greater(x, limit_scalar), relax.op.subtract(x, bias_scalar), node.scalar(0, dtype))
     return relax.op.where(relax.op.less(x, node.scalar(-limit, dtype)), relax.op.add(x, bias_scalar), above)
 
 
@@ -76,9 +74,7 @@ def _elu(node: Node, x: relax.Expr) -> relax.Expr:
 
 def _selu(node: Node, x: relax.Expr) -> relax.Expr:
     gamma = node.float("gamma", _SELU_GAMMA)
-    return relax.op.multiply(
-        _exponential_below_zero(x, node.float("alpha", _SELU_ALPHA), 1.0), _scalar(gamma, x)
-    )
+    return relax.op.multiply(_exponential_below_zero(x, node.float("alpha", _SELU_ALPHA), 1.0), _scalar(gamma, x))
 
 
 def _celu(node: Node, x: relax.Expr) -> relax.Expr:
@@ -95,11 +91,11 @@ def _exponential_below_zero(x: relax.Expr, factor: float, divisor: float) -> rel
     return relax.op.where(relax.op.greater(x, _scalar(0, x)), x, relax.op.multiply(_scalar(factor, x), curve))
 
 
-def _sigmoid(node: Node, x: relax.Expr) -> relax.Expr:
+def _sigmoid(_: Node, x: relax.Expr) -> relax.Expr:
     return relax.op.sigmoid(x)
 
 
-def _tanh(node: Node, x: relax.Expr) -> relax.Expr:
+def _tanh(_: Node, x: relax.Expr) -> relax.Expr:
     return relax.op.tanh(x)
 
 
@@ -107,7 +103,7 @@ def _hard_sigmoid(node: Node, x: relax.Expr) -> relax.Expr:
     return _clipped_line(x, node.float("alpha", 0.2), node.float("beta", 0.5))
 
 
-def _hard_swish(node: Node, x: relax.Expr) -> relax.Expr:
+def _hard_swish(_: Node, x: relax.Expr) -> relax.Expr:
     return relax.op.multiply(x, _clipped_line(x, 1 / 6, 0.5))
 
 
@@ -116,7 +112,7 @@ def _clipped_line(x: relax.Expr, slope: float, offset: float) -> relax.Expr:
     return relax.op.minimum(relax.op.maximum(line, _scalar(0, x)), _scalar(1, x))
 
 
-def _softsign(node: Node, x: relax.Expr) -> relax.Expr:
+def _softsign(_: Node, x: relax.Expr) -> relax.Expr:
     return relax.op.divide(x, relax.op.add(relax.op.abs(x), _scalar(1, x)))
 
 

@@ -102,7 +102,7 @@ def _float_remainder(left: te.Tensor, right: te.Tensor, truncated: bool) -> te.T
 
 @converter("BitShift", since=11)
 def bit_shift(node: Node) -> Result:
-    """Convert BitShift: by a negative count, or by the type's width and more, all bits but the sign's copies are lost."""
+    """Convert BitShift: by a negative count, or one of the type's width and more, only copies of the sign are left."""
     left, right = node.broadcast_operands(node.input(0), node.input(1))
     dtype = node.input().dtype
     width = np.dtype(dtype).itemsize * 8

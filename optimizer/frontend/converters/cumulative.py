@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import tvm.ir
 from tvm import relax, te, tirx
-from tvm.script.ir_builder import tirx as T
+from tvm.script.ir_builder import tirx as ir
 
 from optimizer.frontend.converters.kernel_loops import kernel, loops
 from optimizer.frontend.converters.precision import HALF_TYPES
@@ -63,16 +63,16 @@ def _scan(lines: te.Tensor, combine: Combine, identity: int, exclusive: bool, re
 
     def body(source: tirx.Buffer, target: tirx.Buffer) -> None:
         before, length, after = source.shape
-        running = T.alloc_buffer((1,), dtype, scope="local")
+        running = ir.alloc_buffer((1,), dtype, scope="local")
         with loops([before, after]) as (i, k):
-            T.buffer_store(running, tirx.const(identity, dtype), [0])
-            with T.serial(0, length) as step:
+            ir.buffer_store(running, tirx.const(identity, dtype), [0])
+            with ir.serial(0, length) as step:
                 j = length - 1 - step if reverse else step
                 if exclusive:
-                    T.buffer_store(target, running[0], [i, j, k])
-                T.buffer_store(running, combine(running[0], source[i, j, k]), [0])
+                    ir.buffer_store(target, running[0], [i, j, k])
+                ir.buffer_store(running, combine(running[0], source[i, j, k]), [0])
                 if not exclusive:
-                    T.buffer_store(target, running[0], [i, j, k])
+                    ir.buffer_store(target, running[0], [i, j, k])
 
     return kernel([lines], [lines.shape], [dtype], body, "scan")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tvm.ir
 from tvm import relax, te, tirx
-from tvm.script.ir_builder import tirx as T
+from tvm.script.ir_builder import tirx as ir
 
 from optimizer.frontend.converters.kernel_loops import kernel, loops
 from optimizer.frontend.converters.precision import HALF_TYPES
@@ -35,26 +35,26 @@ def _determinants(matrices: te.Tensor) -> te.Tensor:
 
     def body(source: tirx.Buffer, result: tirx.Buffer, work: tirx.Buffer) -> None:
         count, size, _ = source.shape
-        pivot = T.alloc_buffer((1,), _INT64, scope="local")
-        spare = T.alloc_buffer((1,), dtype, scope="local")
+        pivot = ir.alloc_buffer((1,), _INT64, scope="local")
+        spare = ir.alloc_buffer((1,), dtype, scope="local")
         with loops([count]) as (batch,):
             with loops([size, size]) as (i, j):
-                T.buffer_store(work, source[batch, i, j], [batch, i, j])
-            T.buffer_store(result, tirx.const(1, dtype), [batch])
-            with T.serial(0, size) as k:
-                T.buffer_store(pivot, k, [0])
-                with T.serial(0, size - k) as below:
+                ir.buffer_store(work, source[batch, i, j], [batch, i, j])
+            ir.buffer_store(result, tirx.const(1, dtype), [batch])
+            with ir.serial(0, size) as k:
+                ir.buffer_store(pivot, k, [0])
+                with ir.serial(0, size - k) as below:
                     larger = tirx.abs(work[batch, k + below, k]) > tirx.abs(work[batch, pivot[0], k])
-                    with T.If(larger), T.Then():
-                        T.buffer_store(pivot, k + below, [0])
-                with T.If(pivot[0] != k), T.Then():
-                    T.buffer_store(result, -result[batch], [batch])
-                    with T.serial(0, size) as j:
-                        T.buffer_store(spare, work[batch, k, j], [0])
-                        T.buffer_store(work, work[batch, pivot[0], j], [batch, k, j])
-                        T.buffer_store(work, spare[0], [batch, pivot[0], j])
-                T.buffer_store(result, result[batch] * work[batch, k, k], [batch])
-                with T.If(work[batch, k, k] != tirx.const(0, dtype)), T.Then():
+                    with ir.If(larger), ir.Then():
+                        ir.buffer_store(pivot, k + below, [0])
+                with ir.If(pivot[0] != k), ir.Then():
+                    ir.buffer_store(result, -result[batch], [batch])
+                    with ir.serial(0, size) as j:
+                        ir.buffer_store(spare, work[batch, k, j], [0])
+                        ir.buffer_store(work, work[batch, pivot[0], j], [batch, k, j])
+                        ir.buffer_store(work, spare[0], [batch, pivot[0], j])
+                ir.buffer_store(result, result[batch] * work[batch, k, k], [batch])
+                with ir.If(work[batch, k, k] != tirx.const(0, dtype)), ir.Then():
                     _eliminate(work, batch, k, size, spare)
 
     return kernel([matrices], [shape[:1], shape], [dtype, dtype], body, "determinant")[0]
@@ -62,8 +62,8 @@ def _determinants(matrices: te.Tensor) -> te.Tensor:
 
 def _eliminate(work: tirx.Buffer, batch: tirx.Var, k: tirx.Var, size: tvm.ir.Expr, spare: tirx.Buffer) -> None:
     """Subtract multiples of row k from the rows below it, so that nothing is left below the pivot."""
-    with T.serial(0, size - k - 1) as below:
+    with ir.serial(0, size - k - 1) as below:
         row = k + 1 + below
-        T.buffer_store(spare, work[batch, row, k] / work[batch, k, k], [0])
-        with T.serial(0, size) as j:
-            T.buffer_store(work, work[batch, row, j] - spare[0] * work[batch, k, j], [batch, row, j])
+        ir.buffer_store(spare, work[batch, row, k] / work[batch, k, k], [0])
+        with ir.serial(0, size) as j:
+            ir.buffer_store(work, work[batch, row, j] - spare[0] * work[batch, k, j], [batch, row, j])

@@ -139,8 +139,10 @@ def bit_cast(node: Node) -> Result:
     if value.narrow_type is not None or target in NARROW_TYPES:
         raise node.unsupported("types narrower than a byte are not supported")
     dtype = helper.tensor_dtype_to_np_dtype(target).name
+    if value.dtype == "bool" and dtype in ("int8", "uint8"):
+        return relax.op.astype(value.expr, dtype)
     if "bool" in (value.dtype, dtype):
-        raise node.unsupported("booleans are not supported")
+        raise node.unsupported(f"{value.dtype} as {dtype} is not supported")
 
     def reinterpreted(tensor: te.Tensor) -> te.Tensor:
         return te.compute(tensor.shape, lambda *index: tirx.reinterpret(dtype, tensor[index]), name="bit_cast")

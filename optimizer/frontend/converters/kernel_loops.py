@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import tvm.ir
 from tvm import te, tirx
 from tvm.script.ir_builder import IRBuilder
-from tvm.script.ir_builder import tirx as T
+from tvm.script.ir_builder import tirx as ir
 
 Body = Callable[..., None]
 
@@ -20,7 +20,7 @@ def kernel(
 
     def generate(given: Sequence[tirx.Buffer], results: Sequence[tirx.Buffer]) -> tirx.Stmt:
         with IRBuilder() as builder:
-            with T.seq_scope():
+            with ir.seq_scope():
                 body(*given, *results)
             return builder.get()
 
@@ -33,7 +33,7 @@ def loops(extents: Sequence[tvm.ir.Expr], parallel: bool = False) -> Iterator[li
     with ExitStack() as stack:
         variables: list[tirx.Var] = []
         for depth, extent in enumerate(extents):
-            loop = T.parallel if parallel and depth == 0 else T.serial
+            loop = ir.parallel if parallel and depth == 0 else ir.serial
             variables.append(stack.enter_context(loop(0, extent)))
         yield variables
 
@@ -41,7 +41,7 @@ def loops(extents: Sequence[tvm.ir.Expr], parallel: bool = False) -> Iterator[li
 def copy(source: tirx.Buffer, target: tirx.Buffer) -> None:
     """Copy a buffer to another of the same shape."""
     with loops(list(source.shape), parallel=True) as index:
-        T.buffer_store(target, source[tuple(index)], index)
+        ir.buffer_store(target, source[tuple(index)], index)
 
 
 __all__ = ["copy", "kernel", "loops"]

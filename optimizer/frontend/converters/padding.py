@@ -55,9 +55,7 @@ def _padded_by(node: Node, data: Value, pads: Sequence[int], fill: relax.Expr) -
         number = constant.astype(np.float64).item()
         if number == 0 or data.dtype in ("float32", "float64"):
             return node.emit(relax.op.nn.pad(data.expr, widths, "constant", number), data.narrow_type)
-    shape = [
-        simplified(extent + low + high) for extent, low, high in zip(data.shape, before, after, strict=True)
-    ]
+    shape = [simplified(extent + low + high) for extent, low, high in zip(data.shape, before, after, strict=True)]
     return _padded(node, data, relax.const(np.array(before, np.int64)), shape, fill)
 
 
@@ -100,9 +98,11 @@ def _padded(
             if mode != "constant":
                 return tensor(*inner)
             inside = [tirx.all(p >= 0, p < extent) for p, extent in zip(places, tensor.shape, strict=True)]
-            return tirx.Select(tirx.all(*inside, tirx.const(True, "bool")), tensor(*inner), value(*(0 for _ in value.shape)))
+            return tirx.Select(
+                tirx.all(*inside, tirx.const(True, "bool")), tensor(*inner), value(*(0 for _ in value.shape))
+            )
 
-        return te.compute([extent for extent in shape], element, name="pad")
+        return te.compute(list(shape), element, name="pad")
 
     result = node.compute(padded, data.expr, before, fill)
     return node.emit(result.expr, data.narrow_type)

@@ -50,21 +50,25 @@ def _greatest(dtype: str) -> float | int:
     return float("inf") if is_float(dtype) else int(np.iinfo(dtype).max)
 
 
-def _zero(dtype: str) -> int:
+def _zero(_: str) -> int:
     return 0
 
 
-def _one(dtype: str) -> int:
+def _one(_: str) -> int:
     return 1
 
 
+# TVM's own max and min start from the largest finite number, which is wrong where all elements are infinite. The
+# reducers are built from the argument names of a lambda, so tirx.max itself does not do.
+_MAXIMUM = te.comm_reducer(lambda x, y: tirx.max(x, y), lambda dtype: tirx.const(_least(str(dtype)), dtype))  # noqa: PLW0108
+_MINIMUM = te.comm_reducer(lambda x, y: tirx.min(x, y), lambda dtype: tirx.const(_greatest(str(dtype)), dtype))  # noqa: PLW0108
 _PRODUCT = te.comm_reducer(lambda x, y: x * y, lambda dtype: tirx.const(1, dtype))
 _REDUCTIONS = {
     "ReduceL1": _Reduction(relax.op.sum, te.sum, _zero, before=relax.op.abs),
     "ReduceL2": _Reduction(relax.op.sum, te.sum, _zero, before=_square, after=relax.op.sqrt),
     "ReduceLogSum": _Reduction(relax.op.sum, te.sum, _zero, after=relax.op.log),
-    "ReduceMax": _Reduction(relax.op.max, te.max, _least),
-    "ReduceMin": _Reduction(relax.op.min, te.min, _greatest),
+    "ReduceMax": _Reduction(relax.op.max, _MAXIMUM, _least),
+    "ReduceMin": _Reduction(relax.op.min, _MINIMUM, _greatest),
     "ReduceProd": _Reduction(relax.op.prod, _PRODUCT, _one),
     "ReduceSum": _Reduction(relax.op.sum, te.sum, _zero),
     "ReduceSumSquare": _Reduction(relax.op.sum, te.sum, _zero, before=_square),
@@ -186,7 +190,21 @@ def _reduced(
         if not keep:
             shape = [extent for axis, extent in enumerate(data.shape) if axis not in axes.known]
         return node.emit(relax.op.broadcast_to(node.scalar(reduction.identity(data.dtype), data.dtype), shape))
+    if is_float(data.dtype) and reduction.reducer in (_MAXIMUM, _MINIMUM):
+        return node.compute(lambda tensor: _reduced_over(tensor, reduction.reducer, axes.known, keep), data.expr)
     return node.emit(reduction.reduce(data.expr, list(axes.known), keep))
+
+
+def _reduced_over(tensor: te.Tensor, reducer: Reducer, axes: tuple[int, ...], keep: bool) -> te.Tensor:
+    loops = {axis: te.reduce_axis((0, tensor.shape[axis]), f"r{axis}") for axis in axes}
+    kept = [axis for axis in range(len(tensor.shape)) if keep or axis not in loops]
+
+    def element(*index: tirx.Var) -> tvm.ir.Expr:
+        place = {**dict(zip(kept, index, strict=True)), **loops}
+        return reducer(tensor(*(place[axis] for axis in range(len(tensor.shape)))), axis=list(loops.values()))
+
+    shape = [1 if axis in loops else tensor.shape[axis] for axis in kept]
+    return te.compute(shape, element, name="reduced")
 
 
 def _reduced_at_run_time(node: Node, data: Value, axes: Value, reduction: _Reduction, keep: bool) -> TensorValue:
@@ -208,7 +226,9 @@ def _reduced_at_run_time(node: Node, data: Value, axes: Value, reduction: _Reduc
         result = node.emit(relax.op.broadcast_to(node.scalar(reduction.identity(data.dtype), data.dtype), kept))
     else:
         result = node.compute(reduced, data.expr, *lengths)
-    return result if keep else node.emit(relax.op.reshape(result.expr, node.compute_shape(shape_without, shape, axes.expr)))
+    if keep:
+        return result
+    return node.emit(relax.op.reshape(result.expr, node.compute_shape(shape_without, shape, axes.expr)))
 
 
 def _as_type(node: Node, value: Value, dtype: str) -> Value:

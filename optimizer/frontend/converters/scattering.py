@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import tvm.ir
 from tvm import te, tirx
-from tvm.script.ir_builder import tirx as T
+from tvm.script.ir_builder import tirx as ir
 
 from optimizer.frontend.converters.gathering import clipped_index
 from optimizer.frontend.converters.kernel_loops import copy, kernel, loops
@@ -34,10 +34,10 @@ def scatter_elements(node: Node) -> Result:
         copy(data, out)
         extents = list(indices.shape)
         lines = [extent for place, extent in enumerate(extents) if place != axis]
-        with loops(lines, parallel=True) as line, T.serial(0, extents[axis]) as along:
+        with loops(lines, parallel=True) as line, ir.serial(0, extents[axis]) as along:
             index = [*line[:axis], along, *line[axis:]]
             target = [*line[:axis], clipped_index(indices[tuple(index)], data.shape[axis]), *line[axis:]]
-            T.buffer_store(out, combine(out[tuple(target)], updates[tuple(index)]), target)
+            ir.buffer_store(out, combine(out[tuple(target)], updates[tuple(index)]), target)
 
     return _scattered(node, body)
 
@@ -57,7 +57,7 @@ def scatter_nd(node: Node) -> Result:
         with loops(outer) as place, loops(list(data.shape)[depth:]) as rest:
             address = [clipped_index(indices[(*place, k)], data.shape[k]) for k in range(depth)]
             target = [*address, *rest]
-            T.buffer_store(out, combine(out[tuple(target)], updates[(*place, *rest)]), target)
+            ir.buffer_store(out, combine(out[tuple(target)], updates[(*place, *rest)]), target)
 
     return _scattered(node, body)
 

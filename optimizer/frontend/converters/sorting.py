@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tvm.ir
 from tvm import relax, te, tirx
-from tvm.script.ir_builder import tirx as T
+from tvm.script.ir_builder import tirx as ir
 
 from optimizer.frontend.converters.kernel_loops import kernel, loops
 from optimizer.frontend.dimensions import Dimension, product
@@ -60,7 +60,7 @@ def top_k(node: Node) -> Result:
     order = node.compute(_sorted_positions, data.expr, bool(node.integer("largest", 1)))
 
     def first(tensor: te.Tensor, *_: tvm.ir.Expr) -> te.Tensor:
-        return te.compute((lines[0], count, lines[2]), lambda i, j, k: tensor(i, j, k), name="first")
+        return te.compute((lines[0], count, lines[2]), tensor, name="first")
 
     def picked(tensor: te.Tensor, positions: te.Tensor) -> te.Tensor:
         return te.compute(positions.shape, lambda i, j, k: tensor(i, positions(i, j, k), k), name="picked")
@@ -79,33 +79,33 @@ def _sorted_positions(data: te.Tensor, descending: bool) -> te.Tensor:
 
     def body(source: tirx.Buffer, order: tirx.Buffer, spare: tirx.Buffer) -> None:
         before, length, after = source.shape
-        left, right = (T.alloc_buffer((1,), _INT64, scope="local") for _ in range(2))
+        left, right = (ir.alloc_buffer((1,), _INT64, scope="local") for _ in range(2))
         with loops([before, after]) as (i, k):
-            with T.serial(0, length) as j:
-                T.buffer_store(order, j, [i, j, k])
-            with T.serial(0, _MOST_PASSES) as step:
+            with ir.serial(0, length) as j:
+                ir.buffer_store(order, j, [i, j, k])
+            with ir.serial(0, _MOST_PASSES) as step:
                 width = tirx.const(1, _INT64) << step.astype(_INT64)
-                with T.If(width < length), T.Then():
-                    with T.serial(0, tirx.floordiv(length + 2 * width - 1, 2 * width)) as run:
+                with ir.If(width < length), ir.Then():
+                    with ir.serial(0, tirx.floordiv(length + 2 * width - 1, 2 * width)) as run:
                         begin = run * 2 * width
                         middle = tirx.min(begin + width, length)
                         end = tirx.min(begin + 2 * width, length)
-                        T.buffer_store(left, begin, [0])
-                        T.buffer_store(right, middle, [0])
-                        with T.serial(0, end - begin) as place:
+                        ir.buffer_store(left, begin, [0])
+                        ir.buffer_store(right, middle, [0])
+                        with ir.serial(0, end - begin) as place:
                             a = order[i, tirx.min(left[0], length - 1), k]
                             b = order[i, tirx.min(right[0], length - 1), k]
                             precedes = _precedes(source[i, b, k], source[i, a, k], descending)
                             from_right = tirx.any(left[0] >= middle, tirx.all(right[0] < end, precedes))
-                            with T.If(from_right):
-                                with T.Then():
-                                    T.buffer_store(spare, b, [i, begin + place, k])
-                                    T.buffer_store(right, right[0] + 1, [0])
-                                with T.Else():
-                                    T.buffer_store(spare, a, [i, begin + place, k])
-                                    T.buffer_store(left, left[0] + 1, [0])
-                    with T.serial(0, length) as j:
-                        T.buffer_store(order, spare[i, j, k], [i, j, k])
+                            with ir.If(from_right):
+                                with ir.Then():
+                                    ir.buffer_store(spare, b, [i, begin + place, k])
+                                    ir.buffer_store(right, right[0] + 1, [0])
+                                with ir.Else():
+                                    ir.buffer_store(spare, a, [i, begin + place, k])
+                                    ir.buffer_store(left, left[0] + 1, [0])
+                    with ir.serial(0, length) as j:
+                        ir.buffer_store(order, spare[i, j, k], [i, j, k])
 
     shape = data.shape
     return kernel([data], [shape, shape], [_INT64, _INT64], body, "sorted_positions")[0]
@@ -161,11 +161,11 @@ def true_positions(node: Node, flags: Value) -> TensorValue:
 
     def positions(tensor: te.Tensor, number: tvm.ir.Expr) -> te.Tensor:
         def body(source: tirx.Buffer, target: tirx.Buffer) -> None:
-            filled = T.alloc_buffer((1,), _INT64, scope="local")
-            T.buffer_store(filled, tirx.const(0, _INT64), [0])
-            with T.serial(0, source.shape[0]) as i, T.If(source[i]), T.Then():
-                T.buffer_store(target, i, [filled[0]])
-                T.buffer_store(filled, filled[0] + 1, [0])
+            filled = ir.alloc_buffer((1,), _INT64, scope="local")
+            ir.buffer_store(filled, tirx.const(0, _INT64), [0])
+            with ir.serial(0, source.shape[0]) as i, ir.If(source[i]), ir.Then():
+                ir.buffer_store(target, i, [filled[0]])
+                ir.buffer_store(filled, filled[0] + 1, [0])
 
         return kernel([tensor], [(number,)], [_INT64], body, "true_positions")
 

@@ -1,0 +1,55 @@
+"""The ONNX backend suite through our compile and runtime: every case is right, or refused for a reason on record."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.backend.cases import BackendCase, light_cases, model_cases, node_cases
+from tests.backend.exclusions import exclusion_of, exclusions
+from tests.backend.execution import REFUSED, RIGHT, judge
+from tests.backend.report import onnxruntime_passes
+
+_LEAST_SHARE = 0.95  # of the plain node cases that onnxruntime gets right
+
+
+def _check(case: BackendCase) -> None:
+    outcome = judge(case)
+    exclusion = exclusion_of(case.name)
+    if exclusion is None:
+        assert outcome.verdict == RIGHT, f"{outcome.verdict}: {outcome.reason}"
+    else:
+        assert outcome.verdict == REFUSED, f"excluded ({exclusion.reason}), but {outcome.verdict} {outcome.reason}"
+
+
+@pytest.mark.parametrize("case", node_cases(), ids=lambda case: case.name)
+def test_node_case_is_right_or_refused_on_record(case: BackendCase) -> None:
+    _check(case)
+
+
+@pytest.mark.parametrize("case", model_cases(), ids=lambda case: case.name)
+def test_small_model_is_right_or_refused_on_record(case: BackendCase) -> None:
+    _check(case)
+
+
+@pytest.mark.parametrize("case", light_cases(), ids=lambda case: case.name)
+def test_light_model_is_right(case: BackendCase) -> None:
+    outcome = judge(case)
+    assert outcome.verdict == RIGHT, outcome.reason
+
+
+def test_every_exclusion_covers_a_case() -> None:
+    names = [case.name for case in (*node_cases(), *model_cases())]
+    for exclusion in exclusions():
+        assert exclusion.reason
+        for pattern in exclusion.patterns:
+            assert any(type(exclusion)("", (pattern,)).covers(name) for name in names), pattern
+
+
+def test_few_of_the_cases_that_onnxruntime_passes_are_excluded() -> None:
+    passes = onnxruntime_passes()
+    kept = [name for name in passes if exclusion_of(name) is None]
+    assert len(kept) / len(passes) >= _LEAST_SHARE
+
+
+def test_no_light_model_is_excluded() -> None:
+    assert [case.name for case in light_cases() if exclusion_of(case.name)] == []
