@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import tvm
 from tvm import relax, tirx
 
+from optimizer.bound_shapes import cut_blocks_at_bound_shapes
 from schedules import KernelReport, schedule_module
 from schedules.prepack import prepack
 from targets.base import Target
@@ -20,6 +21,7 @@ _LEGALIZE = (
     relax.transform.AnnotateTIROpPattern,
     lambda: _keep_symbolic_functions_apart,
     relax.transform.FoldConstant,
+    lambda: cut_blocks_at_bound_shapes,
     relax.transform.FuseOps,
     relax.transform.FuseTIR,
     relax.transform.DeadCodeElimination,
