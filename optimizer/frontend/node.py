@@ -12,7 +12,7 @@ import tvm.ir
 from onnx import numpy_helper
 from tvm import relax
 
-from optimizer.frontend.dimensions import Dimension, Shape, as_expression, provably_equal, static_shape, static_shape
+from optimizer.frontend.dimensions import Dimension, Shape, as_expression, provably_equal, static_shape
 from optimizer.frontend.value import (
     AnyValue,
     ConstantValue,
@@ -328,9 +328,9 @@ def _broadcast_dimension(dimensions: Sequence[Dimension]) -> Dimension:
             continue
         elif isinstance(result, int) and isinstance(dimension, int) and result != dimension:
             raise UnsupportedNodeError(f"dimensions {result} and {dimension} do not broadcast")
-        elif isinstance(dimension, int):
-            result = dimension
-        elif not isinstance(result, int) and _symbol_count(dimension) > _symbol_count(result):
+        elif isinstance(dimension, int) or (
+            not isinstance(result, int) and _symbol_count(dimension) > _symbol_count(result)
+        ):
             result = dimension
     return result
 

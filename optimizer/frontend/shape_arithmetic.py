@@ -7,6 +7,7 @@ is known for all values of the symbols; anything else is left to the converters.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import tvm.ir
@@ -19,6 +20,9 @@ from optimizer.frontend.value import ConstantValue, IntegerValue, Value, integer
 
 _INTEGER_NAMES: dict[int, str] = {TensorProto.INT64: "int64", TensorProto.INT32: "int32"}
 _MOST_ELEMENTS = 1024  # longer vectors are data, not shapes
+
+Arrays: TypeAlias = "Sequence[np.ndarray]"
+Rule: TypeAlias = "Callable[[Node, Arrays], list[np.ndarray] | None]"
 
 
 def evaluate(node: Node) -> list[Value] | None:
@@ -67,8 +71,8 @@ def _result_dtype(node: Node) -> str | None:
     return node.input(1 if node.operator == "Where" else 0).dtype
 
 
-def _elementwise(function: Callable[..., Dimension | bool | None]) -> Callable[[Node, Sequence[np.ndarray]], list[np.ndarray] | None]:
-    def rule(node: Node, arrays: Sequence[np.ndarray]) -> list[np.ndarray] | None:
+def _elementwise(function: Callable[..., Dimension | bool | None]) -> Rule:
+    def rule(node: Node, arrays: Arrays) -> list[np.ndarray] | None:
         broadcast = np.broadcast_arrays(*arrays)
         result = np.empty(broadcast[0].shape, dtype=object)
         for index in np.ndindex(result.shape):
@@ -94,7 +98,7 @@ def _divide(node: Node, left: Dimension, right: Dimension) -> Dimension | None:
 
 
 def _modulo(node: Node, left: Dimension, right: Dimension) -> Dimension | None:
-    if isinstance(right, int) and right <= 0 or node.integer("fmod", 0):
+    if (isinstance(right, int) and right <= 0) or node.integer("fmod", 0):
         return None
     return tirx.floormod(as_expression(left), as_expression(right))
 
@@ -104,7 +108,7 @@ def _holds(node: Node, condition: tvm.ir.Expr) -> bool:
 
 
 def _extremum(choose: Callable[..., Dimension]) -> Callable[..., Dimension]:
-    def function(node: Node, *elements: Dimension) -> Dimension:
+    def function(_: Node, *elements: Dimension) -> Dimension:
         result = elements[0]
         for element in elements[1:]:
             result = choose(as_expression(result), as_expression(element))
@@ -125,12 +129,12 @@ def _compare(
     return function
 
 
-def _where(node: Node, condition: object, yes: Dimension, no: Dimension) -> Dimension:
+def _where(_: Node, condition: object, yes: Dimension, no: Dimension) -> Dimension:
     return yes if bool(condition) else no
 
 
 _COMPARISONS = {
-    "Equal": _compare(lambda a, b: tirx.EQ(a, b), lambda a, b: tirx.any(a < b, a > b)),
+    "Equal": _compare(tirx.EQ, lambda a, b: tirx.any(a < b, a > b)),
     "Less": _compare(lambda a, b: a < b, lambda a, b: a >= b),
     "LessOrEqual": _compare(lambda a, b: a <= b, lambda a, b: a > b),
     "Greater": _compare(lambda a, b: a > b, lambda a, b: a <= b),
@@ -145,13 +149,13 @@ def _constant_vector(node: Node, index: int) -> list[int] | None:
     return [int(i) for i in value.constant.ravel()] if isinstance(value, ConstantValue) else None
 
 
-def _gather(node: Node, arrays: Sequence[np.ndarray]) -> list[np.ndarray] | None:
+def _gather(node: Node, arrays: Arrays) -> list[np.ndarray] | None:
     if node.input(1).constant is None:
         return None
     return [np.asarray(np.take(arrays[0], arrays[1].astype(np.int64), axis=node.integer("axis", 0)), dtype=object)]
 
 
-def _slice(node: Node, arrays: Sequence[np.ndarray]) -> list[np.ndarray] | None:
+def _slice(node: Node, arrays: Arrays) -> list[np.ndarray] | None:
     data = arrays[0]
     if node.has_attribute("starts"):
         starts, ends = node.integers("starts"), node.integers("ends")
@@ -170,38 +174,38 @@ def _slice(node: Node, arrays: Sequence[np.ndarray]) -> list[np.ndarray] | None:
     return [data[tuple(index)]]
 
 
-def _concat(node: Node, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _concat(node: Node, arrays: Arrays) -> list[np.ndarray]:
     return [np.concatenate(arrays, axis=node.integer("axis"))]
 
 
-def _squeeze(node: Node, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _squeeze(node: Node, arrays: Arrays) -> list[np.ndarray]:
     axes = node.axes_argument()
     return [np.squeeze(arrays[0], None if axes is None else tuple(axes))]
 
 
-def _unsqueeze(node: Node, arrays: Sequence[np.ndarray]) -> list[np.ndarray] | None:
+def _unsqueeze(node: Node, arrays: Arrays) -> list[np.ndarray] | None:
     axes = node.integers("axes") if node.has_attribute("axes") else _constant_vector(node, 1)
     return None if axes is None else [np.expand_dims(arrays[0], tuple(axes))]
 
 
-def _reshape(node: Node, arrays: Sequence[np.ndarray]) -> list[np.ndarray] | None:
+def _reshape(node: Node, arrays: Arrays) -> list[np.ndarray] | None:
     shape = _constant_vector(node, 1)
     return None if shape is None or 0 in shape else [arrays[0].reshape(shape)]
 
 
-def _expand(node: Node, arrays: Sequence[np.ndarray]) -> list[np.ndarray] | None:
+def _expand(node: Node, arrays: Arrays) -> list[np.ndarray] | None:
     shape = _constant_vector(node, 1)
     if shape is None:
         return None
     return [np.broadcast_to(arrays[0], np.broadcast_shapes(arrays[0].shape, tuple(shape)))]
 
 
-def _identity(node: Node, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _identity(_: Node, arrays: Arrays) -> list[np.ndarray]:
     return [arrays[0]]
 
 
-def _reduce(combine: Callable[[Dimension, Dimension], Dimension]) -> Callable[[Node, Sequence[np.ndarray]], list[np.ndarray] | None]:
-    def rule(node: Node, arrays: Sequence[np.ndarray]) -> list[np.ndarray] | None:
+def _reduce(combine: Callable[[Dimension, Dimension], Dimension]) -> Rule:
+    def rule(node: Node, arrays: Arrays) -> list[np.ndarray] | None:
         data = arrays[0]
         axes = node.axes_argument()
         if data.ndim != 1 or data.size == 0 or (axes is not None and axes != [0]):
@@ -214,7 +218,7 @@ def _reduce(combine: Callable[[Dimension, Dimension], Dimension]) -> Callable[[N
     return rule
 
 
-def _split(node: Node, arrays: Sequence[np.ndarray]) -> list[np.ndarray] | None:
+def _split(node: Node, arrays: Arrays) -> list[np.ndarray] | None:
     sizes = node.integers("split") if node.has_attribute("split") else _constant_vector(node, 1)
     axis = node.integer("axis", 0)
     length = arrays[0].shape[axis]
@@ -224,7 +228,7 @@ def _split(node: Node, arrays: Sequence[np.ndarray]) -> list[np.ndarray] | None:
     return np.split(arrays[0], np.cumsum(sizes)[:-1], axis=axis) if sum(sizes) == length else None
 
 
-def _range(node: Node, arrays: Sequence[np.ndarray]) -> list[np.ndarray] | None:
+def _range(_: Node, arrays: Arrays) -> list[np.ndarray] | None:
     start, limit, step = (array.item() for array in arrays)
     length = simplified(limit - start)
     if not isinstance(length, int) or not isinstance(step, int) or step == 0:
@@ -232,9 +236,9 @@ def _range(node: Node, arrays: Sequence[np.ndarray]) -> list[np.ndarray] | None:
     return [_array(*(start + offset for offset in range(0, length, step)), vector=True)]
 
 
-_RULES: dict[str, Callable[[Node, Sequence[np.ndarray]], list[np.ndarray] | None]] = {
+_RULES: dict[str, Rule] = {
     "Abs": _elementwise(lambda node, a: a if _holds(node, as_expression(a) >= 0) else None),
-    "Add": _elementwise(lambda node, a, b: a + b),
+    "Add": _elementwise(lambda _, a, b: a + b),
     "Cast": _identity,
     "Concat": _concat,
     "Div": _elementwise(_divide),
@@ -244,8 +248,8 @@ _RULES: dict[str, Callable[[Node, Sequence[np.ndarray]], list[np.ndarray] | None
     "Max": _elementwise(_extremum(tirx.max)),
     "Min": _elementwise(_extremum(tirx.min)),
     "Mod": _elementwise(_modulo),
-    "Mul": _elementwise(lambda node, a, b: a * b),
-    "Neg": _elementwise(lambda node, a: -a),
+    "Mul": _elementwise(lambda _, a, b: a * b),
+    "Neg": _elementwise(lambda _, a: -a),
     "Range": _range,
     "ReduceProd": _reduce(lambda a, b: a * b),
     "ReduceSum": _reduce(lambda a, b: a + b),
@@ -253,7 +257,7 @@ _RULES: dict[str, Callable[[Node, Sequence[np.ndarray]], list[np.ndarray] | None
     "Slice": _slice,
     "Split": _split,
     "Squeeze": _squeeze,
-    "Sub": _elementwise(lambda node, a, b: a - b),
+    "Sub": _elementwise(lambda _, a, b: a - b),
     "Unsqueeze": _unsqueeze,
     "Where": _elementwise(_where),
     **{operator: _elementwise(rule) for operator, rule in _COMPARISONS.items()},

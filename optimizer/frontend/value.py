@@ -55,7 +55,7 @@ class Value:
 
     @property
     def integers(self) -> np.ndarray | None:
-        """Return the elements as an object array of int and symbolic expressions, if they are integers known as such."""
+        """Return the elements as an object array of int and symbolic expressions, if they are known integers."""
         return None
 
 
