@@ -83,11 +83,13 @@ def unflatten(flat: Expr, extents: Sequence[Extent]) -> list[Expr]:
 
 
 def _divisor(extent: Extent) -> Expr:
-    """Return an extent to divide by: a quotient that may be 0 is kept from being folded to a division by zero.
+    """Return an extent to divide by: one that is 0, or may fold to it, is kept from becoming a division by zero.
 
     The loop over an empty box has no iterations, so the coordinates in it do not matter.
     """
-    return index(extent) if isinstance(extent, int | tirx.Var) else tirx.max(index(extent), index(1))
+    if isinstance(extent, int):
+        return index(max(extent, 1))
+    return extent if isinstance(extent, tirx.Var) else tirx.max(index(extent), index(1))
 
 
 def quotient(extent: Extent, size: int) -> Extent:

@@ -341,14 +341,13 @@ def _weighted(node: Node, data: Value, axis: int, indices: relax.Expr, weights: 
                 total = sample(place, 0)
                 for t in range(1, int(taps)):
                     total = total + sample(place, t)
-                return total.astype(data.dtype)
+                return total
 
             return te.compute(shape, unrolled, name="resize")
         step = te.reduce_axis((0, taps), "t")
-        total = te.compute(shape, lambda *place: te.sum(sample(place, step.var), axis=step), name="resize")
-        return te.compute(shape, lambda *place: total(*place).astype(data.dtype), name="rounded")
+        return te.compute(shape, lambda *place: te.sum(sample(place, step.var), axis=step), name="resize")
 
-    return node.compute(summed, data.expr, indices, weights)
+    return node.cast(node.compute(summed, data.expr, indices, weights), data.dtype)
 
 
 def _extrapolated(node: Node, data: Value, axis: int, outside: relax.Expr) -> TensorValue:
