@@ -17,7 +17,9 @@ _SYMBOLIC = {"x": ["n", 3, "h", "w"]}
 
 def resize_model(scales: list[float], mode: str, **attributes: int) -> onnx.ModelProto:
     inputs = {"x": _IMAGE, "_roi": _IMAGE, "scales": np.array(scales, np.float32)}
-    return node_model("Resize", inputs, ["y"], domain="", constants=["scales"], shapes=_SYMBOLIC, mode=mode, **attributes)
+    return node_model(
+        "Resize", inputs, ["y"], domain="", constants=["scales"], shapes=_SYMBOLIC, mode=mode, **attributes
+    )
 
 
 def reference(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
