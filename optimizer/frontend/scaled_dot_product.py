@@ -152,18 +152,17 @@ def bias_where(node: Node, allowed: Value, dtype: str, masked: float = _NEGATIVE
 
 def padded_last_axis(node: Node, value: Value, length: Dimension, fill: float | bool) -> Value:
     """Return `value` with its last axis filled up to `length` at the end."""
-    given = value.shape[-1]
-    if provably_equal(given, length):
+    if provably_equal(value.shape[-1], length):
         return value
 
-    def pad(data: te.Tensor) -> te.Tensor:
+    def pad(data: te.Tensor, width: tirx.PrimExpr) -> te.Tensor:
         def element(*indices: tirx.Var) -> tirx.PrimExpr:
-            inside = data(*indices)
-            return tirx.if_then_else(indices[-1] < as_expression(given), inside, tirx.const(fill, data.dtype))
+            filler = tirx.const(fill, str(data.dtype))
+            return tirx.if_then_else(indices[-1] < data.shape[-1], data(*indices), filler)
 
-        return te.compute((*data.shape[:-1], as_expression(length)), element, name="pad_last_axis")
+        return te.compute((*data.shape[:-1], width), element, name="pad_last_axis")
 
-    return node.compute(pad, value.expr, primfunc_name_hint="pad_last_axis")
+    return node.compute(pad, value.expr, as_expression(length), primfunc_name_hint="pad_last_axis")
 
 
 def _shifted(rows: relax.Expr, distance: int) -> relax.Expr:

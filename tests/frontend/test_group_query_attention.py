@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 import pytest
+from onnx import parser
 
 from optimizer.errors import UnsupportedModelError
 from optimizer.frontend.importer import import_model
+from optimizer.reference import unoptimized
 from tests.frontend.comparison import assert_close, node_model, ours, theirs
 
 HEADS, GROUPS, SIZE = 4, 2, 16
@@ -117,6 +119,35 @@ def test_one_import_serves_all_lengths():
     for step in steps:
         inputs = inputs_of(step)
         assert_close(run(inputs), reference(inputs))
+
+
+def test_total_length_computed_from_the_mask_stays_symbolic():
+    model = parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": 18, "com.microsoft": 1]>
+        g (float[1, length, {HEADS * SIZE}] query, float[1, length, {GROUPS * SIZE}] key,
+           float[1, length, {GROUPS * SIZE}] value, float[1, {GROUPS}, past, {SIZE}] past_key,
+           float[1, {GROUPS}, past, {SIZE}] past_value, int64[1, "past + length"] mask)
+        => (float[1, a, b] output, float[1, c, d, e] present_key, float[1, f, g, h] present_value) {{
+            one = Constant <value = int64 {{1}}> ()
+            axes = Constant <value = int64[1] {{1}}> ()
+            sum = ReduceSum <keepdims = 0> (mask, axes)
+            before = Sub (sum, one)
+            last = Cast <to = 6> (before)
+            shape = Shape (mask)
+            length_of_mask = Gather <axis = 0> (shape, one)
+            total = Cast <to = 6> (length_of_mask)
+            output, present_key, present_value =
+                com.microsoft.GroupQueryAttention <num_heads = {HEADS}, kv_num_heads = {GROUPS}>
+                (query, key, value, past_key, past_value, last, total)
+        }}
+    """)
+    given = inputs_of(STEPS["chunk_after_past"])
+    inputs = {name: given[name] for name in ("query", "key", "value", "past_key", "past_value")}
+    inputs["mask"] = np.ones((1, 7), np.int64)
+    imported = import_model(model)
+    shape = imported.module["main"].ret_ty.fields[1].shape.values
+    assert str(shape[2]) in ("past + length", "length + past")
+    assert_close(unoptimized(imported)(inputs), theirs(model)(inputs))
 
 
 def test_quantized_cache_is_refused():

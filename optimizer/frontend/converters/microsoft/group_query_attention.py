@@ -152,28 +152,29 @@ def _present(node: Node, new: Value, past: Value | None, step: _Step) -> TensorV
     if past is None:
         if provably_equal(step.cache, length):
             return node.emit(new.expr)
-        return node.compute(lambda data: _padded(data, step.cache), new.expr, primfunc_name_hint="pad_cache")
+        return node.compute(_padded, new.expr, as_expression(step.cache), primfunc_name_hint="pad_cache")
     old = node.reshaped_type(past, (batch, groups, past.shape[2], size))
 
-    def append(before: te.Tensor, added: te.Tensor, counts: te.Tensor) -> te.Tensor:
+    def append(before: te.Tensor, added: te.Tensor, counts: te.Tensor, cache: tirx.PrimExpr) -> te.Tensor:
         def element(row: tirx.Var, head: tirx.Var, place: tirx.Var, channel: tirx.Var) -> tirx.PrimExpr:
             kept = tirx.all(place < counts[row], place < before.shape[2])
             fresh = tirx.all(place >= counts[row], place < counts[row] + added.shape[2])
             rest = tirx.if_then_else(fresh, added[row, head, place - counts[row], channel], tirx.const(0, added.dtype))
             return tirx.if_then_else(kept, before[row, head, place, channel], rest)
 
-        shape = (added.shape[0], added.shape[1], as_expression(step.cache), added.shape[3])
+        shape = (added.shape[0], added.shape[1], cache, added.shape[3])
         return te.compute(shape, element, name="append_to_cache")
 
-    return node.compute(append, old, new.expr, step.past.expr, primfunc_name_hint="append_to_cache")
+    tensors = (old, new.expr, step.past.expr)
+    return node.compute(append, *tensors, as_expression(step.cache), primfunc_name_hint="append_to_cache")
 
 
-def _padded(data: te.Tensor, length: Dimension) -> te.Tensor:
+def _padded(data: te.Tensor, length: tirx.PrimExpr) -> te.Tensor:
     def element(row: tirx.Var, head: tirx.Var, place: tirx.Var, channel: tirx.Var) -> tirx.PrimExpr:
         inside = place < data.shape[2]
         return tirx.if_then_else(inside, data[row, head, place, channel], tirx.const(0, data.dtype))
 
-    return te.compute((*data.shape[:2], as_expression(length), data.shape[3]), element, name="pad_cache")
+    return te.compute((*data.shape[:2], length, data.shape[3]), element, name="pad_cache")
 
 
 def _in_use(node: Node, present: Value, step: _Step) -> Value:
