@@ -38,9 +38,7 @@ def bound_nodes(
         yield node
 
 
-def _bound(
-    attribute: onnx.AttributeProto, attributes: Mapping[str, onnx.AttributeProto]
-) -> onnx.AttributeProto | None:
+def _bound(attribute: onnx.AttributeProto, attributes: Mapping[str, onnx.AttributeProto]) -> onnx.AttributeProto | None:
     if not attribute.ref_attr_name:
         return attribute
     given = attributes.get(attribute.ref_attr_name)

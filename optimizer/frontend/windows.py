@@ -123,9 +123,7 @@ def _same_padding(
     return tuple(begins), tuple(ends), tuple(outputs)
 
 
-def _window_count(
-    size: Dimension, extent: int, stride: int, begin: int, end: int, *, ceil_mode: bool
-) -> Dimension:
+def _window_count(size: Dimension, extent: int, stride: int, begin: int, end: int, *, ceil_mode: bool) -> Dimension:
     room = size + begin + end - extent
     if not ceil_mode:
         return simplified(room // stride + 1)

@@ -79,7 +79,7 @@ def _run(case: BackendCase, prepare: Callable[[onnx.ModelProto], Run]) -> list[n
 
 def _stored(array: np.ndarray) -> np.ndarray:
     """Return 4-bit and 2-bit numbers one to a byte, as the module takes them."""
-    storage = {numpy_type: stored for numpy_type, stored in NARROW_TYPES.values()}
+    storage = dict(NARROW_TYPES.values())
     return array.astype(storage[array.dtype]) if array.dtype in storage else array
 
 

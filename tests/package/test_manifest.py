@@ -33,7 +33,9 @@ DIMENSIONS = COUNTS | st.sampled_from(["n", "m", "n + m", "(n - 1) // 2", "max(n
 
 
 def specs() -> st.SearchStrategy[tuple[TensorSpec, ...]]:
-    spec = st.builds(TensorSpec, NAMES, st.sampled_from(sorted(ITEM_BYTES)), st.lists(DIMENSIONS, max_size=5).map(tuple))
+    spec = st.builds(
+        TensorSpec, NAMES, st.sampled_from(sorted(ITEM_BYTES)), st.lists(DIMENSIONS, max_size=5).map(tuple)
+    )
     return st.lists(spec, max_size=4, unique_by=lambda spec: spec.name).map(tuple)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 
 import numpy as np
 import tvm.ir
@@ -52,8 +51,10 @@ def _register_variadic(operator: str, function: Binary) -> None:
 
 
 def _combined(node: Node, function: Binary) -> Value:
-    values: list[Value] = [node.input(index) for index in range(len(node.inputs))]
-    return reduce(lambda left, right: node.emit(function(*node.broadcast_operands(left, right))), values)
+    result = node.input(0)
+    for index in range(1, len(node.inputs)):
+        result = node.emit(function(*node.broadcast_operands(result, node.input(index))))
+    return result
 
 
 @converter("Mean", since=6)

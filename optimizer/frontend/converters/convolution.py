@@ -34,9 +34,7 @@ def conv(node: Node) -> Result:
     return with_bias(node, result, node.optional_input(2), data.dtype)
 
 
-def cross_correlation(
-    node: Node, data: relax.Expr, filters: relax.Expr, weight: Value, out_dtype: str
-) -> TensorValue:
+def cross_correlation(node: Node, data: relax.Expr, filters: relax.Expr, weight: Value, out_dtype: str) -> TensorValue:
     """Return the convolution of `data`, shaped like input 0, with `filters`, shaped like `weight` [O, I/groups, ...].
 
     Strides, padding and the rest are the node's attributes.

@@ -144,9 +144,7 @@ def layer_normalization(node: Node) -> Result:
     dtype = accumulation_dtype(data.dtype)
     moments = _moments(node, _wide(node, data), range(axis, data.rank))
     inverse = _inverse_deviation(node, moments.variance, dtype)
-    result = relax.op.multiply(
-        relax.op.multiply(moments.centered, inverse), node.cast(scale, dtype).expr
-    )
+    result = relax.op.multiply(relax.op.multiply(moments.centered, inverse), node.cast(scale, dtype).expr)
     if bias is not None:
         result = relax.op.add(result, node.cast(bias, dtype).expr)
     stash = _stash_dtype(node)

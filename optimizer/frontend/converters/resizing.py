@@ -27,7 +27,7 @@ from optimizer.frontend.converters.runtime_axes import vector
 from optimizer.frontend.dimensions import Dimension, as_expression, provably_equal, simplified
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
-from optimizer.frontend.value import TensorValue, Value
+from optimizer.frontend.value import Value
 
 _FLOAT64 = "float64"
 _UNROLLED_TAPS = 4
@@ -199,7 +199,7 @@ def _asked(node: Node, request: _Request, data: Value) -> tuple[relax.Expr, rela
     return asked.expr, node.shape_tensor([data.shape[axis] for axis in request.axes])
 
 
-def _computed_scales(node: Node, request: _Request, data: Value) -> TensorValue:
+def _computed_scales(node: Node, request: _Request, data: Value) -> Value:
     def scales(given: te.Tensor, extents: te.Tensor) -> te.Tensor:
         return vector(_factors(node, request, given, extents))
 
@@ -225,7 +225,7 @@ def _computed_plan(node: Node, request: _Request, data: Value) -> _Plan:
 
 def _resampled(
     node: Node, data: Value, axis: int, place: int, request: _Request, plan: _Plan, sampling: Sampling
-) -> TensorValue:
+) -> Value:
     """Return `data` with one axis resampled."""
     length, extent, scale = plan.lengths[place], data.shape[axis], plan.scales[place]
     region = _known_region(request, place)
@@ -236,7 +236,7 @@ def _resampled(
     return _resampled_at_run_time(node, data, axis, place, request, plan, sampling)
 
 
-def _resampled_by_table(node: Node, data: Value, axis: int, numbers: Axis, sampling: Sampling) -> TensorValue:
+def _resampled_by_table(node: Node, data: Value, axis: int, numbers: Axis, sampling: Sampling) -> Value:
     places = np.arange(int(numbers.output_length), dtype=np.float64)
     position = source_position(sampling, numbers, places, NUMPY)
     outside = None
@@ -254,7 +254,7 @@ def _resampled_by_table(node: Node, data: Value, axis: int, numbers: Axis, sampl
 
 def _resampled_at_run_time(
     node: Node, data: Value, axis: int, place: int, request: _Request, plan: _Plan, sampling: Sampling
-) -> TensorValue:
+) -> Value:
     length, extent = as_expression(plan.lengths[place]), as_expression(data.shape[axis])
     scale, region = plan.scales[place], _known_region(request, place)
     arguments = [plan.computed] if scale is None and plan.computed is not None else []
@@ -270,7 +270,7 @@ def _resampled_at_run_time(
         start, end = (given[-1][i].astype(_FLOAT64) for i in (place, len(request.axes) + place))
         return Axis(own_length, output_length, factor, width, start, end)
 
-    def along(function: Callable[[Axis, Number], tvm.ir.Expr], dtype: str, name: str) -> TensorValue:
+    def along(function: Callable[[Axis, Number], tvm.ir.Expr], dtype: str, name: str) -> Value:
         """Emit a vector with one element for each output place, a function of its source position."""
 
         def computed(inner: tvm.ir.Expr, outer: tvm.ir.Expr, *given: te.Tensor) -> te.Tensor:
@@ -302,7 +302,7 @@ def _tables(
     extent: tvm.ir.Expr,
     length: tvm.ir.Expr,
     arguments: Sequence[relax.Expr],
-) -> tuple[TensorValue, TensorValue]:
+) -> tuple[Value, Value]:
     if sampling.antialias:
 
         def counted(inner: tvm.ir.Expr, outer: tvm.ir.Expr, *given: te.Tensor) -> te.Tensor:
@@ -322,7 +322,7 @@ def _tables(
     return indices, weights
 
 
-def _weighted(node: Node, data: Value, axis: int, indices: relax.Expr, weights: relax.Expr) -> TensorValue:
+def _weighted(node: Node, data: Value, axis: int, indices: relax.Expr, weights: relax.Expr) -> Value:
     """Return the sums of samples along an axis by tables of (output elements, taps)."""
     wide = "float32" if data.dtype in HALF_TYPES else data.dtype
 
@@ -350,7 +350,7 @@ def _weighted(node: Node, data: Value, axis: int, indices: relax.Expr, weights: 
     return node.cast(node.compute(summed, data.expr, indices, weights), data.dtype)
 
 
-def _extrapolated(node: Node, data: Value, axis: int, outside: relax.Expr) -> TensorValue:
+def _extrapolated(node: Node, data: Value, axis: int, outside: relax.Expr) -> Value:
     value = node.float("extrapolation_value", 0.0)
 
     def chosen(tensor: te.Tensor, mask: te.Tensor) -> te.Tensor:

@@ -24,7 +24,8 @@ def standard_outputs(
     """Emit a standard operator with `count` outputs in the place of `node`."""
     names = [f"{node.output_hint}_{operator.lower()}_{index}" for index in range(count)]
     arguments = [f"input_{index}" if value is not None else "" for index, value in enumerate(inputs)]
-    proto = helper.make_node(operator, arguments, names, **attributes)
+    proto = helper.make_node(operator, arguments, names)
+    proto.attribute.extend(helper.make_attribute(name, value) for name, value in sorted(attributes.items()))
     results = node.graph.convert(Node(proto, OPSET, inputs, node.graph))
     return [result for result in results if isinstance(result, Value)]
 
