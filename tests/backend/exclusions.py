@@ -1,4 +1,4 @@
-"""The cases of the backend suite that are refused, with the reason: see exclusions.toml."""
+"""The cases of the backend suite that are refused or compared more loosely, with the reason: see exclusions.toml."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ class Exclusion:
         return any(re.fullmatch(pattern, name) for pattern in self.patterns)
 
 
+@dataclass(frozen=True)
+class Tolerance(Exclusion):
+    """Tolerances that take the place of the suite's own."""
+
+    rtol: float
+    atol: float
+
+
 @cache
 def exclusions() -> tuple[Exclusion, ...]:
     """Return all exclusions."""
@@ -33,3 +41,15 @@ def exclusions() -> tuple[Exclusion, ...]:
 def exclusion_of(name: str) -> Exclusion | None:
     """Return the exclusion that covers a case, or None."""
     return next((exclusion for exclusion in exclusions() if exclusion.covers(name)), None)
+
+
+@cache
+def tolerances() -> tuple[Tolerance, ...]:
+    """Return all tolerances of our own."""
+    entries = tomllib.loads(_FILE.read_text())["tolerance"]
+    return tuple(Tolerance(e["reason"], tuple(e["cases"]), e["rtol"], e["atol"]) for e in entries)
+
+
+def tolerance_of(name: str) -> Tolerance | None:
+    """Return the tolerance that a case has in place of the suite's, or None."""
+    return next((tolerance for tolerance in tolerances() if tolerance.covers(name)), None)

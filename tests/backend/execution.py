@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +16,7 @@ from optimizer.errors import UnsupportedModelError
 from optimizer.frontend.importer import import_model
 from optimizer.frontend.value import NARROW_TYPES
 from tests.backend.cases import BackendCase
+from tests.backend.exclusions import tolerance_of
 
 RIGHT, WRONG, REFUSED = "right", "wrong", "refused"
 Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
@@ -50,6 +51,9 @@ def judge(case: BackendCase, prepare: Callable[[onnx.ModelProto], Run] = optimiz
     except Exception as error:
         lines = str(error).strip().splitlines()
         return Outcome(WRONG, f"{type(error).__name__}: {lines[-1] if lines else ''}")
+    tolerance = tolerance_of(case.name)
+    if tolerance is not None:
+        case = replace(case, rtol=tolerance.rtol, atol=tolerance.atol)
     difference = first_difference(outputs, case)
     return Outcome(WRONG, difference) if difference else Outcome(RIGHT)
 
