@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -106,7 +107,7 @@ class OpenVino(Engine):
     name = "openvino"
 
     def __init__(self, model: Path, inputs: Arrays, threads: int) -> None:
-        import openvino  # noqa: PLC0415
+        openvino = importlib.import_module("openvino")
 
         core = openvino.Core()
         read = core.read_model(str(model))

@@ -64,7 +64,17 @@ def schedule_function(
             reason = "; ".join(filter(None, (report.reason, scheduled.reason)))
             report = KernelReport(name, scheduled.family, scheduled.parameters, reason)
     rebuilt = staged.rebuild([vector_math.expand(statement) for statement in statements])
+    lost = _undefined(rebuilt) - _undefined(function)
+    if lost:
+        # Not foreseen by any family: the function as it came is slow, but right.
+        report = KernelReport(name, "opaque", reason=f"the schedule would use {', '.join(sorted(lost))} undefined")
+        rebuilt = function
     return rebuilt.with_attr(SCHEDULED, True), report
+
+
+def _undefined(function: tirx.PrimFunc) -> set[str]:
+    """Return the names of the variables that a function uses without defining them: at best, symbols of its shapes."""
+    return {str(variable.name) for variable in tirx.analysis.undefined_vars(function.body, list(function.params))}
 
 
 def _weight(kernel: Kernel) -> float:
