@@ -15,6 +15,11 @@ Architecture = Literal["x86_64", "aarch64"]
 GLIBC_FLOOR = "2.28"
 
 
+# The schedules say what is a vector. LLVM 22's own loop vectorizer miscompiles loops of 512-bit width whose loads are
+# guarded and indexed modulo a power of two, as in rotary embeddings (ONNX's test_rotary_embedding_3d_input).
+_LLVM_OPTIONS = ("-vectorize-loops=false",)
+
+
 @dataclass(frozen=True)
 class CacheSizes:
     """Data cache capacities in bytes that one core may count on; tile sizes derive from them."""
@@ -94,6 +99,7 @@ class Target:
             "kind": "llvm",
             "mtriple": self.llvm_triple,
             "mcpu": self.llvm_cpu,
+            "cl-opt": list(_LLVM_OPTIONS),
         }
         if self.llvm_attributes:
             host["mattr"] = list(self.llvm_attributes)
