@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from target_kernels import (
+from tests.targets.target_kernels import (
     COLUMNS,
     REDUCTION,
     ROWS,
