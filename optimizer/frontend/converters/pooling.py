@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from tvm import relax, te, tirx
@@ -47,7 +48,19 @@ def max_pool(node: Node) -> Result:
 
 
 def _windows(node: Node) -> Windows:
-    return sliding_windows(node, node.integers("kernel_shape"), ceil_mode=bool(node.integer("ceil_mode", 0)))
+    return _without_unreached(
+        sliding_windows(node, node.integers("kernel_shape"), ceil_mode=bool(node.integer("ceil_mode", 0)))
+    )
+
+
+def _without_unreached(windows: Windows) -> Windows:
+    """Shorten a lone window that is longer than the padded input: what it reaches beyond that never counts."""
+    kernel = list(windows.kernel)
+    for axis, (size, begin, end) in enumerate(zip(windows.spatial, windows.pads_begin, windows.pads_end, strict=True)):
+        padded = simplified(begin + size + end)
+        if windows.output[axis] == 1 and windows.dilations[axis] == 1 and isinstance(padded, int):
+            kernel[axis] = min(kernel[axis], padded)
+    return replace(windows, kernel=tuple(kernel))
 
 
 def _reduced(
