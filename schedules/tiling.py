@@ -68,13 +68,29 @@ def emit(tile: Tile) -> Stmt:
     columns = tile.vector_group.extent
     if isinstance(columns, int):
         count = -(-columns // tile.width)
-        return _tasks(tile, count, lambda number, body: tile_choice(number, columns, tile.width, body))
+
+        def choose(number: Expr, body: Columns) -> Stmt:
+            return tile_choice(number, columns, tile.width, _in_whole_vectors(tile, body))
+
+        return _tasks(tile, count, choose)
     width = tirx.const(tile.width, "int64")
     full = _tasks(tile, tirx.floordiv(columns, width), lambda number, body: body(number * width, tile.width))
     done = tirx.floordiv(columns, width) * width
     sizes = [tile.lanes, 1] if tile.lanes < tile.width else [1]
     rest = _tasks(tile, 1, lambda _, body: tiles(columns - done, sizes, lambda base, lanes: body(done + base, lanes)))
     return sequence([full, rest])
+
+
+def _in_whole_vectors(tile: Tile, body: Columns) -> Columns:
+    """Return code that does whole vectors first and then what is left; a vector of 17 lanes is pulled apart by LLVM."""
+
+    def columns(base: Expr, width: int) -> Stmt:
+        whole = width // tile.lanes * tile.lanes
+        if whole in (0, width):
+            return body(base, width)
+        return sequence([body(base, whole), body(base + whole, width - whole)])
+
+    return columns
 
 
 def _tasks(tile: Tile, columns: Extent, choose: Callable[[Expr, Columns], Stmt]) -> Stmt:

