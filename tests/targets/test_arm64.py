@@ -6,6 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tvm.ir import IRModule
+
+import targets
+from targets.emulator import Emulator
 from tests.targets.target_kernels import (
     COLUMNS,
     REDUCTION,
@@ -18,10 +22,6 @@ from tests.targets.target_kernels import (
     matrix_multiply_accumulate,
     scalable_scaled_sum,
 )
-from tvm.ir import IRModule
-
-import targets
-from targets.emulator import Emulator
 
 pytestmark = [pytest.mark.emulator, pytest.mark.usefixtures("emulator")]
 
