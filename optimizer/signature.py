@@ -12,8 +12,8 @@ from tvm import relax, tirx
 from optimizer.frontend.dimensions import simplified
 from optimizer.frontend.importer import ImportedModel
 from optimizer.package.manifest import EntryPoint, SymbolRange, TensorSpec
+from optimizer.weights import ENTRY
 
-ENTRY = "main"
 _NARROW_NAMES: dict[int, str] = {TensorProto.INT4: "int4", TensorProto.UINT4: "uint4"}
 _BINARY = {tirx.Add: "+", tirx.Sub: "-", tirx.Mul: "*", tirx.FloorDiv: "//", tirx.FloorMod: "%"}
 _FUNCTIONS = {tirx.Max: "max", tirx.Min: "min"}
