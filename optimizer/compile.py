@@ -22,6 +22,7 @@ from optimizer.package import Manifest, Weight, require_replaceable, write_packa
 from optimizer.packaging import describe
 from optimizer.progress import Silent, Timeline, Watcher
 from optimizer.runtime.machine import count_physical_cores_by_default
+from optimizer.symbolic_arguments import passed_in_order_of_use
 from optimizer.weights import LiftedModule, lift_weights
 from passes import pipeline
 from targets.base import Target
@@ -118,13 +119,14 @@ def _plan_file(model: Path, options: CompileOptions, timeline: Timeline) -> tupl
 
 
 def _plan(model: onnx.ModelProto, options: CompileOptions, timeline: Timeline, base_directory: str) -> Plan:
-    with timeline.stage("import"):
-        imported = import_model(model, shapes=options.shapes, base_directory=base_directory)
-    with timeline.stage("passes"):
-        rewritten, records = _run_passes(imported.module, options)
-    with timeline.stage("lower"):
-        lowered = lower(rewritten, options.target)
-        lifted = lift_weights(lowered.module)
+    with passed_in_order_of_use():
+        with timeline.stage("import"):
+            imported = import_model(model, shapes=options.shapes, base_directory=base_directory)
+        with timeline.stage("passes"):
+            rewritten, records = _run_passes(imported.module, options)
+        with timeline.stage("lower"):
+            lowered = lower(rewritten, options.target)
+            lifted = lift_weights(lowered.module)
     return Plan(imported, records, rewritten, lowered, lifted)
 
 

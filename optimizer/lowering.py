@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import tvm
-from tvm import relax, tirx
+from tvm import relax
 
 from optimizer.bound_shapes import cut_blocks_at_bound_shapes
+from optimizer.shape_heap import lower_shapes
+from optimizer.symbolic_arguments import keep_symbolic_functions_apart
 from schedules import KernelReport, schedule_module
 from schedules.prepack import prepack
 from targets.base import Target
@@ -19,7 +21,7 @@ _LEGALIZE = (
     relax.backend.DispatchSortScan,
     relax.transform.LegalizeOps,
     relax.transform.AnnotateTIROpPattern,
-    lambda: _keep_symbolic_functions_apart,
+    lambda: keep_symbolic_functions_apart,
     relax.transform.FoldConstant,
     lambda: cut_blocks_at_bound_shapes,
     relax.transform.FuseOps,
@@ -28,7 +30,6 @@ _LEGALIZE = (
     # It knows a reshape by its loop nest, so it has to see it before the schedule.
     relax.transform.RewriteDataflowReshape,
 )
-_OPAQUE = 8  # TVM's OpPatternKind.kOpaque: never fused
 
 # What remains between scheduled TIR and the bytecode of Relax's virtual machine.
 _FINISH = (
@@ -40,7 +41,7 @@ _FINISH = (
     relax.transform.KillAfterLastUse,
     relax.transform.LowerRuntimeBuiltin,
     relax.transform.ComputePrimValue,
-    relax.transform.VMShapeLower,
+    lambda: lower_shapes,
     relax.transform.AttachGlobalSymbol,
 )
 
@@ -66,18 +67,6 @@ def lower(module: tvm.IRModule, target: Target) -> LoweredModule:
     module = relax.transform.DeadCodeElimination()(module)
     scheduled, kernels = schedule_module(module, target)
     return LoweredModule(scheduled, kernels)
-
-
-def _keep_symbolic_functions_apart(module: tvm.IRModule) -> tvm.IRModule:
-    """Keep functions that take the value of a symbol as an argument out of fusion: FuseTIR loses such arguments."""
-    for variable, function in module.functions_items():
-        if isinstance(function, tirx.PrimFunc) and any(_is_scalar(parameter) for parameter in function.params):
-            module.update_func(variable, function.with_attr("op_pattern", _OPAQUE))
-    return module
-
-
-def _is_scalar(parameter: tirx.Var) -> bool:
-    return not tirx.is_buffer_var(parameter)
 
 
 def build(module: tvm.IRModule, target: Target) -> relax.VMExecutable:
