@@ -93,7 +93,9 @@ def _check(rows: Mapping[str, Row], workers: Mapping[str, _Worker], folder: Path
             results[name] = {key: stored[key] for key in stored.files}
     for name, outputs in results.items():
         if reference in results:
-            rows[name].difference = max(_difference(outputs[key], results[reference][key]) for key in outputs)
+            rows[name].difference = max(
+                (_difference(outputs[key], results[reference][key]) for key in outputs), default=np.nan
+            )
 
 
 def _difference(found: np.ndarray, wanted: np.ndarray) -> float:

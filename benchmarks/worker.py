@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.engines import ENGINES, EngineError
+from benchmarks.engines import EngineError, find_engine
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         inputs = {key: stored[key] for key in stored.files}
     before = _resident_bytes()
     try:
-        engine = ENGINES[name](Path(model), inputs, int(threads))
+        engine = find_engine(name)(Path(model), inputs, int(threads))
         engine.call()
     except (EngineError, ImportError) as error:
         print(json.dumps({"error": str(error)}), file=answers)

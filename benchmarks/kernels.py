@@ -1,0 +1,175 @@
+"""Single kernels as ONNX models, with the work that each has to do: what `python -m benchmarks kernels` measures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+Bound = Literal["compute", "copy", "read"]
+_FLOAT_BYTES = 4
+# Convolutions stand in chains of this length, as in networks: a layout that only the first and the last one pay for
+# is not counted against each.
+_CHAIN = 8
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """A kernel, what bounds it at best, and its work: floating-point operations, or bytes moved."""
+
+    name: str
+    model: onnx.ModelProto
+    bound: Bound
+    work: int
+
+    def save(self, folder: Path) -> Path:
+        """Write the model with its work in its metadata, where the peak engine reads it."""
+        helper.set_model_props(self.model, {"bound": self.bound, "work": str(self.work)})
+        path = folder / f"{self.name}.onnx"
+        onnx.save(self.model, path)
+        return path
+
+
+def cases() -> Iterator[KernelCase]:
+    """Return all kernels of the table."""
+    for m, n, k in ((384, 384, 384), (512, 512, 512), (768, 1024, 1024), (1024, 1024, 1024), (128, 768, 768),
+                    (128, 3072, 768), (128, 768, 3072), (1500, 384, 384), (385, 511, 767)):  # fmt: skip
+        yield _matmul(m, n, k)
+    yield _gemv(4096, 4096)
+    for channels, size in ((64, 56), (128, 28), (256, 14), (512, 7)):
+        yield _convolutions(f"conv3x3_{channels}_{size}", [channels, channels], size, 3)
+        yield _convolutions(f"conv1x1_{channels}_{4 * channels}_{size}", [channels, 4 * channels], size, 1)
+    for channels, size in ((96, 56), (192, 28), (576, 14)):
+        yield _depthwise(channels, size)
+    for name, heads, length, head_size in (
+        ("bert", 12, 128, 64), ("vit", 12, 197, 64), ("whisper", 6, 1500, 64)
+    ):  # fmt: skip
+        yield _attention(name, heads, length, length, head_size)
+    yield _attention("decode", 32, 1, 4096, 64)
+    yield _rows("layer_norm", "LayerNormalization", 2048, 768)
+    yield _rows("softmax", "Softmax", 2048, 1024)
+    yield _transpose((2048, 1024), (1, 0))
+    yield _transpose((1, 128, 12, 64), (0, 2, 1, 3))
+    yield _transpose((1, 256, 56, 56), (0, 2, 3, 1))
+
+
+def _matmul(m: int, n: int, k: int) -> KernelCase:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    model = _model(nodes, {"x": (m, k)}, {"y": (m, n)}, {"w": _weights((k, n), k)})
+    return KernelCase(f"gemm_{m}x{n}x{k}", model, "compute", 2 * m * n * k)
+
+
+def _gemv(n: int, k: int) -> KernelCase:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    model = _model(nodes, {"x": (1, k)}, {"y": (1, n)}, {"w": _weights((k, n), k)})
+    return KernelCase(f"gemv_{n}x{k}", model, "read", _FLOAT_BYTES * n * k)
+
+
+def _convolutions(name: str, channels: list[int], size: int, kernel: int) -> KernelCase:
+    nodes, weights = [], {}
+    for index in range(_CHAIN):
+        inner, outer = channels[index % 2], channels[(index + 1) % 2]
+        weights[f"w{index}"] = _weights((outer, inner, kernel, kernel), inner * kernel**2)
+        weights[f"b{index}"] = np.zeros(outer, np.float32)
+        pads = [kernel // 2] * 4
+        nodes.append(helper.make_node("Conv", [f"x{index}", f"w{index}", f"b{index}"], [f"c{index}"], pads=pads))
+        nodes.append(helper.make_node("Relu", [f"c{index}"], [f"x{index + 1}"]))
+    shape = (1, channels[0], size, size)
+    model = _model(nodes, {"x0": shape}, {f"x{_CHAIN}": shape}, weights)
+    work = _CHAIN * 2 * channels[0] * channels[1] * kernel**2 * size**2
+    return KernelCase(name, model, "compute", work)
+
+
+def _depthwise(channels: int, size: int) -> KernelCase:
+    nodes, weights = [], {}
+    for index in range(_CHAIN):
+        weights[f"w{index}"] = _weights((channels, 1, 3, 3), 9)
+        weights[f"b{index}"] = np.zeros(channels, np.float32)
+        inputs = [f"x{index}", f"w{index}", f"b{index}"]
+        nodes.append(helper.make_node("Conv", inputs, [f"c{index}"], pads=[1] * 4, group=channels))
+        nodes.append(helper.make_node("Relu", [f"c{index}"], [f"x{index + 1}"]))
+    shape = (1, channels, size, size)
+    model = _model(nodes, {"x0": shape}, {f"x{_CHAIN}": shape}, weights)
+    return KernelCase(f"depthwise3x3_{channels}_{size}", model, "copy", _CHAIN * _moved(shape))
+
+
+def _attention(name: str, heads: int, queries: int, keys: int, head_size: int) -> KernelCase:
+    """Attention from projections that lie [1, S, H * D]; a decode step reads cached keys and values [1, H, S, D]."""
+    decode = queries == 1
+    cached = (1, heads, keys, head_size)
+    query, context = (1, queries, heads * head_size), (1, keys, heads * head_size)
+    nodes = [
+        helper.make_node("Reshape", ["q", "split"], ["q4"]),
+        helper.make_node("Transpose", ["q4"], ["qt"], perm=[0, 2, 1, 3]),
+    ]
+    if decode:
+        nodes.append(helper.make_node("Transpose", ["k"], ["kt"], perm=[0, 1, 3, 2]))
+        nodes.append(helper.make_node("Identity", ["v"], ["vt"]))
+    else:
+        nodes += [helper.make_node("Reshape", [value, "split"], [f"{value}4"]) for value in ("k", "v")]
+        nodes.append(helper.make_node("Transpose", ["k4"], ["kt"], perm=[0, 2, 3, 1]))
+        nodes.append(helper.make_node("Transpose", ["v4"], ["vt"], perm=[0, 2, 1, 3]))
+    nodes += [
+        helper.make_node("MatMul", ["qt", "kt"], ["scores"]),
+        helper.make_node("Mul", ["scores", "scale"], ["scaled"]),
+        helper.make_node("Softmax", ["scaled"], ["p"], axis=-1),
+        helper.make_node("MatMul", ["p", "vt"], ["o"]),
+        helper.make_node("Transpose", ["o"], ["ot"], perm=[0, 2, 1, 3]),
+        helper.make_node("Reshape", ["ot", "join"], ["y"]),
+    ]
+    constants = {
+        "split": np.array([0, 0, heads, head_size]),
+        "join": np.array([0, 0, heads * head_size]),
+        "scale": np.array(1 / math.sqrt(head_size), np.float32),
+    }
+    other = cached if decode else context
+    model = _model(nodes, {"q": query, "k": other, "v": other}, {"y": query}, constants)
+    if decode:
+        return KernelCase(f"attention_{name}", model, "read", 2 * _FLOAT_BYTES * math.prod(cached))
+    return KernelCase(f"attention_{name}", model, "compute", 4 * heads * queries * keys * head_size)
+
+
+def _rows(name: str, operator: str, rows: int, width: int) -> KernelCase:
+    scale = ["scale", "shift"] if operator == "LayerNormalization" else []
+    nodes = [helper.make_node(operator, ["x", *scale], ["y"], axis=-1)]
+    weights = {each: np.ones(width, np.float32) for each in scale}
+    model = _model(nodes, {"x": (rows, width)}, {"y": (rows, width)}, weights)
+    return KernelCase(f"{name}_{rows}x{width}", model, "copy", _moved((rows, width)))
+
+
+def _transpose(shape: tuple[int, ...], permutation: tuple[int, ...]) -> KernelCase:
+    nodes = [helper.make_node("Transpose", ["x"], ["y"], perm=permutation)]
+    model = _model(nodes, {"x": shape}, {"y": tuple(shape[axis] for axis in permutation)}, {})
+    name = f"transpose_{'x'.join(map(str, shape))}_{''.join(map(str, permutation))}"
+    return KernelCase(name, model, "copy", _moved(shape))
+
+
+def _moved(shape: tuple[int, ...]) -> int:
+    return 2 * _FLOAT_BYTES * math.prod(shape)
+
+
+def _weights(shape: tuple[int, ...], inputs: int) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    return generator.standard_normal(shape, dtype=np.float32) / np.float32(math.sqrt(inputs))
+
+
+def _model(
+    nodes: list[onnx.NodeProto],
+    inputs: dict[str, tuple[int, ...]],
+    outputs: dict[str, tuple[int, ...]],
+    constants: dict[str, np.ndarray],
+) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        nodes,
+        "kernel",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
