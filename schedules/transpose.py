@@ -1,7 +1,8 @@
 """Elementwise functions that read along another axis than they write: transpositions and layout changes.
 
 The output is computed in square tiles; each is first read along the input's contiguous axis into a buffer of the tile's
-size, so that every cache line is read once and whole, and then written along the output's.
+size, so that every cache line is read once and whole, and then written along the output's. A whole tile of as many
+vectors as they have lanes is turned in registers.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
@@ -16,6 +18,7 @@ from schedules.access import AxisGroup, Step, branches_on, group_axes
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
 from schedules.loops import (
     ceiling,
+    index,
     load,
     local,
     loop,
@@ -23,7 +26,9 @@ from schedules.loops import (
     product,
     store,
     tile_choice,
+    tiles,
     unflatten,
+    unrolled,
     vector,
     with_local,
 )
@@ -33,6 +38,8 @@ from targets.base import Target
 
 # Below this a tile is too narrow for its detour through memory to pay.
 SHORTEST_AXIS = 4
+# The elements that tiles are turned in registers of: shuffles of bytes and halves take more rounds than they save.
+REGISTER_BITS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,36 +77,35 @@ class Transpose:
         return None
 
     def space(self, target: Target, analysis: TransposeAnalysis) -> Space:
-        """Return the side of a tile."""
+        """Return the side of a tile, and how many of them side by side one task reads on its way along the output."""
         lanes = vector_width(target, analysis.stage)
-        return (Choice("side", lanes, (lanes // 2, lanes, 2 * lanes)),)
+        return (Choice("side", lanes, (lanes // 2, lanes, 2 * lanes)), Choice("tiles", 2, (1, 2, 4, 8)))
 
     def apply(self, analysis: TransposeAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the loop nest."""
         side = parameters["side"]
+        strip = side * parameters["tiles"]
+        lanes = target.vector_lanes(REGISTER_BITS)
         across, along = int(analysis.across.extent), int(analysis.along.extent)
         outer = [group.extent for group in analysis.outer]
 
         def task(number: Expr) -> Stmt:
-            *outside, strip = unflatten(number, [*outer, ceiling(across, side)])
+            *outside, position = unflatten(number, [*outer, ceiling(across, strip)])
             point: dict[Var, Expr] = {}
-            for group, position in zip(analysis.outer, outside, strict=True):
-                point.update(group.point(position))
+            for group, value in zip(analysis.outer, outside, strict=True):
+                point.update(group.point(value))
 
-            def strip_of(row: Expr, rows: int) -> Stmt:
-                return loop(
-                    ceiling(along, side),
-                    lambda number: tile_choice(
-                        number,
-                        along,
-                        side,
-                        lambda column, columns: _tile(analysis, point, (row, rows), (column, columns)),
-                    ),
+            def tile(row: Expr, rows: int, column: Expr, columns: int) -> Stmt:
+                return tiles(
+                    rows, [side], lambda r, count: _tile(analysis, point, (row + r, count), (column, columns), lanes)
                 )
 
-            return tile_choice(strip, across, side, strip_of)
+            def strip_of(row: Expr, rows: int) -> Stmt:
+                return tiles(along, [side], lambda column, columns: tile(row, rows, column, columns))
 
-        return parallel(product([*outer, ceiling(across, side)]), task, is_large(work_of(analysis.stage)))
+            return tile_choice(position, across, strip, strip_of)
+
+        return parallel(product([*outer, ceiling(across, strip)]), task, is_large(work_of(analysis.stage)))
 
 
 def _long(group: AxisGroup) -> bool:
@@ -107,29 +113,68 @@ def _long(group: AxisGroup) -> bool:
 
 
 def _tile(
-    analysis: TransposeAnalysis, point: dict[Var, Expr], across: tuple[Expr, int], along: tuple[Expr, int]
+    analysis: TransposeAnalysis, point: dict[Var, Expr], across: tuple[Expr, int], along: tuple[Expr, int], lanes: int
 ) -> Stmt:
     """Return one tile; `across` and `along` are offset and count on the two axes."""
     rows, columns = across[1], along[1]
     stage = analysis.stage
     buffers = [local([columns * rows], str(read.source.dtype), "turned") for read in analysis.turned]
 
+    in_registers = rows == columns and all(_is_register(buffer, rows, lanes) for buffer in buffers)
+
     def at(r: Expr, c: Expr) -> dict[Var, Expr]:
         return {**point, **analysis.across.point(across[0] + r), **analysis.along.point(along[0] + c)}
 
     def fill(buffer: Var, read: TensorLoad) -> Stmt:
-        return loop(
+        return (unrolled if in_registers else loop)(
             columns,
             lambda c: vector(rows, lambda r: store(buffer, substitute(read, at(r, c)), [c * rows + r])),
         )
 
     def element(r: Expr, c: Expr) -> Stmt:
-        value = _reading(stage.value, analysis.turned, buffers, c * rows + r)
+        value = _reading(stage.value, analysis.turned, buffers, r * columns + c if in_registers else c * rows + r)
         values = at(r, c)
         return store(stage.output, substitute(value, values), [substitute(i, values) for i in stage.indices])
 
     copies = [fill(buffer, read) for buffer, read in zip(buffers, analysis.turned, strict=True)]
-    return with_local(buffers, [*copies, loop(rows, lambda r: vector(columns, lambda c: element(r, c)))])
+    each_row = unrolled if in_registers else loop
+    turns = [turn for buffer in buffers for turn in _turn(buffer, rows)] if in_registers else []
+    return with_local(buffers, [*copies, *turns, each_row(rows, lambda r: vector(columns, lambda c: element(r, c)))])
+
+
+def _is_register(buffer: Var, side: int, lanes: int) -> bool:
+    """Return whether rows of `side` elements of the buffer are vectors that can be shuffled."""
+    return side == lanes and side & (side - 1) == 0 and buffer.dtype.bits == REGISTER_BITS
+
+
+def _turn(buffer: Var, side: int) -> list[Stmt]:
+    """Return the transposition of `side` vectors in log2(side) rounds, each of which swaps blocks of half the size.
+
+    A round at distance d exchanges, in every pair of rows i and i + d, the lanes d.. of the one with the lanes 0.. of
+    the other, in every 2d lanes (Eklundh, A Fast Computer Method for Matrix Transposing, 1972).
+    """
+    statements: list[Stmt] = []
+    distance = side // 2
+    while distance:
+        for row in range(side):
+            if row & distance:
+                continue
+            pair = [Var(f"row{row + offset}", f"{buffer.dtype}x{side}") for offset in (0, distance)]
+            upper = [lane if not lane & distance else side + lane - distance for lane in range(side)]
+            lower = [lane + distance if not lane & distance else side + lane for lane in range(side)]
+            statements += [
+                tirx.Bind(each, load(buffer, [_row(row + o, side)]))
+                for each, o in zip(pair, (0, distance), strict=True)
+            ]
+            for offset, lanes in ((0, upper), (distance, lower)):
+                turned = tirx.Shuffle(pair, [tirx.IntImm("int32", lane) for lane in lanes])
+                statements.append(store(buffer, turned, [_row(row + offset, side)]))
+        distance //= 2
+    return statements
+
+
+def _row(row: int, side: int) -> Expr:
+    return tirx.Ramp(index(row * side), index(1), side)
 
 
 def _reading(value: Expr, reads: Sequence[TensorLoad], buffers: Sequence[Var], position: Expr) -> Expr:

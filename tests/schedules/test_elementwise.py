@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tvm import relax
 from tvm.relax import op
 
 from tests.schedules.execution import build, compiled, integers, normal, run
@@ -40,6 +41,13 @@ def test_transposition(shape: tuple[int, ...], axes: list[int]) -> None:
     x = normal(*shape)
     got, _ = run(lambda x: op.permute_dims(x, axes), [x])
     np.testing.assert_array_equal(got, x.transpose(axes))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32", "float64", "float16", "uint8"])
+def test_transposition_of_whole_and_cut_tiles(dtype: str) -> None:
+    x = integers(3, 80, 49, dtype=dtype)
+    got, _ = run(lambda x: op.add(op.permute_dims(x, [0, 2, 1]), relax.const(1, dtype)), [x])
+    np.testing.assert_array_equal(got, x.transpose(0, 2, 1) + np.ones((), dtype))
 
 
 def test_concatenation_padding_and_slices() -> None:
