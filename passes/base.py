@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
@@ -12,15 +14,21 @@ import tvm.ir
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
 
+from passes.provenance import Nodes, nodes_of, union
+
 Match = TypeVar("Match")
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place where a pass looked: `refusal` is None if it was rewritten, else the reason why not."""
+    """A place where a pass looked: `refusal` is None if it was rewritten, else the reason why not.
+
+    `location` is the variable bound there, `nodes` are the ONNX nodes that what was found there came from.
+    """
 
     location: str
     refusal: str | None = None
+    nodes: Nodes = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,12 @@ class Refusal(Exception):
     """Raised by `check` when a site may not be rewritten; the message is the reason."""
 
 
+def require(condition: bool, otherwise: str) -> None:
+    """Refuse the site unless the condition holds; `otherwise` is the reason."""
+    if not condition:
+        raise Refusal(otherwise)
+
+
 class Dataflow:
     """Who produces and who reads each variable of a function."""
 
@@ -76,6 +90,10 @@ class Dataflow:
     def read_once(self, expr: relax.Expr) -> bool:
         """Return whether an expression has at most one reader."""
         return not isinstance(expr, relax.Var) or self._uses[expr] <= 1
+
+    def nodes(self, *exprs: relax.Expr) -> Nodes:
+        """Return the ONNX nodes that expressions, or what variables are bound to, came from."""
+        return union(nodes_of(self.producer(expr)) for expr in exprs)
 
 
 @visitor
@@ -137,11 +155,24 @@ class _Rewriter(PyExprMutator):
         match = self._pass.pattern(binding.value, self._dataflow)
         if match is not None:
             location = binding.var.name
+            nodes = self._dataflow.nodes(*_expressions(match), binding.value)
             try:
                 self._pass.check(match, self._dataflow)
             except Refusal as refusal:
-                self.sites.append(Site(location, str(refusal)))
+                self.sites.append(Site(location, str(refusal), nodes))
             else:
-                self.sites.append(Site(location))
+                self.sites.append(Site(location, None, nodes))
                 binding = relax.VarBinding(binding.var, self.builder_.normalize(self._pass.rewrite(match)))
         super().visit_var_binding_(binding)
+
+
+def _expressions(match: object) -> Iterator[relax.Expr]:
+    """Yield the expressions that a match consists of."""
+    if isinstance(match, relax.Expr):
+        yield match
+    elif dataclasses.is_dataclass(match):
+        for field in dataclasses.fields(match):
+            yield from _expressions(getattr(match, field.name))
+    elif isinstance(match, list | tuple):
+        for part in match:
+            yield from _expressions(part)

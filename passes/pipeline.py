@@ -14,6 +14,7 @@ import tvm
 from tvm import relax
 
 from passes.base import Pass, PassOutcome
+from passes.provenance import carry
 
 # Names to the module and class that hold them, so that listing the passes imports none of them.
 _PASSES = {
@@ -73,6 +74,7 @@ def run(
     for item in passes:
         start = time.perf_counter()
         outcome = item.run(module)
+        outcome = dataclasses.replace(outcome, module=carry(module, outcome.module))
         module = outcome.module
         relax.analysis.well_formed(module)  # raises at the first violation: a bug of the pass
         records.append(PassRecord(item, time.perf_counter() - start, outcome))

@@ -18,9 +18,13 @@ def is_scheduled(function: tirx.PrimFunc) -> bool:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """How a function was scheduled: its family, the parameters, and the reason where it is left as it was."""
+    """How a function was scheduled: its family, the parameters, and the reason where it is left as it was.
+
+    `regions` is how many loop nests the function runs one after the other, each reading what those before it stored.
+    """
 
     function: str
     family: str
     parameters: Mapping[str, int] = field(default_factory=dict)
     reason: str = ""
+    regions: int = 1

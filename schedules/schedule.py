@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tvm
 from tvm import tirx
@@ -69,7 +69,7 @@ def schedule_function(
         # Not foreseen by any family: the function as it came is slow, but right.
         report = KernelReport(name, "opaque", reason=f"the schedule would use {', '.join(sorted(lost))} undefined")
         rebuilt = function
-    return rebuilt.with_attr(SCHEDULED, True), report
+    return rebuilt.with_attr(SCHEDULED, True), replace(report, regions=len(kernels))
 
 
 def _undefined(function: tirx.PrimFunc) -> set[str]:

@@ -19,6 +19,7 @@ from optimizer.frontend import constant_evaluation, function_bodies, shape_arith
 from optimizer.frontend.branches import convert_to_dataflow
 from optimizer.frontend.dimensions import Dimension, Shape, Symbols, as_expression, input_shapes, static_shape
 from optimizer.frontend.node import Node, Result, UnsupportedNodeError, normalized_domain
+from optimizer.frontend.node_builder import NodeBuilder
 from optimizer.frontend.registry import find_converter, load_converters
 from optimizer.frontend.value import (
     NARROW_TYPES,
@@ -29,6 +30,7 @@ from optimizer.frontend.value import (
     Value,
     integer_value,
 )
+from passes.provenance import annotate
 
 Environment = dict[str, "AnyValue | None"]  # None marks a value that a blocker keeps from being computed
 
@@ -62,7 +64,7 @@ class GraphImporter:
     """State of one import: the block builder, the symbols, the values by name, and the blockers found."""
 
     def __init__(self, model: onnx.ModelProto, base_directory: str) -> None:
-        self.builder = relax.BlockBuilder()
+        self.builder = NodeBuilder()
         self.symbols = Symbols()
         self.base_directory = base_directory
         self._model = model
@@ -92,7 +94,7 @@ class GraphImporter:
                 bound = self.builder.emit(result) if branches else self.builder.emit_output(result)
             self.builder.emit_func_output(bound)
         self._raise_blockers()
-        module = self.builder.get()
+        module = annotate(self.builder.get(), self.builder.nodes)
         if branches:
             # Not used elsewhere: it folds away every match_cast between symbols that are already bound, and with it
             # the check that two dimensions are equal.
@@ -111,7 +113,8 @@ class GraphImporter:
     def import_nodes(self, nodes: Iterable[onnx.NodeProto]) -> None:
         """Import nodes in order into the current scope."""
         for proto in nodes:
-            self._import_node(proto, self._versions)
+            with self.builder.importing(proto.name or next(filter(None, proto.output), proto.op_type)):
+                self._import_node(proto, self._versions)
 
     def import_subgraph(self, graph: onnx.GraphProto, arguments: Sequence[AnyValue]) -> list[AnyValue]:
         """Import the body of a subgraph into the current scope with its inputs bound to `arguments`.
