@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from passes.quantization.methods import METHODS, quantize
+from passes.quantization.scheme import PER_CHANNEL, SCALE_DTYPES, Scheme, SchemeError
+
+SCHEMES = st.builds(
+    Scheme,
+    bits=st.sampled_from([4, 8]),
+    group=st.sampled_from([PER_CHANNEL, 16, 32, 64, 128]),
+    symmetric=st.booleans(),
+    scale_dtype=st.sampled_from(sorted(SCALE_DTYPES)),
+)
+
+
+def _matrix(rows: int, inputs: int, seed: int, spread: float = 1.0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal((rows, inputs)) * spread).astype(np.float32)
+
+
+def _steps(matrix: np.ndarray, scheme: Scheme) -> np.ndarray:
+    """The width of a code's step for each element, for scales that span each group's range."""
+    size = scheme.group_of(matrix.shape[1])
+    groups = np.pad(matrix, [(0, 0), (0, -matrix.shape[1] % size)]).reshape(len(matrix), -1, size)
+    if scheme.symmetric:
+        step = np.abs(groups).max(-1) / scheme.middle
+    else:
+        step = (np.maximum(groups.max(-1), 0) - np.minimum(groups.min(-1), 0)) / (scheme.levels - 1)
+    return np.repeat(step, size, -1)[:, : matrix.shape[1]]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(SCHEMES, st.integers(1, 9), st.integers(1, 150), st.integers(0, 99))
+def test_round_to_nearest_is_off_by_at_most_a_step(scheme: Scheme, rows: int, inputs: int, seed: int) -> None:
+    matrix = _matrix(rows, inputs, seed)
+    result = quantize(matrix, scheme).dequantized()
+    # Half a step of rounding and half of the zero point's; a symmetric range lacks the last step on one side. The
+    # scale's own rounding moves the outermost code by levels times its unit roundoff.
+    roundoff = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-23}[scheme.scale_dtype]
+    bound = _steps(matrix, scheme) * (1.0 + scheme.levels * roundoff)
+    assert (np.abs(result - matrix) <= bound + 1e-6).all()
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(SCHEMES, st.sampled_from(sorted(METHODS)), st.integers(1, 5), st.integers(1, 100))
+def test_codes_use_the_bits_of_the_scheme(scheme: Scheme, method: str, rows: int, inputs: int) -> None:
+    if method == "hqq" and scheme.symmetric:
+        return
+    result = quantize(_matrix(rows, inputs, 5), scheme, method)
+    assert result.codes.dtype == np.uint8
+    assert result.codes.max() < scheme.levels
+    assert result.scales.dtype == SCALE_DTYPES[scheme.scale_dtype]
+    assert (result.zero_points is None) == scheme.symmetric
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_zeros_stay_zeros(method: str, symmetric: bool) -> None:
+    if method == "hqq" and symmetric:
+        pytest.skip("HQQ chooses zero points")
+    matrix = np.zeros((3, 64), np.float32)
+    assert not quantize(matrix, Scheme(symmetric=symmetric), method).dequantized().any()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [16, 32, 128])
+def test_minimum_error_has_no_larger_squared_error(group: int, symmetric: bool) -> None:
+    matrix = _matrix(16, 384, 1)
+    scheme = Scheme(group=group, symmetric=symmetric)
+    plain, clipped = (quantize(matrix, scheme, method).dequantized() - matrix for method in ("rtn", "minimum-error"))
+    per_group = [(error**2).reshape(-1, group).sum(-1) for error in (plain, clipped)]
+    assert (per_group[1] <= per_group[0] * (1 + 1e-5)).all()
+    # On normal weights clipping and refitting must pay, not only not hurt.
+    assert per_group[1].sum() < 0.9 * per_group[0].sum()
+
+
+def test_half_quadratic_lowers_the_norm_that_it_minimizes() -> None:
+    matrix = _matrix(16, 384, 2) ** 3  # heavy tails
+    scheme = Scheme(group=64, symmetric=False)
+    plain, fitted = (np.abs(quantize(matrix, scheme, m).dequantized() - matrix) ** 0.7 for m in ("rtn", "hqq"))
+    assert fitted.sum() < plain.sum()
+
+
+def test_exactly_representable_weights_survive() -> None:
+    rng = np.random.default_rng(3)
+    codes = rng.integers(0, 16, (8, 64))
+    codes[:, ::32] = 0  # each group holds its extreme
+    matrix = ((codes - 8) * 0.125).astype(np.float32)
+    result = quantize(matrix, Scheme())
+    assert np.array_equal(result.codes, codes)
+    assert np.array_equal(result.dequantized(), matrix)
+
+
+def test_rows_do_not_depend_on_each_other() -> None:
+    matrix = _matrix(6, 96, 4)
+    scheme = Scheme(symmetric=False)
+    whole, part = quantize(matrix, scheme, "hqq"), quantize(matrix[2:4], scheme, "hqq")
+    assert np.array_equal(whole.codes[2:4], part.codes)
+
+
+def test_what_a_scheme_cannot_hold_is_refused() -> None:
+    with pytest.raises(SchemeError, match="3 bits"):
+        Scheme(bits=3)
+    with pytest.raises(SchemeError, match="groups of 20"):
+        Scheme(group=20)
+    with pytest.raises(SchemeError, match="too large for float16"):
+        quantize(np.full((1, 32), 1e6, np.float32), Scheme())
+    with pytest.raises(SchemeError, match="unknown method"):
+        quantize(np.zeros((1, 32), np.float32), Scheme(), "guess")
+    with pytest.raises(SchemeError, match="HQQ"):
+        quantize(np.zeros((1, 32), np.float32), Scheme(), "hqq")
