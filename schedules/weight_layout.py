@@ -42,7 +42,7 @@ class WeightLayout:
         """Return the codes [rows, K] of packed bytes: the inverse of `pack`."""
         blocks, steps, _ = packed.shape
         lanes = packed.reshape(blocks, steps, self.columns, self.reduction)
-        halves = [lanes] if self.bits == 8 else [lanes & 15, lanes >> 4]
+        halves = [lanes] if self.bits == 8 else [lanes & np.uint8(15), lanes >> np.uint8(4)]
         codes = np.stack(halves, -2).transpose(0, 2, 1, 3, 4)
         return np.ascontiguousarray(codes.reshape(blocks * self.columns, -1)[:rows])
 
