@@ -18,12 +18,27 @@ from passes.provenance import carry
 
 # Names to the module and class that hold them, so that listing the passes imports none of them.
 _PASSES = {
+    "cancel-transposes": ("passes.cancel_transposes", "CancelTransposes"),
     "convert-precision": ("passes.convert_precision", "ConvertPrecision"),
     "eliminate-common-subexpressions": ("passes.eliminate_common_subexpressions", "EliminateCommonSubexpressions"),
     "fold-batch-norm": ("passes.fold_batch_norm", "FoldBatchNorm"),
     "fold-constants": ("passes.fold_constants", "FoldConstants"),
+    "simplify-algebra": ("passes.simplify_algebra", "SimplifyAlgebra"),
+    "simplify-casts": ("passes.simplify_casts", "SimplifyCasts"),
+    "simplify-shapes": ("passes.simplify_shapes", "SimplifyShapes"),
 }
-DEFAULT = "eliminate-common-subexpressions,fold-batch-norm,fold-constants"
+DEFAULT = ",".join(
+    (
+        "simplify-casts",
+        "simplify-algebra",
+        "simplify-shapes",
+        "cancel-transposes",
+        "simplify-shapes",  # of the reshapes that are left between cancelled transposes
+        "eliminate-common-subexpressions",
+        "fold-batch-norm",
+        "fold-constants",
+    )
+)
 _ITEM = re.compile(r"\s*([\w-]+)\s*(?:\{([^}]*)\})?\s*(?:,|$)")
 
 

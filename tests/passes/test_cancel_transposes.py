@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tvm import relax
+from tvm.relax import op
+
+from passes.cancel_transposes import CancelTransposes, aligned_groups
+from tests.passes.graph import assert_kept, graph
+from tests.passes.relax_modules import operators, run
+
+
+def _transposes(module) -> int:
+    return operators(module).count("relax.permute_dims")
+
+
+def _dims(x: relax.Expr) -> list:
+    return list(x.ty.shape.values)
+
+
+_CANCELLING = {
+    "over one elementwise operator": (
+        lambda x: op.permute_dims(op.nn.gelu(op.permute_dims(x, [0, 2, 3, 1])), [0, 3, 1, 2]),
+        (2, 3, 4, 5),
+        0,
+    ),
+    "over a chain with constants": (
+        lambda x: op.permute_dims(
+            op.multiply(
+                op.add(op.permute_dims(x, [0, 2, 1]), relax.const(np.arange(3, dtype="float32"))), relax.const(2.0)
+            ),
+            [0, 2, 1],
+        ),
+        ("n", 3, 4),
+        1,  # of the constant, which is folded
+    ),
+    "over a merge of axes": (
+        lambda x: op.permute_dims(op.reshape(op.permute_dims(x, [0, 2, 3, 1]), (_dims(x)[0], 20, 3)), [0, 2, 1]),
+        ("n", 3, 4, 5),
+        0,
+    ),
+    "over a split of axes": (
+        lambda x: op.permute_dims(op.reshape(op.permute_dims(x, [0, 2, 1]), (2, 4, 5, 3)), [0, 3, 1, 2]),
+        (2, 3, 20),
+        0,
+    ),
+    "to one instead of two": (
+        lambda x: op.permute_dims(op.reshape(op.permute_dims(x, [0, 2, 1]), (2, 4, 5, 3)), [3, 0, 1, 2]),
+        (2, 3, 20),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "shape", "left"), _CANCELLING.values(), ids=_CANCELLING)
+def test_transposes_meet(body, shape, left: int) -> None:
+    module = graph(body, shape)
+    outcome = CancelTransposes().run(module)
+    assert _transposes(outcome.module) == left < _transposes(module)
+    assert CancelTransposes().run(outcome.module).rewritten == 0
+    x = np.random.default_rng(1).standard_normal([2 if d == "n" else d for d in shape]).astype("float32")
+    np.testing.assert_array_equal(run(outcome.module, x), run(module, x))
+
+
+@pytest.mark.parametrize(
+    ("body", "shape"),
+    [
+        (lambda x: op.permute_dims(op.nn.gelu(x), [1, 0]), (3, 4)),  # nothing to meet
+        (lambda x: op.permute_dims(op.nn.softmax(op.permute_dims(x), 0)), (3, 4)),  # not elementwise
+        (lambda x: op.permute_dims(op.reshape(op.permute_dims(x), (2, 6))), (3, 4)),  # the reshape mixes the axes
+    ],
+)
+def test_transposes_that_would_not_meet_stay(body, shape) -> None:
+    assert_kept(CancelTransposes(), body, shape)
+
+
+def test_transposed_value_with_another_reader_is_not_computed_twice() -> None:
+    def body(x):
+        y = relax.BlockBuilder.current().emit(op.permute_dims(x))
+        return [y, op.permute_dims(op.exp(y))]
+
+    assert_kept(CancelTransposes(), body, (3, 4))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.data())
+def test_groups_have_equal_products(before: list[int], data) -> None:
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(before)))))
+    after = [int(np.prod(before[a:b])) for a, b in zip([0, *cuts], [*cuts, len(before)], strict=True) if a < b]
+    groups = aligned_groups(before, after)
+    assert groups is not None
+    assert [axis for group, _ in groups for axis in group] == list(range(len(before)))
+    assert [axis for _, group in groups for axis in group] == list(range(len(after)))
+    for left, right in groups:
+        assert np.prod([before[axis] for axis in left]) == np.prod([after[axis] for axis in right])
