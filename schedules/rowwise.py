@@ -64,7 +64,7 @@ class Rowwise:
 
     def space(self, target: Target, analysis: RowwiseAnalysis) -> Space:
         """Return how many registers one vector statement spans."""
-        return (Choice("vectors", 1, (1, 2, 4)),)
+        return (Choice("vectors", 2, (1, 2, 4)),)
 
     def apply(self, analysis: RowwiseAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the parallel loop over rows."""
