@@ -19,7 +19,7 @@ from optimizer.frontend.importer import ImportedModel, import_model
 from optimizer.frontend.model_file import ModelFile, read_model
 from optimizer.lowering import LoweredModule, build, lower
 from optimizer.package import Manifest, Weight, require_replaceable, write_package
-from optimizer.packaging import describe
+from optimizer.packaging import companions, describe
 from optimizer.progress import Silent, Timeline, Watcher
 from optimizer.runtime.machine import count_physical_cores_by_default
 from optimizer.symbolic_arguments import passed_in_order_of_use
@@ -96,7 +96,14 @@ def compile_model(
         with timeline.stage("certify and write"):
             certification = plan_certification(source, plan.imported, options) if certify else NO_CERTIFICATE
             draft = describe(source, plan, options.target)
-            manifest = write_package(output, draft, library, _weights(plan), certify=certification.certify)
+            manifest = write_package(
+                output,
+                draft,
+                library,
+                _weights(plan),
+                extra_files=companions(source, plan.imported),
+                certify=certification.certify,
+            )
     return CompileResult(manifest, plan, source, certification, timeline.seconds)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimizer.frontend.model_file import ModelFile
@@ -17,12 +18,15 @@ from optimizer.package.manifest import (
     Requirements,
     TuningRecord,
 )
+from optimizer.runtime.generation.roles import TOKENS
+from optimizer.runtime.generation.text import COMPANION_FILES
 from optimizer.signature import entry_point
 from passes.base import Pass
 from targets.base import GLIBC_FLOOR, Target
 
 if TYPE_CHECKING:
     from optimizer.compile import Plan
+    from optimizer.frontend.importer import ImportedModel
 
 
 def describe(source: ModelFile, plan: Plan, target: Target) -> Manifest:
@@ -41,6 +45,14 @@ def describe(source: ModelFile, plan: Plan, target: Target) -> Manifest:
         tuning=TuningRecord((), workloads),
         kernels=tuple(KernelRecord(kernel.function, kernel.family) for kernel in plan.lowered.kernels),
     )
+
+
+def companions(source: ModelFile, model: ImportedModel) -> dict[str, bytes]:
+    """Return the files beside a language model that its package carries along, so that it can generate text."""
+    if TOKENS not in model.input_names:
+        return {}
+    beside = [Path(source.directory) / name for name in COMPANION_FILES]
+    return {path.name: path.read_bytes() for path in beside if path.is_file()}
 
 
 def requirements(target: Target) -> Requirements:

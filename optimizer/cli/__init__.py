@@ -10,7 +10,7 @@ import click
 
 from optimizer.errors import OptimizerError
 
-_COMMANDS = ("compile", "run", "inspect", "verify", "bench", "targets", "doctor")
+_COMMANDS = ("compile", "run", "generate", "inspect", "verify", "bench", "targets", "doctor")
 _INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
 
 
@@ -33,6 +33,7 @@ class _LazyGroup(click.Group):
 _SUMMARIES = {
     "compile": "Compile an ONNX model to a package for one target.",
     "run": "Run a package on given or random inputs.",
+    "generate": "Continue a text with a compiled language model.",
     "inspect": "Show what a package or an ONNX model holds, without running it.",
     "verify": "Check a package's integrity, whether it runs here, and its numbers.",
     "bench": "Measure a package's speed and memory on this machine.",

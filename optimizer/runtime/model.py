@@ -41,6 +41,7 @@ class CompiledModel:
 
     def __init__(self, package: Package, *, device: str | None = None, threads: int | None = None) -> None:
         self.manifest: Manifest = package.manifest
+        self._package = package
         self.threads: int = resolve_thread_count(threads)
         self.device: tensors.Device = open_device(package.manifest.requirements, device)
         self.lock: threading.Lock = threading.Lock()
@@ -63,6 +64,11 @@ class CompiledModel:
         if name not in self._entries:
             raise OptionError(f"there is no entry point '{name}'; the package has {', '.join(self._entries)}")
         return self._entries[name]
+
+    def read_file(self, name: str) -> bytes | None:
+        """Return the content of a file that the package carries beside code and weights, or None if it has none."""
+        location = self._package.locations.get(name)
+        return None if location is None else location.read()
 
     @overload
     def __call__(

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+_DECODER_FOLDER = Path(__file__).parents[2] / "examples" / "decoder"
+
 
 @pytest.fixture
 def package(optimizer: Callable, perceptron: Path, tmp_path: Path) -> Path:
@@ -110,3 +112,23 @@ def test_compile_twice_gives_the_same_bytes(optimizer: Callable, perceptron: Pat
     for path in packages:
         optimizer("compile", perceptron, "-o", path)
     assert filecmp.cmp(*packages, shallow=False)
+
+
+def test_generate_refuses_what_is_no_language_model(optimizer: Callable, perceptron: Path, tmp_path: Path) -> None:
+    package = tmp_path / "perceptron.opt"
+    optimizer("compile", perceptron, "-o", package, "--no-certificate")
+    finished = optimizer("generate", package, "--prompt", "a", "--tokenizer", _DECODER_FOLDER)
+    assert finished.code == 10
+    assert "no language model" in finished.err
+
+
+def test_generate_streams_text_and_ends_with_figures(optimizer: Callable, tmp_path: Path) -> None:
+    package = tmp_path / "decoder.opt"
+    optimizer("compile", _DECODER_FOLDER / "model.onnx", "-o", package, "--no-certificate")
+    finished = optimizer("generate", package, "--prompt", "The king said", "-n", "6")
+    assert finished.code == 0
+    assert finished.out.strip()
+    assert "tokens/s" in finished.err
+    document = json.loads(optimizer("generate", package, "--prompt", "The king said", "-n", "6", "--json").out)
+    assert document["text"] == finished.out.removesuffix("\n")
+    assert len(document["tokens"]) == 6

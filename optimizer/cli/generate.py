@@ -1,0 +1,100 @@
+"""`optimizer generate`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from optimizer.runtime.generation import Generation
+
+
+@click.command(name="generate")
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option("--prompt", "-p", required=True, help="The text to continue.")
+@click.option("--max-new-tokens", "-n", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token each time.")
+@click.option("--top-k", default=0, show_default=True, help="Draw from the k likeliest tokens; 0: from all.")
+@click.option("--top-p", default=1.0, show_default=True, help="Draw from the likeliest tokens that together reach p.")
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 makes repetition less likely.")
+@click.option("--seed", default=0, show_default=True, help="Equal seeds give equal texts.")
+@click.option("--max-context", type=click.IntRange(1), help="Tokens at most, prompt included; default: the model's.")
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path, file_okay=False, exists=True), help="Folder of tokenizer.json."
+)
+@click.option("--device", help="cpu, cuda or cuda:N; by default what the package was compiled for.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; by default one per physical core.")
+@click.option("--json", "as_json", is_flag=True, help="Print text and figures as JSON at the end.")
+def command(
+    package: Path,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    repetition_penalty: float,
+    seed: int,
+    max_context: int | None,
+    tokenizer: Path | None,
+    device: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Continue a prompt with PACKAGE, a compiled decoder language model; the text appears as it is made."""
+    start = time.perf_counter()
+    from optimizer.runtime import load
+    from optimizer.runtime.generation import DecoderSession, Sampling, TextGenerator
+
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    model = load(package, device=device, threads=threads)
+    generator = TextGenerator(model, tokenizer)
+    session = DecoderSession(model, capacity=max_context or generator.settings.capacity)
+    loaded = time.perf_counter() - start
+    generation = generator.generate(prompt, sampling, max_new_tokens=max_new_tokens, session=session)
+    pieces: list[str] = []
+    for piece in generation:
+        pieces.append(piece)
+        if not as_json:
+            click.echo(piece, nl=False)
+    if as_json:
+        _print_document(prompt, "".join(pieces), generation, loaded)
+    else:
+        click.echo()
+        _print_figures(generation, loaded)
+
+
+def _print_document(prompt: str, text: str, generation: Generation, loaded: float) -> None:
+    from optimizer.cli.console import print_json
+    from optimizer.report.memory import peak_resident_bytes
+
+    document = {
+        "prompt": prompt,
+        "text": text,
+        "tokens": generation.tokens,
+        "finished": generation.finished,
+        "prompt_tokens": len(generation.prompt_tokens),
+        "load_seconds": loaded,
+        "prefill_seconds": generation.prefill_seconds,
+        "decode_seconds": generation.decode_seconds,
+        "peak_resident_bytes": peak_resident_bytes(),
+    }
+    print_json(document)
+
+
+def _print_figures(generation: Generation, loaded: float) -> None:
+    from optimizer.cli.console import bytes_text, seconds_text
+    from optimizer.report.memory import peak_resident_bytes
+
+    prompt, decoded = len(generation.prompt_tokens), len(generation.tokens) - 1
+    figures = [
+        f"prefill {prompt} tokens, {prompt / generation.prefill_seconds:.1f} tokens/s",
+        f"first token after {seconds_text(loaded + generation.prefill_seconds)}",
+        f"peak memory {bytes_text(peak_resident_bytes())}",
+        f"ended by {generation.finished}",
+    ]
+    if decoded > 0 and generation.decode_seconds:
+        figures.insert(1, f"decode {decoded} tokens, {decoded / generation.decode_seconds:.1f} tokens/s")
+    click.echo("; ".join(figures), err=True)

@@ -1,0 +1,116 @@
+"""From a prompt to text: tokenizer, decoder and sampler together, one piece of text at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optimizer.errors import OptionError
+from optimizer.runtime.generation.sampling import Sampler, Sampling
+from optimizer.runtime.generation.session import DecoderSession
+from optimizer.runtime.generation.settings import SETTINGS_FILES, read_settings
+from optimizer.runtime.generation.tokenizer import TOKENIZER_FILE, Tokenizer
+
+if TYPE_CHECKING:
+    from optimizer.runtime.model import CompiledModel
+
+COMPANION_FILES = (TOKENIZER_FILE, *SETTINGS_FILES)
+DEFAULT_TOKENS = 128
+
+
+class Generation:
+    """One answer in the making: iterate over it for the pieces of text, then read what it took.
+
+    `finished` says why it ended: "stop token", "length" (as many tokens as were asked for) or "context is full".
+    Times are in seconds: `prefill_seconds` reads the prompt, which gives the first token; `decode_seconds` is for the
+    tokens after it.
+    """
+
+    def __init__(
+        self, generator: TextGenerator, session: DecoderSession, prompt: list[int], sampler: Sampler, limit: int
+    ) -> None:
+        self.prompt_tokens: list[int] = prompt
+        self.tokens: list[int] = []
+        self.finished: str = ""
+        self.prefill_seconds: float = 0.0
+        self.decode_seconds: float = 0.0
+        self._generator = generator
+        self._session = session
+        self._sampler = sampler
+        self._limit = limit
+
+    def __iter__(self) -> Iterator[str]:
+        """Generate, and yield text whenever whole characters of it are known."""
+        text_of = self._generator.tokenizer.stream(self.prompt_tokens)
+        for token in self._generate():
+            text = text_of(token)
+            if text is not None:
+                yield text
+
+    def _generate(self) -> Iterator[int]:
+        start = time.perf_counter()
+        logits = self._session.append(self.prompt_tokens)
+        self.prefill_seconds = time.perf_counter() - start
+        while True:
+            token = self._sampler.choose(logits, self._session.tokens)
+            if token in self._generator.settings.stop:
+                self.finished = "stop token"
+                return
+            self.tokens.append(token)
+            yield token
+            if len(self.tokens) == self._limit:
+                self.finished = "length"
+                return
+            if len(self._session.tokens) == self._session.capacity:
+                self.finished = "context is full"
+                return
+            start = time.perf_counter()
+            logits = self._session.append([token])
+            self.decode_seconds += time.perf_counter() - start
+
+
+class TextGenerator:
+    """A decoder with its tokenizer.
+
+    The tokenizer (tokenizer.json) and the settings (generation_config.json or genai_config.json: stop tokens, length of
+    the context) are those in the package, which the compiler takes from beside the model, or those in `folder`.
+    Raises OptionError where there is no tokenizer or the `tokenizers` library is missing.
+    """
+
+    def __init__(self, model: CompiledModel, folder: Path | None = None) -> None:
+        files = _files(model, folder)
+        if TOKENIZER_FILE not in files:
+            raise OptionError(
+                f"there is no {TOKENIZER_FILE}; lay it beside the model and compile again, or give its folder"
+            )
+        self._model = model
+        self.tokenizer = Tokenizer(files[TOKENIZER_FILE])
+        self.settings = read_settings(files)
+
+    def generate(
+        self,
+        prompt: str,
+        sampling: Sampling | None = None,
+        *,
+        max_new_tokens: int = DEFAULT_TOKENS,
+        session: DecoderSession | None = None,
+    ) -> Generation:
+        """Return the continuation of `prompt`, which is generated as it is iterated over.
+
+        `session` continues a text that was begun before. Iterating raises OptionError for an empty prompt of a model
+        that has no token to begin with, and for a prompt that is longer than the context.
+        """
+        session = session or DecoderSession(self._model, capacity=self.settings.capacity)
+        tokens = self.tokenizer.encode(prompt)
+        if not tokens and not session.tokens and self.settings.begin is not None:
+            tokens = [self.settings.begin]
+        return Generation(self, session, tokens, Sampler(sampling or Sampling()), max_new_tokens)
+
+
+def _files(model: CompiledModel, folder: Path | None) -> dict[str, bytes]:
+    if folder is not None:
+        return {name: (folder / name).read_bytes() for name in COMPANION_FILES if (folder / name).is_file()}
+    packed = {name: model.read_file(name) for name in COMPANION_FILES}
+    return {name: content for name, content in packed.items() if content is not None}

@@ -1,0 +1,57 @@
+"""Text to tokens and back, by the `tokenizers` library."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Protocol, cast
+
+from optimizer.errors import OptionError, PackageError
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class _Encoding(Protocol):
+    ids: list[int]
+
+
+class _Library(Protocol):
+    """The part of `tokenizers.Tokenizer` that is used here."""
+
+    def encode(self, sequence: str) -> _Encoding: ...
+
+
+class _Stream(Protocol):
+    """The part of `tokenizers.decoders.DecodeStream` that is used here."""
+
+    def step(self, tokenizer: _Library, id: int) -> str | None: ...  # noqa: A002 - the library's name
+
+
+class Tokenizer:
+    """The tokenizer that the content of a tokenizer.json describes.
+
+    Raises OptionError where the library is missing, PackageError for a malformed file.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        try:
+            self._module = importlib.import_module("tokenizers")
+        except ImportError as error:
+            raise OptionError("text needs the library tokenizers; run: pip install 'optimizer[generate]'") from error
+        try:
+            self._tokenizer = cast("_Library", self._module.Tokenizer.from_buffer(content))
+        except Exception as error:  # the library raises plain exceptions for malformed files
+            raise PackageError(f"{TOKENIZER_FILE} is no tokenizer of the tokenizers library: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text, with those that the tokenizer puts around it."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def stream(self, before: Sequence[int]) -> Callable[[int], str | None]:
+        """Return a function from the tokens after `before`, one by one, to their text.
+
+        It returns None as long as the bytes of a character are not complete. Special tokens have no text.
+        """
+        make = importlib.import_module("tokenizers.decoders").DecodeStream
+        stream = cast("_Stream", make(ids=list(before), skip_special_tokens=True))
+        return lambda token: stream.step(self._tokenizer, token)

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from optimizer.errors import OptionError
+from optimizer.package.manifest import EntryPoint, SymbolRange, TensorSpec
+from optimizer.runtime.generation.roles import roles_of
+
+_SYMBOLS = tuple(SymbolRange(name, 0, None) for name in ("batch", "new", "past"))
+_TOKENS = TensorSpec("input_ids", "int64", ("batch", "new"))
+_PAST = TensorSpec("past_key_values.0.key", "float16", ("batch", 2, "past", 32))
+_LOGITS = TensorSpec("logits", "float32", ("batch", "new", 100))
+_PRESENT = TensorSpec("present.0.key", "float16", ("batch", 2, "past + new", 32))
+_DECODER = EntryPoint("main", (_TOKENS, _PAST), (_LOGITS, _PRESENT), _SYMBOLS)
+
+
+def test_the_empty_cache_of_one_sequence_has_no_tokens() -> None:
+    (cache,) = roles_of(_DECODER).cache
+    assert (cache.shape, cache.axis, cache.present) == ((1, 2, 0, 32), 2, "present.0.key")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "message"),
+    [
+        ((TensorSpec("x", "float32", (1,)),), (_LOGITS,), "no language model"),
+        ((_TOKENS,), (_LOGITS,), "no cache"),
+        ((_TOKENS, _PAST, TensorSpec("beam", "int64", (1,))), (_LOGITS, _PRESENT), "inputs beam"),
+        ((TensorSpec("input_ids", "int64", (4, "new")), _PAST), (_LOGITS, _PRESENT), "4 sequences"),
+        ((TensorSpec("input_ids", "int64", ("batch", 8)), _PAST), (_LOGITS, _PRESENT), "8 tokens"),
+        ((TensorSpec("input_ids", "int32", ("batch", "new")), _PAST), (_LOGITS, _PRESENT), "as int64"),
+        ((_TOKENS, dataclasses.replace(_PAST, shape=("batch", 2, 64, 32))), (_LOGITS, _PRESENT), "grows"),
+    ],
+)
+def test_what_cannot_generate_is_refused(
+    inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        roles_of(EntryPoint("main", inputs, outputs, _SYMBOLS))

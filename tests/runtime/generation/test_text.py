@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from optimizer.errors import OptionError, PackageError
+from optimizer.runtime.generation import DecoderSession, Sampling, TextGenerator
+from optimizer.runtime.generation.settings import Settings, read_settings
+from optimizer.runtime.generation.tokenizer import Tokenizer
+from optimizer.runtime.model import CompiledModel
+
+_PROMPT = "The king said to his servants"
+
+
+def test_the_pieces_are_the_text_of_the_tokens(decoder: CompiledModel) -> None:
+    generation = TextGenerator(decoder).generate(_PROMPT, max_new_tokens=20)
+    pieces = list(generation)
+    assert len(generation.tokens) == 20
+    assert generation.finished == "length"
+    assert "".join(pieces).startswith(', "')
+
+
+def test_equal_seeds_give_equal_texts(decoder: CompiledModel) -> None:
+    generator = TextGenerator(decoder)
+    sampling = Sampling(temperature=0.9, top_k=50, seed=3)
+    texts = ["".join(generator.generate(_PROMPT, sampling, max_new_tokens=12)) for _ in range(2)]
+    assert texts[0] == texts[1]
+
+
+def test_a_full_context_ends_the_text(decoder: CompiledModel) -> None:
+    session = DecoderSession(decoder, capacity=10)
+    generation = TextGenerator(decoder).generate(_PROMPT, max_new_tokens=50, session=session)
+    list(generation)
+    assert generation.finished == "context is full"
+    assert len(session.tokens) == 10
+
+
+def test_a_stop_token_ends_the_text_and_is_not_part_of_it(decoder: CompiledModel, tmp_path: Path) -> None:
+    first = TextGenerator(decoder).generate(_PROMPT, max_new_tokens=6)
+    list(first)
+    (tmp_path / "tokenizer.json").write_bytes(decoder.read_file("tokenizer.json") or b"")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [first.tokens[4]]}))
+    stopped = TextGenerator(decoder, tmp_path).generate(_PROMPT, max_new_tokens=6)
+    list(stopped)
+    assert stopped.finished == "stop token"
+    assert stopped.tokens == first.tokens[: first.tokens.index(first.tokens[4])]
+
+
+def test_without_a_tokenizer_the_error_says_where_to_put_it(decoder: CompiledModel, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"tokenizer\.json"):
+        TextGenerator(decoder, tmp_path)
+
+
+def test_characters_of_several_tokens_come_whole(decoder: CompiledModel) -> None:
+    tokenizer = Tokenizer(decoder.read_file("tokenizer.json") or b"")
+    text = "é中 word"
+    text_of = tokenizer.stream([])
+    pieces = [text_of(token) for token in tokenizer.encode(text)]
+    assert None in pieces
+    assert "".join(filter(None, pieces)) == text
+
+
+def test_malformed_files_are_package_errors() -> None:
+    with pytest.raises(PackageError, match="tokenizer"):
+        Tokenizer(b"{}")
+    with pytest.raises(PackageError, match="no JSON"):
+        read_settings({"generation_config.json": b"{"})
+    with pytest.raises(PackageError, match="no settings"):
+        read_settings({"genai_config.json": b"[]"})
+
+
+@pytest.mark.parametrize(
+    ("name", "document", "settings"),
+    [
+        ("generation_config.json", {"eos_token_id": 2, "bos_token_id": 1}, Settings(1, (2,), None)),
+        ("generation_config.json", {"eos_token_id": [2, 3], "max_length": 64}, Settings(None, (2, 3), 64)),
+        ("genai_config.json", {"model": {"eos_token_id": 9, "context_length": 128}}, Settings(None, (9,), 128)),
+        ("generation_config.json", {"eos_token_id": "x", "max_length": -1}, Settings()),
+    ],
+)
+def test_settings_of_both_kinds_are_read(name: str, document: object, settings: Settings) -> None:
+    assert read_settings({name: json.dumps(document).encode()}) == settings
