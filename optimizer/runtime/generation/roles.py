@@ -72,9 +72,9 @@ def _cache_tensor(spec: TensorSpec, present: str) -> CacheTensor:
         raise OptionError(
             f"'{spec}' does not have one dimension that grows with the text; compile without fixing its shape"
         )
-    shape = tuple(
-        0 if axis in growing else 1 if isinstance(size, str) else size for axis, size in enumerate(spec.shape)
-    )
+    (axis,) = growing
+    sizes = [1 if isinstance(size, str) else size for size in spec.shape]
+    sizes[axis] = 0
     return CacheTensor(spec.name, present, spec.dtype, tuple(sizes), axis)
 
 
