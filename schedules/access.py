@@ -11,7 +11,7 @@ from tvm import tirx
 from tvm.ir import Expr, Var
 
 from schedules.loops import Extent, product, unflatten
-from schedules.stages import Axis, Stage, calls_of, replace_loads, variables_of
+from schedules.stages import CONDITIONAL, Axis, Stage, calls_of, replace_loads, variables_of
 
 
 class Step(Enum):
@@ -165,7 +165,7 @@ def same_extent(expression: Expr, extent: Extent) -> bool:
 def branches_on(expression: Expr, axis: Axis) -> bool:
     """Return whether `expression` holds a conditional whose condition depends on `axis`."""
     return any(
-        call.op.name == "tirx.if_then_else" and occurs(call.args[0], axis.variable)
+        call.op.name == CONDITIONAL and occurs(call.args[0], axis.variable)
         for call in calls_of(expression)
         if hasattr(call.op, "name")
     )

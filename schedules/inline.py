@@ -10,6 +10,7 @@ from tvm.ir import Expr, TensorLoad, Var
 
 from schedules.loops import product
 from schedules.stages import (
+    CONDITIONAL,
     OpaqueStage,
     Stage,
     StagedFunction,
@@ -24,28 +25,27 @@ from schedules.stages import (
 
 # Calls that cost about as much as an addition; everything else (exp, erf, pow, ...) is computed once per element.
 CHEAP_CALLS = frozenset(
-    f"tirx.{name}"
-    for name in [
-        "sqrt",
-        "rsqrt",
-        "fabs",
-        "floor",
-        "ceil",
-        "round",
-        "trunc",
-        "nearbyint",
-        "likely",
-        "shift_left",
-        "shift_right",
-        "bitwise_and",
-        "bitwise_or",
-        "bitwise_xor",
-        "bitwise_not",
-        "reinterpret",
-        "isnan",
-        "isinf",
-        "if_then_else",
-    ]
+    {
+        CONDITIONAL,
+        "prim.ceil",
+        "prim.likely",
+        "tirx.bitwise_and",
+        "tirx.bitwise_not",
+        "tirx.bitwise_or",
+        "tirx.bitwise_xor",
+        "tirx.fabs",
+        "tirx.floor",
+        "tirx.isinf",
+        "tirx.isnan",
+        "tirx.nearbyint",
+        "tirx.reinterpret",
+        "tirx.round",
+        "tirx.rsqrt",
+        "tirx.shift_left",
+        "tirx.shift_right",
+        "tirx.sqrt",
+        "tirx.trunc",
+    }
 )
 # A chain of cheap stages read many times over still grows without bound, in code and in work.
 MAXIMAL_INLINED_LOADS = 24
@@ -108,7 +108,7 @@ def _reads(stage: Stage, buffer: Var) -> bool:
 
 def _worth_inlining(producer: Stage, reader: Stage) -> bool:
     reads = [load for load in reader.loads() if load.source.same_as(producer.output)]
-    conditional = any(call.op.name == "tirx.if_then_else" for call in calls_of(producer.value))
+    conditional = any(call.op.name == CONDITIONAL for call in calls_of(producer.value))
     if reader.is_reduction:
         # Under a reduction an element may be read many times, and a condition keeps its loop from being vectorized.
         if _is_move(producer.value):

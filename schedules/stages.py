@@ -15,7 +15,9 @@ from tvm import ir, s_tir, sym, tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-PURE_CALLS = frozenset({"tirx.if_then_else", "tirx.likely"})
+# TVM keeps a handful of operators in a domain of their own, apart from "tirx".
+CONDITIONAL = "prim.if_then_else"
+PURE_CALLS = frozenset({CONDITIONAL, "prim.likely"})
 PURE = 1  # tirx.CallEffectKind.Pure; below it are annotations of expressions
 
 

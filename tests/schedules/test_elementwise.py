@@ -60,6 +60,18 @@ def test_concatenation_padding_and_slices() -> None:
     np.testing.assert_array_equal(got, b[:, 1:39:2])
 
 
+def test_a_transposition_under_a_condition_is_not_read_ahead_of_it() -> None:
+    a, b = normal(1, 64, 32), normal(1, 48, 8, 8, seed=1)
+
+    def concatenated(a: relax.Expr, b: relax.Expr) -> relax.Expr:
+        return op.concat([b, op.reshape(op.permute_dims(a, [0, 2, 1]), (1, 32, 8, 8))], axis=1)
+
+    got, families = run(concatenated, [a, b])
+    np.testing.assert_array_equal(got, np.concatenate([b, a.transpose(0, 2, 1).reshape(1, 32, 8, 8)], 1))
+    # The tiles of a transposition are read whole, where the condition does not hold too: outside of the tensor.
+    assert families == {"elementwise"}
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float64", "int32", "int64", "uint8"])
 def test_arithmetic_in_other_types(dtype: str) -> None:
     make = normal if dtype.startswith("float") else integers
