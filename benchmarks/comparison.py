@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -28,7 +28,7 @@ class Row:
     engine: str
     version: str = ""
     compile_seconds: float = float("nan")
-    peak_bytes: int = 0
+    compile_peak_bytes: int = 0
     resident_bytes: int = 0
     difference: float = float("nan")
     seconds: list[float] = field(default_factory=list)
@@ -49,53 +49,70 @@ class Row:
 
 
 def compare(
-    model: Path, inputs: Mapping[str, np.ndarray], engines: Sequence[str], *, threads: int, rounds: int, reference: str
-) -> list[Row]:
-    """Time every engine on one model; `reference` is the engine that outputs are compared with."""
-    rows = {name: Row(name) for name in engines}
+    model: Path,
+    cases: Mapping[str, Mapping[str, np.ndarray]],
+    engines: Sequence[str],
+    *,
+    threads: int,
+    rounds: int,
+    reference: str,
+) -> dict[str, list[Row]]:
+    """Time every engine on one model with each case's inputs; returns the rows by case.
+
+    `reference` is the engine that outputs are compared with.
+    """
     with tempfile.TemporaryDirectory(prefix="optimizer-bench-") as folder:
         inputs_file = Path(folder) / "inputs.npz"
-        np.savez(inputs_file, **inputs)  # pyright: ignore[reportArgumentType]
+        arrays = {f"{case}/{name}": array for case, inputs in cases.items() for name, array in inputs.items()}
+        np.savez(inputs_file, **arrays)  # pyright: ignore[reportArgumentType]
         workers: dict[str, _Worker] = {}
+        loaded: dict[str, Row] = {}
         try:
             for name in engines:
                 worker = _Worker(name, model, inputs_file, threads)
-                loaded = worker.answer()
-                if "error" in loaded:
-                    rows[name].error = str(loaded["error"])
-                    continue
-                workers[name] = worker
-                rows[name].version = str(loaded["version"])
-                rows[name].compile_seconds = float(loaded["compile_seconds"])
-            counts = {name: _calls_per_round(worker) for name, worker in workers.items()}
-            for _ in range(rounds):
-                for name, worker in workers.items():
-                    rows[name].seconds += worker.ask({"run": counts[name]})["seconds"]
-            _check(rows, workers, Path(folder), reference)
+                loaded[name] = worker.loaded()
+                if loaded[name].error is None:
+                    workers[name] = worker
+            return {case: _timed(case, loaded, workers, rounds, Path(folder), reference) for case in cases}
         finally:
             for worker in workers.values():
                 worker.close()
+
+
+def _timed(
+    case: str,
+    loaded: Mapping[str, Row],
+    workers: Mapping[str, _Worker],
+    rounds: int,
+    folder: Path,
+    reference: str,
+) -> list[Row]:
+    rows = {name: replace(row, seconds=[]) for name, row in loaded.items()}
+    counts = {name: _calls_per_round(worker, case) for name, worker in workers.items()}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            rows[name].seconds += worker.ask({"case": case, "run": counts[name]})["seconds"]
+    _check(case, rows, workers, folder, reference)
     return list(rows.values())
 
 
-def _calls_per_round(worker: _Worker) -> int:
-    once = min(worker.ask({"run": 2})["seconds"])
+def _calls_per_round(worker: _Worker, case: str) -> int:
+    once = min(worker.ask({"case": case, "run": 2})["seconds"])
     return max(1, min(_MOST_CALLS, int(_ROUND_SECONDS / once)))
 
 
-def _check(rows: Mapping[str, Row], workers: Mapping[str, _Worker], folder: Path, reference: str) -> None:
+def _check(case: str, rows: Mapping[str, Row], workers: Mapping[str, _Worker], folder: Path, reference: str) -> None:
     results: dict[str, dict[str, np.ndarray]] = {}
     for name, worker in workers.items():
         file = folder / f"{name}.npz"
-        memory = worker.ask({"outputs": str(file)})
-        rows[name].peak_bytes, rows[name].resident_bytes = memory["peak_bytes"], memory["resident_bytes"]
+        rows[name].resident_bytes = worker.ask({"case": case, "outputs": str(file)})["resident_bytes"]
         with np.load(file) as stored:
             results[name] = {key: stored[key] for key in stored.files}
     for name, outputs in results.items():
         if reference in results:
-            rows[name].difference = max(
-                (_difference(outputs[key], results[reference][key]) for key in outputs), default=np.nan
-            )
+            differences = [_difference(outputs[key], results[reference][key]) for key in outputs]
+            # Unlike Python's own, this maximum is NaN where one of them is.
+            rows[name].difference = float(np.max(differences)) if differences else float("nan")
 
 
 def _difference(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -116,6 +133,15 @@ class _Worker:
         self._commands = cast("IO[str]", self._process.stdin)
         self._answers = cast("IO[str]", self._process.stdout)
         self._errors = cast("IO[str]", self._process.stderr)
+
+        self._engine = engine
+
+    def loaded(self) -> Row:
+        """Return the row of the engine once it has the model, with the reason if it has not."""
+        answer = self.answer()
+        if "error" in answer:
+            return Row(self._engine, error=str(answer["error"]))
+        return Row(self._engine, str(answer["version"]), float(answer["seconds"]), int(answer["peak_bytes"]))
 
     def answer(self) -> dict[str, Any]:
         line = self._answers.readline()

@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import importlib
 import json
+import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
 Arrays = Mapping[str, np.ndarray]
-Call = Callable[[], object]
+Cases = Mapping[str, Arrays]
 
 
 class EngineError(Exception):
     """An engine cannot run a model; the message is the reason, for the table."""
 
 
+def peak_bytes(who: int) -> int:
+    """Return the most memory that this process (RUSAGE_SELF) or any of its children ever held."""
+    return resource.getrusage(who).ru_maxrss * 1024
+
+
 class Engine:
-    """One engine with one model loaded. `prepare` returns what is timed; `outputs` the results by name."""
+    """One engine with one model loaded as it was exported, dynamic dimensions included, and inputs by case.
+
+    `compile_peak_bytes` is the most memory that the process which prepared the model for execution ever held.
+    """
 
     name: str
     compile_seconds: float
+    compile_peak_bytes: int
 
-    def __init__(self, model: Path, inputs: Arrays, threads: int) -> None:
+    def __init__(self, model: Path, cases: Cases, threads: int) -> None:
         raise NotImplementedError
 
     @staticmethod
@@ -36,11 +46,11 @@ class Engine:
         """Return the engine's version."""
         raise NotImplementedError
 
-    def call(self) -> object:
+    def call(self, case: str) -> object:
         """Run the model once; this is what is timed."""
         raise NotImplementedError
 
-    def outputs(self) -> dict[str, np.ndarray]:
+    def outputs(self, case: str) -> dict[str, np.ndarray]:
         """Run the model once and return its outputs by name."""
         raise NotImplementedError
 
@@ -50,30 +60,30 @@ class Optimizer(Engine):
 
     name = "optimizer"
 
-    def __init__(self, model: Path, inputs: Arrays, threads: int) -> None:
+    def __init__(self, model: Path, cases: Cases, threads: int) -> None:
         from optimizer.runtime import load  # noqa: PLC0415
 
-        shapes = [f"--shape={name}={','.join(map(str, array.shape))}" for name, array in inputs.items()]
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "package"
-            command = ["compile", str(model), "-o", str(package), "--no-certificate", "--json", *shapes]
+            command = ["compile", str(model), "-o", str(package), "--no-certificate", "--json"]
             # In a process of its own, so that the memory measured is the runtime's.
             done = subprocess.run([sys.executable, "-m", "optimizer", *command], capture_output=True, check=False)
             if done.returncode != 0:
                 raise EngineError(done.stderr.decode().strip().splitlines()[-1])
             self.compile_seconds = sum(json.loads(done.stdout)["stage_seconds"].values())
+            self.compile_peak_bytes = peak_bytes(resource.RUSAGE_CHILDREN)
             self._model = load(package, threads=threads)
-        self._inputs = dict(inputs)
+        self._cases = cases
 
     @staticmethod
     def version() -> str:
         return metadata.version("optimizer")
 
-    def call(self) -> object:
-        return self._model(self._inputs, outputs="dlpack")
+    def call(self, case: str) -> object:
+        return self._model(self._cases[case], outputs="dlpack")
 
-    def outputs(self) -> dict[str, np.ndarray]:
-        return self._model(self._inputs)
+    def outputs(self, case: str) -> dict[str, np.ndarray]:
+        return self._model(self._cases[case])
 
 
 class OnnxRuntime(Engine):
@@ -81,7 +91,7 @@ class OnnxRuntime(Engine):
 
     name = "onnxruntime"
 
-    def __init__(self, model: Path, inputs: Arrays, threads: int) -> None:
+    def __init__(self, model: Path, cases: Cases, threads: int) -> None:
         import onnxruntime  # noqa: PLC0415
 
         options = onnxruntime.SessionOptions()
@@ -90,18 +100,19 @@ class OnnxRuntime(Engine):
         start = time.perf_counter()
         self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         self.compile_seconds = time.perf_counter() - start
-        self._inputs = dict(inputs)
+        self.compile_peak_bytes = peak_bytes(resource.RUSAGE_SELF)
+        self._cases = cases
         self._names = [output.name for output in self._session.get_outputs()]
 
     @staticmethod
     def version() -> str:
         return metadata.version("onnxruntime")
 
-    def call(self) -> object:
-        return self._session.run(None, self._inputs)
+    def call(self, case: str) -> object:
+        return self._session.run(None, self._cases[case])
 
-    def outputs(self) -> dict[str, np.ndarray]:
-        results = self._session.run(None, self._inputs)
+    def outputs(self, case: str) -> dict[str, np.ndarray]:
+        results = self._session.run(None, self._cases[case])
         return {name: np.asarray(value) for name, value in zip(self._names, results, strict=True)}
 
 
@@ -110,27 +121,27 @@ class OpenVino(Engine):
 
     name = "openvino"
 
-    def __init__(self, model: Path, inputs: Arrays, threads: int) -> None:
+    def __init__(self, model: Path, cases: Cases, threads: int) -> None:
         openvino = importlib.import_module("openvino")
 
         core = openvino.Core()
         read = core.read_model(str(model))
-        read.reshape({name: list(array.shape) for name, array in inputs.items()})
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         start = time.perf_counter()
         self._request = core.compile_model(read, "CPU", settings).create_infer_request()
         self.compile_seconds = time.perf_counter() - start
-        self._inputs = dict(inputs)
+        self.compile_peak_bytes = peak_bytes(resource.RUSAGE_SELF)
+        self._cases = cases
 
     @staticmethod
     def version() -> str:
         return metadata.version("openvino")
 
-    def call(self) -> object:
-        return self._request.infer(self._inputs, share_inputs=True, share_outputs=True)
+    def call(self, case: str) -> object:
+        return self._request.infer(self._cases[case], share_inputs=True, share_outputs=True)
 
-    def outputs(self) -> dict[str, np.ndarray]:
-        results = self._request.infer(self._inputs)
+    def outputs(self, case: str) -> dict[str, np.ndarray]:
+        results = self._request.infer(self._cases[case])
         return {next(iter(port.names)): np.array(value) for port, value in results.items()}
 
 
@@ -139,7 +150,7 @@ class StockTvm(Engine):
 
     name = "tvm"
 
-    def __init__(self, model: Path, inputs: Arrays, threads: int) -> None:
+    def __init__(self, model: Path, cases: Cases, threads: int) -> None:
         import onnx  # noqa: PLC0415
         import tvm  # noqa: PLC0415
         from tvm import relax  # noqa: PLC0415
@@ -149,27 +160,29 @@ class StockTvm(Engine):
         from optimizer.runtime.threads import use_threads  # noqa: PLC0415
 
         use_threads(threads)  # before anything else runs: the pool never grows
-        shapes = {name: list(array.shape) for name, array in inputs.items()}
         start = time.perf_counter()
         try:
-            module = from_onnx(onnx.load(model), shape_dict=shapes)
+            module = from_onnx(onnx.load(model))
             executable = tvm.compile(module, target=find_target("host").tvm_target())
         except Exception as error:  # TVM's importer refuses in many ways; each is a row of the table
             raise EngineError(f"does not compile: {type(error).__name__}") from error
         self.compile_seconds = time.perf_counter() - start
+        self.compile_peak_bytes = peak_bytes(resource.RUSAGE_SELF)
         self._entry = relax.VirtualMachine(executable, tvm.cpu())["main"]
-        self._arguments = [tvm.runtime.tensor(array) for array in inputs.values()]
+        self._arguments = {
+            case: [tvm.runtime.tensor(array) for array in inputs.values()] for case, inputs in cases.items()
+        }
         self._names = [output.name for output in onnx.load(model, load_external_data=False).graph.output]
 
     @staticmethod
     def version() -> str:
         return metadata.version("apache-tvm")
 
-    def call(self) -> object:
-        return self._entry(*self._arguments)
+    def call(self, case: str) -> object:
+        return self._entry(*self._arguments[case])
 
-    def outputs(self) -> dict[str, np.ndarray]:
-        result = self._entry(*self._arguments)
+    def outputs(self, case: str) -> dict[str, np.ndarray]:
+        result = self._entry(*self._arguments[case])
         results = [result] if hasattr(result, "numpy") else list(result)
         return {name: value.numpy() for name, value in zip(self._names, results, strict=False)}
 

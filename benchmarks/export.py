@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,13 @@ import transformers
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from benchmarks.architectures import SEED, Architecture, Array, Call, Exporter, Variant
+from benchmarks.architecture import PAST, SEED, Architecture, Array, Call, Exporter, Variant
 
 # torch reports every torchvision operator that it cannot register.
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+# Below protobuf's 2 GiB by what an exporter may add: folded constants, a second copy of a tied weight.
+MOST_INLINE_BYTES = 1 << 30
 
 
 class FlatModule(nn.Module):
@@ -48,7 +52,7 @@ class FlatModule(nn.Module):
         return self.model(**named, encoder_outputs=(states,), return_dict=True)
 
     def _with_past(self, named: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        past = [named.pop(name) for name in self.inputs if name.startswith("past_key_values.")]
+        past = [named.pop(name) for name in self.inputs if name.startswith(PAST)]
         cache = transformers.DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
         result = self.model(**named, past_key_values=cache, use_cache=True, return_dict=True)
         present = [tensor for layer in result.past_key_values.layers for tensor in (layer.keys, layer.values)]
@@ -64,7 +68,7 @@ def build(architecture: Architecture, variant: Variant) -> FlatModule:
         model = model.get_submodule("encoder")
     randomize(model)
     names = tuple(spec.name for spec in variant.inputs)
-    return FlatModule(model, architecture.call, names, tuple(architecture.outputs)).eval()
+    return FlatModule(model, architecture.call, names, tuple(architecture.outputs_of(variant))).eval()
 
 
 def randomize(model: nn.Module) -> None:
@@ -112,10 +116,33 @@ def run_torch(module: FlatModule, inputs: dict[str, Array]) -> dict[str, Array]:
 
 
 def export(module: FlatModule, architecture: Architecture, variant: Variant, exporter: Exporter, path: Path) -> None:
-    """Write `module` to `path` as one ONNX file (under 2 GB) in which the named dimensions stay symbolic.
+    """Write `module` to `path` as an ONNX file in which the named dimensions stay symbolic.
 
+    Weights of many bytes go to a second file, named as the first with ".data" behind it: protobuf ends at 2 GiB.
     The exporters are called with their defaults (operator set included), as people call them.
     """
+    large = sum(parameter.nbytes for parameter in module.parameters()) > MOST_INLINE_BYTES
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
+        raw = Path(folder) / "model.onnx"
+        _export(module, architecture, variant, exporter, raw, external_data=large)
+        model = onnx.load(raw)
+    _remove_debug_text(model)
+    if large:
+        onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data")
+    else:
+        onnx.save(model, path)
+    onnx.checker.check_model(str(path), full_check=not large)  # shape inference would load all weights again
+
+
+def _export(
+    module: FlatModule,
+    architecture: Architecture,
+    variant: Variant,
+    exporter: Exporter,
+    path: Path,
+    *,
+    external_data: bool,
+) -> None:
     example = variant.draw(next(iter(variant.cases)))
     arguments = tuple(torch.from_numpy(example[name]) for name in module.inputs)
     axes = {
@@ -134,7 +161,7 @@ def export(module: FlatModule, architecture: Architecture, variant: Variant, exp
                 output_names=list(module.outputs),
                 dynamo=True,
                 dynamic_shapes=(tuple(axes.values()),) if dynamic else None,
-                external_data=False,
+                external_data=external_data,
                 verbose=False,
             )
         else:
@@ -145,12 +172,8 @@ def export(module: FlatModule, architecture: Architecture, variant: Variant, exp
                 input_names=names,
                 output_names=list(module.outputs),
                 dynamo=False,
-                dynamic_axes={**axes, **architecture.outputs} if dynamic else None,
+                dynamic_axes={**axes, **architecture.outputs_of(variant)} if dynamic else None,
             )
-    model = onnx.load(path)
-    _remove_debug_text(model)
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
 
 
 def _remove_debug_text(model: onnx.ModelProto) -> None:

@@ -10,9 +10,11 @@ import argparse
 import importlib.util
 import os
 import sys
+import tempfile
 from pathlib import Path
 
-from benchmarks.architectures import ARCHITECTURES, EXPORTERS, Exporter
+from benchmarks.architecture import EXPORTERS, Array, Exporter
+from benchmarks.architectures import ARCHITECTURES
 
 FULL_SIZE = {row.full_name: row for row in ARCHITECTURES.values() if row.full is not None}
 REQUIREMENTS = "torch==2.13.0 transformers==5.23.0 onnx onnxscript"
@@ -25,17 +27,28 @@ def model_path(name: str, exporter: Exporter = "dynamo") -> Path:
     return root / "models" / f"{name}_{exporter}.onnx"
 
 
+def cases_of(name: str) -> dict[str, dict[str, Array]]:
+    """Return the inputs that the full-size model called `name` is run on, by case."""
+    full = FULL_SIZE[name].full
+    assert full is not None
+    return {case: full.draw(case) for case in full.cases}
+
+
 def make(name: str, exporter: Exporter) -> Path:
-    """Export the full-size model called `name` into the cache; the file appears only when complete."""
+    """Export the full-size model called `name` into the cache; the files appear only when complete."""
     from benchmarks.export import build, export  # noqa: PLC0415 (needs torch)
 
     architecture = FULL_SIZE[name]
     assert architecture.full is not None
     path = model_path(name, exporter)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    export(build(architecture, architecture.full), architecture, architecture.full, exporter, partial)
-    return partial.replace(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
+        export(
+            build(architecture, architecture.full), architecture, architecture.full, exporter, Path(folder) / path.name
+        )
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights, if apart, before the model
+            file.replace(path.with_name(file.name))
+    return path
 
 
 def main() -> None:
@@ -53,7 +66,8 @@ def main() -> None:
         sys.exit(f"benchmarks.models: exporting models needs torch and transformers: pip install {REQUIREMENTS}")
     for name in names:
         path = make(name, arguments.exporter) if name in missing else model_path(name, arguments.exporter)
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", flush=True)
+        size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+        print(f"{path}: {size / 1e6:.1f} MB", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ time is the least that a kernel of this work can take here, and its time over a 
 
 from __future__ import annotations
 
+import resource
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 import tvm
 from tvm.script import tirx as T  # noqa: N812 - as TVM writes it
 
-from benchmarks.engines import Arrays, Engine, EngineError
+from benchmarks.engines import Cases, Engine, EngineError, peak_bytes
 from optimizer.compile import find_target
 from optimizer.runtime.threads import use_threads
 
@@ -30,7 +31,7 @@ class Peak(Engine):
 
     name = "peak"
 
-    def __init__(self, model: Path, inputs: Arrays, threads: int) -> None:
+    def __init__(self, model: Path, cases: Cases, threads: int) -> None:
         import onnx  # noqa: PLC0415
 
         metadata = {entry.key: entry.value for entry in onnx.load(model, load_external_data=False).metadata_props}
@@ -42,15 +43,16 @@ class Peak(Engine):
         function, self._arguments = make(int(metadata["work"]), threads)
         self._entry = tvm.compile(function, target=find_target("host").tvm_target())["main"]
         self.compile_seconds = time.perf_counter() - start
+        self.compile_peak_bytes = peak_bytes(resource.RUSAGE_SELF)
 
     @staticmethod
     def version() -> str:
         return ""
 
-    def call(self) -> object:
+    def call(self, case: str) -> object:
         return self._entry(*self._arguments)
 
-    def outputs(self) -> dict[str, np.ndarray]:
+    def outputs(self, case: str) -> dict[str, np.ndarray]:
         return {}
 
 

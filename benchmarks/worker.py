@@ -1,7 +1,8 @@
 """The process of one engine: reads commands as JSON lines, answers each with one JSON line.
 
-`python -m benchmarks.worker ENGINE MODEL INPUTS.npz THREADS`. Commands: {"run": N} times N calls, {"outputs": FILE}
-writes the outputs as .npz, {"stop": true} ends.
+`python -m benchmarks.worker ENGINE MODEL INPUTS.npz THREADS`; the inputs are keyed CASE/NAME. Commands:
+{"case": CASE, "run": N} times N calls, {"case": CASE, "outputs": FILE} writes the outputs as .npz; the end of the
+commands ends the process.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,27 +27,28 @@ def main() -> None:
     # What libraries print must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    cases: dict[str, dict[str, np.ndarray]] = {}
     with np.load(inputs_file) as stored:
-        inputs = {key: stored[key] for key in stored.files}
-    before = _resident_bytes()
+        for key in stored.files:
+            case, _, input_name = key.partition("/")
+            cases.setdefault(case, {})[input_name] = stored[key]
     try:
-        engine = find_engine(name)(Path(model), inputs, int(threads))
-        engine.call()
+        engine = find_engine(name)(Path(model), cases, int(threads))
+        for case in cases:
+            engine.call(case)
     except (EngineError, ImportError) as error:
         print(json.dumps({"error": str(error)}), file=answers)
         return
-    loaded = {"version": engine.version(), "compile_seconds": engine.compile_seconds, "baseline_bytes": before}
+    loaded = {"version": engine.version(), "seconds": engine.compile_seconds, "peak_bytes": engine.compile_peak_bytes}
     print(json.dumps(loaded), file=answers)
     for line in sys.stdin:
         command = json.loads(line)
+        case = command["case"]
         if "run" in command:
-            print(json.dumps({"seconds": _timed(engine.call, command["run"])}), file=answers)
-        elif "outputs" in command:
-            np.savez(command["outputs"], **engine.outputs())  # pyright: ignore[reportArgumentType]
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            print(json.dumps({"peak_bytes": peak, "resident_bytes": _resident_bytes()}), file=answers)
+            print(json.dumps({"seconds": _timed(partial(engine.call, case), command["run"])}), file=answers)
         else:
-            return
+            np.savez(command["outputs"], **engine.outputs(case))  # pyright: ignore[reportArgumentType]
+            print(json.dumps({"resident_bytes": _resident_bytes()}), file=answers)
 
 
 def _timed(call: Callable[[], object], count: int) -> list[float]:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from benchmarks.architectures import ARCHITECTURES, EXPORTERS, Architecture, Array
+from benchmarks.architecture import EXPORTERS, Architecture, Array
+from benchmarks.architectures import ARCHITECTURES
 from benchmarks.export import FlatModule, build, export, run_torch
 
 FOLDER = Path(__file__).parent

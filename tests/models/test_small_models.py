@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.architectures import ARCHITECTURES, EXPORTERS
+from benchmarks.architecture import EXPORTERS
+from benchmarks.architectures import ARCHITECTURES
 from tests.models.catalog import MODELS, ExportedModel
 
 # Two builds of onnxruntime may sum in another order: a hundred roundings of 2**-23, of the largest value.
