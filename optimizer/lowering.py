@@ -8,6 +8,7 @@ import tvm
 from tvm import relax
 
 from optimizer.bound_shapes import cut_blocks_at_bound_shapes
+from optimizer.legalization import LEGALIZATIONS
 from optimizer.shape_heap import lower_shapes
 from optimizer.symbolic_arguments import keep_symbolic_functions_apart
 from schedules import KernelReport, schedule_module
@@ -19,7 +20,7 @@ from targets.device_code import generating_source
 _LEGALIZE = (
     relax.backend.DispatchSampling,
     relax.backend.DispatchSortScan,
-    relax.transform.LegalizeOps,
+    lambda: relax.transform.LegalizeOps(LEGALIZATIONS),
     relax.transform.AnnotateTIROpPattern,
     lambda: keep_symbolic_functions_apart,
     relax.transform.FoldConstant,

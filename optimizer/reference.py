@@ -9,6 +9,7 @@ from tvm import relax
 
 from optimizer import execution
 from optimizer.frontend.importer import ImportedModel
+from optimizer.legalization import LEGALIZATIONS
 
 
 def lazily_unoptimized(model: ImportedModel) -> execution.Runner:
@@ -20,5 +21,6 @@ def lazily_unoptimized(model: ImportedModel) -> execution.Runner:
 def unoptimized(model: ImportedModel) -> execution.Runner:
     """Return a function from named inputs to named outputs that runs the imported module on this machine's CPU."""
     target = tvm.target.Target({"kind": "llvm"})
-    executable = relax.build(model.module, target, relax_pipeline="default_build")
+    module = relax.transform.LegalizeOps(LEGALIZATIONS)(model.module)
+    executable = relax.build(module, target, relax_pipeline="default_build")
     return execution.function(executable, model, tvm.cpu())

@@ -117,6 +117,15 @@ def is_uniform(expr: relax.Expr, number: float, *, exact: bool = True) -> bool:
     return bool(np.allclose(values, number, rtol=2 * epsilon, atol=0))
 
 
+def uniform_value(expr: relax.Expr) -> float | None:
+    """Return the value that all elements of a small constant have, or None."""
+    array = constant_of(expr) if isinstance(expr, tvm.ir.GenericConst) else None
+    if array is None or not array.size or array.size > MOST_ELEMENTS:
+        return None
+    values = array.reshape(-1).astype(np.float64)
+    return float(values[0]) if (values == values[0]).all() else None
+
+
 def _bound(name: str, expr: relax.Expr, parts: Parts) -> Iterator[Parts]:
     known = parts.get(name)
     if known is None:

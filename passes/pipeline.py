@@ -18,23 +18,33 @@ from passes.provenance import carry
 
 # Names to the module and class that hold them, so that listing the passes imports none of them.
 _PASSES = {
+    "absorb-scales": ("passes.absorb_scales", "AbsorbScales"),
     "cancel-transposes": ("passes.cancel_transposes", "CancelTransposes"),
     "convert-precision": ("passes.convert_precision", "ConvertPrecision"),
     "eliminate-common-subexpressions": ("passes.eliminate_common_subexpressions", "EliminateCommonSubexpressions"),
     "fold-batch-norm": ("passes.fold_batch_norm", "FoldBatchNorm"),
     "fold-constants": ("passes.fold_constants", "FoldConstants"),
+    "recognize-activations": ("passes.recognize_activations", "RecognizeActivations"),
+    "recognize-normalization": ("passes.recognize_normalization", "RecognizeNormalization"),
+    "recognize-softmax": ("passes.recognize_softmax", "RecognizeSoftmax"),
     "simplify-algebra": ("passes.simplify_algebra", "SimplifyAlgebra"),
     "simplify-casts": ("passes.simplify_casts", "SimplifyCasts"),
     "simplify-shapes": ("passes.simplify_shapes", "SimplifyShapes"),
 }
 DEFAULT = ",".join(
     (
+        "fold-constants",
         "simplify-casts",
         "simplify-algebra",
         "simplify-shapes",
         "cancel-transposes",
         "simplify-shapes",  # of the reshapes that are left between cancelled transposes
+        "fold-constants",  # of what the passes so far computed of constants
         "eliminate-common-subexpressions",
+        "recognize-activations",
+        "recognize-softmax",
+        "recognize-normalization",
+        "absorb-scales",
         "fold-batch-norm",
         "fold-constants",
     )

@@ -29,6 +29,14 @@ def shape_of(expr: relax.Expr) -> tuple[Dimension, ...] | None:
     return tuple(expr.ty.shape.values)
 
 
+def known_shape(expr: relax.Expr) -> list[Dimension]:
+    """Return the dimensions of a tensor; raises ValueError where they are not known."""
+    shape = shape_of(expr)
+    if shape is None:
+        raise ValueError(f"the shape of {expr} is not known")
+    return list(shape)
+
+
 def is_float(dtype: str | None) -> bool:
     """Return whether a dtype is one of floating-point numbers."""
     return dtype is not None and dtype.startswith(("float", "bfloat"))
@@ -78,3 +86,13 @@ def constant_of(expr: relax.Expr) -> np.ndarray | None:
 def constant(array: np.ndarray, dtype: str | None = None) -> relax.Expr:
     """Return a constant tensor."""
     return relax.const(np.ascontiguousarray(array), dtype or array.dtype.name)
+
+
+def kept_axes(reduction: relax.Expr) -> tuple[int, ...] | None:
+    """Return the axes of a reduction that keeps them with length 1, as non-negative numbers; None for any other."""
+    if not isinstance(reduction, tvm.ir.Call) or not reduction.attrs.keepdims:
+        return None
+    rank = reduction.args[0].ty.ndim
+    if reduction.attrs.axis is None:
+        return tuple(range(rank))
+    return tuple(sorted(int(axis) % rank for axis in reduction.attrs.axis))

@@ -98,10 +98,10 @@ def instance_normalization(node: Node) -> Result:
     if data.rank < 3:
         raise node.unsupported("an input without spatial axes")
     dtype = accumulation_dtype(data.dtype)
-    moments = _moments(node, _wide(node, data), range(2, data.rank))
-    normalized = relax.op.multiply(moments.centered, _inverse_deviation(node, moments.variance, dtype))
-    scale, bias = (_per_channel(node, node.input(index), data.rank, dtype) for index in (1, 2))
-    return cast(_scaled(normalized, scale, bias), dtype, data.dtype)
+    scale, bias = (node.cast(node.input(index), dtype).expr for index in (1, 2))
+    axes, epsilon = list(range(2, data.rank)), node.float("epsilon", 1e-5)
+    result = relax.op.nn.instance_norm(_wide(node, data), scale, bias, channel_axis=1, axes=axes, epsilon=epsilon)
+    return cast(result, dtype, data.dtype)
 
 
 @converter("GroupNormalization", since=18)
@@ -115,6 +115,11 @@ def group_normalization(node: Node) -> Result:
     rest = product(data.shape[1:])
     if isinstance(rest, int) and rest % groups:
         raise node.unsupported(f"{data.shape[1]} channels do not divide into {groups} groups")
+    if node.version >= 21 and data.rank > 2 and isinstance(data.shape[1], int):
+        scale, bias = (node.cast(node.input(index), dtype).expr for index in (1, 2))
+        axes, epsilon = list(range(2, data.rank)), node.float("epsilon", 1e-5)
+        result = relax.op.nn.group_norm(_wide(node, data), scale, bias, groups, 1, axes, epsilon)
+        return cast(result, dtype, data.dtype)
     grouped = node.reshape(node.cast(data, dtype), (data.shape[0], groups, simplified(rest // groups)))
     moments = _moments(node, grouped.expr, [2])
     normalized = node.emit(relax.op.multiply(moments.centered, _inverse_deviation(node, moments.variance, dtype)))

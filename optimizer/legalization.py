@@ -1,0 +1,97 @@
+"""TIR functions for operators of which TVM's own would be less exact or more than one kernel.
+
+TVM computes the variance of instance and group normalization as E[x^2] - E[x]^2, which loses all digits where the mean
+is large against the deviation. Here it is the mean of the squared differences, and all steps share the axes of batch
+and channel (or group), so that one row stays in cache from its first read to its last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import tvm.ir
+from tvm import relax, te, tirx, topi
+from tvm.ir import Expr
+
+Legalization = Callable[[relax.BlockBuilder, tvm.ir.Call], relax.Expr]
+
+
+def _instance_norm(builder: relax.BlockBuilder, call: tvm.ir.Call) -> relax.Expr:
+    data, scale, shift = call.args
+    if int(call.attrs.channel_axis) % data.ty.ndim != 1 or not _normalizes_from_second_axis(call):
+        return call
+    return builder.call_te(
+        _normalize_channels, data, scale, shift, call.attrs.epsilon, primfunc_name_hint="instance_norm"
+    )
+
+
+def _normalize_channels(data: te.Tensor, scale: te.Tensor, shift: te.Tensor, epsilon: float) -> te.Tensor:
+    def scaled(normalized: Expr, _: Expr, channel: Expr, *__: Expr) -> Expr:
+        return normalized * scale[channel] + shift[channel]
+
+    return _normalize(data, epsilon, scaled, "instance_norm")
+
+
+def _group_norm(builder: relax.BlockBuilder, call: tvm.ir.Call) -> relax.Expr:
+    data, scale, shift = call.args
+    if int(call.attrs.channel_axis) % data.ty.ndim != 1 or not _normalizes_from_second_axis(call):
+        return call
+    groups, shape = int(call.attrs.num_groups), list(data.ty.shape.values)
+    grouped = [shape[0], groups, tirx.floordiv(shape[1], groups), *shape[2:]]
+    split = builder.emit(builder.call_te(topi.reshape, data, grouped))
+    normalized = builder.call_te(
+        _normalize_groups, split, scale, shift, call.attrs.epsilon, primfunc_name_hint="group_norm"
+    )
+    return builder.call_te(topi.reshape, builder.emit(normalized), shape)
+
+
+def _normalize_groups(data: te.Tensor, scale: te.Tensor, shift: te.Tensor, epsilon: float) -> te.Tensor:
+    members = data.shape[2]
+
+    def scaled(normalized: Expr, _: Expr, group: Expr, member: Expr, *__: Expr) -> Expr:
+        channel = group * members + member
+        return normalized * scale[channel] + shift[channel]
+
+    return _normalize(data, epsilon, scaled, "group_norm")
+
+
+def _normalize(data: te.Tensor, epsilon: float, scaled: Callable[..., Expr], name: str) -> te.Tensor:
+    """Return `data` normalized over all axes but the first two, computed in at least float32, then `scaled`."""
+    dtype = "float32" if data.dtype in ("float16", "bfloat16") else data.dtype
+    outer, inner = data.shape[:2], data.shape[2:]
+    count = tirx.const(1, dtype)
+    for extent in inner:
+        count = count * tirx.Cast(dtype, extent)
+
+    def axes() -> list[tirx.IterVar]:
+        return [te.reduce_axis((0, extent), "k") for extent in inner]
+
+    def wide(*index: Expr) -> Expr:
+        return tirx.Cast(dtype, data[index])
+
+    first, second = axes(), axes()
+    total = te.compute(outer, lambda n, c: te.sum(wide(n, c, *first), axis=first), name="total")
+    mean = te.compute(outer, lambda n, c: total[n, c] / count, name="mean")
+
+    def squared(n: Expr, c: Expr, *index: Expr) -> Expr:
+        difference = wide(n, c, *index) - mean[n, c]
+        return difference * difference
+
+    squares = te.compute(outer, lambda n, c: te.sum(squared(n, c, *second), axis=second), name="squares")
+
+    def value(n: Expr, c: Expr, *index: Expr) -> Expr:
+        inverse = tirx.rsqrt(squares[n, c] / count + tirx.const(epsilon, dtype))
+        return tirx.Cast(data.dtype, scaled((wide(n, c, *index) - mean[n, c]) * inverse, n, c, *index))
+
+    return te.compute(data.shape, value, name=name)
+
+
+def _normalizes_from_second_axis(call: tvm.ir.Call) -> bool:
+    rank = call.args[0].ty.ndim
+    return sorted(int(axis) % rank for axis in call.attrs.axes) == list(range(2, rank))
+
+
+LEGALIZATIONS: Mapping[str, Legalization] = {
+    "relax.nn.instance_norm": _instance_norm,
+    "relax.nn.group_norm": _group_norm,
+}

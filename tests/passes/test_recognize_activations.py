@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from tvm import relax
+from tvm.relax import op
+
+from passes.recognize_activations import RecognizeActivations
+from tests.passes.graph import assert_kept, assert_rewritten, graph
+from tests.passes.relax_modules import operators, run
+
+
+def _c(value: float, dtype: str = "float32") -> relax.Expr:
+    return relax.const(value, dtype)
+
+
+def _cube(x: relax.Expr) -> relax.Expr:
+    return op.multiply(op.multiply(x, x), x)
+
+
+def _bell(x: relax.Expr) -> relax.Expr:
+    return op.add(op.erf(op.divide(x, _c(math.sqrt(2)))), _c(1.0))
+
+
+def _tanh(x: relax.Expr) -> relax.Expr:
+    inner = op.add(x, op.multiply(_c(0.044715), _cube(x)))
+    return op.add(_c(1.0), op.tanh(op.multiply(_c(math.sqrt(2 / math.pi)), inner)))
+
+
+_GELU = {
+    "half of x first": lambda x: op.multiply(op.multiply(x, _c(0.5)), _bell(x)),
+    "half last": lambda x: op.multiply(op.multiply(x, _bell(x)), _c(0.5)),
+    "half of the curve": lambda x: op.multiply(x, op.multiply(_c(0.5), _bell(x))),
+    "half outside": lambda x: op.multiply(_c(0.5), op.multiply(x, _bell(x))),
+}
+
+
+@pytest.mark.parametrize("body", _GELU.values(), ids=_GELU)
+def test_gelu_in_any_order_of_its_factors(body) -> None:
+    assert_rewritten(RecognizeActivations(), body, op.nn.gelu, ("n", 8))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (lambda x: op.multiply(op.multiply(_c(0.5), x), _tanh(x)), op.nn.gelu_tanh),
+        (lambda x: op.multiply(x, op.sigmoid(x)), op.nn.silu),
+        (lambda x: op.multiply(op.sigmoid(x), x), op.nn.silu),
+        (lambda x: op.divide(_c(1.0), op.add(_c(1.0), op.exp(op.negative(x)))), op.sigmoid),
+    ],
+)
+def test_other_activations(before, after) -> None:
+    assert_rewritten(RecognizeActivations(), before, after, ("n", 8))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x: op.multiply(op.multiply(x, _c(0.5)), op.add(op.erf(op.multiply(x, _c(0.7))), _c(1.0))),
+        lambda x: op.multiply(x, op.sigmoid(op.multiply(x, _c(1.702)))),
+        lambda x: op.multiply(op.exp(x), op.sigmoid(x)),
+    ],
+)
+def test_other_constants_and_arguments_are_kept(body) -> None:
+    assert_kept(RecognizeActivations(), body, (2, 8))
+
+
+def test_constants_that_widen_the_result_are_refused() -> None:
+    half = relax.const(np.full((3, 1, 1), 0.5, "float32"))
+    outcome = assert_kept(RecognizeActivations(), lambda x: op.multiply(op.multiply(x, half), _bell(x)), (2, 8))
+    assert [site.refusal for site in outcome.sites] == ["the result has another shape than the function's argument"]
+
+
+@pytest.mark.parametrize("body", [*_GELU.values(), lambda x: op.multiply(op.multiply(_c(0.5), x), _tanh(x))])
+def test_values_stay_within_rounding(body) -> None:
+    x = np.linspace(-12, 12, 400, dtype="float32").reshape(50, 8)
+    module = graph(body, (50, 8))
+    after = RecognizeActivations().run(module).module
+    assert len(operators(after)) == 1
+    # 1 + erf cancels for negative x: the error is absolute, of the rounding of 1 times x.
+    np.testing.assert_allclose(run(after, x), run(module, x), rtol=4e-6, atol=12 * 2.0**-22)

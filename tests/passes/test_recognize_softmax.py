@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tvm import relax
+from tvm.relax import op
+
+from passes.recognize_softmax import RecognizeSoftmax
+from tests.passes.graph import assert_kept, assert_rewritten, graph
+from tests.passes.relax_modules import run
+
+
+def _softmax(x: relax.Expr, axis: int, *, maximum: bool = True, keepdims: bool = True) -> relax.Expr:
+    builder = relax.BlockBuilder.current()
+    shifted = op.subtract(x, op.max(x, [axis], keepdims=True)) if maximum else x
+    exponential = builder.emit(op.exp(shifted))
+    return op.divide(exponential, op.sum(exponential, [axis], keepdims=keepdims))
+
+
+@pytest.mark.parametrize("maximum", [True, False])
+@pytest.mark.parametrize("axis", [-1, 0, 1])
+def test_formula_becomes_the_operator(axis: int, maximum: bool) -> None:
+    assert_rewritten(
+        RecognizeSoftmax(),
+        lambda x: _softmax(x, axis, maximum=maximum),
+        lambda x: op.nn.softmax(x, axis % 3),
+        *[("n", 4, 5)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (lambda x: _softmax(x, 1, keepdims=False), "not over one axis that is kept"),
+        (
+            lambda x: op.divide(
+                e := relax.BlockBuilder.current().emit(op.exp(op.subtract(x, op.max(x, [0], keepdims=True)))),
+                op.sum(e, [1], keepdims=True),
+            ),
+            "over different axes",
+        ),
+        (
+            lambda x: op.divide(e := relax.BlockBuilder.current().emit(op.exp(x)), op.sum(e, [0, 1], keepdims=True)),
+            "not over one axis that is kept",
+        ),
+    ],
+)
+def test_other_reductions_are_refused(body, reason: str) -> None:
+    outcome = assert_kept(RecognizeSoftmax(), body, (4, 4))
+    assert [reason in (site.refusal or "") for site in outcome.sites] == [True]
+
+
+def test_large_arguments_no_longer_overflow() -> None:
+    x = np.array([[1000.0, 1000.0, -1000.0]], "float32")
+    after = RecognizeSoftmax().run(graph(lambda x: _softmax(x, 1, maximum=False), (1, 3))).module
+    np.testing.assert_allclose(run(after, x), [[0.5, 0.5, 0.0]], rtol=1e-6)
