@@ -34,7 +34,7 @@ def needs_scalars(stage: Stage) -> str:
 
 
 def _is_narrow(dtype: str) -> bool:
-    if dtype.startswith(("float8", "float6", "float4")):
+    if dtype.startswith(("float8_", "float6_", "float4_")):
         return True
     return dtype.startswith(("int", "uint")) and int(dtype.lstrip("uint") or 0) < NARROWEST_INTEGER
 

@@ -90,7 +90,13 @@ class StagedFunction:
         """Return the function with `statements` as its body, allocating the intermediates that are still in use."""
         body = sequence(statements)
         used = buffers_of(body)
-        root = s_tir.SBlock([], [], [], "root", body, alloc_buffers=[b for b in self.intermediate if contains(used, b)])
+        kept = [buffer for buffer in self.intermediate if contains(used, buffer)]
+        # TVM shrinks what a block allocates to what it can prove to be accessed, and writes loop variables into the
+        # size where the bounds are symbolic.
+        symbolic = [buffer for buffer in kept if not all(isinstance(extent, tirx.IntImm) for extent in buffer.shape)]
+        static = [buffer for buffer in kept if not contains(symbolic, buffer)]
+        body = sequence([*(tirx.AllocBuffer(buffer, {}) for buffer in symbolic), body])
+        root = s_tir.SBlock([], [], [], "root", body, alloc_buffers=static)
         return self.function.with_body(s_tir.SBlockRealize([], True, root))
 
 

@@ -76,8 +76,9 @@ def test_a_transposition_under_a_condition_is_not_read_ahead_of_it() -> None:
 def test_arithmetic_in_other_types(dtype: str) -> None:
     make = normal if dtype.startswith("float") else integers
     a, b = make(5, 71, dtype=dtype), make(71, dtype=dtype, seed=1)
-    got, _ = run(op.add, [a, b])
+    got, families = run(op.add, [a, b])
     np.testing.assert_array_equal(got, a + b)
+    assert families == {"elementwise"}
 
 
 def test_gather_of_rows() -> None:

@@ -176,7 +176,7 @@ def centered(node: Node, value: Value, zero_point: Value | None, axis: int) -> r
         aligned = node.reshape(zero_point, shape)
     if value.constant is not None and aligned.constant is not None:
         return node.constant(value.constant.astype(np.int16) - aligned.constant.astype(np.int16)).expr
-    operands = [node.cast(operand, "int16").expr for operand in (value, aligned)]
+    operands = node.broadcast_operands(*(node.cast(operand, "int16") for operand in (value, aligned)))
     return node.emit(relax.op.subtract(*operands)).expr
 
 
