@@ -25,6 +25,7 @@ from optimizer.runtime.machine import count_physical_cores_by_default
 from optimizer.symbolic_arguments import passed_in_order_of_use
 from optimizer.weights import LiftedModule, lift_weights
 from passes import pipeline
+from passes.base import Pass
 from targets.base import Target
 from targets.linking import export_library
 
@@ -120,6 +121,7 @@ def compile_in_memory(model: onnx.ModelProto, options: CompileOptions, *, base_d
 
 
 def _plan_file(model: Path, options: CompileOptions, timeline: Timeline) -> tuple[ModelFile, Plan]:
+    _passes(options)  # a mistake in them is not to be found after minutes of reading and importing
     with timeline.stage("read"):
         source = read_model(model)
     return source, _plan(source.model, options, timeline, source.directory)
@@ -130,22 +132,21 @@ def _plan(model: onnx.ModelProto, options: CompileOptions, timeline: Timeline, b
         with timeline.stage("import"):
             imported = import_model(model, shapes=options.shapes, base_directory=base_directory)
         with timeline.stage("passes"):
-            rewritten, records = _run_passes(imported.module, options)
+            rewritten, records = pipeline.run(imported.module, _passes(options))
         with timeline.stage("lower"):
             lowered = lower(rewritten, options.target)
             lifted = lift_weights(lowered.module)
     return Plan(imported, records, rewritten, lowered, lifted)
 
 
-def _run_passes(module: tvm.IRModule, options: CompileOptions) -> tuple[tvm.IRModule, tuple[pipeline.PassRecord, ...]]:
+def _passes(options: CompileOptions) -> tuple[Pass, ...]:
     notation = options.passes
     if options.operand_dtype is not None:
         notation += f",convert-precision{{dtype={options.operand_dtype}}}"
     try:
-        passes = pipeline.parse(notation)
+        return pipeline.parse(notation)
     except pipeline.PassOptionError as error:
         raise OptionError(str(error)) from error
-    return pipeline.run(module, passes)
 
 
 def _link(executable: relax.VMExecutable, target: Target, library: Path) -> None:

@@ -85,6 +85,12 @@ def test_unknown_pass(optimizer: Callable, perceptron: Path) -> None:
     _fails(optimizer("compile", perceptron, "--passes", "fold-constant"), 10, "did you mean 'fold-constants'")
 
 
+def test_unknown_pass_is_reported_before_the_model_is_read(optimizer: Callable, tmp_path: Path) -> None:
+    path = tmp_path / "not_a_model.onnx"
+    path.write_text("no model")
+    _fails(optimizer("compile", path, "--passes", "fold-constant"), 10, "did you mean 'fold-constants'")
+
+
 def test_all_blockers_are_reported_at_once(optimizer: Callable, tmp_path: Path) -> None:
     nodes = [
         helper.make_node("NoSuchOperator", ["x"], ["a"], name="first"),
