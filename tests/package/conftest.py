@@ -10,18 +10,8 @@ import numpy as np
 import pytest
 
 from optimizer.package import Manifest, Weight, write_package
-from optimizer.package.manifest import (
-    EntryPoint,
-    KernelRecord,
-    Library,
-    ModelSource,
-    PassRecord,
-    Producer,
-    Requirements,
-    SymbolRange,
-    TensorSpec,
-    TuningRecord,
-)
+from optimizer.package.manifest import EntryPoint, Library, SymbolRange, TensorSpec
+from tests.manifests import draft_manifest
 
 WritePackage = Callable[..., Path]
 
@@ -29,34 +19,22 @@ WritePackage = Callable[..., Path]
 @pytest.fixture(scope="session")
 def draft() -> Manifest:
     """A manifest as the compiler hands it to the writer."""
-    return Manifest(
-        producer=Producer(optimizer="0.1.0", tvm="0.27.0.post1", tvm_ffi="0.1.14.post1"),
-        requirements=Requirements(
-            target="x86-avx512",
-            architecture="x86_64",
-            cpu_features=("avx512f", "avx512_vnni"),
-            device="cpu",
-            gpu_architectures=(),
-            glibc="2.28",
-            libraries=(Library("tvm_runtime", "0.27.0.post1"), Library("tvm_ffi", "0.1.14.post1")),
+    main = EntryPoint(
+        "main",
+        inputs=(
+            TensorSpec("input_ids", "int64", ("batch", "sequence")),
+            TensorSpec("past_key_values.0.key", "float16", ("batch", 2, "past", 8)),
         ),
-        model=ModelSource("decoder.onnx", "ab" * 32, 23),
-        entry_points=(
-            EntryPoint(
-                "main",
-                inputs=(
-                    TensorSpec("input_ids", "int64", ("batch", "sequence")),
-                    TensorSpec("past_key_values.0.key", "float16", ("batch", 2, "past", 8)),
-                ),
-                outputs=(TensorSpec("present.0.key", "float16", ("batch", 2, "past + sequence", 8)),),
-                symbols=(SymbolRange("batch", 1, 1), SymbolRange("sequence", 1, 512), SymbolRange("past", 0, None)),
-            ),
-        ),
-        weight_scheme="none",
-        kv_cache_scheme="none",
-        passes=(PassRecord("fold-constants", {"limit": 1024, "exact": True, "ratio": 0.5, "skip": None}),),
-        tuning=TuningRecord(hits=("matmul_1x8x8",), misses=()),
-        kernels=(KernelRecord("fused_matmul_add", "matmul"),),
+        outputs=(TensorSpec("present.0.key", "float16", ("batch", 2, "past + sequence", 8)),),
+        symbols=(SymbolRange("batch", 1, 1), SymbolRange("sequence", 1, 512), SymbolRange("past", 0, None)),
+    )
+    return draft_manifest(
+        [main],
+        target="x86-avx512",
+        architecture="x86_64",
+        cpu_features=("avx512f", "avx512_vnni"),
+        glibc="2.28",
+        libraries=(Library("tvm_runtime", "0.27.0.post1"), Library("tvm_ffi", "0.1.14.post1")),
     )
 
 

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 import tvm
-import tvm_ffi
 from tvm import relax, tirx
 
-from optimizer.package import Manifest, Weight, write_package
-from optimizer.package.manifest import (
-    EntryPoint,
-    KernelRecord,
-    Library,
-    ModelSource,
-    PassRecord,
-    Producer,
-    Requirements,
-    SymbolRange,
-    TensorSpec,
-    TuningRecord,
-)
+from optimizer.package import Weight, write_package
+from optimizer.package.manifest import EntryPoint, SymbolRange, TensorSpec
 from targets.arm64 import ARM64
 from targets.linking import export_library
+from tests.manifests import draft_manifest
 
 LINEAR = EntryPoint(
     "main",
@@ -157,30 +145,6 @@ def echo_library(build: Build) -> Path:
     return build(_echo_module(), "echo")
 
 
-def draft(entry_points: Sequence[EntryPoint], **requirements: object) -> Manifest:
-    """Return a manifest for this machine without files."""
-    needs: dict[str, object] = {
-        "target": "host",
-        "architecture": platform.machine(),
-        "cpu_features": (),
-        "device": "cpu",
-        "gpu_architectures": (),
-        "glibc": "2.17",
-        "libraries": (Library("tvm_runtime", tvm.__version__), Library("tvm_ffi", tvm_ffi.__version__)),
-    }
-    return Manifest(
-        producer=Producer("0.0.0", tvm.__version__, tvm_ffi.__version__),
-        requirements=Requirements(**{**needs, **requirements}),
-        model=ModelSource("model.onnx", "0" * 64, 20),
-        entry_points=tuple(entry_points),
-        weight_scheme="none",
-        kv_cache_scheme="none",
-        passes=(PassRecord("fold-constants", {"limit": 1024}),),
-        tuning=TuningRecord(hits=(), misses=("matmul",)),
-        kernels=(KernelRecord("matmul", "matmul"),),
-    )
-
-
 WritePackage = Callable[..., Path]
 
 
@@ -190,7 +154,7 @@ def write_linear(tmp_path: Path, linear_library: Path) -> WritePackage:
 
     def write(name: str = "linear", library: Path = linear_library, seed: int = 0, **requirements: object) -> Path:
         path = tmp_path / name
-        write_package(path, draft((LINEAR, CACHED), **requirements), library, make_linear_weights(seed))
+        write_package(path, draft_manifest((LINEAR, CACHED), **requirements), library, make_linear_weights(seed))
         return path
 
     return write
@@ -202,7 +166,7 @@ def write_echo(tmp_path: Path, echo_library: Path) -> WritePackage:
 
     def write(name: str = "echo") -> Path:
         path = tmp_path / name
-        write_package(path, draft((ECHO,)), echo_library, [])
+        write_package(path, draft_manifest((ECHO,)), echo_library, [])
         return path
 
     return write
