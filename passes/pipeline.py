@@ -24,6 +24,7 @@ _PASSES = {
     "eliminate-common-subexpressions": ("passes.eliminate_common_subexpressions", "EliminateCommonSubexpressions"),
     "fold-batch-norm": ("passes.fold_batch_norm", "FoldBatchNorm"),
     "fold-constants": ("passes.fold_constants", "FoldConstants"),
+    "fuse-attention": ("passes.fuse_attention", "FuseAttention"),
     "recognize-activations": ("passes.recognize_activations", "RecognizeActivations"),
     "recognize-normalization": ("passes.recognize_normalization", "RecognizeNormalization"),
     "recognize-softmax": ("passes.recognize_softmax", "RecognizeSoftmax"),
@@ -46,6 +47,8 @@ DEFAULT = ",".join(
         "recognize-normalization",
         "absorb-scales",
         "fold-batch-norm",
+        "fuse-attention",
+        "eliminate-common-subexpressions",  # of the masks that attentions share
         "fold-constants",
     )
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from schedules.attention import Attention
 from schedules.convolution import Convolution
 from schedules.elementwise import Elementwise
 from schedules.family import Family
@@ -13,4 +14,12 @@ from schedules.reduction import Reduction
 from schedules.rowwise import Rowwise
 from schedules.transpose import Transpose
 
-FAMILIES: tuple[Family[Any], ...] = (Convolution(), Matmul(), Rowwise(), Reduction(), Transpose(), Elementwise())
+FAMILIES: tuple[Family[Any], ...] = (
+    Attention(),
+    Convolution(),
+    Matmul(),
+    Rowwise(),
+    Reduction(),
+    Transpose(),
+    Elementwise(),
+)

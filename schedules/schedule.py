@@ -8,14 +8,14 @@ import tvm
 from tvm import tirx
 from tvm.tirx.stmt import Stmt
 
-from schedules import cuda, fallback
+from schedules import attention_structure, cuda, fallback
 from schedules.family import Kernel, Parameters, defaults, work_of
 from schedules.inline import inline
 from schedules.intrin import vector_math
 from schedules.kernels import cut
 from schedules.registry import FAMILIES
 from schedules.report import SCHEDULED, KernelReport, is_scheduled
-from schedules.stages import OpaqueStage, parse, sequence
+from schedules.stages import OpaqueStage, StagedFunction, parse, sequence
 from targets.base import Target
 
 
@@ -48,8 +48,7 @@ def schedule_function(
     staged = parse(function)
     if staged is None:
         return function.with_attr(SCHEDULED, True), KernelReport(name, "opaque", reason="no loop nests at the top")
-    staged = inline(staged)
-    kernels = cut(staged)
+    kernels = _kernels(staged)
     candidates = [kernel for kernel in kernels if isinstance(kernel, Kernel)]
     main = max(candidates, key=_weight, default=None)
     statements: list[Stmt] = []
@@ -70,6 +69,12 @@ def schedule_function(
         report = KernelReport(name, "opaque", reason=f"the schedule would use {', '.join(sorted(lost))} undefined")
         rebuilt = function
     return rebuilt.with_attr(SCHEDULED, True), replace(report, regions=len(kernels))
+
+
+def _kernels(staged: StagedFunction) -> list[Kernel | OpaqueStage]:
+    """Return the kernels of a function; one that is whole in its family's eyes is not taken apart."""
+    whole = attention_structure.whole(staged)
+    return cut(inline(staged)) if whole is None else [whole]
 
 
 def _undefined(function: tirx.PrimFunc) -> set[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
@@ -18,7 +17,6 @@ from schedules.access import AxisGroup, Step, branches_on, group_axes
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
 from schedules.loops import (
     ceiling,
-    index,
     load,
     local,
     loop,
@@ -34,6 +32,7 @@ from schedules.loops import (
 )
 from schedules.matmul import step
 from schedules.stages import Stage, replace_loads, substitute
+from schedules.turn import turn_rows
 from targets.base import Target
 
 # Below this a tile is too narrow for its detour through memory to pay.
@@ -138,43 +137,13 @@ def _tile(
 
     copies = [fill(buffer, read) for buffer, read in zip(buffers, analysis.turned, strict=True)]
     each_row = unrolled if in_registers else loop
-    turns = [turn for buffer in buffers for turn in _turn(buffer, rows)] if in_registers else []
+    turns = [turn for buffer in buffers for turn in turn_rows(buffer, rows)] if in_registers else []
     return with_local(buffers, [*copies, *turns, each_row(rows, lambda r: vector(columns, lambda c: element(r, c)))])
 
 
 def _is_register(buffer: Var, side: int, lanes: int) -> bool:
     """Return whether rows of `side` elements of the buffer are vectors that can be shuffled."""
     return side == lanes and side & (side - 1) == 0 and buffer.dtype.bits == REGISTER_BITS
-
-
-def _turn(buffer: Var, side: int) -> list[Stmt]:
-    """Return the transposition of `side` vectors in log2(side) rounds, each of which swaps blocks of half the size.
-
-    A round at distance d exchanges, in every pair of rows i and i + d, the lanes d.. of the one with the lanes 0.. of
-    the other, in every 2d lanes (Eklundh, A Fast Computer Method for Matrix Transposing, 1972).
-    """
-    statements: list[Stmt] = []
-    distance = side // 2
-    while distance:
-        for row in range(side):
-            if row & distance:
-                continue
-            pair = [Var(f"row{row + offset}", f"{buffer.dtype}x{side}") for offset in (0, distance)]
-            upper = [lane if not lane & distance else side + lane - distance for lane in range(side)]
-            lower = [lane + distance if not lane & distance else side + lane for lane in range(side)]
-            statements += [
-                tirx.Bind(each, load(buffer, [_row(row + o, side)]))
-                for each, o in zip(pair, (0, distance), strict=True)
-            ]
-            for offset, lanes in ((0, upper), (distance, lower)):
-                turned = tirx.Shuffle(pair, [tirx.IntImm("int32", lane) for lane in lanes])
-                statements.append(store(buffer, turned, [_row(row + offset, side)]))
-        distance //= 2
-    return statements
-
-
-def _row(row: int, side: int) -> Expr:
-    return tirx.Ramp(index(row * side), index(1), side)
 
 
 def _reading(value: Expr, reads: Sequence[TensorLoad], buffers: Sequence[Var], position: Expr) -> Expr:

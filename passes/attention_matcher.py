@@ -1,0 +1,238 @@
+"""Attention recognised among Relax operators, whichever way an exporter wrote it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tvm.ir
+from tvm import relax, tirx
+
+from passes.attention_elements import ELEMENTWISE, Elements, Value
+from passes.base import Dataflow, Refusal
+from passes.tensor_types import dtype_of, is_one, shape_of
+from passes.views import Digit, Element, Index, behind_view, broadcast, whole
+
+FLOAT = "float32"
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """An attention over `axes`, those of the result, `key` and `depth`; `column` is the result's axis of values.
+
+    `query`, `keys` and `values` are elements of the operands, which are all among `tensors`; `logit` is what the
+    softmax is taken of, and finds the score behind the tensors. `symbols` are the symbolic sizes that occur,
+    `parts` the products and the softmax.
+    """
+
+    axes: tuple[Digit, ...]
+    column: Digit
+    key: Digit
+    depth: Digit
+    query: Value
+    keys: Value
+    values: Value
+    logit: Value
+    tensors: tuple[relax.Expr, ...]
+    symbols: tuple[tvm.ir.Var, ...]
+    zero_if_empty: bool
+    parts: tuple[relax.Expr, ...]
+
+
+class Matcher:
+    """Follows one attention from its second product up."""
+
+    def __init__(self, dataflow: Dataflow) -> None:
+        self._dataflow = dataflow
+        self._zero_if_empty = False
+        self._parts: list[relax.Expr] = []
+
+    def match(self, result: relax.Var, product: relax.Var) -> Attention | None:
+        """Return the attention that ends in `product`, with axes as in `result`; None where there is no softmax.
+
+        Raises Refusal where there is one, but the whole cannot be fused.
+        """
+        call = self._call(product, "relax.matmul")
+        weights, values = call.args
+        softmax = self._softmax_above(weights)
+        if softmax is None:
+            return None
+        self._parts = [result, product, softmax]
+        shape, value_shape, weight_shape = (_known_shape(expr) for expr in (result, values, weights))
+        if is_one(weight_shape[-1]) or is_one(value_shape[-1]):
+            raise Refusal("there is one key or one column of values only")
+        axes = tuple(Digit(tirx.Var(f"axis{n}", "int64"), extent) for n, extent in enumerate(shape))
+        key = Digit(tirx.Var("key", "int64"), weight_shape[-1])
+        place = self._behind(result, tuple(whole(axis) for axis in axes), product)
+        *batch, row, column = place
+        if len(column) != 1 or not any(column[0] is axis for axis in axes):
+            raise Refusal("the axis of the values is split or joined with another one")
+        elements = Elements(self._dataflow, key=key.value, turned=[digit.value for digit in row])
+        value, scale = self._operand(elements, values, (*broadcast(batch, value_shape[:-2]), (key,), column))
+        normalized, place = self._normalized(weights, (*broadcast(batch, weight_shape[:-2]), row, (key,)))
+        if len(place[-1]) != 1 or place[-1][0] is not key:
+            raise Refusal("the softmax normalizes another axis than the one that the product adds up")
+        return self._with_scores(elements, normalized, place, (axes, column[0], key), (value, scale))
+
+    def _with_scores(
+        self,
+        elements: Elements,
+        logits: relax.Expr,
+        place: tuple[Index, ...],
+        digits: tuple[tuple[Digit, ...], Digit, Digit],
+        values: tuple[Value, float],
+    ) -> Attention:
+        axes, column, key = digits
+        scores = self._scores_above(logits)
+        if scores is None:
+            raise Refusal("what the softmax normalizes does not come from a product by elementwise operators")
+        self._parts.append(scores)
+        found: list[tuple[Index, ...]] = []
+        scale = [1.0]
+
+        def special(expr: relax.Expr, indices: tuple[Index, ...]) -> Value | None:
+            if not self._dataflow.producer(expr).same_as(scores):
+                return None
+            found.append(indices)
+            return lambda tensors, at: _scaled(tensors[-1](at), scale[0])
+
+        elements.special = special
+        logit = elements.value(logits, place)
+        if len(found) != 1:
+            raise Refusal("the scores are read more than once on their way to the softmax, or through a gather")
+        *batch, row, last = found[0]
+        if len(last) != 1 or last[0] is not key:
+            raise Refusal("the scores' keys are not in the order of the softmax's axis")
+        left, right = scores.args
+        left_shape, right_shape = _known_shape(left), _known_shape(right)
+        depth = Digit(tirx.Var("depth", "int64"), left_shape[-1])
+        if is_one(depth.extent):
+            raise Refusal("the products are of one number only")
+        query, left_scale = self._operand(elements, left, (*broadcast(batch, left_shape[:-2]), row, (depth,)))
+        keys, right_scale = self._operand(elements, right, (*broadcast(batch, right_shape[:-2]), (depth,), (key,)))
+        scale[0] = left_scale * right_scale
+        if values[1] != 1.0:
+            raise Refusal("the values are scaled")
+        own = [axis.value for axis in (*axes, key, depth)]
+        extents = [digit.extent for digit in (*axes, key, depth)]
+        return Attention(
+            axes, column, key, depth, query, keys, values[0], logit, tuple(elements.tensors),
+            tuple(elements.symbols(own, extents)), self._zero_if_empty, tuple(self._parts),
+        )  # fmt: skip
+
+    def _call(self, expr: relax.Expr, *operators: str) -> tvm.ir.Call:
+        call = self._dataflow.call(expr, *operators)
+        assert call is not None
+        return call
+
+    def _behind(self, expr: relax.Expr, indices: tuple[Index, ...], goal: relax.Expr) -> tuple[Index, ...]:
+        """Return the element of `goal` that an element of its view `expr` is."""
+        element = Element(expr, indices)
+        while not element.tensor.same_as(goal):
+            viewed = behind_view(element, self._dataflow)
+            if viewed is None:
+                raise Refusal("the result is rearranged in a way that cannot be followed")
+            element = viewed
+        return element.indices
+
+    def _softmax_above(self, expr: relax.Expr) -> tvm.ir.Call | None:
+        """Return the softmax whose result, seen through views, casts and the replacement of NaN, is `expr`."""
+        while True:
+            call = self._dataflow.call(
+                expr, "relax.nn.softmax", "relax.reshape", "relax.astype", "relax.where", "relax.permute_dims",
+                "relax.expand_dims", "relax.squeeze", "relax.broadcast_to",
+            )  # fmt: skip
+            if call is None or call.op.name == "relax.nn.softmax":
+                return call
+            expr = call.args[2] if call.op.name == "relax.where" else call.args[0]
+
+    def _normalized(self, expr: relax.Expr, indices: tuple[Index, ...]) -> tuple[relax.Expr, tuple[Index, ...]]:
+        """Return what the softmax that `expr` leads to normalizes, and the place in it."""
+        element = Element(expr, indices)
+        guarded = False
+        while True:
+            if not guarded:  # the test for NaN reads what it guards, too
+                self._require_one_reader(element.tensor, "the probabilities have")
+            viewed = behind_view(element, self._dataflow)
+            if viewed is not None:
+                element = viewed
+                continue
+            call = self._dataflow.call(element.tensor, "relax.nn.softmax", "relax.astype", "relax.where")
+            if call is None:
+                raise Refusal("the probabilities are rearranged in a way that cannot be followed")
+            source = call.args[0]
+            if call.op.name == "relax.nn.softmax":
+                if int(call.attrs.axis) % len(element.indices) != len(element.indices) - 1:
+                    raise Refusal("the softmax is not over the last axis")
+                if dtype_of(call) != FLOAT:
+                    raise Refusal(f"the softmax computes in {dtype_of(call)}")
+                self._require_one_reader(source, "what the softmax normalizes has")
+                return source, element.indices
+            guarded = call.op.name == "relax.where"
+            if guarded:
+                source = self._without_nan(call)
+            element = Element(source, element.indices)
+
+    def _without_nan(self, call: tvm.ir.Call) -> relax.Expr:
+        """Return x of where(isnan(x), 0, x)."""
+        condition, zero, kept = call.args
+        test = self._dataflow.call(condition, "relax.isnan")
+        replacement = self._dataflow.producer(zero)
+        is_zero = isinstance(replacement, tvm.ir.GenericConst) and not replacement.value.numpy().any()
+        if test is None or not is_zero or not self._same(test.args[0], kept):
+            raise Refusal("the probabilities are chosen by a condition")
+        self._zero_if_empty = True
+        return kept
+
+    def _require_one_reader(self, expr: relax.Expr, what: str) -> None:
+        if not self._dataflow.read_once(expr):
+            raise Refusal(f"{what} another reader")
+
+    def _same(self, left: relax.Expr, right: relax.Expr) -> bool:
+        return self._dataflow.producer(left).same_as(self._dataflow.producer(right))
+
+    def _scores_above(self, expr: relax.Expr) -> tvm.ir.Call | None:
+        """Return the product that elementwise operators and views make `expr` of: the first found from the left."""
+        call = self._dataflow.call(expr, "relax.matmul", "relax.reshape", "relax.permute_dims", *ELEMENTWISE)
+        if call is None or call.op.name == "relax.matmul":
+            return call
+        operands = call.args[:1] if call.op.name in ("relax.reshape", "relax.permute_dims") else call.args
+        for operand in operands:
+            scores = self._scores_above(operand)
+            if scores is not None:
+                return scores
+        return None
+
+    def _operand(self, elements: Elements, expr: relax.Expr, indices: tuple[Index, ...]) -> tuple[Value, float]:
+        """Return the element of a product's operand behind views and constant factors, and the factors' product."""
+        element, scale = Element(expr, indices), 1.0
+        while True:
+            viewed = behind_view(element, self._dataflow)
+            if viewed is not None:
+                element = viewed
+                continue
+            call = self._dataflow.call(element.tensor, "relax.multiply", "relax.divide")
+            factor = None if call is None else self._number(call.args[1])
+            if call is None or factor is None or dtype_of(call) != FLOAT:
+                return elements.read(element.tensor, element.indices), scale
+            scale = scale * factor if call.op.name == "relax.multiply" else scale / factor
+            element = Element(call.args[0], element.indices)
+
+    def _number(self, expr: relax.Expr) -> float | None:
+        constant = self._dataflow.producer(expr)
+        if not isinstance(constant, tvm.ir.GenericConst) or constant.value.numpy().size != 1:
+            return None
+        number = float(constant.value.numpy().reshape(()))
+        return number or None
+
+
+def _scaled(score: tvm.ir.Expr, scale: float) -> tvm.ir.Expr:
+    return score if scale == 1.0 else score * tirx.const(scale, FLOAT)
+
+
+def _known_shape(expr: relax.Expr) -> tuple[tvm.ir.Expr, ...]:
+    shape = shape_of(expr)
+    if shape is None or len(shape) < 2:
+        raise Refusal("a shape is not known, or of less than two dimensions")
+    if dtype_of(expr) != FLOAT:
+        raise Refusal(f"the products are of {dtype_of(expr)}")
+    return shape

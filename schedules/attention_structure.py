@@ -1,0 +1,208 @@
+"""How attention looks as stages: product, what is done to a score, maximum, exponential, sum, quotient, product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tvm_ffi
+from tvm import ir, tirx
+from tvm.ir import Expr, TensorLoad, Var
+
+from schedules.access import occurs
+from schedules.family import Kernel
+from schedules.reducer import reducer_of
+from schedules.stages import Axis, Stage, StagedFunction, bind, loads_of, replace_loads, substitute
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionAnalysis:
+    """The parts of an attention over the axes of its output and the two reduced ones, `key` and `depth`.
+
+    `query`, `keys` and `values` are elements at `outer`, `lane` and the axes that they depend on. `logit` is what the
+    softmax is taken of, in terms of the variable `score`, `outer`, `lane` and `key`. `zero_if_empty` says that a query
+    whose sum of exponentials is not positive gives zeros.
+    """
+
+    outer: tuple[Axis, ...]
+    lane: Axis
+    key: Axis
+    depth: Axis
+    column: Axis
+    query: Expr
+    keys: Expr
+    values: Expr
+    score: Var
+    logit: Expr
+    zero_if_empty: bool
+    output: Var
+    indices: tuple[Expr, ...]
+
+
+def whole(staged: StagedFunction) -> Kernel | None:
+    """Return the function as one kernel if it is one attention."""
+    stages = tuple(stage for stage in staged.stages if isinstance(stage, Stage))
+    if len(stages) != len(staged.stages) or analyse(stages) is None:
+        return None
+    return Kernel(stages, staged.intermediate)
+
+
+def analyse(stages: Sequence[Stage]) -> AttentionAnalysis | None:
+    """Return the analysis of stages that end in softmax(f(query x keys)) x values; None for anything else."""
+    if len(stages) < 5:
+        return None
+    return _Matcher(stages).match()
+
+
+class _Mismatch(Exception):
+    pass
+
+
+class _Matcher:
+    """Follows the stages from the last one up."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.last = stages[-1]
+        self.producers = list(stages[:-1])
+
+    def match(self) -> AttentionAnalysis | None:
+        try:
+            return self._match()
+        except _Mismatch:
+            return None
+
+    def _match(self) -> AttentionAnalysis:
+        key = _only_reduction(self.last)
+        weight, values = self._factors(self.last)
+        exponential, total, zero_if_empty = self._normalized(weight)
+        exponent = self._producer(exponential.source)
+        _require(not exponent.is_reduction)
+        logit, largest = _difference_in_exponential(_value_at(exponent, exponential.indices))
+        self._check_reduction(total, tirx.Add, exponential, key)
+        self._check_reduction(largest, tirx.Max, logit, key)
+        logit = self._expanded(logit)
+        scores = [load for load in loads_of(logit) if self._is_made(load)]
+        _require(bool(scores) and all(tvm_ffi.structural_equal(load, scores[0]) for load in scores))
+        product_stage = self._producer(scores[0].source)
+        score = Var("score", str(product_stage.output.dtype))
+        logit = replace_loads(logit, lambda load: score if self._is_made(load) else None)
+        depth = _only_reduction(product_stage)
+        point = bind(product_stage.indices, scores[0].indices)
+        left, right = (substitute(self._expanded(factor), point) for factor in _terms(product_stage))
+        return self._roles(key, depth, (left, right), self._expanded(values), score, logit, zero_if_empty)
+
+    def _roles(
+        self,
+        key: Axis,
+        depth: Axis,
+        factors: tuple[Expr, Expr],
+        values: Expr,
+        score: Var,
+        logit: Expr,
+        zero_if_empty: bool,
+    ) -> AttentionAnalysis:
+        queries = [factor for factor in factors if not _depends(factor, key)]
+        _require(len(queries) == 1)
+        query = queries[0]
+        keys = factors[1] if factors[0] is query else factors[0]
+        columns = [axis for axis in self.last.spatial if not any(_depends(e, axis) for e in (query, keys, logit))]
+        _require(len(columns) == 1 and _depends(values, columns[0]))
+        lanes = [
+            axis
+            for axis in self.last.spatial
+            if axis is not columns[0] and not _depends(keys, axis) and not _depends(values, axis)
+        ]
+        _require(bool(lanes))
+        symbolic = [axis for axis in lanes if not axis.static]
+        lane = symbolic[-1] if symbolic else max(lanes, key=lambda axis: int(axis.extent))
+        outer = tuple(axis for axis in self.last.spatial if axis is not columns[0] and axis is not lane)
+        return AttentionAnalysis(
+            outer, lane, key, depth, columns[0], query, keys, values, score, logit, zero_if_empty,
+            self.last.output, self.last.indices,
+        )  # fmt: skip
+
+    def _producer(self, buffer: Var) -> Stage:
+        found = [stage for stage in self.producers if stage.output.same_as(buffer)]
+        _require(len(found) == 1)
+        return found[0]
+
+    def _is_made(self, load: TensorLoad) -> bool:
+        return any(stage.output.same_as(load.source) for stage in self.producers)
+
+    def _factors(self, stage: Stage) -> tuple[Expr, Expr]:
+        """Return the probabilities' element and the values'."""
+        left, right = _terms(stage)
+        return (left, right) if any(self._is_made(load) for load in loads_of(left)) else (right, left)
+
+    def _expanded(self, expression: Expr) -> Expr:
+        """Return `expression` with elementwise stages replaced by their values."""
+
+        def expand(load: TensorLoad) -> Expr | None:
+            if not self._is_made(load):
+                return None
+            stage = self._producer(load.source)
+            return None if stage.is_reduction else self._expanded(_value_at(stage, load.indices))
+
+        return replace_loads(expression, expand)
+
+    def _normalized(self, weight: Expr) -> tuple[TensorLoad, TensorLoad, bool]:
+        """Return the exponential and the sum that it is divided by; the probability may be 0 for an empty sum."""
+        _require(isinstance(weight, TensorLoad))
+        value = _value_at(self._producer(weight.source), weight.indices)
+        zero_if_empty = False
+        if isinstance(value, tirx.Select):
+            positive, value = value.condition, value.true_value
+            _require(isinstance(positive, tirx.GT) and isinstance(positive.a, TensorLoad) and _is_zero(positive.b))
+            zero_if_empty = True
+        _require(isinstance(value, tirx.Div))
+        _require(isinstance(value.a, TensorLoad) and isinstance(value.b, TensorLoad))
+        return value.a, value.b, zero_if_empty
+
+    def _check_reduction(self, result: TensorLoad, kind: type, term: Expr, key: Axis) -> None:
+        """Require that `result` is the reduction of `term` over the keys."""
+        stage = self._producer(result.source)
+        axis = _only_reduction(stage)
+        reducer = reducer_of(stage)
+        _require(reducer is not None and isinstance(stage.value, kind))
+        assert reducer is not None
+        point = {**bind(stage.indices, result.indices), axis.variable: key.variable}
+        _require(bool(tvm_ffi.structural_equal(substitute(reducer.term, point), term)))
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise _Mismatch
+
+
+def _is_zero(expression: Expr) -> bool:
+    return isinstance(expression, tirx.FloatImm) and expression.value == 0
+
+
+def _only_reduction(stage: Stage) -> Axis:
+    _require(stage.is_reduction and len(stage.reduction) == 1)
+    return stage.reduction[0]
+
+
+def _terms(stage: Stage) -> tuple[Expr, Expr]:
+    """Return the factors of the products that a stage adds up."""
+    reducer = reducer_of(stage)
+    _require(reducer is not None and isinstance(stage.value, tirx.Add))
+    assert reducer is not None
+    _require(isinstance(reducer.term, tirx.Mul))
+    return reducer.term.a, reducer.term.b
+
+
+def _value_at(stage: Stage, indices: Sequence[Expr]) -> Expr:
+    return substitute(stage.value, bind(stage.indices, indices))
+
+
+def _difference_in_exponential(value: Expr) -> tuple[TensorLoad, TensorLoad]:
+    _require(isinstance(value, ir.Call) and value.op.name == "tirx.exp")
+    difference = value.args[0]
+    _require(isinstance(difference, tirx.Sub))
+    _require(isinstance(difference.a, TensorLoad) and isinstance(difference.b, TensorLoad))
+    return difference.a, difference.b
+
+
+def _depends(expression: Expr, axis: Axis) -> bool:
+    return occurs(expression, axis.variable)

@@ -1,0 +1,337 @@
+"""The loop nest of attention with queries in lanes: register tiles of keys, then of value columns, by queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.ir import Expr, Var
+from tvm.tirx.stmt import Stmt
+
+from schedules.access import Access, Step
+from schedules.attention_structure import AttentionAnalysis
+from schedules.loops import (
+    Extent,
+    ceiling,
+    cells,
+    index,
+    load,
+    local,
+    loop,
+    parallel,
+    product,
+    store,
+    tiles,
+    unflatten,
+    vector,
+    with_local,
+)
+from schedules.stages import as_extent, loads_of, sequence, substitute
+from schedules.turn import turned
+from targets.base import Target
+
+FLOAT = "float32"
+LOWEST = -3.4028234663852886e38
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """One block of queries of one head: `start` is the first query, `first` the first one that is written.
+
+    `clamped` says that lanes may stand for queries past the last one, which they then repeat.
+    """
+
+    analysis: AttentionAnalysis
+    lanes: int
+    rows: int
+    queries: int
+    key_block: int
+    point: Mapping[Var, Expr]
+    start: Expr
+    first: Expr
+    clamped: bool
+    depth: Extent
+    columns: Extent
+    turned: Var
+    weights: Var
+    sums: Var
+    largest: Var
+    total: Var
+    factor: Var
+
+    def query(self, lane: Expr) -> Expr:
+        """Return the query of a lane."""
+        number = self.start + lane
+        return tirx.min(number, index(self.analysis.lane.extent) - 1) if self.clamped else number
+
+    def at(self, expression: Expr, values: Mapping[Var, Expr]) -> Expr:
+        """Return `expression` at the task's head and the given values of other axes."""
+        return substitute(expression, {**self.point, **values})
+
+
+def emit(analysis: AttentionAnalysis, target: Target, rows: int, vectors: int, key_block: int) -> Stmt:
+    """Return the parallel loop over heads and blocks of `vectors` registers of queries."""
+    queries = analysis.lane.extent
+    lanes = target.vector_lanes(32)
+    block = lanes * vectors
+
+    def variant(clamped: bool) -> Stmt:
+        return _tasks(analysis, lanes, rows, block, key_block, clamped)
+
+    if isinstance(queries, int):
+        return variant(queries < block)
+    return tirx.IfThenElse(queries >= block, variant(False), variant(True))
+
+
+def _tasks(analysis: AttentionAnalysis, lanes: int, rows: int, block: int, key_block: int, clamped: bool) -> Stmt:
+    outer = [axis.extent for axis in analysis.outer]
+    queries = analysis.lane.extent
+    blocks = ceiling(queries, block)
+    depth, columns = analysis.depth.extent, analysis.column.extent
+
+    def task(number: Expr) -> Stmt:
+        *outside, part = unflatten(number, [*outer, blocks])
+        first = part * block
+        exact = clamped or (isinstance(queries, int) and queries % block == 0)
+        # The last block begins earlier where the queries do not divide; what it has in common is written once.
+        start = first if exact else tirx.min(first, index(queries) - block)
+        buffers = {
+            "turned": local([depth, block], FLOAT, "turned"),
+            "weights": local([key_block, block], FLOAT, "weights"),
+            "sums": local([columns, block], FLOAT, "sums"),
+            **{name: local([block], FLOAT, name) for name in ("largest", "total", "factor")},
+        }
+        point = {axis.variable: value for axis, value in zip(analysis.outer, outside, strict=True)}
+        self = _Task(
+            analysis, lanes, rows, block, key_block, point, start, first - start, clamped, depth, columns, **buffers
+        )
+        return with_local(list(buffers.values()), _body(self))
+
+    return parallel(product([*outer, blocks]), task)
+
+
+def _body(task: _Task) -> list[Stmt]:
+    keys = task.analysis.key.extent
+    single = isinstance(keys, int) and keys <= task.key_block
+    block = task.queries
+
+    def fill(buffer: Var, value: float) -> Stmt:
+        return vector(block, lambda v: store(buffer, tirx.const(value, FLOAT), [v]))
+
+    start = [fill(task.largest, LOWEST), fill(task.total, 0.0)]
+    if single:
+        return [_turn_queries(task), *start, *_key_block(task, index(0), keys, True), _write(task)]
+    start.append(
+        loop(task.columns, lambda e: vector(block, lambda v: store(task.sums, tirx.const(0.0, FLOAT), [e, v])))
+    )
+
+    def part(number: Expr) -> Stmt:
+        base = number * task.key_block
+        if isinstance(keys, int):
+            return sequence(_key_block(task, base, task.key_block, False))
+        return sequence(_key_block(task, base, tirx.min(index(task.key_block), keys - base), False))
+
+    if not isinstance(keys, int):
+        return [_turn_queries(task), *start, loop(ceiling(keys, task.key_block), part), _write(task)]
+    full, rest = divmod(keys, task.key_block)
+    last = _key_block(task, index(full * task.key_block), rest, False) if rest else []
+    return [_turn_queries(task), *start, loop(full, part), *last, _write(task)]
+
+
+def _turn_queries(task: _Task) -> Stmt:
+    """Return the copy of the block's queries to [depth][queries]."""
+    analysis, lanes = task.analysis, task.lanes
+
+    def element(lane: Expr, d: Expr) -> Expr:
+        values = {analysis.lane.variable: task.query(lane), analysis.depth.variable: d}
+        return task.at(analysis.query, values).astype(FLOAT)
+
+    contiguous = all(
+        Access(read.source, tuple(read.indices)).step(analysis.depth) == Step.UNIT for read in loads_of(analysis.query)
+    )
+
+    def columns(base: Expr, width: int) -> Stmt:
+        if width != lanes or not contiguous:
+            return loop(
+                width, lambda d: vector(task.queries, lambda v: store(task.turned, element(v, base + d), [base + d, v]))
+            )
+        return loop(
+            task.queries // lanes,
+            lambda part: turned(
+                lanes,
+                FLOAT,
+                lambda row, column: element(part * lanes + row, base + column),
+                lambda row, column, value: store(task.turned, value, [base + column, part * lanes + row]),
+            ),
+        )
+
+    return tiles(task.depth, [lanes] if isinstance(task.depth, int) else [lanes, 1], columns)
+
+
+def _key_block(task: _Task, base: Expr, extent: Extent, single: bool) -> list[Stmt]:
+    """Return the steps of `extent` keys from `base`; a `single` block needs no running sums."""
+    block = task.queries
+    previous = local([block], FLOAT, "previous")
+
+    def keep(v: Expr) -> Stmt:
+        return store(previous, load(task.largest, [v]), [v])
+
+    def shrink(v: Expr) -> Stmt:
+        value = tirx.exp(load(previous, [v]) - load(task.largest, [v]))
+        return store(task.factor, value, [v])
+
+    def shrink_total(v: Expr) -> Stmt:
+        return store(task.total, load(task.total, [v]) * load(task.factor, [v]), [v])
+
+    scores = _scores(task, base, extent)
+    if single:
+        return [scores, _exponentials(task, extent), _weighted(task, base, extent, True)]
+    running = [vector(block, keep), scores, vector(block, shrink), vector(block, shrink_total)]
+    return [with_local([previous], [*running, _exponentials(task, extent), _weighted(task, base, extent, False)])]
+
+
+def _scores(task: _Task, base: Expr, extent: Extent) -> Stmt:
+    """Return the logits of a block of keys, kept in `weights`, and their running maximum."""
+    analysis = task.analysis
+
+    def tile(first: Expr, rows: int) -> Stmt:
+        registers = local([rows * task.queries], FLOAT, "scores")
+
+        def start(r: Expr, v: Expr) -> Stmt:
+            return store(registers, tirx.const(0.0, FLOAT), [r * task.queries + v])
+
+        def step(d: Expr) -> Stmt:
+            def update(r: Expr, v: Expr) -> Stmt:
+                values = {analysis.key.variable: base + first + r, analysis.depth.variable: d}
+                factor = task.at(analysis.keys, values).astype(FLOAT)
+                place = r * task.queries + v
+                return store(registers, load(registers, [place]) + factor * load(task.turned, [d, v]), [place])
+
+            return cells(rows, task.queries, update)
+
+        def logit(r: Expr, v: Expr) -> Stmt:
+            values = {
+                analysis.key.variable: base + first + r,
+                analysis.lane.variable: task.query(v),
+                analysis.score: load(registers, [r * task.queries + v]),
+            }
+            return store(task.weights, task.at(analysis.logit, values), [first + r, v])
+
+        def maximum(r: Expr, v: Expr) -> Stmt:
+            return store(task.largest, tirx.max(load(task.largest, [v]), load(task.weights, [first + r, v])), [v])
+
+        finish = [cells(rows, task.queries, logit), cells(rows, task.queries, maximum)]
+        return with_local([registers], [cells(rows, task.queries, start), loop(task.depth, step), *finish])
+
+    return _in_rows(extent, task.rows, tile)
+
+
+def _in_rows(extent: Extent, rows: int, tile: Callable[[Expr, int], Stmt]) -> Stmt:
+    sizes = [rows] if isinstance(extent, int) else [rows, max(1, rows // 3), 1]
+    return tiles(extent, list(dict.fromkeys(sizes)), tile)
+
+
+def _exponentials(task: _Task, extent: Extent) -> Stmt:
+    """Return the exponentials of a block's logits, in their place, and their sum."""
+
+    def exponential(j: Expr, v: Expr) -> Stmt:
+        return store(task.weights, tirx.exp(load(task.weights, [j, v]) - load(task.largest, [v])), [j, v])
+
+    def add(j: Expr, v: Expr) -> Stmt:
+        return store(task.total, load(task.total, [v]) + load(task.weights, [j, v]), [v])
+
+    def row(j: Expr) -> Stmt:
+        return tirx.SeqStmt(
+            [vector(task.queries, lambda v: exponential(j, v)), vector(task.queries, lambda v: add(j, v))]
+        )
+
+    return loop(extent, row)
+
+
+def _weighted(task: _Task, base: Expr, extent: Extent, single: bool) -> Stmt:
+    """Return the sum of a block's values, weighted by the exponentials, added to the shrunken sums so far."""
+    analysis = task.analysis
+
+    def tile(first: Expr, rows: int) -> Stmt:
+        registers = local([rows * task.queries], FLOAT, "partial")
+
+        def start(r: Expr, v: Expr) -> Stmt:
+            value = tirx.const(0.0, FLOAT) if single else load(task.sums, [first + r, v]) * load(task.factor, [v])
+            return store(registers, value, [r * task.queries + v])
+
+        def step(j: Expr) -> Stmt:
+            def update(r: Expr, v: Expr) -> Stmt:
+                values = {analysis.key.variable: base + j, analysis.column.variable: first + r}
+                factor = task.at(analysis.values, values).astype(FLOAT)
+                place = r * task.queries + v
+                return store(registers, load(registers, [place]) + factor * load(task.weights, [j, v]), [place])
+
+            return cells(rows, task.queries, update)
+
+        def finish(r: Expr, v: Expr) -> Stmt:
+            return store(task.sums, load(registers, [r * task.queries + v]), [first + r, v])
+
+        return with_local(
+            [registers],
+            [cells(rows, task.queries, start), loop(extent, step), cells(rows, task.queries, finish)],
+        )
+
+    return _in_rows(task.columns, task.rows, tile)
+
+
+def _write(task: _Task) -> Stmt:
+    """Return the division by the sums of exponentials, and the output turned back to rows of queries."""
+    analysis, lanes = task.analysis, task.lanes
+
+    def inverse(v: Expr) -> Stmt:
+        total = load(task.total, [v])
+        value = tirx.const(1.0, FLOAT) / total
+        if analysis.zero_if_empty:
+            value = tirx.Select(total > tirx.const(0.0, FLOAT), value, tirx.const(0.0, FLOAT))
+        return store(task.factor, value, [v])
+
+    rows = local([task.queries, task.columns], FLOAT, "rows")
+
+    def element(lane: Expr, e: Expr) -> Expr:
+        return load(task.sums, [e, lane]) * load(task.factor, [lane])
+
+    def columns(base: Expr, width: int) -> Stmt:
+        if width != lanes:
+            return loop(width, lambda e: loop(task.queries, lambda v: store(rows, element(v, base + e), [v, base + e])))
+        return loop(
+            task.queries // lanes,
+            lambda part: turned(
+                lanes,
+                FLOAT,
+                lambda row, column: element(part * lanes + column, base + row),
+                lambda row, column, value: store(rows, value, [part * lanes + column, base + row]),
+            ),
+        )
+
+    def copy(lane: Expr) -> Stmt:
+        values = {analysis.lane.variable: task.start + lane}
+
+        def cell(e: Expr) -> Stmt:
+            at = {**values, analysis.column.variable: e}
+            indices = [task.at(i, at) for i in analysis.indices]
+            return store(analysis.output, load(rows, [lane, e]).astype(analysis.output.dtype), indices)
+
+        return tiles(
+            task.columns,
+            [lanes] if isinstance(task.columns, int) else [lanes, 1],
+            lambda base, width: vector(width, lambda e: cell(base + e)),
+        )
+
+    end = (
+        tirx.min(index(task.queries), index(analysis.lane.extent) - task.start) if task.clamped else index(task.queries)
+    )
+    count = as_extent(end - task.first)
+    return with_local(
+        [rows],
+        [
+            vector(task.queries, inverse),
+            tiles(task.columns, [lanes] if isinstance(task.columns, int) else [lanes, 1], columns),
+            loop(count, lambda lane: copy(task.first + lane)),
+        ],
+    )

@@ -1,0 +1,60 @@
+"""Square blocks turned in vector registers: read along rows, written along columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm import tirx
+from tvm.ir import Expr, Var
+from tvm.tirx.stmt import Stmt
+
+from schedules.loops import index, load, local, store, unrolled, vector, with_local
+
+
+def turned(
+    side: int, dtype: str, element: Callable[[Expr, Expr], Expr], write: Callable[[Expr, Expr, Expr], Stmt]
+) -> Stmt:
+    """Return code that reads `element(row, column)` in vectors along columns and writes in vectors along rows.
+
+    `write(row, column, value)` is the statement for one element. `side`, a power of two, is the number of rows and of
+    columns.
+    """
+    block = local([side * side], dtype, "block")
+
+    def row_of(row: Expr) -> Stmt:
+        return vector(side, lambda column: store(block, element(row, column), [row * side + column]))
+
+    def column_of(column: Expr) -> Stmt:
+        return vector(side, lambda row: write(row, column, load(block, [column * side + row])))
+
+    return with_local([block], [unrolled(side, row_of), *turn_rows(block, side), unrolled(side, column_of)])
+
+
+def turn_rows(buffer: Var, side: int) -> list[Stmt]:
+    """Return the transposition of `side` vectors in log2(side) rounds, each of which swaps blocks of half the size.
+
+    A round at distance d exchanges, in every pair of rows i and i + d, the lanes d.. of the one with the lanes 0.. of
+    the other, in every 2d lanes (Eklundh, A Fast Computer Method for Matrix Transposing, 1972).
+    """
+    statements: list[Stmt] = []
+    distance = side // 2
+    while distance:
+        for row in range(side):
+            if row & distance:
+                continue
+            pair = [Var(f"row{row + offset}", f"{buffer.dtype}x{side}") for offset in (0, distance)]
+            upper = [lane if not lane & distance else side + lane - distance for lane in range(side)]
+            lower = [lane + distance if not lane & distance else side + lane for lane in range(side)]
+            statements += [
+                tirx.Bind(each, load(buffer, [_row(row + o, side)]))
+                for each, o in zip(pair, (0, distance), strict=True)
+            ]
+            for offset, lanes in ((0, upper), (distance, lower)):
+                turned = tirx.Shuffle(pair, [tirx.IntImm("int32", lane) for lane in lanes])
+                statements.append(store(buffer, turned, [_row(row + offset, side)]))
+        distance //= 2
+    return statements
+
+
+def _row(row: int, side: int) -> Expr:
+    return tirx.Ramp(index(row * side), index(1), side)

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tvm import relax, tirx
+from tvm.relax import op
+
+from passes.fuse_attention import FuseAttention
+from tests.passes.relax_modules import operators, run
+
+Emit = Callable[[relax.Expr], relax.Expr]
+LOWEST = float(np.finfo("float32").min)
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to write attention of [B, S, H * D] queries over [B, T, G * D] keys and values."""
+
+    heads: int = 2
+    groups: int = 2
+    size: int = 4
+    scaling: str = "product"
+    mask: str = "none"
+    merged: bool = False
+    guarded: bool = False
+    second_reader: bool = False
+    axis: int = -1
+    dtype: str = "float32"
+
+
+def _heads(emit: Emit, x: relax.Expr, shape: tuple[int | tirx.Var, int | tirx.Var, int, int]) -> relax.Expr:
+    return emit(op.permute_dims(emit(op.reshape(x, shape)), [0, 2, 1, 3]))
+
+
+def _attention(form: Form, batch: int, queries: int | str, keys: int | str) -> tvm.IRModule:
+    symbols = {name: tirx.Var(name, "int64") for name in (queries, keys) if isinstance(name, str)}
+    s, t = (symbols[n] if isinstance(n, str) else n for n in (queries, keys))
+    h, g, d = form.heads, form.groups, form.size
+    types = [(batch, s, h * d), (batch, t, g * d), (batch, t, g * d)]
+    inputs = [relax.Var(n, relax.TensorType(shape, form.dtype)) for n, shape in zip("qkv", types, strict=True)]
+    builder = relax.BlockBuilder()
+    extra: list[relax.Var] = []
+    if form.mask in ("added", "chosen"):
+        shape = (batch, 1, s, t) if form.mask == "added" else (batch, 1, 1, t)
+        kind = form.dtype if form.mask == "added" else "bool"
+        extra.append(relax.Var("mask", relax.TensorType(shape, kind)))
+    with builder.function("main", [*inputs, *extra]):
+        with builder.dataflow():
+            emit = builder.emit
+            q, k, v = (
+                _heads(emit, x, (batch, n, count, d)) for x, n, count in zip(inputs, (s, t, t), (h, g, g), strict=True)
+            )
+            if g != h:
+                k, v = (_repeated(emit, x, (batch, g, h // g, t, d)) for x in (k, v))
+            scale = relax.const(d**-0.5, form.dtype)
+            root = relax.const(d**-0.25, form.dtype)
+            if form.scaling == "operands":
+                q, k = emit(op.multiply(q, root)), emit(op.multiply(k, root))
+            if form.merged:
+                q, k, v = (emit(op.reshape(x, (batch * h, n, d))) for x, n in zip((q, k, v), (s, t, t), strict=True))
+            turned = emit(op.permute_dims(k, [0, 2, 1] if form.merged else [0, 1, 3, 2]))
+            scores = emit(op.matmul(q, turned))
+            if form.scaling == "product":
+                scores = emit(op.multiply(scores, scale))
+            elif form.scaling == "divided":
+                scores = emit(op.divide(scores, relax.const(d**0.5, form.dtype)))
+            scores = _masked(emit, form, scores, extra, (s, t))
+            weights = emit(op.nn.softmax(scores, axis=form.axis))
+            if form.guarded:
+                weights = emit(op.where(emit(op.isnan(weights)), relax.const(0.0, form.dtype), weights))
+            result = emit(op.matmul(weights, v))
+            if form.merged:
+                result = emit(op.reshape(result, (batch, h, s, d)))
+            result = emit(op.permute_dims(result, [0, 2, 1, 3]))
+            result = emit(op.reshape(result, (batch, s, h * d)))
+            if form.second_reader:
+                result = emit(op.add(result, emit(op.sum(weights))))
+            output = builder.emit_output(result)
+        builder.emit_func_output(output)
+    return builder.get()
+
+
+def _repeated(emit: Emit, x: relax.Expr, shape: tuple[int | tirx.Var, ...]) -> relax.Expr:
+    b, g, r, t, d = shape
+    return emit(op.reshape(emit(op.broadcast_to(emit(op.expand_dims(x, [2])), (b, g, r, t, d))), (b, g * r, t, d)))
+
+
+def _masked(
+    emit: Emit, form: Form, scores: relax.Expr, extra: list[relax.Var], sizes: tuple[int | tirx.Var, int | tirx.Var]
+) -> relax.Expr:
+    queries, keys = sizes
+    if form.mask == "added":
+        return emit(op.add(scores, extra[0]))
+    if form.mask == "chosen":
+        bias = emit(op.where(extra[0], relax.const(0.0, form.dtype), relax.const(LOWEST, form.dtype)))
+        return emit(op.add(scores, bias))
+    if form.mask == "causal":
+        rows = emit(op.reshape(emit(op.arange(0, queries, 1, "int64")), (queries, 1)))
+        columns = emit(op.arange(0, keys, 1, "int64"))
+        seen = emit(op.less_equal(columns, rows))
+        return emit(op.where(seen, scores, relax.const(float("-inf"), form.dtype)))
+    return scores
+
+
+def _arrays(form: Form, batch: int, queries: int, keys: int) -> list[np.ndarray]:
+    rng = np.random.default_rng([batch, queries, keys])
+    shapes = [(batch, queries, form.heads * form.size), *[(batch, keys, form.groups * form.size)] * 2]
+    arrays = [rng.standard_normal(shape).astype(form.dtype) for shape in shapes]
+    if form.mask == "added":
+        arrays.append(rng.standard_normal((batch, 1, queries, keys)).astype(form.dtype))
+    if form.mask == "chosen":
+        allowed = rng.random((batch, 1, 1, keys)) < 0.7
+        allowed[..., 0] = True
+        arrays.append(allowed)
+    return arrays
+
+
+FORMS = st.builds(
+    Form,
+    heads=st.just(4),
+    groups=st.sampled_from([1, 2, 4]),
+    size=st.sampled_from([2, 5]),
+    scaling=st.sampled_from(["product", "divided", "operands"]),
+    mask=st.sampled_from(["none", "added", "chosen", "causal"]),
+    guarded=st.booleans(),
+)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(form=FORMS, batch=st.integers(1, 2), queries=st.integers(1, 5), keys=st.integers(2, 6), symbolic=st.booleans())
+def test_fusing_keeps_the_result(form: Form, batch: int, queries: int, keys: int, symbolic: bool) -> None:
+    module = _attention(form, batch, "s" if symbolic else queries, "t" if symbolic else keys)
+    outcome = FuseAttention().run(module)
+    assert [site.refusal for site in outcome.sites] == [None]
+    assert "relax.nn.softmax" not in operators(outcome.module)
+    assert "relax.permute_dims" not in [name for name in operators(outcome.module) if form.mask != "added"]
+    arrays = _arrays(form, batch, queries, keys)
+    # Weights that add up to 1, of values of order 1; a handful of roundings each.
+    np.testing.assert_allclose(run(outcome.module, *arrays), run(module, *arrays), rtol=1e-5, atol=2e-6)
+
+
+def test_heads_merged_with_the_batch_are_told_apart_again() -> None:
+    form = Form(merged=True)
+    module = _attention(form, 3, 5, 7)
+    outcome = FuseAttention().run(module)
+    assert operators(outcome.module) == ["relax.call_tir", "relax.reshape"]
+    arrays = _arrays(form, 3, 5, 7)
+    np.testing.assert_allclose(run(outcome.module, *arrays), run(module, *arrays), rtol=1e-5, atol=2e-6)
+
+
+def test_one_product_of_queries_keys_and_values_is_read_in_place() -> None:
+    x = relax.Var("x", relax.TensorType((2, 5, 3 * 2 * 4), "float32"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            apart = builder.emit(op.reshape(x, (2, 5, 3, 2, 4)))
+            apart = builder.emit(op.permute_dims(apart, [2, 0, 3, 1, 4]))
+            q, k, v = (builder.emit(op.take(apart, relax.const(n, "int64"), axis=0)) for n in range(3))
+            scores = builder.emit(op.matmul(q, builder.emit(op.permute_dims(k, [0, 1, 3, 2]))))
+            weights = builder.emit(op.nn.softmax(scores, axis=-1))
+            output = builder.emit_output(op.matmul(weights, v))
+        builder.emit_func_output(output)
+    outcome = FuseAttention().run(builder.get())
+    assert operators(outcome.module) == ["relax.call_tir"]
+    array = np.random.default_rng(0).standard_normal((2, 5, 24)).astype("float32")
+    np.testing.assert_allclose(run(outcome.module, array), run(builder.get(), array), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("form", "keys", "reason"),
+    [
+        (Form(axis=2), 7, "not over the last axis"),
+        (Form(second_reader=True), 7, "another reader"),
+        (Form(dtype="float16"), 7, "float16"),
+        (Form(), 1, "one key"),
+    ],
+)
+def test_refusal_says_why_and_changes_nothing(form: Form, keys: int, reason: str) -> None:
+    module = _attention(form, 2, 3, keys)
+    outcome = FuseAttention().run(module)
+    assert [reason in (site.refusal or "") for site in outcome.sites] == [True]
+    tvm.ir.assert_structural_equal(outcome.module, module)
+
+
+def test_a_product_that_no_softmax_feeds_is_no_site() -> None:
+    x = relax.Var("x", relax.TensorType((4, 4), "float32"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            output = builder.emit_output(op.matmul(op.nn.relu(x), x))
+        builder.emit_func_output(output)
+    assert FuseAttention().run(builder.get()).sites == ()

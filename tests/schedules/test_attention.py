@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tvm import relax, tirx
+from tvm.relax import op
+
+import targets
+from passes.fuse_attention import FuseAttention
+from schedules import schedule_module
+from tests.schedules.execution import normal, scheduled
+
+LENGTHS = st.sampled_from([1, 2, 7, 16, 17, 31, 32, 33, 49, 67])
+Size = int | tirx.Var
+
+
+def _module(heads: int, size: int, queries: int | str, keys: int | str, *, bias: bool = False) -> tvm.IRModule:
+    """Return the attention of q [2, S, H * D] over k and v [2, T, H * D] as the pass fuses it."""
+    symbols = {name: tirx.Var(name, "int64") for name in (queries, keys) if isinstance(name, str)}
+    s, t = (symbols[n] if isinstance(n, str) else n for n in (queries, keys))
+    shapes: list[tuple[Size, ...]] = [(2, n, heads * size) for n in (s, t, t)]
+    if bias:
+        shapes.append((heads, s, t))
+    inputs = [relax.Var(f"x{n}", relax.TensorType(shape, "float32")) for n, shape in enumerate(shapes)]
+    builder = relax.BlockBuilder()
+    with builder.function("main", inputs):
+        with builder.dataflow():
+            apart = [
+                builder.emit(op.permute_dims(op.reshape(x, (2, n, heads, size)), [0, 2, 1, 3]))
+                for x, n in zip(inputs[:3], (s, t, t), strict=True)
+            ]
+            q, k, v = apart
+            scores = builder.emit(op.matmul(q, builder.emit(op.permute_dims(k, [0, 1, 3, 2]))))
+            scores = builder.emit(op.multiply(scores, relax.const(size**-0.5, "float32")))
+            if bias:
+                scores = builder.emit(op.add(scores, inputs[3]))
+            weights = builder.emit(op.nn.softmax(scores, axis=-1))
+            result = builder.emit(op.matmul(weights, v))
+            output = builder.emit_output(builder.emit(op.permute_dims(result, [0, 2, 1, 3])))
+        builder.emit_func_output(output)
+    outcome = FuseAttention().run(builder.get())
+    assert outcome.rewritten == 1
+    return relax.transform.LegalizeOps()(outcome.module)
+
+
+def _arrays(heads: int, size: int, queries: int, keys: int) -> list[np.ndarray]:
+    return [normal(2, n, heads * size, seed=number) for number, n in enumerate((queries, keys, keys))]
+
+
+def _expected(heads: int, arrays: list[np.ndarray], bias: np.ndarray | None = None) -> np.ndarray:
+    q, k, v = (x.astype("float64").reshape(2, x.shape[1], heads, -1).transpose(0, 2, 1, 3) for x in arrays)
+    scores = q @ k.transpose(0, 1, 3, 2) * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
+
+
+def _tolerance(size: int) -> float:
+    # An error e of a score changes its weight by a factor 1 + e; scores are sums of `size` products of order 1.
+    return 16 * size**0.5 * float(np.finfo("float32").eps)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    queries=LENGTHS,
+    keys=LENGTHS.filter(lambda n: n > 1),
+    heads=st.integers(1, 3),
+    size=st.sampled_from([8, 16, 24, 33]),
+)
+def test_attention_of_any_length_and_size(queries: int, keys: int, heads: int, size: int) -> None:
+    call, reports = scheduled(_module(heads, size, queries, keys))
+    arrays = _arrays(heads, size, queries, keys)
+    np.testing.assert_allclose(call(*arrays), _expected(heads, arrays), rtol=0, atol=_tolerance(size))
+    assert queries == 1 or {report.family for report in reports} == {"attention"}
+
+
+def test_symbolic_lengths_share_one_function() -> None:
+    call, reports = scheduled(_module(2, 20, "s", "t"))
+    assert {report.family for report in reports} == {"attention"}
+    for queries, keys in [(1, 5), (1, 400), (5, 3), (33, 70), (64, 193), (40, 1)]:
+        arrays = _arrays(2, 20, queries, keys)
+        np.testing.assert_allclose(call(*arrays), _expected(2, arrays), rtol=0, atol=_tolerance(20))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(37, 300), (5, 517)])
+def test_long_rows_are_summed_in_blocks_of_keys(queries: int, keys: int) -> None:
+    arrays = _arrays(2, 16, queries, keys)
+    # The largest score comes last, so that every block shrinks what was summed before.
+    arrays[1][:, keys - 1] = 20 * arrays[0][:, 0]
+    call, _ = scheduled(_module(2, 16, queries, keys))
+    # Scores of several hundreds: their rounding errors grow with them.
+    np.testing.assert_allclose(call(*arrays), _expected(2, arrays), rtol=0, atol=100 * _tolerance(16))
+
+
+def test_a_bias_of_queries_and_keys_is_added() -> None:
+    arrays, bias = _arrays(3, 8, 19, 23), normal(3, 19, 23, seed=7)
+    call, reports = scheduled(_module(3, 8, 19, 23, bias=True))
+    np.testing.assert_allclose(call(*arrays, bias), _expected(3, arrays, bias), rtol=0, atol=_tolerance(8))
+    assert "attention" in {report.family for report in reports}
+
+
+@pytest.mark.parametrize("target", ["x86-avx2", "x86-avx512", "arm64"])
+def test_code_is_generated_for_every_kind_of_register(target: str) -> None:
+    chosen = targets.get(target)
+    module, reports = schedule_module(_module(2, 32, 40, 50), chosen)
+    tvm.compile(module, chosen.tvm_target())
+    assert [report.family for report in reports] == ["attention"]
