@@ -143,6 +143,8 @@ def _passes(options: CompileOptions) -> tuple[Pass, ...]:
     notation = options.passes
     if options.operand_dtype is not None:
         notation += f",convert-precision{{dtype={options.operand_dtype}}}"
+    if options.target.device == "cpu":
+        notation += f",block-channels{{block={options.target.layouts.channel_block}}}"
     try:
         return pipeline.parse(notation)
     except pipeline.PassOptionError as error:

@@ -19,6 +19,7 @@ from passes.provenance import carry
 # Names to the module and class that hold them, so that listing the passes imports none of them.
 _PASSES = {
     "absorb-scales": ("passes.absorb_scales", "AbsorbScales"),
+    "block-channels": ("passes.block_channels", "BlockChannels"),
     "cancel-transposes": ("passes.cancel_transposes", "CancelTransposes"),
     "convert-precision": ("passes.convert_precision", "ConvertPrecision"),
     "eliminate-common-subexpressions": ("passes.eliminate_common_subexpressions", "EliminateCommonSubexpressions"),
