@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from optimizer.certification import NO_CERTIFICATE, Certification, plan_certific
 from optimizer.errors import OptionError, TargetError
 from optimizer.frontend.importer import ImportedModel, import_model
 from optimizer.frontend.model_file import ModelFile, read_model
+from optimizer.ir_dump import IrDump, ignore
 from optimizer.lowering import LoweredModule, build, lower
 from optimizer.package import Manifest, Weight, require_replaceable, write_package
 from optimizer.packaging import companions, describe
@@ -34,12 +35,16 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What to compile a model for. `shapes` overrides input shapes by name; a string keeps that dimension dynamic."""
+    """What to compile a model for. `shapes` overrides input shapes by name; a string keeps that dimension dynamic.
+
+    `dump_ir` is a folder that the module is written to after each pass and each step of lowering.
+    """
 
     target: Target
     shapes: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
     passes: str = pipeline.DEFAULT
     precision: str = "model"
+    dump_ir: Path | None = None
 
     @property
     def operand_dtype(self) -> str | None:
@@ -120,26 +125,36 @@ def compile_in_memory(model: onnx.ModelProto, options: CompileOptions, *, base_d
     return execution.function(executable, plan.imported, tvm.cpu(), plan.lifted.weights)
 
 
+def runner_of(module: tvm.IRModule, imported: ImportedModel, target: Target) -> execution.Runner:
+    """Return a function from named inputs to named outputs that runs a module as some passes left it."""
+    with passed_in_order_of_use():
+        lifted = lift_weights(lower(module, target).module)
+    return execution.function(build(lifted.module, target), imported, tvm.cpu(), lifted.weights)
+
+
 def _plan_file(model: Path, options: CompileOptions, timeline: Timeline) -> tuple[ModelFile, Plan]:
-    _passes(options)  # a mistake in them is not to be found after minutes of reading and importing
+    parse_passes(options)  # a mistake in them is not to be found after minutes of reading and importing
     with timeline.stage("read"):
         source = read_model(model)
     return source, _plan(source.model, options, timeline, source.directory)
 
 
 def _plan(model: onnx.ModelProto, options: CompileOptions, timeline: Timeline, base_directory: str) -> Plan:
+    dump = ignore if options.dump_ir is None else IrDump(options.dump_ir)
     with passed_in_order_of_use():
         with timeline.stage("import"):
             imported = import_model(model, shapes=options.shapes, base_directory=base_directory)
+        dump("import", imported.module)
         with timeline.stage("passes"):
-            rewritten, records = pipeline.run(imported.module, _passes(options))
+            rewritten, records = _run_passes(imported.module, options, dump)
         with timeline.stage("lower"):
-            lowered = lower(rewritten, options.target)
+            lowered = lower(rewritten, options.target, dump)
             lifted = lift_weights(lowered.module)
     return Plan(imported, records, rewritten, lowered, lifted)
 
 
-def _passes(options: CompileOptions) -> tuple[Pass, ...]:
+def parse_passes(options: CompileOptions) -> tuple[Pass, ...]:
+    """Return the passes of a compile, with the conversion to its precision at the end; raises OptionError."""
     notation = options.passes
     if options.operand_dtype is not None:
         notation += f",convert-precision{{dtype={options.operand_dtype}}}"
@@ -149,6 +164,14 @@ def _passes(options: CompileOptions) -> tuple[Pass, ...]:
         return pipeline.parse(notation)
     except pipeline.PassOptionError as error:
         raise OptionError(str(error)) from error
+
+
+def _run_passes(
+    module: tvm.IRModule, options: CompileOptions, dump: Callable[[str, tvm.IRModule], None]
+) -> tuple[tvm.IRModule, tuple[pipeline.PassRecord, ...]]:
+    return pipeline.run(
+        module, parse_passes(options), after=lambda record: dump(record.item.name, record.outcome.module)
+    )
 
 
 def _link(executable: relax.VMExecutable, target: Target, library: Path) -> None:
