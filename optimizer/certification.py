@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -14,19 +14,22 @@ import targets
 from optimizer import reference
 from optimizer.certificate import certify
 from optimizer.errors import CertificateError, IncompatibleMachineError, PackageError
-from optimizer.frontend.importer import ImportedModel
+from optimizer.frontend.importer import import_model
 from optimizer.frontend.model_file import ModelFile, read_model
 from optimizer.package import open_package
 from optimizer.package.manifest import Certificate, Manifest
 from optimizer.runtime import load
 from optimizer.runtime.array_files import read_arrays, write_arrays
+from passes import pipeline
+from passes.base import Pass
 from passes.convert_precision import ConvertPrecision
+from passes.quantize_weights import QuantizeWeights
 from targets.base import Target
 from targets.emulator import Emulator
 from targets.execution import how_executed
 
 if TYPE_CHECKING:
-    from optimizer.compile import CompileOptions
+    from optimizer.compile import CompileOptions, Plan
 
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 _EMULATED_SECONDS = 600
@@ -43,7 +46,7 @@ class Certification:
 NO_CERTIFICATE = Certification(None, "none: not asked for")
 
 
-def plan_certification(source: ModelFile, imported: ImportedModel, options: CompileOptions) -> Certification:
+def plan_certification(source: ModelFile, plan: Plan, options: CompileOptions) -> Certification:
     """Choose how the finished package will be executed for its certificate."""
     execution = how_executed(options.target)
     if execution == "no":
@@ -57,7 +60,9 @@ def plan_certification(source: ModelFile, imported: ImportedModel, options: Comp
             path=source.path,
             shapes=options.shapes,
             precision=options.operand_dtype,
-            unoptimized=reference.lazily_unoptimized(imported),
+            activations=_activations(record.item for record in plan.passes),
+            dequantized=reference.lazily_dequantized(plan.imported, [record.item for record in plan.passes]),
+            unoptimized=reference.lazily_unoptimized(plan.imported),
         )
 
     return Certification(check, execution)
@@ -111,10 +116,20 @@ def certify_package(package: Path, manifest: Manifest, model: Path) -> Certifica
         raise IncompatibleMachineError(f"this machine cannot execute {target.name}; verify on one that can")
     shapes = {spec.name: list(spec.shape) for spec in manifest.entry_points[0].inputs}
     conversion = next((record for record in manifest.passes if record.name == ConvertPrecision.name), None)
+    items = [pipeline.instance(record.name, record.options) for record in manifest.passes]
+    imported = import_model(source.model, shapes=shapes, base_directory=source.directory)
     return certify(
         source.model,
         (_natively if execution == "native" else _emulated)(package, target),
         path=source.path,
         shapes=shapes,
         precision=None if conversion is None else str(conversion.options["dtype"]),
+        activations=_activations(items),
+        dequantized=reference.lazily_dequantized(imported, items),
     )
+
+
+def _activations(items: Iterable[Pass]) -> str | None:
+    """Return "int8" where a pass rounds activations to that."""
+    uses = [item.use for item in items if isinstance(item, QuantizeWeights)]
+    return "int8" if any(use.activations == "int8" for use in uses) else None

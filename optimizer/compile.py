@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from optimizer.certification import NO_CERTIFICATE, Certification, plan_certific
 from optimizer.errors import OptionError, TargetError
 from optimizer.frontend.importer import ImportedModel, import_model
 from optimizer.frontend.model_file import ModelFile, read_model
-from optimizer.ir_dump import IrDump, ignore
 from optimizer.lowering import LoweredModule, build, lower
 from optimizer.package import Manifest, Weight, require_replaceable, write_package
 from optimizer.packaging import companions, describe
@@ -27,9 +26,11 @@ from optimizer.symbolic_arguments import passed_in_order_of_use
 from optimizer.weights import LiftedModule, lift_weights
 from passes import pipeline
 from passes.base import Pass
+from passes.quantization.scheme import SchemeError
 from targets.base import Target
 from targets.linking import export_library
 
+WEIGHT_BITS = {"int8": 8, "int4": 4}
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -37,14 +38,37 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 class CompileOptions:
     """What to compile a model for. `shapes` overrides input shapes by name; a string keeps that dimension dynamic.
 
-    `dump_ir` is a folder that the module is written to after each pass and each step of lowering.
+    `weights` ("int8", "int4") quantizes constant weights in groups of `weight_group` by `weight_method`; products with
+    quantized weights compute in `activations` ("int8", "float", or "auto": as the target does best).
     """
 
     target: Target
     shapes: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
     passes: str = pipeline.DEFAULT
     precision: str = "model"
-    dump_ir: Path | None = None
+    weights: str = "model"
+    weight_group: int = 32
+    weight_method: str = "rtn"
+    activations: str = "auto"
+
+    @property
+    def notation(self) -> str:
+        """Return all passes: those of the graph, and those that the other options ask for."""
+        steps = [self.passes]
+        if self.weights in WEIGHT_BITS:
+            choices = {
+                "bits": WEIGHT_BITS[self.weights],
+                "group": self.weight_group,
+                # HQQ chooses zero points.
+                "symmetric": str(self.weight_method != "hqq").lower(),
+                "method": self.weight_method,
+                "target": self.target.name,
+                "activations": self.activations,
+            }
+            steps.append(f"quantize-weights{{{','.join(f'{name}={value}' for name, value in choices.items())}}}")
+        if self.operand_dtype is not None:
+            steps.append(f"convert-precision{{dtype={self.operand_dtype}}}")
+        return ",".join(steps)
 
     @property
     def operand_dtype(self) -> str | None:
@@ -100,7 +124,7 @@ def compile_model(
         with timeline.stage("link"):
             _link(executable, options.target, library)
         with timeline.stage("certify and write"):
-            certification = plan_certification(source, plan.imported, options) if certify else NO_CERTIFICATE
+            certification = plan_certification(source, plan, options) if certify else NO_CERTIFICATE
             draft = describe(source, plan, options.target)
             manifest = write_package(
                 output,
@@ -125,53 +149,30 @@ def compile_in_memory(model: onnx.ModelProto, options: CompileOptions, *, base_d
     return execution.function(executable, plan.imported, tvm.cpu(), plan.lifted.weights)
 
 
-def runner_of(module: tvm.IRModule, imported: ImportedModel, target: Target) -> execution.Runner:
-    """Return a function from named inputs to named outputs that runs a module as some passes left it."""
-    with passed_in_order_of_use():
-        lifted = lift_weights(lower(module, target).module)
-    return execution.function(build(lifted.module, target), imported, tvm.cpu(), lifted.weights)
-
-
 def _plan_file(model: Path, options: CompileOptions, timeline: Timeline) -> tuple[ModelFile, Plan]:
-    parse_passes(options)  # a mistake in them is not to be found after minutes of reading and importing
+    _passes(options)  # a mistake in them is not to be found after minutes of reading and importing
     with timeline.stage("read"):
         source = read_model(model)
     return source, _plan(source.model, options, timeline, source.directory)
 
 
 def _plan(model: onnx.ModelProto, options: CompileOptions, timeline: Timeline, base_directory: str) -> Plan:
-    dump = ignore if options.dump_ir is None else IrDump(options.dump_ir)
     with passed_in_order_of_use():
         with timeline.stage("import"):
             imported = import_model(model, shapes=options.shapes, base_directory=base_directory)
-        dump("import", imported.module)
         with timeline.stage("passes"):
-            rewritten, records = _run_passes(imported.module, options, dump)
+            rewritten, records = pipeline.run(imported.module, _passes(options))
         with timeline.stage("lower"):
-            lowered = lower(rewritten, options.target, dump)
+            lowered = lower(rewritten, options.target)
             lifted = lift_weights(lowered.module)
     return Plan(imported, records, rewritten, lowered, lifted)
 
 
-def parse_passes(options: CompileOptions) -> tuple[Pass, ...]:
-    """Return the passes of a compile, with the conversion to its precision at the end; raises OptionError."""
-    notation = options.passes
-    if options.operand_dtype is not None:
-        notation += f",convert-precision{{dtype={options.operand_dtype}}}"
-    if options.target.device == "cpu":
-        notation += f",block-channels{{block={options.target.layouts.channel_block}}}"
+def _passes(options: CompileOptions) -> tuple[Pass, ...]:
     try:
-        return pipeline.parse(notation)
-    except pipeline.PassOptionError as error:
+        return pipeline.parse(options.notation)
+    except (pipeline.PassOptionError, SchemeError) as error:
         raise OptionError(str(error)) from error
-
-
-def _run_passes(
-    module: tvm.IRModule, options: CompileOptions, dump: Callable[[str, tvm.IRModule], None]
-) -> tuple[tvm.IRModule, tuple[pipeline.PassRecord, ...]]:
-    return pipeline.run(
-        module, parse_passes(options), after=lambda record: dump(record.item.name, record.outcome.module)
-    )
 
 
 def _link(executable: relax.VMExecutable, target: Target, library: Path) -> None:

@@ -22,6 +22,7 @@ from optimizer.runtime.generation.roles import TOKENS
 from optimizer.runtime.generation.text import COMPANION_FILES
 from optimizer.signature import entry_point
 from passes.base import Pass
+from passes.quantize_weights import QuantizeWeights
 from targets.base import GLIBC_FLOOR, Target
 
 if TYPE_CHECKING:
@@ -39,11 +40,11 @@ def describe(source: ModelFile, plan: Plan, target: Target) -> Manifest:
         requirements=requirements(target),
         model=ModelSource(source.path.name, source.digest, source.opset),
         entry_points=(entry_point(plan.imported),),
-        weight_scheme="none",
+        weight_scheme=weight_scheme(plan),
         kv_cache_scheme="none",
         passes=tuple(PassRecord(record.item.name, _options(record.item)) for record in plan.passes),
         tuning=TuningRecord((), workloads),
-        kernels=tuple(KernelRecord(kernel.function, kernel.family, kernel.nodes) for kernel in plan.lowered.kernels),
+        kernels=tuple(KernelRecord(kernel.function, kernel.family) for kernel in plan.lowered.kernels),
     )
 
 
@@ -53,6 +54,12 @@ def companions(source: ModelFile, model: ImportedModel) -> dict[str, bytes]:
         return {}
     beside = [Path(source.directory) / name for name in COMPANION_FILES]
     return {path.name: path.read_bytes() for path in beside if path.is_file()}
+
+
+def weight_scheme(plan: Plan) -> str:
+    """Return how weights are quantized and what products with them compute in, "none" where none are."""
+    rewriting = [r for r in plan.passes if isinstance(r.item, QuantizeWeights) and r.outcome.rewritten]
+    return "; ".join(f"{record.outcome.rewritten} matrices in {record.item}" for record in rewriting) or "none"
 
 
 def requirements(target: Target) -> Requirements:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import tvm
@@ -10,11 +12,33 @@ from tvm import relax
 from optimizer import execution
 from optimizer.frontend.importer import ImportedModel
 from optimizer.legalization import LEGALIZATIONS
+from passes import pipeline
+from passes.base import Pass
+from passes.quantize_weights import QuantizeWeights
 
 
 def lazily_unoptimized(model: ImportedModel) -> execution.Runner:
     """Return what `unoptimized` returns, built at the first call: it is needed only where no other reference is."""
     built = cache(lambda: unoptimized(model))
+    return lambda inputs: built()(inputs)  # noqa: PLW0108 -- built at the first call, not now
+
+
+def lazily_dequantized(model: ImportedModel, items: Sequence[Pass]) -> execution.Runner | None:
+    """Return a function that runs the module after `items`, with the weights that they quantized as floats again.
+
+    None where no pass quantizes weights. What it computes with are the rounded weights, and activations as they are.
+    """
+    if not any(isinstance(item, QuantizeWeights) for item in items):
+        return None
+
+    def build() -> execution.Runner:
+        as_floats = [
+            replace(item, activations="reference") if isinstance(item, QuantizeWeights) else item for item in items
+        ]
+        module, _ = pipeline.run(model.module, as_floats)
+        return unoptimized(replace(model, module=module))
+
+    built = cache(build)
     return lambda inputs: built()(inputs)  # noqa: PLW0108 -- built at the first call, not now
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-import inspect
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import tvm
@@ -20,7 +19,6 @@ from passes.provenance import carry
 # Names to the module and class that hold them, so that listing the passes imports none of them.
 _PASSES = {
     "absorb-scales": ("passes.absorb_scales", "AbsorbScales"),
-    "block-channels": ("passes.block_channels", "BlockChannels"),
     "cancel-transposes": ("passes.cancel_transposes", "CancelTransposes"),
     "convert-precision": ("passes.convert_precision", "ConvertPrecision"),
     "eliminate-common-subexpressions": ("passes.eliminate_common_subexpressions", "EliminateCommonSubexpressions"),
@@ -30,6 +28,7 @@ _PASSES = {
     "recognize-activations": ("passes.recognize_activations", "RecognizeActivations"),
     "recognize-normalization": ("passes.recognize_normalization", "RecognizeNormalization"),
     "recognize-softmax": ("passes.recognize_softmax", "RecognizeSoftmax"),
+    "quantize-weights": ("passes.quantize_weights", "QuantizeWeights"),
     "simplify-algebra": ("passes.simplify_algebra", "SimplifyAlgebra"),
     "simplify-casts": ("passes.simplify_casts", "SimplifyCasts"),
     "simplify-shapes": ("passes.simplify_shapes", "SimplifyShapes"),
@@ -62,24 +61,6 @@ class PassOptionError(ValueError):
 
 
 @dataclass(frozen=True)
-class OptionDescription:
-    """An option of a pass, its type, and the value that it has if it is not given."""
-
-    name: str
-    type: str
-    default: str
-
-
-@dataclass(frozen=True)
-class PassDescription:
-    """What a pass does, in the words of its documentation, and its options."""
-
-    name: str
-    documentation: str
-    options: tuple[OptionDescription, ...]
-
-
-@dataclass(frozen=True)
 class PassRecord:
     """One pass of a run, its time in seconds, and its outcome."""
 
@@ -91,16 +72,6 @@ class PassRecord:
 def pass_names() -> tuple[str, ...]:
     """Return the names of all passes."""
     return tuple(_PASSES)
-
-
-def describe(name: str) -> PassDescription:
-    """Return what the pass of a name does and its options, as its class declares them."""
-    kind = _kind(name)
-    options = tuple(
-        OptionDescription(field.name, type(field.default).__name__, str(field.default))
-        for field in dataclasses.fields(kind)
-    )
-    return PassDescription(name, inspect.cleandoc(kind.__doc__ or ""), options)
 
 
 def parse(text: str) -> tuple[Pass, ...]:
@@ -116,6 +87,11 @@ def parse(text: str) -> tuple[Pass, ...]:
         passes.append(_instance(item.group(1), item.group(2) or ""))
         position = item.end()
     return tuple(passes)
+
+
+def instance(name: str, options: Mapping[str, object]) -> Pass:
+    """Return the pass called `name` with typed options, such as a manifest records; raises PassOptionError."""
+    return _instance(name, ",".join(f"{option}={value}" for option, value in options.items()))
 
 
 def notation(item: Pass) -> str:
@@ -146,7 +122,8 @@ def _instance(name: str, options: str) -> Pass:
         close = difflib.get_close_matches(name, _PASSES, 1)
         hint = f"did you mean '{close[0]}'?" if close else f"the passes are {', '.join(_PASSES)}"
         raise PassOptionError(f"unknown pass '{name}'; {hint}")
-    kind = _kind(name)
+    module, class_name = _PASSES[name]
+    kind = getattr(importlib.import_module(module), class_name)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values: dict[str, object] = {}
     for assignment in filter(None, (part.strip() for part in options.split(","))):
@@ -156,11 +133,6 @@ def _instance(name: str, options: str) -> Pass:
             raise PassOptionError(f"pass '{name}' has no option '{option}'; {known}")
         values[option] = _typed(name, option, value, type(fields[option].default))
     return kind(**values)
-
-
-def _kind(name: str) -> type[Pass]:
-    module, class_name = _PASSES[name]
-    return getattr(importlib.import_module(module), class_name)
 
 
 def _typed(name: str, option: str, text: str, kind: type) -> object:

@@ -7,17 +7,17 @@ from typing import Any
 
 from schedules.attention import Attention
 from schedules.convolution import Convolution
-from schedules.direct_convolution import DirectConvolution
 from schedules.elementwise import Elementwise
 from schedules.family import Family
 from schedules.matmul import Matmul
+from schedules.quantized_matmul import QuantizedMatmul
 from schedules.reduction import Reduction
 from schedules.rowwise import Rowwise
 from schedules.transpose import Transpose
 
 FAMILIES: tuple[Family[Any], ...] = (
     Attention(),
-    DirectConvolution(),
+    QuantizedMatmul(),
     Convolution(),
     Matmul(),
     Rowwise(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from targets.arm64 import ARM64
-from targets.base import DataLayouts
 
 ARM64_I8MM = replace(
     ARM64,
@@ -13,8 +12,6 @@ ARM64_I8MM = replace(
     description="64-bit Arm with int8 and bf16 matrix instructions (Cortex-A510, Cortex-A710, Neoverse V1 and newer)",
     features=(*ARM64.features, "i8mm", "bf16"),
     llvm_attributes=(*ARM64.llvm_attributes, "+i8mm", "+bf16"),
-    # SMMLA multiplies rows of eight neighbours of K.
-    layouts=DataLayouts(channel_block=4, column_block=8, reduction_group=8),
     # QEMU has no core between Cortex-A76 and all that it knows; pauth-impdef is its quick pointer authentication.
     emulated_cpu="max,sve=off,sme=off,pauth-impdef=on",
 )

@@ -36,6 +36,8 @@ def certify(
     path: Path | None = None,
     shapes: Mapping[str, Sequence[int | str]] | None = None,
     precision: str | None = None,
+    activations: str | None = None,
+    dequantized: Runner | None = None,
     unoptimized: Runner | None = None,
     seeds: Sequence[int] = SEEDS,
 ) -> Certificate:
@@ -43,14 +45,16 @@ def certify(
 
     `run` takes named inputs to named outputs: the packaged model, natively or under an emulator. `path` is where the
     model was read from, needed when its data lie in files beside it. `shapes` are the shapes that the compile fixed and
-    `precision` the dtype that it computes in ("float16", "bfloat16"), if coarser than the model's. `unoptimized` runs
-    the imported module and is the last resort where no other reference can run the model.
+    `precision` the dtype that it computes in ("float16", "bfloat16"), if coarser than the model's. `activations` is
+    "int8" where products round theirs to that. `dequantized` runs the model with the weights that the compile has
+    rounded, and is the only reference then: the rounding itself is no error of the package. `unoptimized` runs the
+    imported module and is the last resort where no other reference can run the model.
     Raises CertificateError with output, error and tolerance when an output differs by more than its tolerance, and when
     no reference accepts the model.
     """
-    reference, expected = _reference_runs(model, path, shapes, unoptimized, seeds)
+    reference, expected = _reference_runs(model, path, shapes, (dequantized, unoptimized), seeds)
     pairs = [(each.outputs, _run_package(run, each.inputs)) for each in expected]
-    comparisons = compare_runs(pairs, arithmetic(model, precision))
+    comparisons = compare_runs(pairs, arithmetic(model, precision, activations))
     require_agreement(comparisons, f"{reference.kind} {reference.version}")
     settings_used = tuple(each.values for each in expected)
     return Certificate(reference.kind, reference.version, tuple(seeds), settings_used, comparisons)
@@ -67,12 +71,12 @@ def _reference_runs(
     model: onnx.ModelProto,
     path: Path | None,
     shapes: Mapping[str, Sequence[int | str]] | None,
-    unoptimized: Runner | None,
+    own: tuple[Runner | None, Runner | None],
     seeds: Sequence[int],
 ) -> tuple[Reference, list[ReferenceRun]]:
     """Return the first reference that accepts inputs for every seed, with what it gave for them."""
     reasons: list[str] = []
-    for construct in references(model, path, unoptimized):
+    for construct in references(model, path, *own):
         kind = "reference"
         try:
             reference = construct()

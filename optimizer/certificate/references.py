@@ -25,15 +25,21 @@ class ReferenceFailedError(Exception):
 class Reference:
     """A way to run the model; `run` raises ReferenceFailedError for inputs that it does not accept."""
 
-    kind: Literal["onnxruntime", "onnx", "unoptimized"]
+    kind: Literal["onnxruntime", "onnx", "unoptimized", "dequantized"]
     version: str
     run: Runner
 
 
 def references(
-    model: onnx.ModelProto, path: Path | None, unoptimized: Runner | None
+    model: onnx.ModelProto, path: Path | None, dequantized: Runner | None, unoptimized: Runner | None
 ) -> Iterator[Callable[[], Reference]]:
-    """Yield constructors of references, the most trusted first; each raises ReferenceFailedError if it cannot."""
+    """Yield constructors of references, the most trusted first; each raises ReferenceFailedError if it cannot.
+
+    A model whose weights were rounded has one reference only, itself with those weights.
+    """
+    if dequantized is not None:
+        yield lambda: Reference("dequantized", onnx.__version__, dequantized)
+        return
     if importlib.util.find_spec("onnxruntime") is not None:
         yield lambda: _onnxruntime(model, path)
     yield lambda: _evaluator(model, path)

@@ -7,7 +7,8 @@ Error Analysis", SIAM J. Sci. Comput. 41(5), 2019). The tolerance is sixteen tim
 polynomial approximations of exp, tanh and erf and for modest amplification, but never more than sqrt(u): at least half
 of the significant digits must agree.
 Integers and booleans must be equal. Only a model that quantizes, and so rounds numbers that may lie on a tie, may be
-one step off in its 8-bit outputs, and has the unit roundoff of an 8-bit grid in its floating-point outputs.
+one step off in its 8-bit outputs, and has the unit roundoff of an 8-bit grid in its floating-point outputs. So has a
+model compiled to products of int8 activations with quantized weights.
 """
 
 from __future__ import annotations
@@ -55,15 +56,19 @@ class Arithmetic:
         return min(_ALLOWANCE * growth, math.sqrt(roundoff))
 
 
-def arithmetic(model: onnx.ModelProto, precision: str | None = None) -> Arithmetic:
-    """Return the arithmetic of a model; `precision` names the dtype that it was compiled to compute in, if coarser."""
+def arithmetic(model: onnx.ModelProto, precision: str | None = None, activations: str | None = None) -> Arithmetic:
+    """Return the arithmetic of a model.
+
+    `precision` names the dtype that it was compiled to compute in, if coarser, and `activations` is "int8" where its
+    products round theirs.
+    """
     stored = _only_stored(model.graph)
     used = {tensor.data_type for tensor in model.graph.initializer if tensor.name not in stored}
     used |= {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
     known = [_UNIT_ROUNDOFF[kind] for kind in used if kind in _UNIT_ROUNDOFF]
     roundoff = max([*known, _BY_NAME.get(precision or "", 0.0)], default=_SUMMING_ROUNDOFF)
     operators = {node.op_type for node in model.graph.node}
-    quantizes = any(name in _QUANTIZING or name.startswith("QLinear") for name in operators)
+    quantizes = activations == "int8" or any(name in _QUANTIZING or name.startswith("QLinear") for name in operators)
     return Arithmetic(_depth(model.graph), _terms(model.graph), roundoff or _SUMMING_ROUNDOFF, quantizes)
 
 

@@ -139,11 +139,10 @@ class TuningRecord:
 
 @dataclass(frozen=True)
 class KernelRecord:
-    """A compiled kernel, the operator family whose schedule made it, and the ONNX nodes behind each call of it."""
+    """A compiled kernel and the operator family whose schedule made it."""
 
     name: str
     family: str
-    nodes: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ class Certificate:
     `settings` are the values given to the symbolic dimensions, one object per run.
     """
 
-    reference: Literal["onnxruntime", "onnx", "unoptimized"]
+    reference: Literal["onnxruntime", "onnx", "unoptimized", "dequantized"]
     reference_version: str
     seeds: tuple[int, ...]
     settings: tuple[dict[str, int], ...]

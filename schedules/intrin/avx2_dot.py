@@ -1,0 +1,50 @@
+"""AVX2: vpmaddubsw adds pairs of products of unsigned with signed bytes in 16 bits, vpmaddwd pairs of those in 32.
+
+The 16-bit sums saturate: codes of 4 bits times activations of magnitude 127 leave room for eight steps (8 * 2 * 15 *
+127 < 2 ** 15), a group of 32. Codes of 8 bits are taken as two of 4 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.ir import Expr
+
+from schedules.intrin.llvm_call import intrinsic, splat
+
+_NIBBLES = 0x0F0F0F0F
+
+
+@dataclass(frozen=True)
+class Avx2Dot:
+    """8 outputs at a time, four neighbours of K, groups of at most 32."""
+
+    bits: int
+    lanes = 8
+    reduction = 4
+
+    def start(self, offset: Expr) -> list[Expr]:
+        """Start from zero: the offset may not fit into 16 bits."""
+        return [tirx.Broadcast(tirx.const(0, "int16"), 16)] * (self.bits // 4)
+
+    def accumulate(self, accumulator: Sequence[Expr], codes: Expr, activations: Expr) -> list[Expr]:
+        """Add the products of each half of the codes."""
+        halves = [codes]
+        if self.bits == 8:
+            high = tirx.shift_right(codes, splat(4, self.lanes))
+            halves = [tirx.bitwise_and(half, splat(_NIBBLES, self.lanes)) for half in (codes, high)]
+        x = tirx.reinterpret("int8x32", splat(activations, self.lanes))
+        return [
+            total + intrinsic("int16x16", "llvm.x86.avx2.pmadd.ub.sw", tirx.reinterpret("int8x32", half), x)
+            for total, half in zip(accumulator, halves, strict=True)
+        ]
+
+    def total(self, accumulator: Sequence[Expr], offset: Expr) -> Expr:
+        """Return the pairs' sums, the higher half weighted by 16, and the offset."""
+        result = splat(offset, self.lanes)
+        for number, pairs in enumerate(accumulator):
+            weights = tirx.Broadcast(tirx.const(16**number, "int16"), 16)
+            result = result + intrinsic("int32x8", "llvm.x86.avx2.pmadd.wd", pairs, weights)
+        return result

@@ -1,0 +1,30 @@
+"""AVX-512 VNNI: vpdpbusd adds four products of unsigned with signed bytes to each of 16 sums of 32 bits, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tvm import tirx
+from tvm.ir import Expr
+
+from schedules.intrin.llvm_call import intrinsic, splat
+
+
+class Avx512Vnni:
+    """16 outputs at a time, four neighbours of K."""
+
+    lanes = 16
+    reduction = 4
+
+    def start(self, offset: Expr) -> list[Expr]:
+        """Start from the offset, which costs nothing."""
+        return [splat(offset, self.lanes)]
+
+    def accumulate(self, accumulator: Sequence[Expr], codes: Expr, activations: Expr) -> list[Expr]:
+        """Add the products with one instruction."""
+        operands = (tirx.reinterpret("int8x64", codes), tirx.reinterpret("int8x64", splat(activations, self.lanes)))
+        return [intrinsic("int32x16", "llvm.x86.avx512.vpdpbusd.512", accumulator[0], *operands)]
+
+    def total(self, accumulator: Sequence[Expr], offset: Expr) -> Expr:
+        """Return the sums."""
+        return accumulator[0]

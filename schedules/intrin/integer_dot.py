@@ -1,0 +1,48 @@
+"""Integer dot products of weight codes with broadcast activations, by the instruction set that a target has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from tvm.ir import Expr
+
+from schedules.intrin.arm_dot import ArmDot
+from schedules.intrin.avx2_dot import Avx2Dot
+from schedules.intrin.avx512_vnni import Avx512Vnni
+from targets.base import Target
+
+
+class IntegerDot(Protocol):
+    """Sums of products of unsigned codes with signed bytes, for `lanes` outputs at a time.
+
+    An accumulator is a list of vectors. `reduction` is how many neighbours of K a lane takes at once.
+    """
+
+    lanes: int
+    reduction: int
+
+    def start(self, offset: Expr) -> list[Expr]:
+        """Return an accumulator; `offset` is an int32 that `total` has in every lane."""
+        ...
+
+    def accumulate(self, accumulator: Sequence[Expr], codes: Expr, activations: Expr) -> list[Expr]:
+        """Return the accumulator with the products of `codes` (bytes as int32 lanes) and an int32 of activations."""
+        ...
+
+    def total(self, accumulator: Sequence[Expr], offset: Expr) -> Expr:
+        """Return the int32 sums of the lanes."""
+        ...
+
+
+def integer_dot(target: Target, bits: int) -> IntegerDot | None:
+    """Return the dot product for weights of `bits` bits on a CPU target, None where there is none."""
+    if target.device != "cpu":
+        return None
+    if "avx512_vnni" in target.features:
+        return Avx512Vnni()
+    if "avx2" in target.features:
+        return Avx2Dot(bits)
+    if "asimddp" in target.features:
+        return ArmDot(bits)
+    return None

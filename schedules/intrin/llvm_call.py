@@ -1,0 +1,16 @@
+"""Calls of LLVM's intrinsics on vectors."""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.ir import Expr
+
+
+def intrinsic(dtype: str, name: str, *arguments: Expr) -> Expr:
+    """Return the call of an intrinsic without side effects."""
+    return tirx.call_llvm_pure_intrin(dtype, name, *arguments)
+
+
+def splat(value: Expr | int, lanes: int) -> Expr:
+    """Return an int32 in every lane of a vector."""
+    return tirx.Broadcast(tirx.const(value, "int32") if isinstance(value, int) else value, lanes)

@@ -1,0 +1,351 @@
+"""Products of quantized activations with quantized weights, from packed codes, by integer dot products.
+
+A task takes a strip of columns, whose packed weights stay in the first-level cache, through all rows; a register tile
+takes a few rows at once, so that the codes are unpacked once for them. One row (a decoder's step) is the tile of one
+row: there the kernel streams the weights once, at the speed of memory. With a symbolic number of rows the tile is
+chosen as the kernel runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import tvm_ffi
+from tvm import sym, tirx
+from tvm.ir import Expr, TensorLoad, Var
+from tvm.tirx.stmt import Stmt
+
+from schedules.access import AxisGroup, as_int, group_axes
+from schedules.epilogue import Epilogue
+from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
+from schedules.intrin.integer_dot import IntegerDot, integer_dot
+from schedules.intrin.llvm_call import splat
+from schedules.loops import (
+    Extent,
+    ceiling,
+    index,
+    load,
+    local,
+    loop,
+    parallel,
+    product,
+    store,
+    tile_choice,
+    tiles,
+    unflatten,
+    vector,
+    with_local,
+)
+from schedules.matmul import follows_as_stage, split_epilogue
+from schedules.quantized_operators import QuantizedProduct
+from schedules.stages import Axis, Stage, substitute
+from schedules.weight_layout import WeightLayout
+from targets.base import Target
+
+_NIBBLES = 0x0F0F0F0F
+# Rows that one task takes, so that few columns still make work for all cores.
+ROW_BLOCK = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """The reads of a quantized product: three of activations, and of packed weights with their parameters."""
+
+    codes: TensorLoad
+    scales: TensorLoad
+    sums: TensorLoad
+    packed: TensorLoad
+    weight_scales: TensorLoad
+    zero_points: TensorLoad | None
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedMatmulAnalysis:
+    """A quantized product: `rows` of activations, `columns` of outputs, and what it reads."""
+
+    stage: Stage
+    epilogue: Epilogue
+    outer: tuple[AxisGroup, ...]
+    rows: AxisGroup | None
+    columns: Axis
+    product: QuantizedProduct
+    operands: Operands
+    groups: int
+
+
+class QuantizedMatmul:
+    """Register-tiled product with packed weights of 4 or 8 bits."""
+
+    name = "quantized-matmul"
+
+    def takes(self, kernel: Kernel, target: Target) -> QuantizedMatmulAnalysis | None:
+        """Return the analysis of a reduction whose value is a quantized product's, term by term."""
+        stage, follows = split_epilogue(kernel)
+        if stage is None or follows is None or len(stage.reduction) != 1 or not stage.spatial:
+            return None
+        operands = _operands(stage)
+        if operands is None:
+            return None
+        described = _product_of(operands, target)
+        if described is None or integer_dot(target, described.layout.bits) is None:
+            return None
+        columns = stage.spatial[-1]
+        if not isinstance(columns.extent, int) or not _is_product(stage, described, operands, columns):
+            return None
+        groups = group_axes(stage.spatial[:-1], [stage, follows_as_stage(follows)])
+        rows = groups[-1] if groups else None
+        return QuantizedMatmulAnalysis(
+            stage, follows, tuple(groups[:-1]), rows, columns, described, operands, int(operands.codes.source.shape[-2])
+        )
+
+    def space(self, target: Target, analysis: QuantizedMatmulAnalysis) -> Space:
+        """Return the register tile."""
+        rows, vectors = _register_tile(target, analysis)
+        return (Choice("rows", rows, (1, 2, 4, 6, 8, 12)), Choice("vectors", vectors, (1, 2, 4)))
+
+    def apply(self, analysis: QuantizedMatmulAnalysis, parameters: Parameters, target: Target) -> Stmt:
+        """Return the loop nest."""
+        dot = integer_dot(target, analysis.product.layout.bits)
+        assert dot is not None
+        return _Emitter(analysis, dot, parameters["rows"], parameters["vectors"]).statement()
+
+
+def _register_tile(target: Target, analysis: QuantizedMatmulAnalysis) -> tuple[int, int]:
+    """Return rows and vectors whose sums, of integers and of floats, fit the registers beside codes and activations."""
+    if target.architecture == "x86_64" and target.vector_bits < 512:
+        return (2, 2) if analysis.product.layout.bits == 4 else (1, 2)
+    if target.architecture == "x86_64":
+        return 6, 2
+    return (4, 2) if analysis.product.layout.bits == 4 else (2, 2)
+
+
+def _operands(stage: Stage) -> Operands | None:
+    """Return the reads of a stage by their types: int8 codes, float scales and int32 sums of rows, packed weights."""
+    reads: list[TensorLoad] = []
+    for each in stage.loads():
+        if not any(tvm_ffi.structural_equal(each, other) for other in reads):
+            reads.append(each)
+    packed = [each for each in reads if str(each.source.dtype) == "uint8" and _is_blocked(each)]
+    codes = [each for each in reads if str(each.source.dtype) == "int8"]
+    sums = [each for each in reads if str(each.source.dtype) == "int32"]
+    floats = [each for each in reads if str(each.source.dtype).startswith(("float", "bfloat"))]
+    of_weights = [each for each in floats if _is_blocked(each)]
+    scales = [each for each in floats if not _is_blocked(each)]
+    if len(codes) != 1 or len(sums) != 1 or len(scales) != 1 or not packed:
+        return None
+    # Reads stand in the order of the term: codes, zero points, scales.
+    weights = [each for each in reads if each in packed or each in of_weights]
+    if len(weights) not in (2, 3):
+        return None
+    return Operands(codes[0], scales[0], sums[0], weights[0], weights[-1], weights[1] if len(weights) == 3 else None)
+
+
+def _is_blocked(read: TensorLoad) -> bool:
+    """Return whether a read is of weights: [block, step or group, lane]."""
+    return len(read.source.shape) == 3 and isinstance(read.indices[0], tirx.FloorDiv | tirx.IntImm)
+
+
+def _product_of(operands: Operands, target: Target) -> QuantizedProduct | None:
+    """Return the product that the shapes of the operands belong to."""
+    extents = [*operands.packed.source.shape, *operands.weight_scales.source.shape, *operands.codes.source.shape[-2:]]
+    known = [extent for extent in map(as_int, extents) if extent is not None]
+    if len(known) != len(extents) or 0 in known:
+        return None
+    blocks, steps, width, scale_blocks, weight_groups, columns, groups, activation_group = known
+    inputs = groups * activation_group
+    if blocks != scale_blocks or columns != target.layouts.quantized_columns or inputs % weight_groups:
+        return None
+    reduction, bits, group = width // columns, 8 * steps * width // (columns * inputs), inputs // weight_groups
+    if bits not in (4, 8) or reduction != target.layouts.reduction_group or group % activation_group:
+        return None
+    layout = WeightLayout(bits, columns, reduction)
+    return QuantizedProduct(layout, group, activation_group, operands.zero_points is not None)
+
+
+def _is_product(stage: Stage, described: QuantizedProduct, operands: Operands, columns: Axis) -> bool:
+    """Return whether the stage's value is its output plus the term of a quantized product."""
+    codes, scales, sums = operands.codes, operands.scales, operands.sums
+    activations = [
+        lambda *at: tirx.BufferLoad(codes.source, [*codes.indices[:-2], *at]),
+        lambda *at: tirx.BufferLoad(scales.source, [*scales.indices[:-1], *at]),
+        lambda *at: tirx.BufferLoad(sums.source, [*sums.indices[:-1], *at]),
+    ]
+    parameters = [operands.packed, operands.weight_scales]
+    if operands.zero_points is not None:
+        parameters.append(operands.zero_points)
+    weights = [lambda *at, read=read: tirx.BufferLoad(read.source, list(at)) for read in parameters]
+    k = stage.reduction[0].variable
+    term = described.term(activations, weights, columns.variable, k)
+    expected = tirx.BufferLoad(stage.output, list(stage.indices)) + term
+    analyzer = sym.Analyzer()
+    return bool(tvm_ffi.structural_equal(analyzer.simplify(expected), analyzer.simplify(stage.value)))
+
+
+class _Emitter:
+    """Emission of one quantized product; the methods share the analysis and the register tile."""
+
+    def __init__(self, analysis: QuantizedMatmulAnalysis, dot: IntegerDot, rows: int, vectors: int) -> None:
+        self.analysis = analysis
+        self.operands = analysis.operands
+        self.product = analysis.product
+        self.layout = analysis.product.layout
+        self.dot = dot
+        self.rows = rows
+        self.vectors = min(vectors, ceiling_int(analysis.columns.extent, dot.lanes))
+
+    def statement(self) -> Stmt:
+        analysis = self.analysis
+        width = self.vectors * self.dot.lanes
+        outer = [group.extent for group in analysis.outer]
+        rows: Extent = analysis.rows.extent if analysis.rows is not None else 1
+        strips, blocks = ceiling_int(analysis.columns.extent, width), ceiling(rows, ROW_BLOCK)
+
+        def task(number: Expr) -> Stmt:
+            *outside, strip, block = unflatten(number, [*outer, strips, blocks])
+            point: dict[Var, Expr] = {}
+            for group, position in zip(analysis.outer, outside, strict=True):
+                point.update(group.point(position))
+            return tile_choice(
+                strip, int(analysis.columns.extent), width, lambda base, count: self._strip(point, base, count, block)
+            )
+
+        return parallel(product([*outer, strips, blocks]), task, is_large(work_of(analysis.stage)))
+
+    def _strip(self, point: Mapping[Var, Expr], base: Expr, count: int, block: Expr) -> Stmt:
+        """Return the code for `count` columns from `base` on and the rows of a block."""
+        rows: Extent = self.analysis.rows.extent if self.analysis.rows is not None else 1
+        sizes = [size for size in (self.rows, 4, 2, 1) if size <= self.rows]
+
+        def tile(row: Expr, height: int) -> Stmt:
+            return self._tile(point, row, height, base, count)
+
+        if isinstance(rows, int) and rows <= ROW_BLOCK:
+            return tiles(rows, sizes, tile)
+        first = block * ROW_BLOCK
+        rest = tirx.min(index(ROW_BLOCK), index(rows) - first)
+        return tiles(rest, sizes, lambda row, height: tile(first + row, height))
+
+    def _tile(self, point: Mapping[Var, Expr], row: Expr, height: int, base: Expr, count: int) -> Stmt:
+        """Return the code of a register tile."""
+        vectors = ceiling_int(count, self.dot.lanes)
+        lanes, cells = self.dot.lanes, height * ceiling_int(count, self.dot.lanes)
+        totals = local([cells * lanes], "float32", "totals")
+        points = [self._point(point, row + number) for number in range(height)]
+
+        def finish(number: int) -> Stmt:
+            r, v = divmod(number, vectors)
+            width = min(lanes, count - v * lanes)
+
+            def element(lane: Expr) -> Stmt:
+                column = base + v * lanes + lane
+                here = {**points[r], self.analysis.columns.variable: column}
+                return self.analysis.epilogue.store(load(totals, [index(number * lanes) + lane]), here)
+
+            return vector(width, element)
+
+        zero = tirx.Broadcast(tirx.const(0.0, "float32"), lanes)
+        return with_local(
+            [totals],
+            [
+                *(store(totals, zero, [_ramp(index(cell * lanes), lanes)]) for cell in range(cells)),
+                loop(self.analysis.groups, lambda group: self._group(group, points, base, vectors, totals)),
+                *(finish(cell) for cell in range(cells)),
+            ],
+        )
+
+    def _point(self, point: Mapping[Var, Expr], row: Expr) -> dict[Var, Expr]:
+        return {**point, **(self.analysis.rows.point(row) if self.analysis.rows is not None else {})}
+
+    def _group(self, group: Expr, points: Sequence[Mapping[Var, Expr]], base: Expr, vectors: int, totals: Var) -> Stmt:
+        """Return the code that adds one group of K to the tile's sums."""
+        lanes, bits = self.dot.lanes, self.layout.bits
+        middle = 0 if self.operands.zero_points is not None else -(1 << (bits - 1))
+        sums = [self._activation(self.operands.sums, point, [group]) for point in points]
+        offsets = [total * tirx.const(middle, "int32") if middle else tirx.const(0, "int32") for total in sums]
+        starts = [self.dot.start(offset) for offset in offsets]
+        dtype = starts[0][0].ty.dtype
+        elements = int(dtype.lanes)
+        cells = [(r, v) for r in range(len(points)) for v in range(vectors)]
+        partial = local([len(cells) * len(starts[0]) * elements], str(dtype).split("x", maxsplit=1)[0], "partial")
+
+        def place(cell: int, part: int) -> Expr:
+            return _ramp(index((cell * len(starts[0]) + part) * elements), elements)
+
+        def read(cell: int) -> list[Expr]:
+            return [load(partial, [place(cell, part)]) for part in range(len(starts[0]))]
+
+        def write(cell: int, values: Sequence[Expr]) -> list[Stmt]:
+            return [store(partial, value, [place(cell, part)]) for part, value in enumerate(values)]
+
+        statements: list[Stmt] = []
+        for cell, (r, _) in enumerate(cells):
+            statements += write(cell, starts[r])
+        size = self.product.activation_group
+        for step in range(size // self.layout.step):
+            number = group * (size // self.layout.step) + step
+            codes = [self._codes(number, base + v * lanes) for v in range(vectors)]
+            for half in range(len(codes[0])):
+                k = step * self.layout.step + half * self.layout.reduction
+                for cell, (r, v) in enumerate(cells):
+                    x = self._activation_bytes(points[r], group, k)
+                    statements += write(cell, self.dot.accumulate(read(cell), codes[v][half], x))
+        for cell, (r, v) in enumerate(cells):
+            exact = tirx.Cast(f"float32x{lanes}", self.dot.total(read(cell), offsets[r]))
+            here = _ramp(index(cell * lanes), lanes)
+            value = load(totals, [here]) + self._scaled(exact, group, base + v * lanes, points[r], sums[r])
+            statements.append(store(totals, value, [here]))
+        return with_local([partial], statements)
+
+    def _codes(self, step: Expr, column: Expr) -> list[Expr]:
+        """Return the codes of one step for a vector of columns: bytes, as int32 lanes, in the order of K."""
+        layout, lanes = self.layout, self.dot.lanes
+        columns = index(layout.columns)
+        first = tirx.floormod(column, columns) * layout.reduction
+        source = self.operands.packed.source
+        packed = load(source, [tirx.floordiv(column, columns), step, _ramp(first, lanes * layout.reduction)])
+        words = tirx.reinterpret(f"int32x{lanes * layout.reduction // 4}", packed)
+        if layout.bits == 8:
+            return [words]
+        mask = splat(_NIBBLES, lanes)
+        return [tirx.bitwise_and(words, mask), tirx.bitwise_and(tirx.shift_right(words, splat(4, lanes)), mask)]
+
+    def _activation(self, read: TensorLoad, point: Mapping[Var, Expr], last: Sequence[Expr]) -> Expr:
+        """Return an element of the activations of one row."""
+        leading = [substitute(i, point) for i in list(read.indices)[: len(read.indices) - len(last)]]
+        return load(read.source, [*leading, *last])
+
+    def _activation_bytes(self, point: Mapping[Var, Expr], group: Expr, k: int) -> Expr:
+        """Return neighbouring activations of one row as an int32."""
+        codes = self._activation(self.operands.codes, point, [group, _ramp(index(k), self.layout.reduction)])
+        return tirx.reinterpret("int32", codes)
+
+    def _scaled(self, exact: Expr, group: Expr, column: Expr, point: Mapping[Var, Expr], total: Expr) -> Expr:
+        """Return (sum of products - zero point * sum of activations) * the product of both scales."""
+        lanes = self.dot.lanes
+        scale = self._activation(self.operands.scales, point, [group])
+        factor = self._parameters(self.operands.weight_scales, group, column) * tirx.Broadcast(scale, lanes)
+        if self.operands.zero_points is None:
+            return exact * factor
+        zeros = self._parameters(self.operands.zero_points, group, column)
+        return (exact - zeros * tirx.Broadcast(tirx.Cast("float32", total), lanes)) * factor
+
+    def _parameters(self, read: TensorLoad, group: Expr, column: Expr) -> Expr:
+        """Return scales or zero points of a vector of columns as float32."""
+        columns = index(self.layout.columns)
+        weight_group = tirx.floordiv(group, index(self.product.group // self.product.activation_group))
+        place = [tirx.floordiv(column, columns), weight_group, _ramp(tirx.floormod(column, columns), self.dot.lanes)]
+        values = load(read.source, place)
+        lanes = self.dot.lanes
+        if str(read.source.dtype) == "uint8":
+            values = tirx.Cast(f"int32x{lanes}", values)
+        return tirx.Cast(f"float32x{lanes}", values)
+
+
+def ceiling_int(extent: int | Expr, size: int) -> int:
+    """Return how many parts of `size` cover a constant extent."""
+    return -(-int(extent) // size)
+
+
+def _ramp(base: Expr, lanes: int) -> Expr:
+    return tirx.Ramp(base, tirx.const(1, "int64"), lanes)
