@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from optimizer.certification import NO_CERTIFICATE, Certification, plan_certific
 from optimizer.errors import OptionError, TargetError
 from optimizer.frontend.importer import ImportedModel, import_model
 from optimizer.frontend.model_file import ModelFile, read_model
+from optimizer.ir_dump import IrDump, ignore
 from optimizer.lowering import LoweredModule, build, lower
 from optimizer.package import Manifest, Weight, require_replaceable, write_package
 from optimizer.packaging import companions, describe
@@ -38,6 +39,7 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 class CompileOptions:
     """What to compile a model for. `shapes` overrides input shapes by name; a string keeps that dimension dynamic.
 
+    `dump_ir` is a folder that the module is written to after each pass and each step of lowering.
     `weights` ("int8", "int4") quantizes constant weights in groups of `weight_group` by `weight_method`; products with
     quantized weights compute in `activations` ("int8", "float", or "auto": as the target does best).
     """
@@ -46,6 +48,7 @@ class CompileOptions:
     shapes: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
     passes: str = pipeline.DEFAULT
     precision: str = "model"
+    dump_ir: Path | None = None
     weights: str = "model"
     weight_group: int = 32
     weight_method: str = "rtn"
@@ -68,6 +71,8 @@ class CompileOptions:
             steps.append(f"quantize-weights{{{','.join(f'{name}={value}' for name, value in choices.items())}}}")
         if self.operand_dtype is not None:
             steps.append(f"convert-precision{{dtype={self.operand_dtype}}}")
+        if self.target.device == "cpu":
+            steps.append(f"block-channels{{block={self.target.layouts.channel_block}}}")
         return ",".join(steps)
 
     @property
@@ -149,30 +154,48 @@ def compile_in_memory(model: onnx.ModelProto, options: CompileOptions, *, base_d
     return execution.function(executable, plan.imported, tvm.cpu(), plan.lifted.weights)
 
 
+def runner_of(module: tvm.IRModule, imported: ImportedModel, target: Target) -> execution.Runner:
+    """Return a function from named inputs to named outputs that runs a module as some passes left it."""
+    with passed_in_order_of_use():
+        lifted = lift_weights(lower(module, target).module)
+    return execution.function(build(lifted.module, target), imported, tvm.cpu(), lifted.weights)
+
+
 def _plan_file(model: Path, options: CompileOptions, timeline: Timeline) -> tuple[ModelFile, Plan]:
-    _passes(options)  # a mistake in them is not to be found after minutes of reading and importing
+    parse_passes(options)  # a mistake in them is not to be found after minutes of reading and importing
     with timeline.stage("read"):
         source = read_model(model)
     return source, _plan(source.model, options, timeline, source.directory)
 
 
 def _plan(model: onnx.ModelProto, options: CompileOptions, timeline: Timeline, base_directory: str) -> Plan:
+    dump = ignore if options.dump_ir is None else IrDump(options.dump_ir)
     with passed_in_order_of_use():
         with timeline.stage("import"):
             imported = import_model(model, shapes=options.shapes, base_directory=base_directory)
+        dump("import", imported.module)
         with timeline.stage("passes"):
-            rewritten, records = pipeline.run(imported.module, _passes(options))
+            rewritten, records = _run_passes(imported.module, options, dump)
         with timeline.stage("lower"):
-            lowered = lower(rewritten, options.target)
+            lowered = lower(rewritten, options.target, dump)
             lifted = lift_weights(lowered.module)
     return Plan(imported, records, rewritten, lowered, lifted)
 
 
-def _passes(options: CompileOptions) -> tuple[Pass, ...]:
+def parse_passes(options: CompileOptions) -> tuple[Pass, ...]:
+    """Return the passes of a compile, with the conversion to its precision at the end; raises OptionError."""
     try:
         return pipeline.parse(options.notation)
     except (pipeline.PassOptionError, SchemeError) as error:
         raise OptionError(str(error)) from error
+
+
+def _run_passes(
+    module: tvm.IRModule, options: CompileOptions, dump: Callable[[str, tvm.IRModule], None]
+) -> tuple[tvm.IRModule, tuple[pipeline.PassRecord, ...]]:
+    return pipeline.run(
+        module, parse_passes(options), after=lambda record: dump(record.item.name, record.outcome.module)
+    )
 
 
 def _link(executable: relax.VMExecutable, target: Target, library: Path) -> None:

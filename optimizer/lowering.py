@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import tvm
 from tvm import relax
 
 from optimizer.bound_shapes import cut_blocks_at_bound_shapes
+from optimizer.ir_dump import ignore
+from optimizer.kernel_nodes import carry_into_groups, name_kernels, with_calls
 from optimizer.legalization import LEGALIZATIONS
 from optimizer.shape_heap import lower_shapes
 from optimizer.symbolic_arguments import keep_symbolic_functions_apart
+from passes.provenance import carry
 from schedules import KernelReport, schedule_module
 from schedules.prepack import prepack
 from targets.base import Target
 from targets.device_code import generating_source
 
-# TVM's own passes that turn operators into TIR functions and fuse them.
-_LEGALIZE = (
-    relax.backend.DispatchSampling,
-    relax.backend.DispatchSortScan,
-    lambda: relax.transform.LegalizeOps(LEGALIZATIONS),
-    relax.transform.AnnotateTIROpPattern,
-    lambda: keep_symbolic_functions_apart,
-    relax.transform.FoldConstant,
-    lambda: cut_blocks_at_bound_shapes,
-    relax.transform.FuseOps,
-    relax.transform.FuseTIR,
-    relax.transform.DeadCodeElimination,
+_Transforms = Mapping[str, Callable[[], Callable[[tvm.IRModule], tvm.IRModule]]]
+
+# TVM's own passes that turn operators into TIR functions, and those of a group into one.
+_LEGALIZE: _Transforms = {
+    "dispatch-sampling": relax.backend.DispatchSampling,
+    "dispatch-sort-scan": relax.backend.DispatchSortScan,
+    "legalize": lambda: relax.transform.LegalizeOps(LEGALIZATIONS),
+    "annotate-patterns": relax.transform.AnnotateTIROpPattern,
+    "keep-symbolic-functions-apart": lambda: keep_symbolic_functions_apart,
+    "fold-constants-of-kernels": relax.transform.FoldConstant,
+    "cut-blocks-at-bound-shapes": lambda: cut_blocks_at_bound_shapes,
+}
+_FUSE_TIR: _Transforms = {
+    "fuse-tir": relax.transform.FuseTIR,
+    "eliminate-dead-kernels": relax.transform.DeadCodeElimination,
     # It knows a reshape by its loop nest, so it has to see it before the schedule.
-    relax.transform.RewriteDataflowReshape,
-)
+    "rewrite-reshapes": relax.transform.RewriteDataflowReshape,
+}
 
 # What remains between scheduled TIR and the bytecode of Relax's virtual machine.
 _FINISH = (
@@ -58,16 +65,30 @@ class LoweredModule:
     kernels: tuple[KernelReport, ...]
 
 
-def lower(module: tvm.IRModule, target: Target) -> LoweredModule:
-    """Turn Relax operators into fused TIR functions and schedule each of them for `target`."""
-    tvm_target = target.tvm_target()
-    with tvm_target:
-        for transform in _LEGALIZE:
-            module = transform()(module)
-    module, _ = prepack(module, target)
-    module = relax.transform.DeadCodeElimination()(module)
+def lower(module: tvm.IRModule, target: Target, after: Callable[[str, tvm.IRModule], None] = ignore) -> LoweredModule:
+    """Turn Relax operators into fused TIR functions and schedule each of them for `target`.
+
+    `after` is called with the name of each step and the module after it.
+    """
+    with target.tvm_target():
+        module = _run(module, _LEGALIZE, after)
+        grouped = carry_into_groups(module, relax.transform.FuseOps()(module))
+        after("fuse-operators", grouped)
+        module = _run(grouped, _FUSE_TIR, after)
+    module = name_kernels(grouped, module)
+    packed, _ = prepack(module, target)
+    module = carry(module, relax.transform.DeadCodeElimination()(packed))
+    after("prepack", module)
     scheduled, kernels = schedule_module(module, target)
-    return LoweredModule(scheduled, kernels)
+    after("schedule", scheduled)
+    return LoweredModule(scheduled, with_calls(kernels, scheduled))
+
+
+def _run(module: tvm.IRModule, transforms: _Transforms, after: Callable[[str, tvm.IRModule], None]) -> tvm.IRModule:
+    for name, transform in transforms.items():
+        module = carry(module, transform()(module))
+        after(name, module)
+    return module
 
 
 def build(module: tvm.IRModule, target: Target) -> relax.VMExecutable:

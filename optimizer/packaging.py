@@ -44,7 +44,7 @@ def describe(source: ModelFile, plan: Plan, target: Target) -> Manifest:
         kv_cache_scheme="none",
         passes=tuple(PassRecord(record.item.name, _options(record.item)) for record in plan.passes),
         tuning=TuningRecord((), workloads),
-        kernels=tuple(KernelRecord(kernel.function, kernel.family) for kernel in plan.lowered.kernels),
+        kernels=tuple(KernelRecord(kernel.function, kernel.family, kernel.nodes) for kernel in plan.lowered.kernels),
     )
 
 

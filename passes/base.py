@@ -132,11 +132,16 @@ class PatternPass(Pass, Generic[Match]):
 
     def run(self, module: tvm.IRModule) -> PassOutcome:
         """Rewrite all Relax functions of the module."""
+        return self.run_first(module, None)
+
+    def run_first(self, module: tvm.IRModule, most: int | None) -> PassOutcome:
+        """Rewrite the first `most` sites that may be rewritten, or all for None; none after them is recorded."""
         sites: list[Site] = []
         rewritten = tvm.IRModule(dict(module.functions), attrs=module.attrs)
         for variable, function in module.functions_items():
             if isinstance(function, relax.Function):
-                rewriter = _Rewriter(self, module, function)
+                left = None if most is None else most - sum(site.refusal is None for site in sites)
+                rewriter = _Rewriter(self, module, function, left)
                 rewritten.update_func(variable, rewriter.visit_expr(function))
                 sites.extend(rewriter.sites)
         return PassOutcome(relax.transform.DeadCodeElimination()(rewritten), tuple(sites))
@@ -144,15 +149,20 @@ class PatternPass(Pass, Generic[Match]):
 
 @mutator
 class _Rewriter(PyExprMutator):
-    def __init__(self, rewriting: PatternPass[Match], module: tvm.IRModule, function: relax.Function) -> None:
+    def __init__(
+        self, rewriting: PatternPass[Match], module: tvm.IRModule, function: relax.Function, most: int | None
+    ) -> None:
         super().__init__(module)
+        self._left = most
         self._pass = rewriting
         self._dataflow = Dataflow(function)
         self.sites: list[Site] = []
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         """Rewrite the value of a binding that matches; the parts of the match are renamed as they are visited."""
-        match = self._pass.pattern(binding.value, self._dataflow)
+        # What a variable merely renames is a site of its own already.
+        looked_at = self._left != 0 and not isinstance(binding.value, relax.Var)
+        match = self._pass.pattern(binding.value, self._dataflow) if looked_at else None
         if match is not None:
             location = binding.var.name
             nodes = self._dataflow.nodes(*_expressions(match), binding.value)
@@ -162,6 +172,7 @@ class _Rewriter(PyExprMutator):
                 self.sites.append(Site(location, str(refusal), nodes))
             else:
                 self.sites.append(Site(location, None, nodes))
+                self._left = None if self._left is None else self._left - 1
                 binding = relax.VarBinding(binding.var, self.builder_.normalize(self._pass.rewrite(match)))
         super().visit_var_binding_(binding)
 

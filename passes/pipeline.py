@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import inspect
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from passes.provenance import carry
 # Names to the module and class that hold them, so that listing the passes imports none of them.
 _PASSES = {
     "absorb-scales": ("passes.absorb_scales", "AbsorbScales"),
+    "block-channels": ("passes.block_channels", "BlockChannels"),
     "cancel-transposes": ("passes.cancel_transposes", "CancelTransposes"),
     "convert-precision": ("passes.convert_precision", "ConvertPrecision"),
     "eliminate-common-subexpressions": ("passes.eliminate_common_subexpressions", "EliminateCommonSubexpressions"),
@@ -61,6 +63,24 @@ class PassOptionError(ValueError):
 
 
 @dataclass(frozen=True)
+class OptionDescription:
+    """An option of a pass, its type, and the value that it has if it is not given."""
+
+    name: str
+    type: str
+    default: str
+
+
+@dataclass(frozen=True)
+class PassDescription:
+    """What a pass does, in the words of its documentation, and its options."""
+
+    name: str
+    documentation: str
+    options: tuple[OptionDescription, ...]
+
+
+@dataclass(frozen=True)
 class PassRecord:
     """One pass of a run, its time in seconds, and its outcome."""
 
@@ -72,6 +92,16 @@ class PassRecord:
 def pass_names() -> tuple[str, ...]:
     """Return the names of all passes."""
     return tuple(_PASSES)
+
+
+def describe(name: str) -> PassDescription:
+    """Return what the pass of a name does and its options, as its class declares them."""
+    kind = _kind(name)
+    options = tuple(
+        OptionDescription(field.name, type(field.default).__name__, str(field.default))
+        for field in dataclasses.fields(kind)
+    )
+    return PassDescription(name, inspect.cleandoc(kind.__doc__ or ""), options)
 
 
 def parse(text: str) -> tuple[Pass, ...]:
@@ -122,8 +152,7 @@ def _instance(name: str, options: str) -> Pass:
         close = difflib.get_close_matches(name, _PASSES, 1)
         hint = f"did you mean '{close[0]}'?" if close else f"the passes are {', '.join(_PASSES)}"
         raise PassOptionError(f"unknown pass '{name}'; {hint}")
-    module, class_name = _PASSES[name]
-    kind = getattr(importlib.import_module(module), class_name)
+    kind = _kind(name)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values: dict[str, object] = {}
     for assignment in filter(None, (part.strip() for part in options.split(","))):
@@ -133,6 +162,11 @@ def _instance(name: str, options: str) -> Pass:
             raise PassOptionError(f"pass '{name}' has no option '{option}'; {known}")
         values[option] = _typed(name, option, value, type(fields[option].default))
     return kind(**values)
+
+
+def _kind(name: str) -> type[Pass]:
+    module, class_name = _PASSES[name]
+    return getattr(importlib.import_module(module), class_name)
 
 
 def _typed(name: str, option: str, text: str, kind: type) -> object:

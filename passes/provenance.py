@@ -74,6 +74,10 @@ class Bindings:
         """Return the nodes that a bound variable came from."""
         return nodes_of(self.values[var])
 
+    def lacks_nodes(self, var: relax.Var) -> bool:
+        """Return whether a variable is bound to what can carry nodes, and carries none."""
+        return isinstance(self.values[var], _SPANNED) and not self.nodes(var)
+
     def by_name(self) -> dict[str, relax.Var]:
         """Return the variables whose name is theirs alone, and was given on purpose."""
         count = Counter(var.name for var in self.values)
@@ -92,10 +96,11 @@ def _carried(old: Bindings, new: Bindings) -> dict[relax.Var, Nodes]:
     rewritten = {
         var: union((replaced.under(was), old.nodes(was), new.nodes(var)))
         for var, was in origin.items()
-        if new.nodes(var) != old.nodes(was)
+        if new.nodes(var) != old.nodes(was) or new.lacks_nodes(var)
     }
     unclaimed = {var: replaced.under(was) or new.nodes(var) for var, was in origin.items() if var not in rewritten}
-    return {**rewritten, **_inherited_from_readers(new, rewritten, unclaimed)}
+    written = {var: nodes for var, nodes in rewritten.items() if nodes and nodes != new.nodes(var)}
+    return {**written, **_inherited_from_readers(new, rewritten, unclaimed)}
 
 
 class _Replaced:
@@ -130,7 +135,7 @@ def _inherited_from_readers(
             nodes = union(flow[reader] for reader in bindings.readers[var])
             inherited[var] = nodes
         flow[var] = nodes
-    return {var: nodes for var, nodes in inherited.items() if nodes and isinstance(bindings.values[var], _SPANNED)}
+    return {var: nodes for var, nodes in inherited.items() if nodes and bindings.lacks_nodes(var)}
 
 
 def _functions(module: tvm.IRModule) -> dict[str, relax.Function]:

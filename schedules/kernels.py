@@ -8,6 +8,7 @@ from tvm.ir import TensorLoad, Var
 
 from schedules import epilogue
 from schedules.access import as_int, occurs
+from schedules.channel_windows import channel_windows
 from schedules.family import Kernel, work_of
 from schedules.loops import product
 from schedules.rowwise import shared_leading
@@ -79,7 +80,7 @@ def _is_row_run(stages: Sequence[Stage | OpaqueStage]) -> bool:
 
 def _reuses_operands(stage: Stage) -> bool:
     """Return whether the reduction contracts several operands (matmul) or slides over one (convolution, pooling)."""
-    if sliding(stage) is not None:
+    if sliding(stage) is not None or channel_windows(None, stage, epilogue.plain(stage)) is not None:
         return True
     moving = [load for load in stage.loads() if any(occurs_in(load, axis) for axis in stage.reduction)]
     sets = {tuple(occurs_in(load, axis) for axis in stage.spatial) for load in moving}
@@ -158,7 +159,9 @@ def _sliding_reader(
     if any(touches(other, stage) for other in follows):
         return None
     read = sliding(reduction)
-    return readers[0] if read is not None and read.load.source.same_as(stage.output) else None
+    if read is not None:
+        return readers[0] if read.load.source.same_as(stage.output) else None
+    return readers[0] if channel_windows(stage, reduction, epilogue.plain(reduction)) is not None else None
 
 
 def _touches(kernel: Kernel | OpaqueStage, stage: Stage) -> bool:

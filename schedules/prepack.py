@@ -17,6 +17,7 @@ from tvm import ir, relax, tirx
 from tvm.ir import Expr, GlobalVar, TensorLoad, Var
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from schedules import direct_convolution
 from schedules.access import AxisGroup, as_int
 from schedules.family import Kernel
 from schedules.inline import inline
@@ -136,7 +137,9 @@ def _matmul_of(function: tirx.PrimFunc) -> MatmulAnalysis | None:
         return None
     found = []
     for kernel in cut(inline(staged)):
-        analysis = Matmul().analyse(kernel) if isinstance(kernel, Kernel) else None
+        if not isinstance(kernel, Kernel) or direct_convolution.analyse(kernel) is not None:
+            continue
+        analysis = Matmul().analyse(kernel)
         if analysis is not None and contains(function.params, analysis.operand.source):
             found.append(analysis)
     return found[0] if len(found) == 1 and not found[0].block else None

@@ -7,6 +7,7 @@ from typing import Any
 
 from schedules.attention import Attention
 from schedules.convolution import Convolution
+from schedules.direct_convolution import DirectConvolution
 from schedules.elementwise import Elementwise
 from schedules.family import Family
 from schedules.matmul import Matmul
@@ -17,6 +18,7 @@ from schedules.transpose import Transpose
 
 FAMILIES: tuple[Family[Any], ...] = (
     Attention(),
+    DirectConvolution(),
     QuantizedMatmul(),
     Convolution(),
     Matmul(),

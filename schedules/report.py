@@ -21,6 +21,7 @@ class KernelReport:
     """How a function was scheduled: its family, the parameters, and the reason where it is left as it was.
 
     `regions` is how many loop nests the function runs one after the other, each reading what those before it stored.
+    `operators` are those that it computes, in order; `nodes` the names of the ONNX nodes behind each call of it.
     """
 
     function: str
@@ -28,3 +29,5 @@ class KernelReport:
     parameters: Mapping[str, int] = field(default_factory=dict)
     reason: str = ""
     regions: int = 1
+    operators: tuple[str, ...] = ()
+    nodes: tuple[tuple[str, ...], ...] = ()

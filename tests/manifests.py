@@ -41,5 +41,5 @@ def draft_manifest(entry_points: Sequence[EntryPoint], **requirements: object) -
         kv_cache_scheme="none",
         passes=(PassRecord("fold-constants", {"limit": 1024, "exact": True, "ratio": 0.5, "skip": None}),),
         tuning=TuningRecord(hits=("matmul_1x8x8",), misses=()),
-        kernels=(KernelRecord("fused_matmul_add", "matmul"),),
+        kernels=(KernelRecord("matmul_add", "matmul", (("product", "sum"),)),),
     )

@@ -10,7 +10,18 @@ import click
 
 from optimizer.errors import OptimizerError
 
-_COMMANDS = ("compile", "run", "generate", "inspect", "verify", "bench", "targets", "doctor")
+_COMMANDS = (
+    "compile",
+    "run",
+    "generate",
+    "inspect",
+    "verify",
+    "bench",
+    "passes",
+    "bisect",
+    "targets",
+    "doctor",
+)
 _INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
 
 
@@ -37,6 +48,8 @@ _SUMMARIES = {
     "inspect": "Show what a package or an ONNX model holds, without running it.",
     "verify": "Check a package's integrity, whether it runs here, and its numbers.",
     "bench": "Measure a package's speed and memory on this machine.",
+    "passes": "List the graph passes, what each does, and its options.",
+    "bisect": "Find the first pass that breaks a model's numbers.",
     "targets": "List the hardware targets, and which of them this machine can execute.",
     "doctor": "Check tool chains, CPU, threads, memory bandwidth and GPU; each problem names its fix.",
 }

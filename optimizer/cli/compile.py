@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from optimizer.errors import ModelFileError
-
-if TYPE_CHECKING:
-    from optimizer.compile import CompileOptions
 
 _EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "decoder" / "model.onnx"
 
@@ -22,7 +18,7 @@ _EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "decoder" / "model
     "--output", "-o", type=click.Path(path_type=Path), help="Package: a folder, or one file if it ends in .opt."
 )
 @click.option("--shape", "shapes", multiple=True, metavar="NAME=DIMS", help="Shape of an input, such as x=1,3,224,224.")
-@click.option("--passes", help="Graph passes in order, with options: name,name{option=value}.")
+@click.option("--passes", help="Graph passes in order, with options: name,name{option=value}; see `optimizer passes`.")
 @click.option(
     "--precision",
     type=click.Choice(["model", "fp32", "fp16", "bf16"]),
@@ -60,6 +56,8 @@ _EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "decoder" / "model
 )
 @click.option("--gpu-arch", "gpu_architectures", multiple=True, metavar="SM", help="CUDA architecture, such as sm_90.")
 @click.option("--no-certificate", is_flag=True, help="Do not compare the package's outputs with a reference.")
+@click.option("--explain", is_flag=True, help="Say of each pass and site: rewritten, or refused and why.")
+@click.option("--dump-ir", type=click.Path(path_type=Path), help="Folder for the module after each pass and step.")
 @click.option("--dry-run", is_flag=True, help="Import, rewrite and schedule, but generate and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
@@ -75,6 +73,8 @@ def command(
     activations: str,
     gpu_architectures: tuple[str, ...],
     no_certificate: bool,
+    explain: bool,
+    dump_ir: Path | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -86,27 +86,29 @@ def command(
     from optimizer.cli import compile_report, console
     from optimizer.cli.arguments import parse_shapes
     from optimizer.compile import CompileOptions, compile_model, find_target, plan_model
+    from passes import pipeline
 
     model = _bundled_example() if model is None else model
     options = CompileOptions(
         find_target(target, gpu_architectures or None),
         parse_shapes(shapes),
-        precision=precision,
-        weights=weights,
-        weight_group=int(weight_group),
-        weight_method=weight_method,
-        activations=activations,
+        pipeline.DEFAULT if passes is None else passes,
+        precision,
+        dump_ir,
+        weights,
+        int(weight_group),
+        weight_method,
+        activations,
     )
-    options = options if passes is None else _with_passes(options, passes)
     destination = output or Path(f"{_stem(model)}-{options.target.name}")
     if dry_run:
         with console.StageProgress(quiet=as_json) as progress:
             source, plan = plan_model(model, options, progress)
-        compile_report.show_plan(source, plan, destination, as_json=as_json)
+        compile_report.show_plan(source, plan, destination, as_json=as_json, explain=explain)
         return
     with console.StageProgress(quiet=as_json) as progress:
         result = compile_model(model, destination, options, progress, certify=not no_certificate)
-    compile_report.show_result(result, destination, as_json=as_json)
+    compile_report.show_result(result, destination, as_json=as_json, explain=explain)
 
 
 def _bundled_example() -> Path:
@@ -118,9 +120,3 @@ def _bundled_example() -> Path:
 def _stem(model: Path) -> str:
     """Return a name for the package: the file's, or its folder's where the file is just called model.onnx."""
     return model.resolve().parent.name if model.stem == "model" else model.stem
-
-
-def _with_passes(options: CompileOptions, passes: str) -> CompileOptions:
-    import dataclasses
-
-    return dataclasses.replace(options, passes=passes)

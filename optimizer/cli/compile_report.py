@@ -5,29 +5,38 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from optimizer.cli import explanation
 from optimizer.cli.console import bytes_text, print_facts, print_json, seconds_text
 from optimizer.compile import CompileResult, Plan
 from optimizer.frontend.model_file import ModelFile
 from optimizer.package.manifest import Certificate
+from optimizer.report.explanation import explain as explain_passes
 from optimizer.report.step_time import StepTime, step_time
 from optimizer.report.summary import Summary, summarize
 
+# How many of the kernels that compute several operators are listed.
+_MOST_FUSED = 8
 
-def show_plan(source: ModelFile, plan: Plan, destination: Path, *, as_json: bool) -> None:
-    """Print what a compile would do."""
+
+def show_plan(source: ModelFile, plan: Plan, destination: Path, *, as_json: bool, explain: bool = False) -> None:
+    """Print what a compile would do; with `explain` the account of every pass."""
     summary = summarize(source.model, plan)
     if as_json:
-        print_json({"dry_run": True, "output": str(destination), **dataclasses.asdict(summary)})
+        print_json(
+            {"dry_run": True, "output": str(destination), **dataclasses.asdict(summary), **_sites(plan, explain)}
+        )
         return
     print_facts(f"{destination} (dry run: nothing was written)", _summary_facts(summary))
+    if explain:
+        explanation.show(plan.passes)
 
 
-def show_result(result: CompileResult, destination: Path, *, as_json: bool) -> None:
+def show_result(result: CompileResult, destination: Path, *, as_json: bool, explain: bool = False) -> None:
     """Print what a compile did, with the time of one step of the package where this machine can run it."""
     summary = summarize(result.source.model, result.plan)
     step = step_time(destination, result.manifest)
     if as_json:
-        print_json(_document(result, destination, summary, step))
+        print_json({**_document(result, destination, summary, step), **_sites(result.plan, explain)})
         return
     facts = [
         *_summary_facts(summary),
@@ -36,6 +45,12 @@ def show_result(result: CompileResult, destination: Path, *, as_json: bool) -> N
         ("compile time", _stages_text(result)),
     ]
     print_facts(str(destination), facts)
+    if explain:
+        explanation.show(result.plan.passes)
+
+
+def _sites(plan: Plan, asked: bool) -> dict[str, object]:
+    return {"sites": [dataclasses.asdict(site) for site in explain_passes(plan.passes)]} if asked else {}
 
 
 def _document(result: CompileResult, destination: Path, summary: Summary, step: StepTime) -> dict[str, object]:
@@ -53,28 +68,22 @@ def _document(result: CompileResult, destination: Path, summary: Summary, step: 
 
 def _summary_facts(summary: Summary) -> list[tuple[str, str]]:
     families = ", ".join(f"{count} {family}" for family, count in summary.families.items())
-    fused = ", ".join(f"{name.removeprefix('fused_')} x{count}" for name, count in _largest(summary.fused))
+    fused = ", ".join(f"{name} x{count}" for name, count in list(summary.fused.items())[:_MOST_FUSED])
     passes = ", ".join(
         f"{name}: {count} rewritten, {summary.refused[name]} refused"
         for name, count in summary.rewritten.items()
         if count or summary.refused[name]
     )
+    several = summary.loop_nests > summary.kernel_calls
+    nests = f", {summary.loop_nests} loop nests" if several else ""
     return [
         ("nodes", f"{summary.onnx_nodes} in ONNX, {summary.operators} after import and passes"),
         ("passes", passes or "no site to rewrite"),
         ("fused", fused or "nothing"),
-        ("kernels", f"{summary.kernels} ({families}), called {summary.kernel_calls} times"),
+        ("kernels", f"{summary.kernels} ({families}), called {summary.kernel_calls} times a step{nests}"),
         ("weights", f"{bytes_text(summary.weight_bytes)} in {summary.weights} tensors ({summary.weight_bytes} bytes)"),
         *([("quantized", summary.weight_scheme)] if summary.weight_scheme != "none" else []),
     ]
-
-
-def _largest(fused: dict[str, int], most: int = 8) -> list[tuple[str, int]]:
-    """Return the kernels that stand for most operators; fused kernels that differ only by a number count together."""
-    merged: dict[str, int] = {}
-    for name, count in fused.items():
-        merged[name.rstrip("0123456789")] = merged.get(name.rstrip("0123456789"), 0) + count
-    return sorted(merged.items(), key=lambda item: -item[1] * item[0].count("_"))[:most]
 
 
 def _certificate_text(certificate: Certificate | None, note: str) -> str:

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 @click.command(name="inspect")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-@click.option("--kernels", is_flag=True, help="List every kernel with the schedule it got.")
-def command(path: Path, as_json: bool, kernels: bool) -> None:
+@click.option("--kernels", is_flag=True, help="List every kernel with the schedule it got and its ONNX nodes.")
+@click.option("--passes", is_flag=True, help="Of a model: say of each pass and site: rewritten, or refused and why.")
+def command(path: Path, as_json: bool, kernels: bool, passes: bool) -> None:
     """Show what PATH holds, a package or an ONNX model. No code of it is loaded.
 
     Of an ONNX model: its inputs and outputs, its operators, and all that stands in the way of compiling it.
@@ -24,7 +25,7 @@ def command(path: Path, as_json: bool, kernels: bool) -> None:
     if path.suffix == ".onnx":
         from optimizer.cli import model_report
 
-        model_report.show(path, as_json=as_json)
+        model_report.show(path, as_json=as_json, passes=passes)
         return
     from optimizer.cli.console import print_json
     from optimizer.package import open_package
@@ -76,7 +77,11 @@ def _show(path: Path, manifest: Manifest, *, kernels: bool) -> None:
         title = f"\ncertificate against {manifest.certificate.reference} {manifest.certificate.reference_version}"
         print_table(title, ("output", "max absolute error", "max relative error", "tolerance"), rows)
     if kernels:
-        print_table("\nkernels", ("name", "family"), [(kernel.name, kernel.family) for kernel in manifest.kernels])
+        rows = [
+            (kernel.name, kernel.family, str(len(kernel.nodes)), "; ".join(map(", ".join, kernel.nodes)))
+            for kernel in manifest.kernels
+        ]
+        print_table("\nkernels", ("name", "family", "calls", "ONNX nodes of each call"), rows)
 
 
 def _specs(entry: EntryPoint) -> list[tuple[str, TensorSpec]]:

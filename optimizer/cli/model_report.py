@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
 import onnx
 
+from optimizer.cli import explanation
 from optimizer.cli.console import print_facts, print_json, print_table
 from optimizer.errors import UnsupportedModelError
 from optimizer.frontend.importer import import_model
 from optimizer.frontend.model_file import ModelFile, read_model
 from optimizer.package.manifest import EntryPoint
+from optimizer.report.explanation import explain
 from optimizer.signature import entry_point
+from passes import pipeline
 
 
-def show(path: Path, *, as_json: bool) -> None:
-    """Print a model's signature, its operators, and what stands in the way of compiling it."""
+def show(path: Path, *, as_json: bool, passes: bool = False) -> None:
+    """Print a model's signature, its operators, and what stands in the way of compiling it.
+
+    With `passes`, also the account of the default passes: each site, rewritten or refused and why.
+    """
     source = read_model(path)
     operators = Counter(_operator_name(node) for node in source.model.graph.node)
+    records: tuple[pipeline.PassRecord, ...] = ()
     try:
-        signature, blockers = entry_point(import_model(source.model, base_directory=source.directory)), ()
+        imported = import_model(source.model, base_directory=source.directory)
+        signature, blockers = entry_point(imported), ()
+        if passes:
+            _, records = pipeline.run(imported.module, pipeline.parse(pipeline.DEFAULT))
     except UnsupportedModelError as error:
         signature, blockers = None, error.blockers or (str(error),)
     if as_json:
-        print_json(_document(source, operators, signature, [str(blocker) for blocker in blockers]))
+        sites = {"sites": [dataclasses.asdict(site) for site in explain(records)]} if passes else {}
+        print_json({**_document(source, operators, signature, [str(blocker) for blocker in blockers]), **sites})
         return
     listed = ", ".join(f"{name} x{count}" for name, count in operators.most_common())
     facts = [
@@ -41,6 +53,8 @@ def show(path: Path, *, as_json: bool) -> None:
         rows = [("in", spec.name, spec.dtype, str(list(spec.shape))) for spec in signature.inputs]
         rows += [("out", spec.name, spec.dtype, str(list(spec.shape))) for spec in signature.outputs]
         print_table("\nsignature", ("", "name", "dtype", "shape"), rows)
+    if records:
+        explanation.show(records)
 
 
 def _operator_name(node: onnx.NodeProto) -> str:

@@ -139,10 +139,11 @@ class TuningRecord:
 
 @dataclass(frozen=True)
 class KernelRecord:
-    """A compiled kernel and the operator family whose schedule made it."""
+    """A compiled kernel, the operator family whose schedule made it, and the ONNX nodes behind each call of it."""
 
     name: str
     family: str
+    nodes: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)

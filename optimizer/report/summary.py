@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,10 @@ import onnx
 import tvm.ir
 from tvm import relax
 
+from optimizer.kernel_nodes import kernel_name
 from optimizer.packaging import weight_scheme
 from optimizer.weights import ENTRY
+from schedules import KernelReport
 
 if TYPE_CHECKING:
     from optimizer.compile import Plan
@@ -22,14 +24,16 @@ if TYPE_CHECKING:
 class Summary:
     """Counts of one compile.
 
-    `fused` maps kernels that compute several operators to how often `main` calls them; `families` counts kernels by
-    the schedule they got; `rewritten` and `refused` count the sites of each pass.
+    `fused` maps what kernels of several operators compute to how often `main` calls them, the largest first;
+    `families` counts kernels by the schedule they got; `loop_nests` is how many of them all calls of one step run;
+    `rewritten` and `refused` count the sites of each pass.
     """
 
     onnx_nodes: int
     operators: int
     kernels: int
     kernel_calls: int
+    loop_nests: int
     fused: dict[str, int]
     families: dict[str, int]
     rewritten: dict[str, int]
@@ -41,20 +45,30 @@ class Summary:
 
 def summarize(model: onnx.ModelProto, plan: Plan) -> Summary:
     """Return the counts of a model that has been lowered."""
-    calls = Counter(call.args[0].name_hint for call in _calls(plan.lifted.module[ENTRY]) if _is_call_tir(call))
+    kernels = plan.lowered.kernels
     return Summary(
         onnx_nodes=_node_count(model.graph),
         operators=sum(1 for _ in _calls(plan.rewritten[ENTRY])),
-        kernels=len(plan.lowered.kernels),
-        kernel_calls=sum(calls.values()),
-        fused={name: count for name, count in sorted(calls.items()) if name.startswith("fused_")},
-        families=dict(sorted(Counter(kernel.family for kernel in plan.lowered.kernels).items())),
+        kernels=len(kernels),
+        kernel_calls=sum(len(kernel.nodes) for kernel in kernels),
+        loop_nests=sum(len(kernel.nodes) * kernel.regions for kernel in kernels),
+        fused=_fused(kernels),
+        families=dict(sorted(Counter(kernel.family for kernel in kernels).items())),
         rewritten={record.item.name: record.outcome.rewritten for record in plan.passes},
         refused={record.item.name: len(record.outcome.sites) - record.outcome.rewritten for record in plan.passes},
         weights=len(plan.lifted.weights),
         weight_bytes=plan.lifted.weight_bytes,
         weight_scheme=weight_scheme(plan),
     )
+
+
+def _fused(kernels: Sequence[KernelReport]) -> dict[str, int]:
+    fused: dict[str, int] = {}
+    for kernel in sorted(kernels, key=lambda kernel: -len(kernel.operators)):
+        if len(kernel.operators) > 1:
+            name = kernel_name(kernel.operators)
+            fused[name] = fused.get(name, 0) + len(kernel.nodes)
+    return fused
 
 
 def _node_count(graph: onnx.GraphProto) -> int:
@@ -69,7 +83,3 @@ def _calls(function: relax.Function) -> Iterator[tvm.ir.Call]:
             value = binding.value
             if isinstance(value, tvm.ir.Call):
                 yield value
-
-
-def _is_call_tir(call: tvm.ir.Call) -> bool:
-    return isinstance(call.op, tvm.ir.Op) and call.op.name in ("relax.call_tir", "relax.call_tir_inplace")

@@ -80,6 +80,63 @@ def test_inspect_shows_a_model(optimizer: Callable, perceptron: Path) -> None:
     assert report["operators"] == {"MatMul": 2, "Relu": 1}
 
 
+def test_inspect_names_the_nodes_of_each_kernel(optimizer: Callable, package: Path) -> None:
+    kernels = json.loads(optimizer("inspect", package, "--json").out)["kernels"]
+    assert [kernel["nodes"] for kernel in kernels] == [[["hidden", "active"]], [["y"]]]
+    assert "hidden, active" in optimizer("inspect", package, "--kernels").out
+
+
+def test_explanations_give_each_site_with_its_nodes_and_outcome(
+    optimizer: Callable, perceptron: Path, tmp_path: Path
+) -> None:
+    passes = "convert-precision{dtype=bfloat16},convert-precision{dtype=bfloat16}"
+    arguments = ("compile", perceptron, "-o", tmp_path / "package", "--dry-run", "--explain", "--passes", passes)
+    sites = json.loads(optimizer(*arguments, "--json").out)["sites"]
+    refusal = "refused: both operands are bfloat16 already"
+    assert [site["outcome"] for site in sites] == ["rewritten", "rewritten", refusal, refusal]
+    assert [site["nodes"] for site in sites] == [["hidden"], ["y"], ["hidden"], ["y"]]
+    assert refusal in optimizer(*arguments).out
+
+
+def test_inspect_explains_the_passes_of_a_model(optimizer: Callable, perceptron: Path) -> None:
+    assert json.loads(optimizer("inspect", perceptron, "--passes", "--json").out)["sites"] == []
+    assert "fold-batch-norm" in optimizer("inspect", perceptron, "--passes").out
+
+
+def test_dumped_modules_are_numbered_and_elide_weights(optimizer: Callable, perceptron: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "ir"
+    optimizer("compile", perceptron, "-o", tmp_path / "package", "--dry-run", "--dump-ir", folder)
+    files = sorted(folder.iterdir())
+    assert [file.name[:3] for file in files] == [f"{index:02d}-" for index in range(len(files))]
+    assert files[0].name == "00-import.py"
+    assert {"fold-constants", "legalize", "fuse-operators", "schedule"} <= {file.stem[3:] for file in files}
+    assert max(file.stat().st_size for file in files) < 64 * 32 * 4
+    assert "R.matmul" in files[0].read_text(encoding="utf-8")
+
+
+def test_passes_lists_every_option_with_its_default(optimizer: Callable) -> None:
+    listed = json.loads(optimizer("passes", "--json").out)["passes"]
+    options = {each["name"]: each["options"] for each in listed}
+    assert options["convert-precision"] == [{"name": "dtype", "type": "str", "default": "bfloat16"}]
+    assert all(each["documentation"] for each in listed)
+    assert "dtype=bfloat16" in optimizer("passes").out
+
+
+def test_bisect_finds_no_fault_in_right_passes(optimizer: Callable, perceptron: Path) -> None:
+    finished = optimizer("bisect", perceptron, "--json")
+    assert finished.code == 0
+    assert json.loads(finished.out) == {"error": None, "pass": None, "site": None}
+
+
+def test_bisect_names_the_pass_that_computes_too_coarsely(optimizer: Callable, perceptron: Path) -> None:
+    passes = "fold-constants,convert-precision{dtype=bfloat16}"
+    finished = optimizer("bisect", perceptron, "--json", "--passes", passes)
+    assert finished.code == 9
+    report = json.loads(finished.out)
+    assert report["pass"] == "convert-precision{dtype=bfloat16}"
+    assert report["site"]["nodes"] == ["hidden"]
+
+
 def test_verify_finds_a_changed_byte(optimizer: Callable, perceptron: Path, tmp_path: Path) -> None:
     package = tmp_path / "package"
     optimizer("compile", perceptron, "-o", package)

@@ -19,6 +19,13 @@ def build(
     function: Callable[..., relax.Expr], shapes: Sequence[Sequence[Dimension]], dtypes: Sequence[str]
 ) -> tvm.IRModule:
     """Return the legalized and fused module of `function` of inputs; a dimension given as a string is symbolic."""
+    return lower(module_of(function, shapes, dtypes))
+
+
+def module_of(
+    function: Callable[..., relax.Expr], shapes: Sequence[Sequence[Dimension]], dtypes: Sequence[str]
+) -> tvm.IRModule:
+    """Return the module of `function` of inputs."""
     builder = relax.BlockBuilder()
     symbols: dict[str, tirx.Var] = {}
     inputs = []
@@ -30,7 +37,11 @@ def build(
         with builder.dataflow():
             output = builder.emit_output(builder.emit(result))
         builder.emit_func_output(output, inputs)
-    module = builder.get()
+    return builder.get()
+
+
+def lower(module: tvm.IRModule) -> tvm.IRModule:
+    """Return the legalized and fused module."""
     with TARGET.tvm_target():
         for rewrite in (
             relax.transform.LegalizeOps(),

@@ -1,0 +1,20 @@
+"""The account of the passes, printed: what was rewritten, what was refused and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from optimizer.cli.console import print_facts, print_table
+from optimizer.report.explanation import explain
+from passes.pipeline import PassRecord
+
+
+def show(records: Sequence[PassRecord]) -> None:
+    """Print every site of every pass with its ONNX nodes."""
+    sites = explain(records)
+    idle = [record.item.name for record in records if not record.outcome.sites]
+    rows = [(site.name, site.outcome, ", ".join(site.nodes) or site.location) for site in sites]
+    if rows:
+        print_table("\nsites", ("pass", "outcome", "ONNX nodes"), rows)
+    if idle:
+        print_facts("", [("no account of sites", ", ".join(idle))])

@@ -1,0 +1,192 @@
+"""Convolutions over blocked channels as tensor expressions: data [N, ceil(C/block), spatial..., block].
+
+Lanes past the last channel hold anything; nothing reads them but what computes the same lanes of another tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tvm import te, tirx
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Strides, dilations and padding by spatial axis."""
+
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads_begin: tuple[int, ...]
+    pads_end: tuple[int, ...]
+
+
+def blocks(channels: int, block: int) -> int:
+    """Return how many blocks hold `channels`."""
+    return -(-channels // block)
+
+
+def pack_dense(weights: np.ndarray, block: int) -> np.ndarray:
+    """Return [O, I, *K] as [O/block, I/block, *K, block of I, block of O], zeros past the last channel."""
+    outputs, inputs, *kernel = weights.shape
+    padded = np.pad(weights, [(0, -outputs % block), (0, -inputs % block), *[(0, 0)] * len(kernel)])
+    split = padded.reshape(blocks(outputs, block), block, blocks(inputs, block), block, *kernel)
+    return np.ascontiguousarray(split.transpose(0, 2, *range(4, split.ndim), 3, 1))
+
+
+def pack_shallow(weights: np.ndarray, block: int) -> np.ndarray:
+    """Return [O, I, *K] as [O/block, I, *K, block of O], zeros past the last channel."""
+    outputs = weights.shape[0]
+    padded = np.pad(weights, [(0, -outputs % block), *[(0, 0)] * (weights.ndim - 1)])
+    split = padded.reshape(blocks(outputs, block), block, *weights.shape[1:])
+    return np.ascontiguousarray(np.moveaxis(split, 1, -1))
+
+
+def pack_depthwise(weights: np.ndarray, block: int) -> np.ndarray:
+    """Return [C, 1, *K] as [C/block, *K, block], zeros past the last channel."""
+    return np.ascontiguousarray(pack_shallow(weights, block)[:, 0])
+
+
+def dense(data: te.Tensor, weights: te.Tensor, channels: int, groups: int, geometry: Geometry) -> te.Tensor:
+    """Return the convolution of blocked `data` of `channels` with weights of `pack_dense`, blocked.
+
+    With `groups`, the channels of a group are whole blocks.
+    """
+    block = int(weights.shape[-1])
+    kernel = [int(size) for size in weights.shape[2:-2]]
+    padded = _padded(data, 2, geometry)
+    taps = [te.reduce_axis((0, size), "k") for size in kernel]
+    per_group = channels // groups
+    outputs = int(weights.shape[0])
+    if per_group % block and per_group > block:
+        channel = te.reduce_axis((0, per_group), "c")
+        inner = [channel]
+        outer_at, lane_at = tirx.floordiv(channel.var, block), tirx.floormod(channel.var, block)
+        axes = [channel, *taps]
+    else:
+        outer = te.reduce_axis((0, blocks(per_group, block)), "co")
+        inner = [te.reduce_axis((0, min(per_group, block)), "ci")]
+        outer_at, lane_at = outer.var, inner[0].var
+        axes = [outer, *taps, *inner]
+
+    def element(batch: tirx.Expr, output: tirx.Expr, *rest: tirx.Expr) -> tirx.Expr:
+        *position, lane = rest
+        first = tirx.floordiv(output, outputs // groups) * (per_group // block) if groups > 1 else 0
+        read = padded(batch, first + outer_at, *_taps(position, taps, geometry), lane_at)
+        offsets = [tap.var for tap in taps]
+        return te.sum(read * weights(output, outer_at, *offsets, lane_at, lane), axis=axes)
+
+    return te.compute((data.shape[0], outputs, *_extents(padded, 2, kernel, geometry), block), element, name="conv")
+
+
+def shallow(data: te.Tensor, weights: te.Tensor, geometry: Geometry) -> te.Tensor:
+    """Return the convolution of plain `data` [N, C, spatial...] with weights of `pack_shallow`, blocked."""
+    block = int(weights.shape[-1])
+    kernel = [int(size) for size in weights.shape[2:-1]]
+    padded = _padded(data, 2, geometry)
+    channel = te.reduce_axis((0, int(weights.shape[1])), "c")
+    taps = [te.reduce_axis((0, size), "k") for size in kernel]
+
+    def element(batch: tirx.Expr, output: tirx.Expr, *rest: tirx.Expr) -> tirx.Expr:
+        *position, lane = rest
+        read = padded(batch, channel.var, *_taps(position, taps, geometry))
+        offsets = [tap.var for tap in taps]
+        return te.sum(read * weights(output, channel.var, *offsets, lane), axis=[channel, *taps])
+
+    shape = (data.shape[0], int(weights.shape[0]), *_extents(padded, 2, kernel, geometry), block)
+    return te.compute(shape, element, name="conv")
+
+
+def depthwise(data: te.Tensor, weights: te.Tensor, geometry: Geometry) -> te.Tensor:
+    """Return the convolution of each channel of blocked `data` with its own of `pack_depthwise`, blocked."""
+    kernel = [int(size) for size in weights.shape[1:-1]]
+    padded = _padded(data, 2, geometry)
+    taps = [te.reduce_axis((0, size), "k") for size in kernel]
+
+    def element(batch: tirx.Expr, channel: tirx.Expr, *rest: tirx.Expr) -> tirx.Expr:
+        *position, lane = rest
+        read = padded(batch, channel, *_taps(position, taps, geometry), lane)
+        return te.sum(read * weights(channel, *[tap.var for tap in taps], lane), axis=taps)
+
+    shape = (data.shape[0], data.shape[1], *_extents(padded, 2, kernel, geometry), weights.shape[-1])
+    return te.compute(shape, element, name="conv")
+
+
+def _padded(data: te.Tensor, first: int, geometry: Geometry) -> te.Tensor:
+    """Return `data` with zeros around its spatial axes, which begin at `first`."""
+    if not any((*geometry.pads_begin, *geometry.pads_end)):
+        return data
+    rank = len(geometry.strides)
+    sizes = data.shape[first : first + rank]
+    shape = list(data.shape)
+    for axis, (begin, end) in enumerate(zip(geometry.pads_begin, geometry.pads_end, strict=True)):
+        shape[first + axis] = sizes[axis] + begin + end
+
+    def element(*position: tirx.Expr) -> tirx.Expr:
+        inside, at = [], list(position)
+        for axis, (begin, end) in enumerate(zip(geometry.pads_begin, geometry.pads_end, strict=True), start=first):
+            if begin:
+                inside.append(position[axis] >= begin)
+                at[axis] = position[axis] - begin
+            if end:
+                inside.append(position[axis] < data.shape[axis] + begin)
+        return tirx.if_then_else(tirx.all(*inside), data(*at), tirx.const(0, data.dtype))
+
+    return te.compute(shape, element, name="padded")
+
+
+def _taps(position: Sequence[tirx.Expr], taps: Sequence[tirx.IterVar], geometry: Geometry) -> list[tirx.Expr]:
+    steps = zip(position, geometry.strides, taps, geometry.dilations, strict=True)
+    return [at * stride + tap.var * dilation for at, stride, tap, dilation in steps]
+
+
+def _extents(padded: te.Tensor, first: int, kernel: Sequence[int], geometry: Geometry) -> list[tirx.Expr | int]:
+    sizes = [int(size) for size in padded.shape[first : first + len(kernel)]]
+    rows = zip(sizes, kernel, geometry.strides, geometry.dilations, strict=True)
+    return [(size - (taps - 1) * dilation - 1) // stride + 1 for size, taps, stride, dilation in rows]
+
+
+def pack_tensor(values: np.ndarray, block: int) -> np.ndarray:
+    """Return [N, C, spatial...] as [N, C/block, spatial..., block], zeros past the last channel."""
+    channels = values.shape[1]
+    padded = np.pad(values, [(0, 0), (0, -channels % block), *[(0, 0)] * (values.ndim - 2)])
+    split = padded.reshape(values.shape[0], blocks(channels, block), block, *values.shape[2:])
+    return np.ascontiguousarray(np.moveaxis(split, 2, -1))
+
+
+def to_blocks(data: te.Tensor, block: int) -> te.Tensor:
+    """Return [N, C, spatial...] as [N, ceil(C/block), spatial..., block], zeros past the last channel."""
+    channels = int(data.shape[1])
+
+    def element(batch: tirx.Expr, outer: tirx.Expr, *rest: tirx.Expr) -> tirx.Expr:
+        *position, lane = rest
+        channel = outer * block + lane
+        if channels % block:
+            inside = tirx.min(channel, channels - 1)
+            return tirx.Select(channel < channels, data(batch, inside, *position), tirx.const(0, data.dtype))
+        return data(batch, channel, *position)
+
+    shape = (data.shape[0], blocks(channels, block), *data.shape[2:], block)
+    return te.compute(shape, element, name="to_blocks")
+
+
+def from_blocks(data: te.Tensor, channels: int) -> te.Tensor:
+    """Return blocked `data` as [N, C, spatial...]."""
+    block = int(data.shape[-1])
+
+    def element(batch: tirx.Expr, channel: tirx.Expr, *position: tirx.Expr) -> tirx.Expr:
+        return data(batch, tirx.floordiv(channel, block), *position, tirx.floormod(channel, block))
+
+    return te.compute((data.shape[0], channels, *data.shape[2:-1]), element, name="from_blocks")
+
+
+def channels_last(data: te.Tensor, channels: int) -> te.Tensor:
+    """Return blocked `data` as [N, spatial..., C]."""
+    block = int(data.shape[-1])
+
+    def element(batch: tirx.Expr, *rest: tirx.Expr) -> tirx.Expr:
+        *position, channel = rest
+        return data(batch, tirx.floordiv(channel, block), *position, tirx.floormod(channel, block))
+
+    return te.compute((data.shape[0], *data.shape[2:-1], channels), element, name="channels_last")

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tvm import relax, tirx
+from tvm.relax import op
+
+from passes.base import PassOutcome
+from passes.block_channels import BlockChannels
+from tests.passes.relax_modules import run
+
+BLOCK = 8
+Emit = Callable[[relax.Expr], relax.Var]
+Body = Callable[[Emit, relax.Var], relax.Expr]
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype("float32")
+
+
+def weights(*shape: int, seed: int = 0) -> relax.Expr:
+    return relax.const(normal(*shape, seed=seed))
+
+
+def module_of(body: Body, shape: Sequence[int | str]) -> tvm.IRModule:
+    """Return a module whose main binds what `body` emits; a dimension given as a string is symbolic."""
+    builder = relax.BlockBuilder()
+    extents = [tirx.Var(size, "int64") if isinstance(size, str) else size for size in shape]
+    x = relax.Var("x", relax.TensorType(extents, "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            output = builder.emit_output(body(builder.emit, x))
+        builder.emit_func_output(output)
+    return builder.get()
+
+
+def kernels(module: tvm.IRModule) -> list[str]:
+    """Return the operators of main in order; of computed ones the function's name without its number."""
+    found: list[str] = []
+    for block in module["main"].body.blocks:
+        for binding in block.bindings:
+            call = binding.value
+            if isinstance(call, tvm.ir.Call):
+                name = call.args[0].name_hint.rstrip("0123456789") if call.op.name == "relax.call_tir" else call.op.name
+                found.append(name.removeprefix("relax."))
+    return found
+
+
+def blocked(body: Body, shape: Sequence[int | str], image: np.ndarray) -> PassOutcome:
+    """Return the outcome of the pass, whose module is well-formed and gives the same results."""
+    before = module_of(body, shape)
+    outcome = BlockChannels(BLOCK).run(before)
+    relax.analysis.well_formed(outcome.module)
+    expected, got = run(before, image), run(outcome.module, image)
+    # Sums of at most some hundred products of order 1 in another order, twice in a row.
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    return outcome
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    channels=st.sampled_from([(1, 5), (3, 16), (8, 8), (11, 13), (24, 7)]),
+    size=st.tuples(st.integers(3, 9), st.integers(3, 9)),
+    kernel=st.sampled_from([1, 2, 3]),
+    stride=st.sampled_from([1, 2]),
+    padding=st.integers(0, 2),
+)
+def test_convolutions_in_a_row_convert_only_at_the_ends(
+    channels: tuple[int, int], size: tuple[int, int], kernel: int, stride: int, padding: int
+) -> None:
+    inner, outer = channels
+
+    def body(emit: Emit, x: relax.Var) -> relax.Expr:
+        first = emit(op.nn.conv2d(x, weights(outer, inner, kernel, kernel), strides=stride, padding=padding))
+        first = emit(op.nn.relu(emit(op.add(first, weights(1, outer, 1, 1)))))
+        return op.nn.conv2d(first, weights(8, outer, 1, 1, seed=1))
+
+    outcome = blocked(body, ("n", inner, *size), normal(2, inner, *size))
+    found = [name for name in kernels(outcome.module) if name in ("to_blocks", "from_blocks")]
+    reads_plain = inner < BLOCK and kernel > 1
+    assert found == (["from_blocks"] if reads_plain else ["to_blocks", "from_blocks"])
+    assert outcome.rewritten == 2
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_other_numbers_of_spatial_axes(rank: int) -> None:
+    convolution = {1: op.nn.conv1d, 3: op.nn.conv3d}[rank]
+
+    def body(_: Emit, x: relax.Var) -> relax.Expr:
+        return convolution(x, weights(12, 9, *(3,) * rank), strides=2, padding=1)
+
+    shape = (2, 9, *range(5, 5 + rank))
+    assert blocked(body, shape, normal(*shape)).rewritten == 1
+
+
+def test_groups_of_whole_blocks_and_depthwise() -> None:
+    def body(emit: Emit, x: relax.Var) -> relax.Expr:
+        grouped = emit(op.nn.conv2d(x, weights(32, 8, 3, 3), padding=1, groups=2))
+        return op.nn.conv2d(grouped, weights(32, 1, 3, 3, seed=1), padding=1, strides=2, groups=32)
+
+    assert blocked(body, (1, 16, 7, 5), normal(1, 16, 7, 5)).rewritten == 2
+
+
+def test_squeeze_and_excite_stays_blocked() -> None:
+    def body(emit: Emit, x: relax.Var) -> relax.Expr:
+        image = emit(op.nn.conv2d(x, weights(20, 3, 3, 3), padding=1))
+        squeezed = emit(op.mean(image, [2, 3], keepdims=True))
+        reduced = emit(op.nn.silu(emit(op.nn.conv2d(squeezed, weights(2, 20, 1, 1, seed=1)))))
+        gate = emit(op.sigmoid(emit(op.nn.conv2d(reduced, weights(20, 2, 1, 1, seed=2)))))
+        scaled = emit(op.multiply(image, gate))
+        return op.nn.conv2d(scaled, weights(9, 20, 1, 1, seed=3))
+
+    outcome = blocked(body, (2, 3, 6, 5), normal(2, 3, 6, 5))
+    assert [name for name in kernels(outcome.module) if name.endswith("_blocks")] == ["from_blocks"]
+    assert outcome.rewritten == 4
+
+
+def test_pooling_residual_and_concatenation_stay_blocked() -> None:
+    def body(emit: Emit, x: relax.Var) -> relax.Expr:
+        image = emit(op.nn.conv2d(x, weights(16, 3, 3, 3), padding=1))
+        pooled = emit(op.nn.max_pool2d(image, (3, 3), (2, 2), (1, 1, 1, 1)))
+        mean = emit(op.nn.avg_pool2d(image, (2, 2), (2, 2), count_include_pad=False))
+        both = emit(op.concat([emit(op.add(pooled, mean)), mean], axis=1))
+        return op.nn.conv2d(both, weights(8, 32, 1, 1, seed=1))
+
+    outcome = blocked(body, (1, 3, 8, 6), normal(1, 3, 8, 6))
+    assert [name for name in kernels(outcome.module) if name.endswith("_blocks")] == ["from_blocks"]
+
+
+def test_a_plain_operand_joins_and_other_readers_get_plain_layout() -> None:
+    def body(emit: Emit, x: relax.Var) -> relax.Expr:
+        image = emit(op.nn.conv2d(x, weights(12, 12, 3, 3), padding=1))
+        total = emit(op.add(emit(op.multiply(image, weights(12, 1, 1))), x))
+        rows = emit(op.nn.softmax(total, axis=-1))
+        last = emit(op.permute_dims(total, [0, 2, 3, 1]))
+        return op.add(emit(op.sum(rows)), emit(op.sum(last)))
+
+    outcome = blocked(body, (2, 12, 4, 5), normal(2, 12, 4, 5))
+    assert kernels(outcome.module).count("to_blocks") == 1
+    assert kernels(outcome.module).count("from_blocks") == 1
+    assert "permute_dims" not in kernels(outcome.module)
+
+
+def test_a_mean_without_its_axes_is_plain() -> None:
+    def body(emit: Emit, x: relax.Var) -> relax.Expr:
+        return op.mean(emit(op.nn.conv2d(x, weights(13, 4, 2, 2))), [2, 3])
+
+    blocked(body, (3, 4, 5, 4), normal(3, 4, 5, 4))
+
+
+def test_lanes_past_the_last_channel_do_not_matter() -> None:
+    def body(emit: Emit, x: relax.Var) -> relax.Expr:
+        image = emit(op.nn.conv2d(x, weights(11, 3, 2, 2)))
+        inverse = emit(op.divide(relax.const(1.0), emit(op.abs(image))))  # infinite where a lane is zero
+        return op.nn.conv2d(inverse, weights(9, 11, 2, 2, seed=1))
+
+    blocked(body, (1, 3, 5, 6), normal(1, 3, 5, 6))
+
+
+@pytest.mark.parametrize(
+    ("body", "shape", "reason"),
+    [
+        (lambda _, x: op.nn.conv2d(x, weights(8, 6, 3, 3), groups=2), (1, 12, 5, 5), "not whole blocks"),
+        (lambda _, x: op.nn.conv2d(x, weights(16, 1, 3, 3), groups=8), (1, 8, 5, 5), "2 outputs a channel"),
+        (lambda _, x: op.nn.conv2d(x, weights(3, 8, 3, 3)), (1, 8, 5, 5), "3 output channels"),
+        (lambda _, x: op.nn.conv2d(x, weights(8, 8, 3, 3)), (1, 8, "h", 5), "size of the image"),
+        (lambda _, x: op.nn.conv2d(x, x), (2, 2, 3, 3), "weights are not constant"),
+        (
+            lambda emit, x: op.nn.conv2d(
+                emit(op.astype(x, "float16")), relax.const(normal(8, 8, 1, 1).astype("float16"))
+            ),
+            (1, 8, 5, 5),
+            "float16",
+        ),
+    ],
+)
+def test_refusal_says_why_and_changes_nothing(body: Body, shape: Sequence[int | str], reason: str) -> None:
+    module = module_of(body, shape)
+    outcome = BlockChannels(BLOCK).run(module)
+    assert [reason in (site.refusal or "") for site in outcome.sites] == [True]
+    tvm.ir.assert_structural_equal(outcome.module, module)
+
+
+def test_blocking_twice_changes_nothing_more() -> None:
+    once = BlockChannels(BLOCK).run(module_of(lambda _, x: op.nn.conv2d(x, weights(8, 8, 3, 3)), (1, 8, 5, 5))).module
+    twice = BlockChannels(BLOCK).run(once)
+    assert twice.sites == ()
+    tvm.ir.assert_structural_equal(twice.module, once)

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tvm import relax
+from tvm.relax import op
+
+from passes.block_channels import BlockChannels
+from schedules.schedule import schedule_module
+from tests.schedules.execution import TARGET, Dimension, compiled, lower, module_of, normal, sum_tolerance
+from tests.schedules.test_convolution import convolve
+
+BLOCK = TARGET.layouts.channel_block
+
+
+def run_blocked(function, image: np.ndarray, shape: list[Dimension] | None = None) -> tuple[np.ndarray, list[str]]:
+    """Return the result of `function` of one image in blocked layout, and the families of its kernels in order."""
+    module = module_of(function, [shape or list(image.shape)], ["float32"])
+    module, reports = schedule_module(lower(BlockChannels(BLOCK).run(module).module), TARGET)
+    return compiled(module)(image), sorted(report.family for report in reports)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    channels=st.sampled_from([(1, 16), (3, 37), (16, 16), (17, 31), (24, 80), (40, 8)]),
+    kernel=st.sampled_from([1, 2, 3, 5, 7]),
+    stride=st.sampled_from([1, 2, 3]),
+    padding=st.integers(0, 3),
+    dilation=st.sampled_from([1, 2]),
+    batch=st.sampled_from([1, 2]),
+)
+def test_convolution_with_bias_residual_and_activation(
+    size: tuple[int, int],
+    channels: tuple[int, int],
+    kernel: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    batch: int,
+) -> None:
+    reach = dilation * (kernel - 1) + 1
+    size = (max(size[0], reach - 2 * padding), max(size[1], reach - 2 * padding))
+    x, w = normal(batch, channels[0], *size), normal(channels[1], channels[0], kernel, kernel, seed=1)
+    bias = normal(1, channels[1], 1, 1, seed=2)
+
+    def layer(x: relax.Var) -> relax.Expr:
+        y = op.nn.conv2d(x, relax.const(w), strides=stride, padding=padding, dilation=dilation)
+        return op.nn.relu(op.add(y, relax.const(bias)))
+
+    got, families = run_blocked(layer, x)
+    want = np.maximum(convolve(x, w, stride, padding, dilation) + bias, 0)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=sum_tolerance(channels[0] * kernel**2, 1.0))
+    if channels[0] > 1:
+        assert "direct-convolution" in families
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "kernel", "stride", "size"),
+    [
+        (2 * BLOCK, 2, 3, 1, (9, 14)),
+        (4 * BLOCK, 2, 1, 2, (7, 5)),
+        (BLOCK + 3, BLOCK + 3, 3, 2, (11, 29)),
+        (2 * BLOCK, 2 * BLOCK, 5, 1, (4, 3)),
+        (5, 5, 7, 1, (8, 31)),
+    ],
+)
+def test_groups_and_depthwise(channels: int, groups: int, kernel: int, stride: int, size: tuple[int, int]) -> None:
+    x, w = normal(1, channels, *size), normal(channels, channels // groups, kernel, kernel, seed=1)
+    got, families = run_blocked(
+        lambda x: op.nn.conv2d(x, relax.const(w), strides=stride, padding=kernel // 2, groups=groups), x
+    )
+    want = convolve(x, w, stride, kernel // 2, groups=groups)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=sum_tolerance(kernel**2 * channels // groups, 1.0))
+    assert "direct-convolution" in families
+
+
+def test_padding_on_one_side_and_wider_than_the_image() -> None:
+    x, w = normal(1, BLOCK, 3, 2), normal(BLOCK, BLOCK, 5, 5, seed=1)
+    padding = (4, 0, 1, 5)
+    got, families = run_blocked(lambda x: op.nn.conv2d(x, relax.const(w), padding=padding), x)
+    padded = np.pad(x, [(0, 0), (0, 0), (4, 1), (0, 5)])
+    np.testing.assert_allclose(got, convolve(padded, w), rtol=1e-6, atol=sum_tolerance(25 * BLOCK, 1.0))
+    assert "direct-convolution" in families
+
+
+def test_symbolic_batch() -> None:
+    x, w = normal(3, BLOCK, 9, 12), normal(BLOCK, BLOCK, 3, 3, seed=1)
+    got, families = run_blocked(lambda x: op.nn.conv2d(x, relax.const(w), padding=1), x, ["n", BLOCK, 9, 12])
+    np.testing.assert_allclose(got, convolve(x, w, 1, 1), rtol=1e-6, atol=sum_tolerance(9 * BLOCK, 1.0))
+    assert "direct-convolution" in families
+
+
+def test_one_and_three_spatial_dimensions() -> None:
+    x, w = normal(2, 5, 19), normal(17, 5, 3, seed=1)
+    got, _ = run_blocked(lambda x: op.nn.conv1d(x, relax.const(w), strides=2, padding=1), x)
+    np.testing.assert_allclose(got, convolve(x, w, 2, 1), rtol=1e-6, atol=sum_tolerance(15, 1.0))
+    x, w = normal(1, BLOCK, 5, 6, 7), normal(BLOCK, BLOCK, 3, 3, 3, seed=1)
+    got, families = run_blocked(lambda x: op.nn.conv3d(x, relax.const(w), padding=1), x)
+    np.testing.assert_allclose(got, convolve(x, w, 1, 1), rtol=1e-6, atol=sum_tolerance(27 * BLOCK, 1.0))
+    assert "direct-convolution" in families
+
+
+@pytest.mark.parametrize("size", [(13, 15), (7, 7), (28, 5)])
+def test_pooling(size: tuple[int, int]) -> None:
+    x, w = normal(2, BLOCK, *size), normal(BLOCK, BLOCK, 1, 1, seed=1)
+    product = convolve(x, w)
+    atol = sum_tolerance(9 * BLOCK, 1.0)
+    padded = np.pad(product, [(0, 0), (0, 0), (1, 1), (1, 1)], constant_values=-np.inf)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))[:, :, ::2, ::2]
+    got, families = run_blocked(lambda x: op.nn.max_pool2d(op.nn.conv2d(x, relax.const(w)), (3, 3), (2, 2), (1, 1)), x)
+    np.testing.assert_allclose(got, windows.max((-1, -2)), rtol=1e-6, atol=atol)
+    assert families.count("direct-convolution") == 2
+    padded = np.where(np.isinf(padded), 0, padded)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))[:, :, ::2, ::2]
+    got, families = run_blocked(
+        lambda x: op.nn.avg_pool2d(op.nn.conv2d(x, relax.const(w)), (3, 3), (2, 2), (1, 1), count_include_pad=True),
+        x,
+    )
+    np.testing.assert_allclose(got, windows.mean((-1, -2)), rtol=1e-6, atol=atol)
+    assert families.count("direct-convolution") == 2
