@@ -19,13 +19,14 @@ from schedules.stages import Axis, Stage, StagedFunction, bind, loads_of, replac
 class AttentionAnalysis:
     """The parts of an attention over the axes of its output and the two reduced ones, `key` and `depth`.
 
+    `lane` is the longest axis that keys and values do not have, that of the queries; None where there is one query.
     `query`, `keys` and `values` are elements at `outer`, `lane` and the axes that they depend on. `logit` is what the
     softmax is taken of, in terms of the variable `score`, `outer`, `lane` and `key`. `zero_if_empty` says that a query
     whose sum of exponentials is not positive gives zeros.
     """
 
     outer: tuple[Axis, ...]
-    lane: Axis
+    lane: Axis | None
     key: Axis
     depth: Axis
     column: Axis
@@ -112,9 +113,8 @@ class _Matcher:
             for axis in self.last.spatial
             if axis is not columns[0] and not _depends(keys, axis) and not _depends(values, axis)
         ]
-        _require(bool(lanes))
         symbolic = [axis for axis in lanes if not axis.static]
-        lane = symbolic[-1] if symbolic else max(lanes, key=lambda axis: int(axis.extent))
+        lane = symbolic[-1] if symbolic else max(lanes, key=lambda axis: int(axis.extent), default=None)
         outer = tuple(axis for axis in self.last.spatial if axis is not columns[0] and axis is not lane)
         return AttentionAnalysis(
             outer, lane, key, depth, columns[0], query, keys, values, score, logit, zero_if_empty,

@@ -11,7 +11,9 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, Step
 from schedules.attention_structure import AttentionAnalysis
+from schedules.family import is_large
 from schedules.loops import (
+    INDEX,
     Extent,
     ceiling,
     cells,
@@ -27,9 +29,8 @@ from schedules.loops import (
     vector,
     with_local,
 )
-from schedules.stages import as_extent, loads_of, sequence, substitute
+from schedules.stages import Axis, as_extent, loads_of, sequence, substitute
 from schedules.turn import turned
-from targets.base import Target
 
 FLOAT = "float32"
 LOWEST = -3.4028234663852886e38
@@ -43,6 +44,7 @@ class _Task:
     """
 
     analysis: AttentionAnalysis
+    lane: Axis
     lanes: int
     rows: int
     queries: int
@@ -63,30 +65,31 @@ class _Task:
     def query(self, lane: Expr) -> Expr:
         """Return the query of a lane."""
         number = self.start + lane
-        return tirx.min(number, index(self.analysis.lane.extent) - 1) if self.clamped else number
+        return tirx.min(number, index(self.lane.extent) - 1) if self.clamped else number
 
     def at(self, expression: Expr, values: Mapping[Var, Expr]) -> Expr:
         """Return `expression` at the task's head and the given values of other axes."""
         return substitute(expression, {**self.point, **values})
 
 
-def emit(analysis: AttentionAnalysis, target: Target, rows: int, vectors: int, key_block: int) -> Stmt:
-    """Return the parallel loop over heads and blocks of `vectors` registers of queries."""
-    queries = analysis.lane.extent
-    lanes = target.vector_lanes(32)
+def emit(analysis: AttentionAnalysis, lane: Axis, lanes: int, tile: tuple[int, int], key_block: int) -> Stmt:
+    """Return the parallel loop over heads and blocks of queries; `tile` is the rows and vectors of accumulators."""
+    rows, vectors = tile
     block = lanes * vectors
 
     def variant(clamped: bool) -> Stmt:
-        return _tasks(analysis, lanes, rows, block, key_block, clamped)
+        return _tasks(analysis, lane, lanes, rows, block, key_block, clamped)
 
-    if isinstance(queries, int):
-        return variant(queries < block)
-    return tirx.IfThenElse(queries >= block, variant(False), variant(True))
+    if isinstance(lane.extent, int):
+        return variant(lane.extent < block)
+    return tirx.IfThenElse(lane.extent >= block, variant(False), variant(True))
 
 
-def _tasks(analysis: AttentionAnalysis, lanes: int, rows: int, block: int, key_block: int, clamped: bool) -> Stmt:
+def _tasks(
+    analysis: AttentionAnalysis, lane: Axis, lanes: int, rows: int, block: int, key_block: int, clamped: bool
+) -> Stmt:
     outer = [axis.extent for axis in analysis.outer]
-    queries = analysis.lane.extent
+    queries = lane.extent
     blocks = ceiling(queries, block)
     depth, columns = analysis.depth.extent, analysis.column.extent
 
@@ -95,7 +98,7 @@ def _tasks(analysis: AttentionAnalysis, lanes: int, rows: int, block: int, key_b
         first = part * block
         exact = clamped or (isinstance(queries, int) and queries % block == 0)
         # The last block begins earlier where the queries do not divide; what it has in common is written once.
-        start = first if exact else tirx.min(first, index(queries) - block)
+        start: Expr = first if exact else Var("start", INDEX)
         buffers = {
             "turned": local([depth, block], FLOAT, "turned"),
             "weights": local([key_block, block], FLOAT, "weights"),
@@ -104,11 +107,25 @@ def _tasks(analysis: AttentionAnalysis, lanes: int, rows: int, block: int, key_b
         }
         point = {axis.variable: value for axis, value in zip(analysis.outer, outside, strict=True)}
         self = _Task(
-            analysis, lanes, rows, block, key_block, point, start, first - start, clamped, depth, columns, **buffers
+            analysis,
+            lane,
+            lanes,
+            rows,
+            block,
+            key_block,
+            point,
+            start,
+            first - start,
+            clamped,
+            depth,
+            columns,
+            **buffers,
         )
-        return with_local(list(buffers.values()), _body(self))
+        begin = [] if exact else [tirx.Bind(start, tirx.min(first, index(queries) - block))]
+        return with_local(list(buffers.values()), [*begin, *_body(self)])
 
-    return parallel(product([*outer, blocks]), task)
+    work = product([*outer, queries, analysis.key.extent, depth])
+    return parallel(product([*outer, blocks]), task, is_large(work))
 
 
 def _body(task: _Task) -> list[Stmt]:
@@ -144,7 +161,7 @@ def _turn_queries(task: _Task) -> Stmt:
     analysis, lanes = task.analysis, task.lanes
 
     def element(lane: Expr, d: Expr) -> Expr:
-        values = {analysis.lane.variable: task.query(lane), analysis.depth.variable: d}
+        values = {task.lane.variable: task.query(lane), analysis.depth.variable: d}
         return task.at(analysis.query, values).astype(FLOAT)
 
     contiguous = all(
@@ -213,7 +230,7 @@ def _scores(task: _Task, base: Expr, extent: Extent) -> Stmt:
         def logit(r: Expr, v: Expr) -> Stmt:
             values = {
                 analysis.key.variable: base + first + r,
-                analysis.lane.variable: task.query(v),
+                task.lane.variable: task.query(v),
                 analysis.score: load(registers, [r * task.queries + v]),
             }
             return store(task.weights, task.at(analysis.logit, values), [first + r, v])
@@ -280,6 +297,12 @@ def _weighted(task: _Task, base: Expr, extent: Extent, single: bool) -> Stmt:
     return _in_rows(task.columns, task.rows, tile)
 
 
+def _in_vectors(task: _Task, extent: Extent, element: Callable[[Expr], Stmt]) -> Stmt:
+    """Return `element` for [0, extent) in vectors."""
+    sizes = [task.lanes] if isinstance(extent, int) else [task.lanes, 1]
+    return tiles(extent, sizes, lambda base, width: vector(width, lambda i: element(base + i)))
+
+
 def _write(task: _Task) -> Stmt:
     """Return the division by the sums of exponentials, and the output turned back to rows of queries."""
     analysis, lanes = task.analysis, task.lanes
@@ -310,22 +333,16 @@ def _write(task: _Task) -> Stmt:
         )
 
     def copy(lane: Expr) -> Stmt:
-        values = {analysis.lane.variable: task.start + lane}
+        values = {task.lane.variable: task.start + lane}
 
         def cell(e: Expr) -> Stmt:
             at = {**values, analysis.column.variable: e}
             indices = [task.at(i, at) for i in analysis.indices]
             return store(analysis.output, load(rows, [lane, e]).astype(analysis.output.dtype), indices)
 
-        return tiles(
-            task.columns,
-            [lanes] if isinstance(task.columns, int) else [lanes, 1],
-            lambda base, width: vector(width, lambda e: cell(base + e)),
-        )
+        return _in_vectors(task, task.columns, cell)
 
-    end = (
-        tirx.min(index(task.queries), index(analysis.lane.extent) - task.start) if task.clamped else index(task.queries)
-    )
+    end = tirx.min(index(task.queries), index(task.lane.extent) - task.start) if task.clamped else index(task.queries)
     count = as_extent(end - task.first)
     return with_local(
         [rows],
