@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -205,5 +205,7 @@ def _link(executable: relax.VMExecutable, target: Target, library: Path) -> None
         raise TargetError(str(error)) from error
 
 
-def _weights(plan: Plan) -> list[Weight]:
-    return [Weight(f"weight.{index}", weight.numpy()) for index, weight in enumerate(plan.lifted.weights)]
+def _weights(plan: Plan) -> Iterator[Weight]:
+    """Yield one weight after the other: each is a copy."""
+    for index, weight in enumerate(plan.lifted.weights):
+        yield Weight(f"weight.{index}", weight.numpy())

@@ -11,7 +11,7 @@ import onnx
 from optimizer.certificate.comparison import Outputs, compare_runs, require_agreement
 from optimizer.certificate.graph_inputs import graph_inputs, settings
 from optimizer.certificate.inputs import Array, make_inputs
-from optimizer.certificate.references import Reference, ReferenceFailedError, Runner, references
+from optimizer.certificate.references import Reference, ReferenceFailedError, ReferenceKind, Runner, references
 from optimizer.certificate.tolerance import arithmetic
 from optimizer.errors import CertificateError, InputMismatchError
 from optimizer.package.manifest import Certificate
@@ -52,12 +52,12 @@ def certify(
     Raises CertificateError with output, error and tolerance when an output differs by more than its tolerance, and when
     no reference accepts the model.
     """
-    reference, expected = _reference_runs(model, path, shapes, (dequantized, unoptimized), seeds)
+    kind, version, expected = _reference_runs(model, path, shapes, (dequantized, unoptimized), seeds)
     pairs = [(each.outputs, _run_package(run, each.inputs)) for each in expected]
     comparisons = compare_runs(pairs, arithmetic(model, precision, activations))
-    require_agreement(comparisons, f"{reference.kind} {reference.version}")
+    require_agreement(comparisons, f"{kind} {version}")
     settings_used = tuple(each.values for each in expected)
-    return Certificate(reference.kind, reference.version, tuple(seeds), settings_used, comparisons)
+    return Certificate(kind, version, tuple(seeds), settings_used, comparisons)
 
 
 def _run_package(run: Runner, inputs: Mapping[str, Array]) -> Outputs:
@@ -73,15 +73,19 @@ def _reference_runs(
     shapes: Mapping[str, Sequence[int | str]] | None,
     own: tuple[Runner | None, Runner | None],
     seeds: Sequence[int],
-) -> tuple[Reference, list[ReferenceRun]]:
-    """Return the first reference that accepts inputs for every seed, with what it gave for them."""
+) -> tuple[ReferenceKind, str, list[ReferenceRun]]:
+    """Return kind and version of the first reference that accepts inputs for every seed, and what it gave for them.
+
+    The reference itself, which holds all weights, is gone when this returns.
+    """
     reasons: list[str] = []
     for construct in references(model, path, *own):
         kind = "reference"
         try:
             reference = construct()
             kind = reference.kind
-            return reference, [_accepted(model, reference, shapes, run, seed) for run, seed in enumerate(seeds)]
+            runs = [_accepted(model, reference, shapes, run, seed) for run, seed in enumerate(seeds)]
+            return reference.kind, reference.version, runs
         except ReferenceFailedError as error:
             reasons.append(f"{kind}: {(str(error).strip() or 'failed').splitlines()[0]:.300}")
     raise CertificateError(

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 import onnx
-from onnx import numpy_helper, shape_inference
+from onnx import external_data_helper, helper, numpy_helper, shape_inference
 
 _PASSED_ON = frozenset({
     "Cast", "Concat", "Dropout", "Expand", "Flatten", "Identity", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile",
@@ -14,7 +14,9 @@ _PASSED_ON = frozenset({
 })  # fmt: skip
 _ARITHMETIC = frozenset({"Add", "Clip", "CumSum", "Div", "Max", "Min", "Mod", "Mul", "ReduceMax", "ReduceSum", "Sub"})
 _INFERENCE_LIMIT = 512 << 20
-"""Bytes of model up to which shapes are inferred; inference copies the model twice."""
+"""Bytes of model, without its weights, up to which shapes are inferred; inference copies the model twice."""
+_SMALL_BYTES = 4096
+"""Initializers up to this size may hold shapes, which inference reads."""
 
 Shape = tuple[int | None, ...]
 
@@ -105,10 +107,11 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 def _shapes(model: onnx.ModelProto) -> dict[str, Shape]:
     """Return the known shapes of values; None stands for a size that is not known."""
-    if model.ByteSize() <= _INFERENCE_LIMIT:
-        with contextlib.suppress(shape_inference.InferenceError):  # the declared shapes are still of use
-            model = shape_inference.infer_shapes(model)
     graph = model.graph
+    light = _without_weights(model)
+    if light.ByteSize() <= _INFERENCE_LIMIT:
+        with contextlib.suppress(shape_inference.InferenceError):  # the declared shapes are still of use
+            graph = shape_inference.infer_shapes(light).graph
     shapes: dict[str, Shape] = {}
     for value in (*graph.value_info, *graph.input):
         dims = value.type.tensor_type.shape.dim
@@ -117,4 +120,21 @@ def _shapes(model: onnx.ModelProto) -> dict[str, Shape]:
         for attribute in node.attribute:
             if node.op_type == "Constant" and attribute.name == "value":
                 shapes[node.output[0]] = tuple(attribute.t.dims)
-    return shapes | {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    return shapes | {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with inputs in the place of large initializers: inference copies all that it is given, twice."""
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    light.graph.name = model.graph.name
+    light.graph.node.extend(model.graph.node)
+    light.graph.input.extend(model.graph.input)
+    light.graph.output.extend(model.graph.output)
+    light.graph.value_info.extend(model.graph.value_info)
+    declared = {value.name for value in model.graph.input}
+    for tensor in model.graph.initializer:
+        if tensor.ByteSize() <= _SMALL_BYTES and not external_data_helper.uses_external_data(tensor):
+            light.graph.initializer.append(tensor)
+        elif tensor.name not in declared:
+            light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    return light

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.generic]
 Runner = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+ReferenceKind = Literal["onnxruntime", "onnx", "unoptimized", "dequantized"]
 
 
 class ReferenceFailedError(Exception):
@@ -25,7 +26,7 @@ class ReferenceFailedError(Exception):
 class Reference:
     """A way to run the model; `run` raises ReferenceFailedError for inputs that it does not accept."""
 
-    kind: Literal["onnxruntime", "onnx", "unoptimized", "dequantized"]
+    kind: ReferenceKind
     version: str
     run: Runner
 

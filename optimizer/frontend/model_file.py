@@ -54,6 +54,7 @@ def read_model(path: Path) -> ModelFile:
         raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from error
     model = _parse(path, content)
     digest = hashlib.sha256(content)
+    del content  # the checks read the file once more, and weights may lie in it
     for data_file in _external_files(path, model):
         _update_digest(digest, data_file)
     _check(path, model)

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,7 @@ def write_package(
     path: str | os.PathLike[str],
     manifest: Manifest,
     library: Path,
-    weights: Sequence[Weight],
+    weights: Iterable[Weight],
     *,
     extra_files: Mapping[str, bytes] | None = None,
     certify: Callable[[Path], Certificate] | None = None,
@@ -104,7 +104,7 @@ def require_replaceable(destination: Path) -> None:
 
 
 def _fill(
-    folder: Path, manifest: Manifest, library: Path, weights: Sequence[Weight], extra_files: Mapping[str, bytes]
+    folder: Path, manifest: Manifest, library: Path, weights: Iterable[Weight], extra_files: Mapping[str, bytes]
 ) -> Manifest:
     """Write all files but the manifest, and return the manifest with weights and files recorded."""
     shutil.copyfile(library, folder / manifest.library)
@@ -124,7 +124,7 @@ def _record(path: Path) -> FileRecord:
     return FileRecord(path.name, size, FileLocation(path, 0, size).sha256())
 
 
-def _write_weights(path: Path, weights: Sequence[Weight]) -> tuple[WeightRecord, ...]:
+def _write_weights(path: Path, weights: Iterable[Weight]) -> tuple[WeightRecord, ...]:
     """Write the tensors one after another, those of a page and more on page boundaries."""
     records: list[WeightRecord] = []
     with path.open("xb") as stream:
