@@ -14,6 +14,7 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.attention_structure import AttentionAnalysis
 from schedules.family import is_large
+from schedules.intrin.vector_math import exp_of_nonpositive
 from schedules.loops import (
     Extent,
     ceiling,
@@ -134,7 +135,7 @@ def _key_block(row: _Row, base: Expr, extent: Extent) -> Stmt:
         return store(row.weights, row.at(row.analysis.logit, values), [j])
 
     def exponential(j: Expr) -> Stmt:
-        return store(row.weights, tirx.exp(load(row.weights, [j]) - load(row.largest, [zero])), [j])
+        return store(row.weights, exp_of_nonpositive(load(row.weights, [j]) - load(row.largest, [zero])), [j])
 
     largest = tirx.max(load(row.largest, [zero]), _folded(row, _MAXIMUM))
     total = load(row.total, [zero]) * load(row.factor, [zero]) + _folded(row, _SUM)
@@ -145,7 +146,7 @@ def _key_block(row: _Row, base: Expr, extent: Extent) -> Stmt:
             *_reduced(row, extent, _MAXIMUM),
             store(row.factor, load(row.largest, [zero]), [zero]),
             store(row.largest, largest, [zero]),
-            store(row.factor, tirx.exp(load(row.factor, [zero]) - load(row.largest, [zero])), [zero]),
+            store(row.factor, exp_of_nonpositive(load(row.factor, [zero]) - load(row.largest, [zero])), [zero]),
             _in_vectors(row, extent, exponential),
             *_reduced(row, extent, _SUM),
             store(row.total, total, [zero]),

@@ -12,6 +12,7 @@ from tvm.tirx.stmt import Stmt
 from schedules.access import Access, Step
 from schedules.attention_structure import AttentionAnalysis
 from schedules.family import is_large
+from schedules.intrin.vector_math import exp_of_nonpositive
 from schedules.loops import (
     INDEX,
     Extent,
@@ -195,7 +196,7 @@ def _key_block(task: _Task, base: Expr, extent: Extent, single: bool) -> list[St
         return store(previous, load(task.largest, [v]), [v])
 
     def shrink(v: Expr) -> Stmt:
-        value = tirx.exp(load(previous, [v]) - load(task.largest, [v]))
+        value = exp_of_nonpositive(load(previous, [v]) - load(task.largest, [v]))
         return store(task.factor, value, [v])
 
     def shrink_total(v: Expr) -> Stmt:
@@ -253,7 +254,7 @@ def _exponentials(task: _Task, extent: Extent) -> Stmt:
     """Return the exponentials of a block's logits, in their place, and their sum."""
 
     def exponential(j: Expr, v: Expr) -> Stmt:
-        return store(task.weights, tirx.exp(load(task.weights, [j, v]) - load(task.largest, [v])), [j, v])
+        return store(task.weights, exp_of_nonpositive(load(task.weights, [j, v]) - load(task.largest, [v])), [j, v])
 
     def add(j: Expr, v: Expr) -> Stmt:
         return store(task.total, load(task.total, [v]) + load(task.weights, [j, v]), [v])

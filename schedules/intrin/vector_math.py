@@ -20,6 +20,7 @@ from tvm.ir import Expr, Var
 from schedules.stages import buffers_of
 
 LOG2_E = 1.4426950408889634
+LN2 = 0.6931471805599453
 # ln 2 in two parts; the first has few enough bits that its product with an integer below 2**9 is exact in fp32.
 LN2_HIGH = 0.693359375
 LN2_LOW = -2.12194440e-4
@@ -28,6 +29,8 @@ ROUNDING_SHIFT = 12582912.0
 ROUNDING_SHIFT_BITS = 0x4B400000
 MANTISSA_BITS = 23
 EXPONENT_BIAS = 127
+# The logarithm of the smallest normal number, rounded up.
+SMALLEST_EXPONENT = -87.33654
 
 # (exp(r) - 1 - r) / r**2 on |r| <= ln(2) / 2
 EXP = (4.999999343e-01, 1.666652040e-01, 4.166839083e-02, 8.368745320e-03, 1.381453790e-03)
@@ -126,6 +129,31 @@ def _exp_reduced(x: Expr, shifted: Expr) -> Expr:
 
     bits = tirx.reinterpret("int32", shifted) - _i32(ROUNDING_SHIFT_BITS)
     return _let("exponent", bits, scale)
+
+
+def exp_of_nonpositive(x: Expr) -> Expr:
+    """Return the exponential of an fp32 expression that is at most 0, as in a softmax: half the arithmetic of `exp`.
+
+    Below -87.3, where results are no longer normal numbers, it is 0. One part of ln 2 suffices: the relative error,
+    2 units in the last place near 0, grows by 2e-9 for each factor of 2 that the result is below 1.
+    """
+
+    def scaled(x: Expr) -> Expr:
+        limited = tirx.max(_f32(SMALLEST_EXPONENT), x)
+        result = _let("limited", limited, shifted_by)
+        return tirx.Select(x < _f32(SMALLEST_EXPONENT), _f32(0.0), result)
+
+    def shifted_by(x: Expr) -> Expr:
+        shifted = x * _f32(LOG2_E) + _f32(ROUNDING_SHIFT + EXPONENT_BIAS)
+        return _let("shifted", shifted, lambda shifted: reduced(x, shifted))
+
+    def reduced(x: Expr, shifted: Expr) -> Expr:
+        # The low bits of the shifted sum are the biased exponent of the power of two.
+        power = tirx.reinterpret("float32", tirx.reinterpret("int32", shifted) << _i32(MANTISSA_BITS))
+        r = x - (shifted - _f32(ROUNDING_SHIFT + EXPONENT_BIAS)) * _f32(LN2)
+        return _let("r", r, lambda r: ((_polynomial(r, EXP) * r + _f32(1.0)) * r + _f32(1.0)) * power)
+
+    return _let("x", x, scaled)
 
 
 def log(x: Expr) -> Expr:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tvm.relax import op
 
+from schedules.intrin import vector_math
 from tests.schedules.execution import normal, run
 
 REFERENCES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
@@ -46,6 +47,19 @@ def test_error_in_units_in_the_last_place(name: str) -> None:
     np.testing.assert_array_equal(got[~finite], rounded[~finite])
     unit = np.spacing(np.abs(want[finite]).astype("float32")).astype("float64")
     assert np.max(np.abs(got[finite] - want[finite]) / unit) <= bound
+
+
+def test_exponential_of_what_is_not_positive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vector_math.FUNCTIONS, "tirx.exp", vector_math.exp_of_nonpositive)
+    x = np.concatenate([-np.abs(inputs()), np.linspace(-20, 0, 40001, dtype="float32")])
+    got, _ = run(op.exp, [x])
+    assert np.array_equal(np.isnan(got), np.isnan(x))
+    assert not got[x < vector_math.SMALLEST_EXPONENT].any()
+    regular = x >= vector_math.SMALLEST_EXPONENT
+    want = np.exp(x[regular].astype("float64"))
+    bound = 2 * 2.0**-23 + 2e-9 * np.abs(x[regular]) / np.log(2)
+    assert np.max(np.abs(got[regular] - want) / want / bound) <= 1
+    assert got[x == 0].min() == got[x == 0].max() == 1
 
 
 def test_fp16_is_rounded_once() -> None:
