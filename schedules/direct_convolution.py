@@ -105,8 +105,8 @@ def _column_extent(analysis: ChannelWindows) -> int:
 def _register_tile(analysis: ChannelWindows, registers: int) -> tuple[int, int]:
     """Return the blocks and columns of the tile that computes the output in the fewest cycles.
 
-    A step of the tile takes as long as its multiply-adds, or its loads, or the latency between two steps. Weights are
-    counted double: they come from further away than the image's elements, which neighbouring taps read again.
+    A step of the tile takes as long as its multiply-adds, or the latency between two steps, and something for its
+    loads. Weights count threefold: they come from further away than the image's elements, which other taps read again.
     """
     width = _column_extent(analysis)
     blocks = min(MOST_BLOCKS, analysis.per_group) if analysis.channel is not None else 1
@@ -129,8 +129,8 @@ def _tile_sizes(extent: int, size: int) -> list[int]:
 
 
 def _step_cycles(blocks: int, columns: int) -> float:
-    loads = 2 * blocks + columns
-    return max(blocks * columns / THROUGHPUT, LATENCY) + 0.1 * loads
+    loads = 3 * blocks + columns
+    return max(blocks * columns / THROUGHPUT, LATENCY) + loads / 4
 
 
 def _task(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -> tuple[int, int]:
