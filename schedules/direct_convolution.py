@@ -48,7 +48,7 @@ from targets.base import Target
 Point = Mapping[Var, Expr]
 # Tasks per core that leave no core idle for long while another finishes its last one.
 TASKS_PER_CORE = 8
-MOST_BLOCKS = 8
+MOST_BLOCKS, MOST_COLUMNS = 8, 28
 # Cycles from one fused multiply-add to the next that reads its result, and how many of them start in one cycle.
 LATENCY, THROUGHPUT = 4, 2
 
@@ -68,7 +68,7 @@ class DirectConvolution:
 
     def space(self, target: Target, analysis: ChannelWindows) -> Space:
         """Return the register tile, and the rows and tiles of columns that make one task."""
-        blocks, columns = _register_tile(analysis, _registers(target))
+        blocks, columns = _register_tile(analysis, target)
         rows, column_tiles = _task(analysis, target, blocks, columns)
         return (
             Choice("blocks", blocks, (1, 2, 3, 4, 6)),
@@ -91,9 +91,18 @@ def analyse(kernel: Kernel) -> ChannelWindows | None:
     return channel_windows(producer, stage, follows)
 
 
-def _registers(target: Target) -> int:
-    """Return the number of vector registers."""
-    return 16 if target.architecture == "x86_64" and target.vector_bits < 512 else 32
+def _fits(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -> bool:
+    """Return whether the tile's sums and what a step multiplies fit the vector registers.
+
+    x86 multiplies by an element in memory; Arm by one in a register, so each column needs its own. Where neighbouring
+    columns read the same elements at neighbouring taps of one loop, LLVM keeps these, too.
+    """
+    operands = blocks + columns if target.architecture == "aarch64" else min(blocks, columns) + 1
+    columns_share = analysis.columns is not None and occurs(analysis.data.indices[-1], analysis.columns.inner.variable)
+    if columns_share:
+        operands = blocks + 2 * columns
+    registers = 16 if target.architecture == "x86_64" and target.vector_bits < 512 else 32
+    return blocks * columns + operands <= registers
 
 
 def _column_extent(analysis: ChannelWindows) -> int:
@@ -102,26 +111,25 @@ def _column_extent(analysis: ChannelWindows) -> int:
     return extent
 
 
-def _register_tile(analysis: ChannelWindows, registers: int) -> tuple[int, int]:
+def _register_tile(analysis: ChannelWindows, target: Target) -> tuple[int, int]:
     """Return the blocks and columns of the tile that computes the output in the fewest cycles.
 
     A step of the tile takes as long as its multiply-adds, or the latency between two steps, and something for its
     loads. Weights count threefold: they come from further away than the image's elements, which other taps read again.
     """
     width = _column_extent(analysis)
-    blocks = min(MOST_BLOCKS, analysis.per_group) if analysis.channel is not None else 1
-    best: tuple[float, int, int] | None = None
-    for count in range(1, blocks + 1):
-        most = (registers - 2) // count - (1 if count > 1 else 0)
-        most = next((c for c in range(most, 0, -1) if count * c + min(count, c) + 1 <= registers), 1)
-        columns = -(-width // -(-width // most))
-        cost = sum(
-            _step_cycles(b, c) for b in _tile_sizes(analysis.per_group, count) for c in _tile_sizes(width, columns)
-        )
-        if best is None or cost < best[0]:
-            best = cost, count, columns
-    assert best is not None
-    return best[1], best[2]
+    most_blocks = min(MOST_BLOCKS, analysis.per_group) if analysis.channel is not None else 1
+
+    def cycles(tile: tuple[int, int]) -> float:
+        blocks, columns = tile
+        sizes = itertools.product(_tile_sizes(analysis.per_group, blocks), _tile_sizes(width, columns))
+        return sum(_step_cycles(b, c) for b, c in sizes)
+
+    candidates = []
+    for blocks in range(1, most_blocks + 1):
+        most = next((c for c in range(MOST_COLUMNS, 0, -1) if _fits(analysis, target, blocks, c)), 1)
+        candidates.append((blocks, -(-width // -(-width // most))))
+    return min(candidates, key=cycles)
 
 
 def _tile_sizes(extent: int, size: int) -> list[int]:
@@ -392,13 +400,18 @@ class _Tile:
         return loop(axis.extent, body)
 
     def _border(self, window: ChannelWindow, body: Callable[[Expr, tuple[int, int]], Stmt]) -> Stmt:
-        """Return the taps of a tile at the border one by one, each over the columns for which it is in the image."""
-        assert self.border is not None
+        """Return the taps of a tile at the border, those that reach the same columns of the image as one loop."""
+
+        def reached(tap: int) -> tuple[int, int]:
+            assert self.border is not None
+            inside = [j for j in range(self.columns) if window.reads_inside(self.border + j, tap)]
+            return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
         statements = []
-        for tap in range(int(window.tap.extent)):
-            reached = [j for j in range(self.columns) if window.reads_inside(self.border + j, tap)]
-            if reached:
-                statements.append(body(index(tap), (reached[0], reached[-1] + 1)))
+        for columns, run in itertools.groupby(range(int(window.tap.extent)), reached):
+            taps = list(run)
+            if columns[0] < columns[1]:
+                statements.append(loop(len(taps), lambda i, b=taps[0], c=columns: body(i + b, c)))
         return sequence(statements) if statements else tirx.Evaluate(0)
 
     def _step(self, values: Point, columns: tuple[int, int]) -> Stmt:
