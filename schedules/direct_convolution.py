@@ -49,6 +49,8 @@ Point = Mapping[Var, Expr]
 # Tasks per core that leave no core idle for long while another finishes its last one.
 TASKS_PER_CORE = 8
 MOST_BLOCKS, MOST_COLUMNS = 8, 28
+# Lane by lane: the columns that a row of taps reaches beyond the tile, and its weights.
+BORDER_OPERANDS = 4
 # Cycles from one fused multiply-add to the next that reads its result, and how many of them start in one cycle.
 LATENCY, THROUGHPUT = 4, 2
 
@@ -97,10 +99,13 @@ def _fits(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -
     x86 multiplies by an element in memory; Arm by one in a register, so each column needs its own. Where neighbouring
     columns read the same elements at neighbouring taps of one loop, LLVM keeps these, too.
     """
-    operands = blocks + columns if target.architecture == "aarch64" else min(blocks, columns) + 1
-    columns_share = analysis.columns is not None and occurs(analysis.data.indices[-1], analysis.columns.inner.variable)
-    if columns_share:
+    last = analysis.data.indices[-1]
+    if occurs(last, analysis.lane.variable):
+        operands = columns + BORDER_OPERANDS
+    elif analysis.columns is not None and occurs(last, analysis.columns.inner.variable):
         operands = blocks + 2 * columns
+    else:
+        operands = blocks + columns if target.architecture == "aarch64" else min(blocks, columns) + 1
     registers = 16 if target.architecture == "x86_64" and target.vector_bits < 512 else 32
     return blocks * columns + operands <= registers
 
