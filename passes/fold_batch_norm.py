@@ -2,6 +2,7 @@
 
 With s = gamma / sqrt(var + epsilon), which is constant at inference time:
     s * (conv(x, W) + b - mean) + beta  =  conv(x, s * W) + (s * (b - mean) + beta)
+and likewise for transposed convolutions, whose output channels lie on the second axis of W
 (Ioffe and Szegedy, Batch Normalization, 2015, section 3.1).
 """
 
@@ -16,8 +17,9 @@ from tvm import relax
 
 from passes.base import Dataflow, PatternPass, Refusal
 
-# The axis of the weights that output channels lie on, by operator: [O, I/groups, ...].
-_CONVOLUTIONS = ("relax.nn.conv1d", "relax.nn.conv2d", "relax.nn.conv3d")
+# By the layout of the weights: [O, I/groups, ...] and, transposed, [I, O/groups, ...].
+_FORWARD = ("relax.nn.conv1d", "relax.nn.conv2d", "relax.nn.conv3d")
+_TRANSPOSED = ("relax.nn.conv1d_transpose", "relax.nn.conv2d_transpose", "relax.nn.conv3d_transpose")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class FoldBatchNorm(PatternPass[NormalizedConvolution]):
         data = normalization.args[0]
         addition = dataflow.call(data, "relax.add")
         bias, result = (addition.args[1], addition.args[0]) if addition is not None else (None, data)
-        convolution = dataflow.call(result, *_CONVOLUTIONS)
+        convolution = dataflow.call(result, *_FORWARD, *_TRANSPOSED)
         if convolution is None:
             return None
         return NormalizedConvolution(convolution, bias, normalization, (expr.tuple_value, data, result))
@@ -80,20 +82,30 @@ class FoldBatchNorm(PatternPass[NormalizedConvolution]):
         scale = 1.0 / np.sqrt(variance + attributes.epsilon)
         if attributes.scale:
             scale = scale * gamma
-        channels = weights.shape[0]
+        channels = scale.size
         bias = np.zeros(channels) if match.bias is None else _known(match.bias).astype(np.float64).reshape(-1)
         shift = scale * (bias - mean) + (beta if attributes.center else 0.0)
         ones = (1,) * (weights.ndim - 1)
-        scaled = (weights.astype(np.float64) * scale.reshape(channels, *ones)).astype(weights.dtype)
         call = match.convolution
+        scaled = _scaled(weights, scale, call).astype(weights.dtype)
         convolution = tvm.ir.Call(call.op, [call.args[0], _const(scaled)], call.attrs)
         return relax.op.add(convolution, _const(shift.astype(weights.dtype).reshape(1, channels, *ones[1:])))
 
 
+def _scaled(weights: np.ndarray, scale: np.ndarray, convolution: tvm.ir.Call) -> np.ndarray:
+    """Return weights with those of each output channel multiplied by its scale, in fp64."""
+    taps = (1,) * (weights.ndim - 2)
+    if convolution.op.name in _FORWARD:
+        return weights * scale.reshape(-1, 1, *taps)
+    groups = int(convolution.attrs.groups)
+    grouped = weights.reshape(groups, -1, *weights.shape[1:])
+    return (grouped * scale.reshape(groups, 1, -1, *taps)).reshape(weights.shape)
+
+
 def _is_per_channel(bias: np.ndarray, match: NormalizedConvolution) -> bool:
-    weights = _known(match.convolution.args[1])
-    spatial = weights.ndim - 2
-    return bias.size in (1, weights.shape[0]) and bias.shape[-spatial:] == (1,) * spatial
+    spatial = match.convolution.args[1].ty.ndim - 2
+    channels = _known(match.normalization.args[1]).size
+    return bias.size in (1, channels) and bias.shape[-spatial:] == (1,) * spatial
 
 
 def _constant(expr: relax.Expr) -> np.ndarray | None:

@@ -11,6 +11,7 @@ from passes.fold_batch_norm import FoldBatchNorm
 from tests.passes.relax_modules import operators, run
 
 _CONVOLUTIONS = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv2d, 3: relax.op.nn.conv3d}
+_TRANSPOSED = {1: relax.op.nn.conv1d_transpose, 2: relax.op.nn.conv2d_transpose}
 
 
 def _normalized_convolution(
@@ -22,10 +23,13 @@ def _normalized_convolution(
     axis: int = 1,
     constant_weights: bool = True,
     second_reader: bool = False,
+    transposed: bool = False,
 ) -> tvm.IRModule:
     rng = np.random.default_rng(7)
     inputs, outputs = channels
-    weights = rng.standard_normal((outputs, inputs // groups, *(3,) * spatial)).astype("float32")
+    shape = (inputs, outputs // groups) if transposed else (outputs, inputs // groups)
+    weights = rng.standard_normal((*shape, *(3,) * spatial)).astype("float32")
+    convolution = (_TRANSPOSED if transposed else _CONVOLUTIONS)[spatial]
     statistics = [rng.uniform(0.5, 2, outputs).astype("float32") for _ in range(4)]
     builder = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType((2, inputs, *(7,) * spatial), "float32"))
@@ -34,7 +38,7 @@ def _normalized_convolution(
     with builder.function("main", parameters):
         with builder.dataflow():
             kernel = relax.const(weights) if constant_weights else w
-            y = builder.emit(_CONVOLUTIONS[spatial](x, kernel, groups=groups))
+            y = builder.emit(convolution(x, kernel, groups=groups))
             if bias is not None:
                 y = builder.emit(relax.op.add(y, relax.const(bias)))
             constants = [relax.const(statistic) for statistic in statistics]
@@ -65,6 +69,18 @@ def test_folding_keeps_the_result(spatial: int, groups: int, bias: str | None) -
     before, after = run(module, x), run(outcome.module, x)
     # Sums of at most 4 * 27 products of order 1, rounded once more for each weight.
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=108 * np.finfo("float32").eps * np.abs(before).max())
+
+
+@pytest.mark.parametrize(("spatial", "groups"), [(1, 1), (2, 2)])
+def test_folding_into_a_transposed_convolution_keeps_the_result(spatial: int, groups: int) -> None:
+    rng = np.random.default_rng(3)
+    bias = rng.standard_normal((1, 6, *(1,) * spatial)).astype("float32")
+    module = _normalized_convolution(spatial=spatial, groups=groups, bias=bias, transposed=True)
+    outcome = FoldBatchNorm().run(module)
+    assert operators(outcome.module) == [f"relax.nn.conv{spatial}d_transpose", "relax.add"]
+    x = rng.standard_normal((2, 4, *(7,) * spatial)).astype("float32")
+    before, after = run(module, x), run(outcome.module, x)
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=36 * np.finfo("float32").eps * np.abs(before).max())
 
 
 @pytest.mark.parametrize(
