@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import onnx
 
+from benchmarks import fusion
 from benchmarks.architecture import EXPORTERS, Exporter
 from benchmarks.comparison import Row, compare
 from benchmarks.engines import ENGINES
@@ -33,7 +34,7 @@ _COLUMNS = (
 
 
 @click.command()
-@click.argument("table", type=click.Choice(list(TABLES)))
+@click.argument("table", type=click.Choice([*TABLES, "fusion"]))
 @click.option("--model", "models", multiple=True, help="Only this model (or models such as conv*); may be repeated.")
 @click.option("--exporter", "exporters", multiple=True, type=click.Choice(EXPORTERS), help="Only of these exporters.")
 @click.option("--engine", "engines", multiple=True, type=click.Choice([*ENGINES, "peak"]), help="Only these engines.")
@@ -50,7 +51,12 @@ def main(
     """Compare this compiler with other engines on the models of TABLE, interleaved in one run.
 
     Ends with exit code 1 if a model is missing, does not compile, or differs from onnxruntime beyond its tolerance.
+    The table `fusion` times nothing: it counts the kernels of one step of the other tables' models, and fails where
+    they are more than the nodes of onnxruntime's optimized graph.
     """
+    if table == "fusion":
+        fusion.main(models)
+        return
     from optimizer.runtime.machine import default_thread_count  # noqa: PLC0415
 
     threads = threads or default_thread_count()

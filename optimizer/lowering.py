@@ -9,6 +9,7 @@ import tvm
 from tvm import relax
 
 from optimizer.bound_shapes import cut_blocks_at_bound_shapes
+from optimizer.gathers import let_gathers_fuse
 from optimizer.ir_dump import ignore
 from optimizer.kernel_nodes import carry_into_groups, name_kernels, with_calls
 from optimizer.legalization import LEGALIZATIONS
@@ -28,6 +29,7 @@ _LEGALIZE: _Transforms = {
     "dispatch-sort-scan": relax.backend.DispatchSortScan,
     "legalize": lambda: relax.transform.LegalizeOps(LEGALIZATIONS),
     "annotate-patterns": relax.transform.AnnotateTIROpPattern,
+    "let-gathers-fuse": lambda: let_gathers_fuse,
     "keep-symbolic-functions-apart": lambda: keep_symbolic_functions_apart,
     "fold-constants-of-kernels": relax.transform.FoldConstant,
     "cut-blocks-at-bound-shapes": lambda: cut_blocks_at_bound_shapes,

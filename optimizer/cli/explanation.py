@@ -17,4 +17,4 @@ def show(records: Sequence[PassRecord]) -> None:
     if rows:
         print_table("\nsites", ("pass", "outcome", "ONNX nodes"), rows)
     if idle:
-        print_facts("", [("no account of sites", ", ".join(idle))])
+        print_facts("", [("without sites", ", ".join(idle))])
