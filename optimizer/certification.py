@@ -23,6 +23,7 @@ from optimizer.runtime.array_files import read_arrays, write_arrays
 from passes import pipeline
 from passes.base import Pass
 from passes.convert_precision import ConvertPrecision
+from passes.pack_quantized_weights import PackQuantizedWeights
 from passes.quantize_weights import QuantizeWeights
 from targets.base import Target
 from targets.emulator import Emulator
@@ -60,7 +61,7 @@ def plan_certification(source: ModelFile, plan: Plan, options: CompileOptions) -
             path=source.path,
             shapes=options.shapes,
             precision=options.operand_dtype,
-            activations=_activations(record.item for record in plan.passes),
+            activations=_activations(record.item for record in plan.passes if record.outcome.rewritten),
             dequantized=reference.lazily_dequantized(plan.imported, [record.item for record in plan.passes]),
             unoptimized=reference.lazily_unoptimized(plan.imported),
         )
@@ -124,12 +125,12 @@ def certify_package(package: Path, manifest: Manifest, model: Path) -> Certifica
         path=source.path,
         shapes=shapes,
         precision=None if conversion is None else str(conversion.options["dtype"]),
-        activations=_activations(items),
+        activations=_activations(items) if manifest.weight_scheme != "none" else None,
         dequantized=reference.lazily_dequantized(imported, items),
     )
 
 
 def _activations(items: Iterable[Pass]) -> str | None:
     """Return "int8" where a pass rounds activations to that."""
-    uses = [item.use for item in items if isinstance(item, QuantizeWeights)]
+    uses = [item.use for item in items if isinstance(item, QuantizeWeights | PackQuantizedWeights)]
     return "int8" if any(use.activations == "int8" for use in uses) else None

@@ -57,7 +57,8 @@ class CompileOptions:
     @property
     def notation(self) -> str:
         """Return all passes: those of the graph, and those that the other options ask for."""
-        steps = [self.passes]
+        # Before constants are folded, which would turn integers into floats.
+        steps = [f"pack-quantized-weights{{target={self.target.name},activations={self.activations}}}", self.passes]
         if self.weights in WEIGHT_BITS:
             choices = {
                 "bits": WEIGHT_BITS[self.weights],

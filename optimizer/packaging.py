@@ -22,6 +22,7 @@ from optimizer.runtime.generation.roles import TOKENS
 from optimizer.runtime.generation.text import COMPANION_FILES
 from optimizer.signature import entry_point
 from passes.base import Pass
+from passes.pack_quantized_weights import PackQuantizedWeights
 from passes.quantize_weights import QuantizeWeights
 from targets.base import GLIBC_FLOOR, Target
 
@@ -58,7 +59,9 @@ def companions(source: ModelFile, model: ImportedModel) -> dict[str, bytes]:
 
 def weight_scheme(plan: Plan) -> str:
     """Return how weights are quantized and what products with them compute in, "none" where none are."""
-    rewriting = [r for r in plan.passes if isinstance(r.item, QuantizeWeights) and r.outcome.rewritten]
+    rewriting = [
+        r for r in plan.passes if isinstance(r.item, QuantizeWeights | PackQuantizedWeights) and r.outcome.rewritten
+    ]
     return "; ".join(f"{record.outcome.rewritten} matrices in {record.item}" for record in rewriting) or "none"
 
 

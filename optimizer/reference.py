@@ -14,6 +14,7 @@ from optimizer.frontend.importer import ImportedModel
 from optimizer.legalization import LEGALIZATIONS
 from passes import pipeline
 from passes.base import Pass
+from passes.pack_quantized_weights import PackQuantizedWeights
 from passes.quantize_weights import QuantizeWeights
 
 
@@ -33,7 +34,8 @@ def lazily_dequantized(model: ImportedModel, items: Sequence[Pass]) -> execution
 
     def build() -> execution.Runner:
         as_floats = [
-            replace(item, activations="reference") if isinstance(item, QuantizeWeights) else item for item in items
+            replace(item, activations="reference") if isinstance(item, QuantizeWeights | PackQuantizedWeights) else item
+            for item in items
         ]
         module, _ = pipeline.run(model.module, as_floats)
         return unoptimized(replace(model, module=module))

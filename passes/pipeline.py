@@ -30,6 +30,7 @@ _PASSES = {
     "recognize-activations": ("passes.recognize_activations", "RecognizeActivations"),
     "recognize-normalization": ("passes.recognize_normalization", "RecognizeNormalization"),
     "recognize-softmax": ("passes.recognize_softmax", "RecognizeSoftmax"),
+    "pack-quantized-weights": ("passes.pack_quantized_weights", "PackQuantizedWeights"),
     "quantize-weights": ("passes.quantize_weights", "QuantizeWeights"),
     "simplify-algebra": ("passes.simplify_algebra", "SimplifyAlgebra"),
     "simplify-casts": ("passes.simplify_casts", "SimplifyCasts"),

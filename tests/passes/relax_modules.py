@@ -20,3 +20,14 @@ def operators(module: tvm.IRModule) -> list[str]:
             if isinstance(binding.value, tvm.ir.Call):
                 found.append(binding.value.op.name)  # noqa: PERF401 -- two loops and a condition
     return found
+
+
+def constants(module: tvm.IRModule) -> list[np.ndarray]:
+    found: list[np.ndarray] = []
+
+    def visit(expr: relax.Expr) -> None:
+        if isinstance(expr, tvm.ir.GenericConst):
+            found.append(expr.value.numpy())
+
+    relax.analysis.post_order_visit(module["main"], visit)
+    return found

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from optimizer.frontend.importer import import_model
+from passes.pack_quantized_weights import PackQuantizedWeights
+from schedules.weight_layout import layout_of
+from tests.passes.relax_modules import constants, run
+
+RANDOM = np.random.default_rng(0)
+OUTPUTS, INPUTS = 24, 80
+
+
+def _model(bits: int, block: int, *, zero_points: bool = True, groups: bool = False) -> tuple[ModelProto, np.ndarray]:
+    """A MatMulNBits with K that fills no block, and its integers [N, K]."""
+    blocks = -(-INPUTS // block)
+    weights = {
+        "weights": RANDOM.integers(0, 256, (OUTPUTS, blocks, block * bits // 8), dtype=np.uint8),
+        "scales": (RANDOM.random(OUTPUTS * blocks) * 0.01 + 0.001).astype(np.float32),
+    }
+    inputs = ["x", "weights", "scales", ""]
+    if zero_points:
+        weights["zero_points"] = RANDOM.integers(0, 256, OUTPUTS * -(-blocks * bits // 8), dtype=np.uint8)
+        inputs[3] = "zero_points"
+    if groups:
+        weights["groups"] = RANDOM.integers(0, blocks, INPUTS).astype(np.int32)
+        inputs.append("groups")
+    node = helper.make_node(
+        "MatMulNBits", inputs, ["y"], domain="com.microsoft", N=OUTPUTS, K=INPUTS, bits=bits, block_size=block
+    )
+    graph = helper.make_graph(
+        [node],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, INPUTS])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [3, OUTPUTS])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    domains = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    packed = weights["weights"].reshape(OUTPUTS, -1)
+    codes = packed if bits == 8 else np.stack([packed & 15, packed >> 4], -1).reshape(OUTPUTS, -1)
+    return helper.make_model(graph, opset_imports=domains, ir_version=10), codes
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize(("bits", "block"), [(4, 16), (4, 32), (8, 32), (4, 128)])
+def test_integers_are_taken_bit_for_bit(bits: int, block: int, zero_points: bool) -> None:
+    model, codes = _model(bits, block, zero_points=zero_points)
+    module = import_model(model).module
+    item = PackQuantizedWeights()
+    outcome = item.run(module)
+    assert [site.refusal for site in outcome.sites] == [None]
+    layout = layout_of(item.use.target, bits)
+    packed = next(array for array in constants(outcome.module) if array.dtype == np.uint8 and array.shape[2] >= 64)
+    assert np.array_equal(layout.unpack(packed, OUTPUTS)[:, :INPUTS], codes[:, :INPUTS])
+    # The reference of the same pass computes with the very weights that onnxruntime has.
+    x = RANDOM.standard_normal((3, INPUTS)).astype(np.float32)
+    exact = run(module, x)
+    reference = run(PackQuantizedWeights(activations="reference").run(module).module, x)
+    np.testing.assert_allclose(reference, exact, rtol=1e-5, atol=1e-5)
+    rounded = run(outcome.module, x)
+    assert np.abs(rounded - exact).max() < 0.02 * np.abs(exact).max()
+
+
+def test_groups_by_index_are_refused_with_the_reason() -> None:
+    model, _ = _model(4, 32, zero_points=False, groups=True)
+    outcome = PackQuantizedWeights().run(import_model(model).module)
+    assert [site.refusal for site in outcome.sites] == ["its scales change every 1 elements of K, no multiple of 16"]
