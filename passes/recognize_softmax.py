@@ -1,7 +1,7 @@
-"""Softmax written out: exp(x - max(x)) / sum(exp(x - max(x))), with or without the maximum, over one axis.
+"""Softmax written out: exp(x - m) / sum(exp(x - m)) over one axis, for an m of x that is the same all along that axis.
 
-Without the maximum the sum overflows for x beyond 88 in float32; the operator always subtracts it, and agrees
-elsewhere.
+softmax(x) = softmax(x - m) for any such m; exporters subtract the maximum, or nothing: then the sum overflows for x
+beyond 88 in float32. The operator always subtracts the maximum.
 """
 
 from __future__ import annotations
@@ -15,21 +15,19 @@ from tvm import relax
 from passes.base import Dataflow, require
 from passes.expression_patterns import Pattern
 from passes.rule_pass import RepeatedPass
-from passes.tensor_types import dtype_of, kept_axes, same_type
+from passes.tensor_types import dtype_of, is_one, kept_axes, same_type, shape_of
 
-_PATTERNS = (
-    Pattern("(e := exp(x - (m := max(x)))) / (s := sum(e))"),
-    Pattern("(e := exp(x)) / (s := sum(e))"),
-)
+_SOFTMAX = Pattern("(e := exp(x)) / (s := sum(e))")
+_SHIFTED = Pattern("x - m")
 
 
 @dataclass(frozen=True)
 class WrittenOutSoftmax:
-    """The quotient, its argument, and the axes that each reduction is over (None where they are not kept)."""
+    """The quotient, its argument, and the axes that the sum is over (None where they are not kept)."""
 
     expr: relax.Expr
     argument: relax.Expr
-    axes: tuple[tuple[int, ...] | None, ...]
+    axes: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -42,20 +40,30 @@ class RecognizeSoftmax(RepeatedPass[WrittenOutSoftmax]):
         """Match a quotient of exponentials by their sum."""
         if not isinstance(expr, tvm.ir.Call) or dtype_of(expr) != "float32":
             return None
-        for pattern in _PATTERNS:
-            for parts in pattern.matches(expr, dataflow):
-                axes = tuple(kept_axes(dataflow.producer(parts[name])) for name in "sm" if name in parts)
-                return WrittenOutSoftmax(expr, parts["x"], axes)
+        for parts in _SOFTMAX.matches(expr, dataflow):
+            axes = kept_axes(dataflow.producer(parts["s"]))
+            return WrittenOutSoftmax(expr, _unshifted(parts["x"], axes, dataflow), axes)
         return None
 
     def check(self, match: WrittenOutSoftmax, dataflow: Dataflow) -> None:
-        """Refuse reductions over several or different axes."""
-        require(all(axes is not None and len(axes) == 1 for axes in match.axes), "not over one axis that is kept")
-        require(len(set(match.axes)) == 1, "the maximum and the sum are over different axes")
+        """Refuse sums over several axes."""
+        require(match.axes is not None and len(match.axes) == 1, "not over one axis that is kept")
         require(same_type(match.expr, match.argument), "the result has another shape than the argument")
 
     def rewrite(self, match: WrittenOutSoftmax) -> relax.Expr:
         """Return the softmax of x over the axis of the sum."""
-        axes = match.axes[0]
-        assert axes is not None
-        return relax.op.nn.softmax(match.argument, axes[0])
+        assert match.axes is not None
+        return relax.op.nn.softmax(match.argument, match.axes[0])
+
+
+def _unshifted(argument: relax.Expr, axes: tuple[int, ...] | None, dataflow: Dataflow) -> relax.Expr:
+    """Return x of an argument x - m where m is computed from x alone and has length 1 along `axes`."""
+    for parts in _SHIFTED.matches(argument, dataflow):
+        shift, shape = dataflow.producer(parts["m"]), shape_of(parts["m"])
+        if axes is None or shape is None or len(shape) != argument.ty.ndim or not isinstance(shift, tvm.ir.Call):
+            continue
+        read = [variable for variable in relax.analysis.free_vars(shift) if isinstance(variable.ty, relax.TensorType)]
+        alone = len(read) == 1 and read[0].same_as(parts["x"])
+        if alone and all(is_one(shape[axis]) for axis in axes) and same_type(parts["x"], argument):
+            return parts["x"]
+    return argument

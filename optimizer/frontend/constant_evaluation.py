@@ -114,5 +114,6 @@ def _run(node: Node, constants: Sequence[np.ndarray | None]) -> Sequence[object]
     outputs = [onnx.ValueInfoProto(name=name) for name in node.proto.output if name]
     graph = helper.make_graph([node.proto], "constant", inputs, outputs)
     opset = helper.make_opsetid(node.domain, node.version)
-    results = iter(ReferenceEvaluator(helper.make_model(graph, opset_imports=[opset])).run(None, feeds))
+    with np.errstate(all="ignore"):  # infinities and NaN are results like others
+        results = iter(ReferenceEvaluator(helper.make_model(graph, opset_imports=[opset])).run(None, feeds))
     return [next(results) if name else np.zeros(0, ml_dtypes.bfloat16) for name in node.proto.output]

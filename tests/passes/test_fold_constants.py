@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax
+from tvm.relax import op
+
+from passes.fold_constants import FoldConstants
+from tests.passes.graph import assert_kept, graph
+from tests.passes.relax_modules import operators, run
+
+
+def _weights(*shape: int, dtype: str = "float32") -> relax.Expr:
+    return relax.const(np.arange(np.prod(shape)).reshape(shape).astype(dtype), dtype)
+
+
+def _constant_bytes(module: tvm.IRModule) -> int:
+    sizes = []
+
+    def note(expr):
+        if isinstance(expr, tvm.ir.GenericConst):
+            sizes.append(expr.value.numpy().nbytes)
+
+    relax.analysis.post_order_visit(module["main"], note)
+    return sum(sizes)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x: op.matmul(x, op.permute_dims(_weights(32, 64))),
+        lambda x: op.matmul(x, op.reshape(_weights(32, 64), (64, 32))),
+        lambda x: op.add(x, op.multiply(_weights(64), op.exp(op.negative(_weights(64))))),
+        lambda x: op.matmul(
+            x, op.multiply(op.astype(_weights(64, 32, dtype="int8"), "float32"), relax.const(0.5, "float32"))
+        ),
+    ],
+)
+def test_constants_are_computed_at_compile_time(body) -> None:
+    module = graph(body, (2, 64))
+    outcome = FoldConstants().run(module)
+    assert len(operators(outcome.module)) == 1
+    assert outcome.rewritten == len(operators(module)) - 1
+    x = np.random.default_rng(0).standard_normal((2, 64)).astype("float32")
+    np.testing.assert_array_equal(run(outcome.module, x), run(module, x))
+    assert FoldConstants().run(outcome.module).rewritten == 0
+
+
+def test_expand_of_a_scalar_stays_an_operator() -> None:
+    def body(x):
+        return op.add(x, op.broadcast_to(relax.const(1.5, "float32"), (5000, 5000)))
+
+    outcome = assert_kept(FoldConstants(), body, (5000, 5000))
+    assert [site.refusal for site in outcome.sites] == ["the constant would grow: 100000000 bytes of 4"]
+
+
+def test_what_reads_a_kept_operator_is_computed_at_run_time() -> None:
+    def body(x):
+        return op.add(x, op.exp(op.tile(op.negative(_weights(300)), (100,))))
+
+    module = graph(body, (30000,))
+    outcome = FoldConstants().run(module)
+    assert operators(outcome.module) == ["relax.tile", "relax.exp", "relax.add"]
+    assert _constant_bytes(outcome.module) == _constant_bytes(module)
+    x = np.zeros(30000, "float32")
+    np.testing.assert_array_equal(run(outcome.module, x), run(module, x))
+
+
+def test_dequantized_codes_are_folded_and_repeated_ones_are_not() -> None:
+    def body(x):
+        codes = _weights(256, dtype="int8")
+        return [op.add(x, op.astype(codes, "float32")), op.tile(op.astype(codes, "float32"), (5,))]
+
+    assert operators(FoldConstants().run(graph(body, (256,))).module) == ["relax.add", "relax.tile"]
