@@ -15,11 +15,18 @@ from optimizer.kernel_nodes import carry_into_groups, name_kernels, with_calls
 from optimizer.legalization import LEGALIZATIONS
 from optimizer.shape_heap import lower_shapes
 from optimizer.symbolic_arguments import keep_symbolic_functions_apart
+from passes.fold_constants import FoldConstants
 from passes.provenance import carry
 from schedules import KernelReport, schedule_module
 from schedules.prepack import prepack
 from targets.base import Target
 from targets.device_code import generating_source
+
+
+def _fold_constants(module: tvm.IRModule) -> tvm.IRModule:
+    """Compute what legalization made of constants, but for what would only repeat them."""
+    return FoldConstants().run(module).module
+
 
 _Transforms = Mapping[str, Callable[[], Callable[[tvm.IRModule], tvm.IRModule]]]
 
@@ -31,7 +38,7 @@ _LEGALIZE: _Transforms = {
     "annotate-patterns": relax.transform.AnnotateTIROpPattern,
     "let-gathers-fuse": lambda: let_gathers_fuse,
     "keep-symbolic-functions-apart": lambda: keep_symbolic_functions_apart,
-    "fold-constants-of-kernels": relax.transform.FoldConstant,
+    "fold-constants-of-kernels": lambda: _fold_constants,
     "cut-blocks-at-bound-shapes": lambda: cut_blocks_at_bound_shapes,
 }
 _FUSE_TIR: _Transforms = {
