@@ -1,7 +1,8 @@
 """Casts that change nothing, and casts of casts.
 
 cast(x, dtype of x) is x. cast(cast(x, A), B) is cast(x, B) where A holds every value that x can have, and B holds them
-too or is what x was: then neither way rounds, wraps or saturates.
+too or is what x was: then neither way rounds, wraps or saturates. x != 0, which is how a cast to bool is imported, is x
+where x is a cast of a bool.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import tvm.ir
 from tvm import relax
 
 from passes.base import Dataflow
+from passes.expression_patterns import is_uniform
 from passes.rule_pass import RulePass
-from passes.tensor_types import dtype_of, is_float, is_integer, numpy_dtype
+from passes.tensor_types import dtype_of, is_float, is_integer, numpy_dtype, same_type
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -57,9 +59,17 @@ def _cast_of_cast(call: tvm.ir.Call, dataflow: Dataflow) -> relax.Expr | None:
     return inner.args[0] if final == original else relax.op.astype(inner.args[0], final)
 
 
+def _truth_of_boolean(call: tvm.ir.Call, dataflow: Dataflow) -> relax.Expr | None:
+    """cast(b) != 0 -> b where b is a bool."""
+    inner = dataflow.call(call.args[0], "relax.astype")
+    if inner is None or dtype_of(inner.args[0]) != "bool" or not is_uniform(call.args[1], 0.0):
+        return None
+    return inner.args[0] if same_type(call, inner.args[0]) else None
+
+
 @dataclass(frozen=True)
 class SimplifyCasts(RulePass):
     """Remove casts that change nothing."""
 
     name: ClassVar[str] = "simplify-casts"
-    rules: ClassVar = {"relax.astype": (_no_op, _cast_of_cast)}
+    rules: ClassVar = {"relax.astype": (_no_op, _cast_of_cast), "relax.not_equal": (_truth_of_boolean,)}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from tvm import relax
 from tvm.relax import op
 
 from passes.simplify_casts import SimplifyCasts, holds_every_value
@@ -72,3 +73,13 @@ def test_holding_every_value_means_that_the_extremes_survive(narrow: str, wide: 
         with np.errstate(all="ignore"):
             survive = all(float(large.type(value)) == value for value in values)
     assert holds_every_value(wide, narrow) == survive
+
+
+def test_boolean_cast_and_compared_with_zero_is_the_boolean() -> None:
+    def body(x, _):
+        return op.not_equal(op.astype(x, "int32"), relax.const(0, "int32"))
+
+    assert_rewritten(SimplifyCasts(), body, lambda x, _: x, ("n", 3), ("n", 3), dtype=["bool", "int8"])
+    assert_kept(
+        SimplifyCasts(), lambda x: op.not_equal(op.astype(x, "int32"), relax.const(0, "int32")), (3,), dtype="int8"
+    )

@@ -84,6 +84,10 @@ class Graph:
         candidates = [tensor for tensor in self.tensors if accepts(tensor)]
         return self.draw(st.sampled_from(candidates)) if candidates else None
 
+    def has_elements(self, tensor: Tensor) -> bool:
+        """Return whether a reduction of the tensor is defined."""
+        return 0 not in tensor.shape and (self.extent > 0 or SYMBOL not in tensor.shape)
+
     def axis(self, tensor: Tensor) -> int:
         rank = len(tensor.shape)
         return self.draw(st.integers(-rank, rank - 1))
@@ -236,8 +240,8 @@ def _merge_or_split(graph: Graph) -> None:
     elif shape[axis] != SYMBOL and len(shape) < 5 and shape[axis]:
         divisor = graph.draw(st.sampled_from([d for d in range(1, 9) if shape[axis] % d == 0]))
         shape[axis : axis + 1] = [divisor, shape[axis] // divisor]
-    if shape.count(SYMBOL) > 1:
-        return
+    if shape.count(SYMBOL) > 1 or (SYMBOL in shape and 0 in shape):
+        return  # -1 is not defined beside 0
     target = graph.constant(np.array([-1 if dimension == SYMBOL else dimension for dimension in shape], "int64"))
     graph.node("Reshape", [tensor, target], tuple(shape), allowzero=int(0 in shape))
 
@@ -315,7 +319,7 @@ def _concat(graph: Graph) -> None:
 
 
 def _reduce(graph: Graph) -> None:
-    tensor = graph.pick(lambda t: _float(t) and all(d != 0 for d in t.shape) and len(t.shape) > 0)
+    tensor = graph.pick(lambda t: _float(t) and graph.has_elements(t) and len(t.shape) > 0)
     if tensor is None:
         return
     axis, keep = graph.axis(tensor), graph.draw(st.booleans())
@@ -339,7 +343,7 @@ def _pad(graph: Graph) -> None:
 def _formula(graph: Graph) -> None:
     """A normalization, activation or softmax as exporters write it out."""
     tensor = graph.pick(lambda t: t.dtype == "float32" and len(t.shape) > 1 and t.shape[-1] not in (SYMBOL, 0))
-    if tensor is None or SYMBOL in tensor.shape[1:] or 0 in tensor.shape:
+    if tensor is None or SYMBOL in tensor.shape[1:] or not graph.has_elements(tensor):
         return
     graph.draw(st.sampled_from([_layer_norm, _rms_norm, _gelu, _silu, _softmax]))(graph, tensor)
 

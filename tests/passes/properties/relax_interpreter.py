@@ -160,7 +160,8 @@ def _instance_norm(call: tvm.ir.Call, x: np.ndarray, scale: np.ndarray, shift: n
 
 
 def _group_norm(call: tvm.ir.Call, x: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    grouped = x.reshape(x.shape[0], int(call.attrs.num_groups), -1)
+    groups = int(call.attrs.num_groups)
+    grouped = x.reshape(x.shape[0], groups, math.prod(x.shape[1:]) // groups)
     channels = (-1, *(1,) * (x.ndim - 2))
     normalized = _normalized(grouped, [2], call.attrs.epsilon).reshape(x.shape)
     return normalized * scale.reshape(channels) + shift.reshape(channels)

@@ -18,7 +18,7 @@ import onnx.shape_inference
 import pytest
 import tvm
 import tvm.ir
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
@@ -40,9 +40,14 @@ COUNTEREXAMPLES = sorted((Path(__file__).parent / "counterexamples").glob("*.onn
 def budget(examples: int) -> settings:
     """Return a fixed budget, the same examples every time; a random session where the environment asks for one."""
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-    if _EXAMPLES:
-        return settings(max_examples=_EXAMPLES, deadline=None, derandomize=False, suppress_health_check=slow)
-    return settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=slow)
+    return settings(
+        max_examples=_EXAMPLES or examples,
+        derandomize=not _EXAMPLES,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=slow,
+    )
 
 
 @cache
