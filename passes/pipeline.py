@@ -32,6 +32,7 @@ _PASSES = {
     "recognize-softmax": ("passes.recognize_softmax", "RecognizeSoftmax"),
     "pack-quantized-weights": ("passes.pack_quantized_weights", "PackQuantizedWeights"),
     "quantize-weights": ("passes.quantize_weights", "QuantizeWeights"),
+    "scale-batch-norm": ("passes.scale_batch_norm", "ScaleBatchNorm"),
     "simplify-algebra": ("passes.simplify_algebra", "SimplifyAlgebra"),
     "simplify-casts": ("passes.simplify_casts", "SimplifyCasts"),
     "simplify-shapes": ("passes.simplify_shapes", "SimplifyShapes"),
@@ -51,6 +52,7 @@ DEFAULT = ",".join(
         "recognize-normalization",
         "absorb-scales",
         "fold-batch-norm",
+        "scale-batch-norm",
         "fuse-attention",
         "eliminate-common-subexpressions",  # of the masks that attentions share
         "fold-constants",
