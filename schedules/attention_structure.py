@@ -151,9 +151,8 @@ class _Matcher:
         value = _value_at(self._producer(weight.source), weight.indices)
         zero_if_empty = False
         if isinstance(value, tirx.Select):
-            positive, value = value.condition, value.true_value
-            _require(isinstance(positive, tirx.GT) and isinstance(positive.a, TensorLoad) and _is_zero(positive.b))
-            zero_if_empty = True
+            _require(_is_positive(value.condition) and _is_zero(value.false_value))
+            value, zero_if_empty = value.true_value, True
         _require(isinstance(value, tirx.Div))
         _require(isinstance(value.a, TensorLoad) and isinstance(value.b, TensorLoad))
         return value.a, value.b, zero_if_empty
@@ -172,6 +171,13 @@ class _Matcher:
 def _require(condition: bool) -> None:
     if not condition:
         raise _Mismatch
+
+
+def _is_positive(condition: Expr) -> bool:
+    """Return whether a condition says that a number is greater than 0, which TVM may have turned around."""
+    if isinstance(condition, tirx.LT):
+        return _is_zero(condition.a) and isinstance(condition.b, TensorLoad)
+    return isinstance(condition, tirx.GT) and _is_zero(condition.b) and isinstance(condition.a, TensorLoad)
 
 
 def _is_zero(expression: Expr) -> bool:
