@@ -37,7 +37,6 @@ _BINARY: dict[str, Callable[[tvm.ir.Expr, tvm.ir.Expr], tvm.ir.Expr]] = {
     "relax.logical_and": tirx.And,
     "relax.logical_or": tirx.Or,
 }
-_ARITHMETIC = ("relax.add", "relax.subtract", "relax.multiply", "relax.divide", "relax.maximum", "relax.minimum")
 _UNARY: dict[str, Callable[[tvm.ir.Expr], tvm.ir.Expr]] = {
     "relax.logical_not": tirx.Not,
     "relax.tanh": tirx.tanh,
