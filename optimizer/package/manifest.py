@@ -16,7 +16,7 @@ from optimizer.package.dtypes import ITEM_BYTES
 from optimizer.package.json_records import JsonValue, decode, encode, parse
 
 FORMAT = "optimizer-package"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 DIGEST_NAME = "manifest.sha256"
 MAX_MANIFEST_BYTES = 16 << 20

@@ -127,7 +127,7 @@ def test_arbitrary_bytes_are_refused(text: bytes) -> None:
         b'{"format": "optimizer-package", "format": "optimizer-package"}',
         b'{"format": "optimizer-package", "format_version": NaN}',
         b'{"format": "optimizer-package", "format_version": true}',
-        b'{"format": "optimizer-package", "format_version": 1}',
+        b'{"format": "optimizer-package", "format_version": 2}',
         b"\xff\xfe",
         b"",
     ],
@@ -138,9 +138,11 @@ def test_hostile_documents_are_refused(text: bytes) -> None:
         Manifest.from_json(text)
 
 
-def test_newer_format_version_says_what_to_do(draft: Manifest) -> None:
-    document = json.loads(draft.to_json()) | {"format_version": 2}
-    with pytest.raises(PackageError, match="has format version 2, this version reads 1; compile the model again"):
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_format_version_says_what_to_do(draft: Manifest, version: int) -> None:
+    document = json.loads(draft.to_json()) | {"format_version": version}
+    message = f"has format version {version}, this version reads 2; compile the model again"
+    with pytest.raises(PackageError, match=message):
         Manifest.from_json(json.dumps(document).encode())
 
 
