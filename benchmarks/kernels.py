@@ -12,16 +12,18 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-Bound = Literal["compute", "copy", "read"]
+Bound = Literal["compute", "integer", "copy", "read"]
 _FLOAT_BYTES = 4
 # Convolutions stand in chains of this length, as in networks: a layout that only the first and the last one pay for
 # is not counted against each.
 _CHAIN = 8
+_WEIGHT_BLOCK = 32
+_FEW_ROWS = 8
 
 
 @dataclass(frozen=True)
 class KernelCase:
-    """A kernel, what bounds it at best, and its work: floating-point operations, or bytes moved."""
+    """A kernel, what bounds it at best, and its work: floating-point or 8-bit operations, or bytes moved."""
 
     name: str
     model: onnx.ModelProto
@@ -42,6 +44,11 @@ def cases() -> Iterator[KernelCase]:
                     (128, 3072, 768), (128, 768, 3072), (1500, 384, 384), (385, 511, 767)):  # fmt: skip
         yield _matmul(m, n, k)
     yield _gemv(4096, 4096)
+    for n, k in ((1536, 576), (49152, 576), (4864, 896), (896, 4864), (8192, 2048), (2048, 8192), (128256, 2048)):
+        yield _quantized(1, n, k)
+    for m in (2, 4, 8, 512):
+        for n, k in ((1536, 576), (4864, 896), (8192, 2048), (2048, 8192)):
+            yield _quantized(m, n, k)
     for channels, size in ((64, 56), (128, 28), (256, 14), (512, 7)):
         yield _convolutions(f"conv3x3_{channels}_{size}", [channels, channels], size, 3)
         yield _convolutions(f"conv1x1_{channels}_{4 * channels}_{size}", [channels, 4 * channels], size, 1)
@@ -69,6 +76,34 @@ def _gemv(n: int, k: int) -> KernelCase:
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
     model = _model(nodes, {"x": (1, k)}, {"y": (1, n)}, {"w": _weights((k, n), k)})
     return KernelCase(f"gemv_{n}x{k}", model, "read", _FLOAT_BYTES * n * k)
+
+
+def _quantized(m: int, n: int, k: int) -> KernelCase:
+    """A product with weights of 4 bits in blocks of 32, with int8 activations, of a decoder's layers or its head."""
+    generator = np.random.default_rng(0)
+    blocks = k // _WEIGHT_BLOCK
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", "w", "s"],
+        ["y"],
+        domain="com.microsoft",
+        K=k,
+        N=n,
+        bits=4,
+        block_size=_WEIGHT_BLOCK,
+        accuracy_level=4,
+    )
+    constants = {
+        "w": generator.integers(0, 256, (n, blocks, _WEIGHT_BLOCK // 2), np.uint8),
+        # Halves as most models have them: whatever computes with them may store them so.
+        "s": (generator.random((n, blocks)) / math.sqrt(k)).astype(np.float16).astype(np.float32),
+    }
+    model = _model([node], {"x": (m, k)}, {"y": (m, n)}, constants)
+    name = f"int4_{m}x{n}x{k}"
+    # Few rows are bound by reading the weights: half a byte each, and two bytes of scale for a block.
+    if m <= _FEW_ROWS:
+        return KernelCase(name, model, "read", n * k // 2 + 2 * n * blocks)
+    return KernelCase(name, model, "integer", 2 * m * n * k)
 
 
 def _convolutions(name: str, channels: list[int], size: int, kernel: int) -> KernelCase:
@@ -172,4 +207,6 @@ def _model(
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)], ir_version=10
+    )

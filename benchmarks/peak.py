@@ -20,6 +20,7 @@ from tvm.script import tirx as T  # noqa: N812 - as TVM writes it
 from benchmarks.engines import Cases, Engine, EngineError, peak_bytes
 from optimizer.compile import find_target
 from optimizer.runtime.threads import use_threads
+from schedules.intrin.integer_dot import integer_dot
 
 # Independent chains of multiply-adds: more than latency (4 cycles) times two units, fewer than the 32 registers.
 _CHAINS = 24
@@ -39,7 +40,9 @@ class Peak(Engine):
             raise EngineError("the model does not say what bounds it")
         use_threads(threads)
         start = time.perf_counter()
-        make = {"compute": _multiply_add, "copy": _copy, "read": _read}[metadata["bound"]]
+        make = {"compute": _multiply_add, "integer": _integer_multiply_add, "copy": _copy, "read": _read}[
+            metadata["bound"]
+        ]
         function, self._arguments = make(int(metadata["work"]), threads)
         self._entry = tvm.compile(function, target=find_target("host").tvm_target())["main"]
         self.compile_seconds = time.perf_counter() - start
@@ -84,6 +87,44 @@ def _multiply_add(work: int, threads: int) -> Work:
                         sums[owner, chain, T.ramp(0, 1, lanes)] = total[chain, T.ramp(0, 1, lanes)]
 
     return spin, [_filled(lanes * 2), _filled(threads, chains, lanes)]
+
+
+def _integer_multiply_add(work: int, threads: int) -> Work:
+    """Return a function of `work` operations of 8 bits, two to a multiply-add, by the target's integer dot product."""
+    dot = integer_dot(find_target("host"), bits=4)
+    if dot is None:
+        raise EngineError("the machine has no integer dot product")
+    start = dot.start(tvm.tirx.const(0, "int32"))[0]
+    kind, lanes, chains = str(start.ty.dtype).split("x", maxsplit=1)[0], int(start.ty.dtype.lanes), _CHAINS
+    steps = max(1, work // (2 * dot.lanes * dot.reduction * chains * threads))
+
+    def added(total: tvm.ir.Expr, codes: tvm.ir.Expr, activations: tvm.ir.Expr) -> tvm.ir.Expr:
+        return dot.accumulate([total], codes, activations)[0]
+
+    @T.prim_func(s_tir=True)
+    def spin(
+        codes: T.Buffer((dot.lanes,), "int32"),
+        activations: T.Buffer((1,), "int32"),
+        sums: T.Buffer((threads, chains, lanes), kind),
+    ) -> None:
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        with T.sblock("root"):
+            for thread in T.parallel(threads):
+                with T.sblock("thread"):
+                    owner = T.axis.spatial(threads, thread)
+                    total = T.sblock_alloc_buffer((chains, lanes), kind, scope="local")
+                    for chain in T.unroll(chains):
+                        total[chain, T.ramp(0, 1, lanes)] = start
+                    for _ in range(steps):
+                        for chain in T.unroll(chains):
+                            total[chain, T.ramp(0, 1, lanes)] = added(
+                                total[chain, T.ramp(0, 1, lanes)], codes[T.ramp(0, 1, dot.lanes)], activations[0]
+                            )
+                    for chain in T.unroll(chains):
+                        sums[owner, chain, T.ramp(0, 1, lanes)] = total[chain, T.ramp(0, 1, lanes)]
+
+    ones = [tvm.runtime.tensor(np.full(size, 0x01010101, np.int32)) for size in (dot.lanes, 1)]
+    return spin, [*ones, tvm.runtime.tensor(np.zeros((threads, chains, lanes), kind))]
 
 
 def _copy(work: int, threads: int) -> Work:

@@ -189,3 +189,11 @@ def store(buffer: Var, value: Expr, indices: Sequence[Expr]) -> Stmt:
 def load(buffer: Var, indices: Sequence[Expr]) -> Expr:
     """Return `buffer[indices]`."""
     return tirx.BufferLoad(buffer, list(indices))
+
+
+def prefetch(buffer: Var, indices: Sequence[Expr]) -> Stmt:
+    """Return a request to bring `buffer[indices]`, past the end or not, into the nearest cache."""
+    read, keep, data = (tirx.const(value, "int32") for value in (0, 3, 1))
+    return tirx.Evaluate(
+        tirx.call_intrin("void", "tirx.prefetch", tirx.address_of(load(buffer, indices)), read, keep, data)
+    )

@@ -29,6 +29,7 @@ from schedules.loops import (
     local,
     loop,
     parallel,
+    prefetch,
     product,
     store,
     tile_choice,
@@ -39,13 +40,15 @@ from schedules.loops import (
 )
 from schedules.matmul import follows_as_stage, split_epilogue
 from schedules.quantized_operators import QuantizedProduct
-from schedules.stages import Axis, Stage, substitute
+from schedules.stages import Axis, Stage, sequence, substitute
 from schedules.weight_layout import WeightLayout
 from targets.base import Target
 
 _NIBBLES = 0x0F0F0F0F
 # Rows that one task takes, so that few columns still make work for all cores.
 ROW_BLOCK = 128
+# How far ahead of its use a single row asks for weights: 4 KiB take as long to read as a few accesses to memory.
+PREFETCH_BYTES = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +199,7 @@ class _Emitter:
 
     def statement(self) -> Stmt:
         analysis = self.analysis
-        width = self.vectors * self.dot.lanes
+        width = max(self.vectors * self.dot.lanes, self.layout.columns)
         outer = [group.extent for group in analysis.outer]
         rows: Extent = analysis.rows.extent if analysis.rows is not None else 1
         strips, blocks = ceiling_int(analysis.columns.extent, width), ceiling(rows, ROW_BLOCK)
@@ -218,7 +221,13 @@ class _Emitter:
         sizes = [size for size in (self.rows, 4, 2, 1) if size <= self.rows]
 
         def tile(row: Expr, height: int) -> Stmt:
-            return self._tile(point, row, height, base, count)
+            # A single row reads one block of columns after the other: memory is faster so than with several at once.
+            width = self.vectors * self.dot.lanes if height > 1 else self.layout.columns
+            parts = [
+                self._tile(point, row, height, base + first, min(width, count - first))
+                for first in range(0, count, width)
+            ]
+            return sequence(parts)
 
         if isinstance(rows, int) and rows <= ROW_BLOCK:
             return tiles(rows, sizes, tile)
@@ -278,7 +287,7 @@ class _Emitter:
         def write(cell: int, values: Sequence[Expr]) -> list[Stmt]:
             return [store(partial, value, [place(cell, part)]) for part, value in enumerate(values)]
 
-        statements: list[Stmt] = []
+        statements: list[Stmt] = self._prefetches(group, base) if len(points) == 1 else []
         for cell, (r, _) in enumerate(cells):
             statements += write(cell, starts[r])
         size = self.product.activation_group
@@ -296,6 +305,16 @@ class _Emitter:
             value = load(totals, [here]) + self._scaled(exact, group, base + v * lanes, points[r], sums[r])
             statements.append(store(totals, value, [here]))
         return with_local([partial], statements)
+
+    def _prefetches(self, group: Expr, column: Expr) -> list[Stmt]:
+        """Return requests for the codes that a single row needs soon: hardware looks no further than a page."""
+        layout = self.layout
+        steps = self.product.activation_group // layout.step
+        ahead = PREFETCH_BYTES // (layout.columns * layout.reduction)
+        first = tirx.floormod(column, index(layout.columns)) * layout.reduction
+        block = tirx.floordiv(column, index(layout.columns))
+        source = self.operands.packed.source
+        return [prefetch(source, [block, group * steps + step + ahead, first]) for step in range(steps)]
 
     def _codes(self, step: Expr, column: Expr) -> list[Expr]:
         """Return the codes of one step for a vector of columns: bytes, as int32 lanes, in the order of K."""
