@@ -77,7 +77,7 @@ def _results(function: relax.Function) -> set[relax.Var]:
     while pending:
         expr = pending.pop()
         if isinstance(expr, relax.Tuple):
-            pending += expr.fields
+            pending.extend(expr.fields)  # `+=` would make a TVM array of the list
         elif isinstance(expr, relax.Var) and expr not in results:
             results.add(expr)
             if isinstance(values.get(expr), relax.Var | relax.Tuple):

@@ -22,6 +22,7 @@ _PASSES = {
     "absorb-scales": ("passes.absorb_scales", "AbsorbScales"),
     "block-channels": ("passes.block_channels", "BlockChannels"),
     "cancel-transposes": ("passes.cancel_transposes", "CancelTransposes"),
+    "combine-products": ("passes.combine_products", "CombineProducts"),
     "convert-precision": ("passes.convert_precision", "ConvertPrecision"),
     "eliminate-common-subexpressions": ("passes.eliminate_common_subexpressions", "EliminateCommonSubexpressions"),
     "fold-batch-norm": ("passes.fold_batch_norm", "FoldBatchNorm"),
@@ -53,6 +54,7 @@ DEFAULT = ",".join(
         "absorb-scales",
         "fold-batch-norm",
         "scale-batch-norm",
+        "combine-products",
         "fuse-attention",
         "eliminate-common-subexpressions",  # of the masks that attentions share
         "fold-constants",
