@@ -168,7 +168,7 @@ def _export(
             torch.onnx.export(
                 module,
                 arguments,
-                path,
+                str(path),  # with any other path object this exporter refuses models over 2 GiB
                 input_names=names,
                 output_names=list(module.outputs),
                 dynamo=False,

@@ -13,6 +13,7 @@ from schedules.family import Kernel, Parameters, defaults, work_of
 from schedules.inline import inline
 from schedules.intrin import vector_math
 from schedules.kernels import cut
+from schedules.quotients import truncate_quotients
 from schedules.registry import FAMILIES
 from schedules.report import SCHEDULED, KernelReport, is_scheduled
 from schedules.stages import OpaqueStage, StagedFunction, parse, sequence
@@ -68,7 +69,7 @@ def schedule_function(
         # Not foreseen by any family: the function as it came is slow, but right.
         report = KernelReport(name, "opaque", reason=f"the schedule would use {', '.join(sorted(lost))} undefined")
         rebuilt = function
-    return rebuilt.with_attr(SCHEDULED, True), replace(report, regions=len(kernels))
+    return truncate_quotients(rebuilt).with_attr(SCHEDULED, True), replace(report, regions=len(kernels))
 
 
 def _kernels(staged: StagedFunction) -> list[Kernel | OpaqueStage]:

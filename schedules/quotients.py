@@ -1,0 +1,64 @@
+"""Quotients and remainders by symbolic sizes as the machine's own, which truncate.
+
+For numbers that are not negative truncation is the floor. TVM cannot see that loop variables divided by symbols are
+such numbers, and makes every quotient and remainder a chain of comparisons; where one stands in the other, as in a
+reshape between symbolic shapes, the chains nest, and generating their code takes minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import tvm_ffi
+from tvm import tirx
+from tvm.ir import Expr, Var
+
+_MONOTONE = (tirx.Add, tirx.Mul, tirx.FloorDiv, tirx.Div, tirx.Mod, tirx.Min)
+
+
+def truncate_quotients(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Return `function` with floordiv and floormod by symbolic sizes truncating, where no operand can be negative."""
+    known = _sizes(function) | _counters(function)
+
+    def visit(expression: tirx.FloorDiv | tirx.FloorMod, mutator: tvm_ffi.StructuralMutator) -> Expr:
+        rewritten = mutator.default_mutate(expression)
+        if not isinstance(rewritten, tirx.FloorDiv | tirx.FloorMod) or not _truncates(rewritten, known):
+            return rewritten
+        truncating = tirx.truncdiv if isinstance(rewritten, tirx.FloorDiv) else tirx.truncmod
+        return truncating(rewritten.a, rewritten.b)
+
+    body = tvm_ffi.structural_mutate(function.body, [(tirx.FloorDiv, visit), (tirx.FloorMod, visit)])
+    return function.with_body(body)
+
+
+def _truncates(expression: tirx.FloorDiv | tirx.FloorMod, known: Set[Var]) -> bool:
+    """Return whether a quotient or remainder is by a symbol, and of numbers that are not negative."""
+    if isinstance(expression.b, tirx.IntImm):
+        return False
+    return _is_natural(expression.a, known) and _is_natural(expression.b, known)
+
+
+def _sizes(function: tirx.PrimFunc) -> set[Var]:
+    """Return the symbols that are dimensions of parameters."""
+    buffers = [parameter for parameter in function.params if tirx.is_buffer_var(parameter)]
+    return {extent for buffer in buffers for extent in buffer.shape if isinstance(extent, Var)}
+
+
+def _counters(function: tirx.PrimFunc) -> set[Var]:
+    """Return the variables of loops that begin at zero."""
+    loops: list[tirx.For] = []
+    tvm_ffi.structural_walk(function.body, (tirx.For, loops.append))
+    return {loop.loop_var for loop in loops if isinstance(loop.min, tirx.IntImm) and int(loop.min) == 0}
+
+
+def _is_natural(expression: Expr, known: Set[Var]) -> bool:
+    """Return whether an index expression cannot be negative where the variables of `known` are not."""
+    if isinstance(expression, tirx.IntImm):
+        return int(expression) >= 0
+    if isinstance(expression, Var):
+        return expression in known
+    if isinstance(expression, tirx.Max):
+        return _is_natural(expression.a, known) or _is_natural(expression.b, known)
+    if isinstance(expression, tirx.FloorMod):
+        return _is_natural(expression.b, known)
+    return isinstance(expression, _MONOTONE) and all(_is_natural(part, known) for part in (expression.a, expression.b))

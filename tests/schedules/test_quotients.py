@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import numpy as np
+import tvm_ffi
+from tvm import relax, te, tirx
+from tvm.relax import op
+
+from schedules import schedule_function, schedule_module
+from tests.schedules.execution import TARGET, build, normal, run
+
+
+def _flooring(function: tirx.PrimFunc) -> list[tirx.FloorDiv | tirx.FloorMod]:
+    found: list[tirx.FloorDiv | tirx.FloorMod] = []
+    tvm_ffi.structural_walk(function.body, [(tirx.FloorDiv, found.append), (tirx.FloorMod, found.append)])
+    return found
+
+
+def _flat_log(x: relax.Var) -> relax.Expr:
+    rows, columns, depth = x.ty.shape
+    return op.log(op.reshape(x, (rows * columns * depth,)))
+
+
+def test_a_reshape_of_symbolic_sizes_truncates_every_quotient_by_one() -> None:
+    module, _ = schedule_module(build(_flat_log, [("n", "m", "k")], ["float32"]), TARGET)
+    functions = [function for _, function in module.functions_items() if isinstance(function, tirx.PrimFunc)]
+    assert functions
+    for function in functions:
+        assert all(isinstance(quotient.b, tirx.IntImm) for quotient in _flooring(function))
+
+
+def test_a_reshape_of_symbolic_sizes_keeps_its_values() -> None:
+    x = np.abs(normal(3, 5, 7)) + 1
+    result, _ = run(_flat_log, [x], [("n", "m", "k")])
+    np.testing.assert_allclose(result, np.log(x).reshape(-1), rtol=1e-6)
+
+
+def test_a_quotient_of_what_may_be_negative_keeps_rounding_down() -> None:
+    n = tirx.Var("n", "int64")
+    offset = tirx.Var("offset", "int64")
+    data = te.placeholder((n,), name="data")
+    moved = te.compute((n,), lambda i: data[tirx.floormod(tirx.floordiv(i + offset, n), n)], name="moved")
+    function, _ = schedule_function(te.create_prim_func([data, offset, moved]), TARGET)
+    assert any(isinstance(quotient.b, tirx.Var) for quotient in _flooring(function))
