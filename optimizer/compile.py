@@ -24,6 +24,7 @@ from optimizer.packaging import companions, describe
 from optimizer.progress import Silent, Timeline, Watcher
 from optimizer.runtime.machine import count_physical_cores_by_default
 from optimizer.symbolic_arguments import passed_in_order_of_use
+from optimizer.tuning.log import SHIPPED, Decisions, TuningLog, decisions_of
 from optimizer.weights import LiftedModule, lift_weights
 from passes import pipeline
 from passes.base import Pass
@@ -41,7 +42,8 @@ class CompileOptions:
 
     `dump_ir` is a folder that the module is written to after each pass and each step of lowering.
     `weights` ("int8", "int4") quantizes constant weights in groups of `weight_group` by `weight_method`; products with
-    quantized weights compute in `activations` ("int8", "float", or "auto": as the target does best).
+    quantized weights compute in `activations` ("int8", "float", or "auto": as the target does best). `tuning_log` is
+    the folder of the logs that decide schedules, None for the target's defaults alone.
     """
 
     target: Target
@@ -53,6 +55,7 @@ class CompileOptions:
     weight_group: int = 32
     weight_method: str = "rtn"
     activations: str = "auto"
+    tuning_log: Path | None = SHIPPED
 
     @property
     def notation(self) -> str:
@@ -84,13 +87,17 @@ class CompileOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model up to scheduled TIR: `imported` before the passes, `rewritten` after them, then lowered and lifted."""
+    """A model up to scheduled TIR: `imported` before the passes, `rewritten` after them, then lowered and lifted.
+
+    `decisions` are those that the tuning log had for the target.
+    """
 
     imported: ImportedModel
     passes: tuple[pipeline.PassRecord, ...]
     rewritten: tvm.IRModule
     lowered: LoweredModule
     lifted: LiftedModule
+    decisions: Decisions
 
 
 @dataclass(frozen=True)
@@ -178,9 +185,16 @@ def _plan(model: onnx.ModelProto, options: CompileOptions, timeline: Timeline, b
         with timeline.stage("passes"):
             rewritten, records = _run_passes(imported.module, options, dump)
         with timeline.stage("lower"):
-            lowered = lower(rewritten, options.target, dump)
+            decisions = _decisions(options)
+            lowered = lower(rewritten, options.target, dump, decisions.decide)
             lifted = lift_weights(lowered.module)
-    return Plan(imported, records, rewritten, lowered, lifted)
+    return Plan(imported, records, rewritten, lowered, lifted, decisions)
+
+
+def _decisions(options: CompileOptions) -> Decisions:
+    if options.tuning_log is None:
+        return Decisions({})
+    return decisions_of(TuningLog(options.tuning_log, options.target.name).read(), options.target)
 
 
 def parse_passes(options: CompileOptions) -> tuple[Pass, ...]:

@@ -66,6 +66,18 @@ class OptionError(OptimizerError):
     exit_code = 10
 
 
+class TuningError(OptimizerError):
+    """Tuning found nothing that runs, or its device does not answer."""
+
+    exit_code = 11
+
+
+class TuningLogError(OptimizerError):
+    """A tuning log is malformed, or cannot be read or written."""
+
+    exit_code = 12
+
+
 @dataclass(frozen=True)
 class Blocker:
     """One reason why a model cannot be imported, and the node that it stands at."""

@@ -17,7 +17,7 @@ from optimizer.shape_heap import lower_shapes
 from optimizer.symbolic_arguments import keep_symbolic_functions_apart
 from passes.fold_constants import FoldConstants
 from passes.provenance import carry
-from schedules import KernelReport, schedule_module
+from schedules import Decide, KernelReport, by_default, schedule_module
 from schedules.prepack import prepack
 from targets.base import Target
 from targets.device_code import generating_source
@@ -63,22 +63,39 @@ _FINISH = (
 )
 
 # TVM's elimination of common subexpressions fails on vectors of booleans; LLVM and nvcc do the same later.
-_CODE_GENERATION = {"tirx.disable_cse_tir": True}
+CODE_GENERATION = {"tirx.disable_cse_tir": True}
 
 
 @dataclass(frozen=True)
 class LoweredModule:
-    """A module whose operators are TIR functions with a schedule, and what schedule each one got."""
+    """A module whose operators are TIR functions with a schedule, and what schedule each one got.
+
+    `unscheduled` is the module before that.
+    """
 
     module: tvm.IRModule
     kernels: tuple[KernelReport, ...]
+    unscheduled: tvm.IRModule
 
 
-def lower(module: tvm.IRModule, target: Target, after: Callable[[str, tvm.IRModule], None] = ignore) -> LoweredModule:
+def lower(
+    module: tvm.IRModule,
+    target: Target,
+    after: Callable[[str, tvm.IRModule], None] = ignore,
+    decide: Decide = by_default,
+) -> LoweredModule:
     """Turn Relax operators into fused TIR functions and schedule each of them for `target`.
 
-    `after` is called with the name of each step and the module after it.
+    `after` is called with the name of each step and the module after it; `decide` may replace a schedule's defaults.
     """
+    unscheduled = fuse(module, target, after)
+    scheduled, kernels = schedule_module(unscheduled, target, decide)
+    after("schedule", scheduled)
+    return LoweredModule(scheduled, with_calls(kernels, scheduled), unscheduled)
+
+
+def fuse(module: tvm.IRModule, target: Target, after: Callable[[str, tvm.IRModule], None] = ignore) -> tvm.IRModule:
+    """Turn Relax operators into fused TIR functions that read weights as `target` wants them, without schedules."""
     with target.tvm_target():
         module = _run(module, _LEGALIZE, after)
         grouped = carry_into_groups(module, relax.transform.FuseOps()(module))
@@ -88,9 +105,7 @@ def lower(module: tvm.IRModule, target: Target, after: Callable[[str, tvm.IRModu
     packed, _ = prepack(module, target)
     module = carry(module, relax.transform.DeadCodeElimination()(packed))
     after("prepack", module)
-    scheduled, kernels = schedule_module(module, target)
-    after("schedule", scheduled)
-    return LoweredModule(scheduled, with_calls(kernels, scheduled))
+    return module
 
 
 def _run(module: tvm.IRModule, transforms: _Transforms, after: Callable[[str, tvm.IRModule], None]) -> tvm.IRModule:
@@ -103,7 +118,7 @@ def _run(module: tvm.IRModule, transforms: _Transforms, after: Callable[[str, tv
 def build(module: tvm.IRModule, target: Target) -> relax.VMExecutable:
     """Generate code for a module whose TIR functions are scheduled."""
     tvm_target = target.tvm_target()
-    with tvm_target, generating_source(), tvm.transform.PassContext(config=_CODE_GENERATION):
+    with tvm_target, generating_source(), tvm.transform.PassContext(config=CODE_GENERATION):
         for transform in _FINISH:
             module = transform()(module)
         return relax.build(module, tvm_target, relax_pipeline=None)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def describe(source: ModelFile, plan: Plan, target: Target) -> Manifest:
     """Return the manifest of a compiled model, without what the package writer adds (files, weights, certificate)."""
-    workloads = tuple(kernel.function for kernel in plan.lowered.kernels)
+    kernels = plan.lowered.kernels
     return Manifest(
         producer=Producer(
             metadata.version("optimizer"), metadata.version("apache-tvm"), metadata.version("apache-tvm-ffi")
@@ -44,8 +44,11 @@ def describe(source: ModelFile, plan: Plan, target: Target) -> Manifest:
         weight_scheme=weight_scheme(plan),
         kv_cache_scheme="none",
         passes=tuple(PassRecord(record.item.name, _options(record.item)) for record in plan.passes),
-        tuning=TuningRecord((), workloads),
-        kernels=tuple(KernelRecord(kernel.function, kernel.family, kernel.nodes) for kernel in plan.lowered.kernels),
+        tuning=TuningRecord(
+            tuple(kernel.function for kernel in kernels if kernel.tuned),
+            tuple(kernel.function for kernel in kernels if not kernel.tuned),
+        ),
+        kernels=tuple(KernelRecord(kernel.function, kernel.family, kernel.nodes) for kernel in kernels),
     )
 
 

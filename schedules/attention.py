@@ -27,6 +27,7 @@ class Attention:
     """Blocks of queries in lanes, keys and values read in place."""
 
     name = "attention"
+    version = 1
 
     def takes(self, kernel: Kernel, target: Target) -> AttentionAnalysis | None:
         """Return the analysis of a kernel that is one attention."""

@@ -60,6 +60,7 @@ class Convolution:
     """Direct convolution in vectors along a flat spatial axis."""
 
     name = "convolution"
+    version = 1
 
     def takes(self, kernel: Kernel, target: Target) -> ConvolutionAnalysis | None:
         """Return the analysis of a reduction one of whose reads slides over the output's trailing axes."""

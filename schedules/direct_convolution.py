@@ -59,6 +59,7 @@ class DirectConvolution:
     """Register tiles of blocks of channels by columns of an image."""
 
     name = "direct-convolution"
+    version = 1
 
     def takes(self, kernel: Kernel, target: Target) -> ChannelWindows | None:
         """Return the analysis of a sliding reduction over blocked channels of the target's width."""

@@ -29,6 +29,7 @@ class Elementwise:
     """Outer axes in parallel, the contiguous one in vectors."""
 
     name = "elementwise"
+    version = 1
 
     def takes(self, kernel: Kernel, target: Target) -> ElementwiseAnalysis | None:
         """Return the analysis of a single stage without reduction."""

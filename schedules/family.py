@@ -44,9 +44,13 @@ Space = tuple[Choice, ...]
 
 
 class Family(Protocol, Generic[Analysis]):
-    """A kind of kernel that is scheduled in one way."""
+    """A kind of kernel that is scheduled in one way.
+
+    `version` counts the changes of what its parameters mean: decisions that were tuned for another one do not apply.
+    """
 
     name: str
+    version: int
 
     def takes(self, kernel: Kernel, target: Target) -> Analysis | None:
         """Return what the schedule needs to know of `kernel`, or None where it is of another family."""

@@ -52,6 +52,7 @@ class Matmul:
     """Register-tiled contraction of two operands."""
 
     name = "matmul"
+    version = 1
 
     def takes(self, kernel: Kernel, target: Target) -> MatmulAnalysis | None:
         """Return the analysis of a reduction in which each operand lacks an axis that the other has."""

@@ -81,6 +81,7 @@ class QuantizedMatmul:
     """Register-tiled product with packed weights of 4 or 8 bits."""
 
     name = "quantized-matmul"
+    version = 1
 
     def takes(self, kernel: Kernel, target: Target) -> QuantizedMatmulAnalysis | None:
         """Return the analysis of a reduction whose value is a quantized product's, term by term."""

@@ -37,6 +37,7 @@ class Reduction:
     """Lanes along a contiguous axis: the output's where there is one, else the reduced one."""
 
     name = "reduction"
+    version = 1
 
     def takes(self, kernel: Kernel, target: Target) -> ReductionAnalysis | None:
         """Return the analysis of any reduction, with what follows it where that corresponds one to one."""

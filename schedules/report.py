@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from tvm import tirx
 
+from schedules.family import Space
+
 # The attribute by which TVM's own passes, too, know a function that needs no schedule.
 SCHEDULED = "tirx.is_scheduled"
 
@@ -22,6 +24,8 @@ class KernelReport:
 
     `regions` is how many loop nests the function runs one after the other, each reading what those before it stored.
     `operators` are those that it computes, in order; `nodes` the names of the ONNX nodes behind each call of it.
+    `workload` identifies what the function computes (see `schedules.workload`), `space` holds the parameters that its
+    main kernel may be tuned by, of the family's schedule `version`; `tuned` says that a decision replaced defaults.
     """
 
     function: str
@@ -31,3 +35,7 @@ class KernelReport:
     regions: int = 1
     operators: tuple[str, ...] = ()
     nodes: tuple[tuple[str, ...], ...] = ()
+    workload: str = ""
+    space: Space = ()
+    version: int = 0
+    tuned: bool = False

@@ -54,6 +54,7 @@ class Rowwise:
     """Rows in parallel, every step of a row in one task, vectors along the row."""
 
     name = "rowwise"
+    version = 1
 
     def takes(self, kernel: Kernel, target: Target) -> RowwiseAnalysis | None:
         """Return the analysis of a kernel of several stages with leading axes in common."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import tvm
@@ -17,13 +18,23 @@ from schedules.quotients import truncate_quotients
 from schedules.registry import FAMILIES
 from schedules.report import SCHEDULED, KernelReport, is_scheduled
 from schedules.stages import OpaqueStage, StagedFunction, parse, sequence
+from schedules.workload import identity
 from targets.base import Target
 
+# Returns the parameters to replace defaults by, or None, from a report whose family, version and space are known.
+Decide = Callable[[KernelReport], Parameters | None]
 
-def schedule_module(module: tvm.IRModule, target: Target) -> tuple[tvm.IRModule, tuple[KernelReport, ...]]:
+
+def by_default(_: KernelReport) -> None:
+    """Decide nothing: every kernel gets its target's default schedule."""
+
+
+def schedule_module(
+    module: tvm.IRModule, target: Target, decide: Decide = by_default
+) -> tuple[tvm.IRModule, tuple[KernelReport, ...]]:
     """Return `module` with every TIR function that is not yet scheduled scheduled for `target`, and what was done.
 
-    Relax functions are left as they are.
+    `decide` may replace the default parameters of a function's main kernel. Relax functions are left as they are.
     """
     reports = []
     scheduled = dict(module.functions_items())
@@ -32,19 +43,25 @@ def schedule_module(module: tvm.IRModule, target: Target) -> tuple[tvm.IRModule,
             if target.device == "cuda":
                 scheduled[variable], report = cuda.schedule_function(function, target, variable.name_hint)
             else:
-                scheduled[variable], report = schedule_function(function, target, name=variable.name_hint)
+                scheduled[variable], report = schedule_function(
+                    function, target, name=variable.name_hint, decide=decide
+                )
             reports.append(report)
     result = tvm.IRModule(scheduled, attrs=module.attrs, global_infos=module.global_infos)
     return result, tuple(reports)
 
 
 def schedule_function(
-    function: tirx.PrimFunc, target: Target, parameters: Parameters | None = None, name: str = "main"
+    function: tirx.PrimFunc,
+    target: Target,
+    parameters: Parameters | None = None,
+    name: str = "main",
+    decide: Decide = by_default,
 ) -> tuple[tirx.PrimFunc, KernelReport]:
     """Return `function` scheduled for a CPU `target`, and its report.
 
-    `parameters` replace the defaults of its main kernel, the one with the most work; names that the kernel's family
-    does not have are an error (KeyError).
+    `parameters`, or else what `decide` returns, replace the defaults of its main kernel, the one with the most work;
+    names that the kernel's family does not have are an error (KeyError).
     """
     staged = parse(function)
     if staged is None:
@@ -52,17 +69,22 @@ def schedule_function(
     kernels = _kernels(staged)
     candidates = [kernel for kernel in kernels if isinstance(kernel, Kernel)]
     main = max(candidates, key=_weight, default=None)
+    workload = identity(function)
+
+    def choose(known: KernelReport) -> Parameters | None:
+        return decide(replace(known, function=name, workload=workload)) if parameters is None else parameters
+
     statements: list[Stmt] = []
     report = KernelReport(name, "opaque", reason="; ".join(k.reason for k in kernels if isinstance(k, OpaqueStage)))
     for kernel in kernels:
         if isinstance(kernel, OpaqueStage):
             statements.append(kernel.statement)
             continue
-        scheduled = _schedule_kernel(kernel, target, parameters if kernel is main else None)
+        scheduled = _schedule_kernel(kernel, target, choose if kernel is main else by_default)
         statements.append(scheduled.statement)
         if kernel is main:
-            reason = "; ".join(filter(None, (report.reason, scheduled.reason)))
-            report = KernelReport(name, scheduled.family, scheduled.parameters, reason)
+            reason = "; ".join(filter(None, (report.reason, scheduled.report.reason)))
+            report = replace(scheduled.report, function=name, workload=workload, reason=reason)
     rebuilt = staged.rebuild([vector_math.expand(statement) for statement in statements])
     lost = _undefined(rebuilt) - _undefined(function)
     if lost:
@@ -90,26 +112,32 @@ def _weight(kernel: Kernel) -> float:
 
 @dataclass(frozen=True)
 class _ScheduledKernel:
+    """A kernel's code, and what there is to report of it."""
+
     statement: Stmt
-    family: str
-    parameters: dict[str, int]
-    reason: str = ""
+    report: KernelReport
 
 
-def _schedule_kernel(kernel: Kernel, target: Target, parameters: Parameters | None) -> _ScheduledKernel:
+def _schedule_kernel(kernel: Kernel, target: Target, decide: Decide = by_default) -> _ScheduledKernel:
     reason = "; ".join(filter(None, map(fallback.needs_scalars, kernel.stages)))
     if reason:
-        return _ScheduledKernel(fallback.emit(kernel, target), fallback.NAME, {}, reason)
+        return _ScheduledKernel(fallback.emit(kernel, target), KernelReport("", fallback.NAME, reason=reason))
     for family in FAMILIES:
         analysis = family.takes(kernel, target)
-        if analysis is not None:
-            used = defaults(family.space(target, analysis))
-            for key, value in (parameters or {}).items():
-                if key not in used:
-                    raise KeyError(f"{family.name} has no parameter {key!r}; it has {', '.join(used)}")
-                used[key] = value
-            return _ScheduledKernel(family.apply(analysis, used, target), family.name, used)
+        if analysis is None:
+            continue
+        space = family.space(target, analysis)
+        used = defaults(space)
+        report = KernelReport("", family.name, used, space=space, version=family.version)
+        chosen = decide(report)
+        for key, value in (chosen or {}).items():
+            if key not in used:
+                raise KeyError(f"{family.name} has no parameter {key!r}; it has {', '.join(used)}")
+            used[key] = value
+        return _ScheduledKernel(family.apply(analysis, used, target), replace(report, tuned=chosen is not None))
     # A stage alone is elementwise or a reduction, which take whatever they are given.
     assert len(kernel.stages) > 1
-    parts = [_schedule_kernel(Kernel((stage,)), target, None).statement for stage in kernel.stages]
-    return _ScheduledKernel(sequence(parts), fallback.NAME, {}, "no family takes its stages together")
+    parts = [_schedule_kernel(Kernel((stage,)), target).statement for stage in kernel.stages]
+    return _ScheduledKernel(
+        sequence(parts), KernelReport("", fallback.NAME, reason="no family takes its stages together")
+    )

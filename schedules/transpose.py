@@ -56,6 +56,7 @@ class Transpose:
     """Square tiles through a buffer."""
 
     name = "transpose"
+    version = 1
 
     def takes(self, kernel: Kernel, target: Target) -> TransposeAnalysis | None:
         """Return the analysis of an elementwise stage with a read that is contiguous along another axis."""

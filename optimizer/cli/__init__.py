@@ -19,6 +19,8 @@ _COMMANDS = (
     "bench",
     "passes",
     "bisect",
+    "tune",
+    "logs",
     "targets",
     "doctor",
 )
@@ -50,6 +52,8 @@ _SUMMARIES = {
     "bench": "Measure a package's speed and memory on this machine.",
     "passes": "List the graph passes, what each does, and its options.",
     "bisect": "Find the first pass that breaks a model's numbers.",
+    "tune": "Choose the parameters of a model's kernels by measurement, into a log.",
+    "logs": "List, show, merge, prune, export, import and check tuning logs.",
     "targets": "List the hardware targets, and which of them this machine can execute.",
     "doctor": "Check tool chains, CPU, threads, memory bandwidth and GPU; each problem names its fix.",
 }

@@ -54,6 +54,13 @@ _EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "decoder" / "model
     show_default=True,
     help="What products with quantized weights compute in; auto: as the target does best.",
 )
+@click.option(
+    "--log",
+    type=click.Path(path_type=Path),
+    help="Folder of tuning logs that decide schedules; by default those that come with the project.",
+)
+@click.option("--no-log", is_flag=True, help="Give every kernel its default schedule, whatever the logs say.")
+@click.option("--tune", type=click.IntRange(1), metavar="N", help="Tune with N trials before compiling.")
 @click.option("--gpu-arch", "gpu_architectures", multiple=True, metavar="SM", help="CUDA architecture, such as sm_90.")
 @click.option("--no-certificate", is_flag=True, help="Do not compare the package's outputs with a reference.")
 @click.option("--explain", is_flag=True, help="Say of each pass and site: rewritten, or refused and why.")
@@ -71,6 +78,9 @@ def command(
     weight_group: str,
     weight_method: str,
     activations: str,
+    log: Path | None,
+    no_log: bool,
+    tune: int | None,
     gpu_architectures: tuple[str, ...],
     no_certificate: bool,
     explain: bool,
@@ -85,7 +95,9 @@ def command(
     """
     from optimizer.cli import compile_report, console
     from optimizer.cli.arguments import parse_shapes
+    from optimizer.cli.tune import tune_before
     from optimizer.compile import CompileOptions, compile_model, find_target, plan_model
+    from optimizer.tuning.log import SHIPPED
     from passes import pipeline
 
     model = _bundled_example() if model is None else model
@@ -99,7 +111,10 @@ def command(
         int(weight_group),
         weight_method,
         activations,
+        None if no_log else log or SHIPPED,
     )
+    if tune is not None:
+        tune_before(model, options, tune, quiet=as_json)
     destination = output or Path(f"{_stem(model)}-{options.target.name}")
     if dry_run:
         with console.StageProgress(quiet=as_json) as progress:

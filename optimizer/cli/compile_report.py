@@ -81,9 +81,16 @@ def _summary_facts(summary: Summary) -> list[tuple[str, str]]:
         ("passes", passes or "no site to rewrite"),
         ("fused", fused or "nothing"),
         ("kernels", f"{summary.kernels} ({families}), called {summary.kernel_calls} times a step{nests}"),
+        ("tuning", _tuning_text(summary)),
         ("weights", f"{bytes_text(summary.weight_bytes)} in {summary.weights} tensors ({summary.weight_bytes} bytes)"),
         *([("quantized", summary.weight_scheme)] if summary.weight_scheme != "none" else []),
     ]
+
+
+def _tuning_text(summary: Summary) -> str:
+    unusable = summary.unusable_records
+    told = f"; {len(unusable)} lines of the log are unusable, the first {unusable[0]}" if unusable else ""
+    return f"{summary.tuned} kernels from the log, {summary.kernels - summary.tuned} by default{told}"
 
 
 def _certificate_text(certificate: Certificate | None, note: str) -> str:

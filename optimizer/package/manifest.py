@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from optimizer.errors import PackageError
+from optimizer.json_records import JsonValue, RecordError, decode, encode, parse
 from optimizer.package import dimensions
 from optimizer.package.dtypes import ITEM_BYTES
-from optimizer.package.json_records import JsonValue, decode, encode, parse
 
 FORMAT = "optimizer-package"
 FORMAT_VERSION = 2
@@ -131,7 +131,7 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class TuningRecord:
-    """Workloads that the tuning log had a record for, and those that got the target's default schedule."""
+    """Kernels that the tuning log had a decision for, and those that got the target's default schedule."""
 
     hits: tuple[str, ...]
     misses: tuple[str, ...]
@@ -230,6 +230,13 @@ class Manifest:
         """Return the manifest that `text` holds; raises PackageError for anything that to_json would not write."""
         if len(text) > MAX_MANIFEST_BYTES:
             raise PackageError(f"{MANIFEST_NAME} has {len(text)} bytes, over the limit of {MAX_MANIFEST_BYTES}")
+        try:
+            return Manifest._from_document(text)
+        except RecordError as error:
+            raise PackageError(f"{error}; the package is corrupt, build it again") from error
+
+    @staticmethod
+    def _from_document(text: bytes) -> Manifest:
         document = parse(text, MANIFEST_NAME)
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise PackageError(f"{MANIFEST_NAME} does not say '{FORMAT}'; this is not a package of this compiler")

@@ -11,8 +11,12 @@ from optimizer.package import dimensions
 from optimizer.package.dtypes import numpy_dtype
 from optimizer.package.manifest import EntryPoint, Manifest, TensorSpec
 
-# Dimensions that nobody set: small, and as long as a short prompt.
 _DEFAULT_SIZE = 8
+
+
+def default_size(symbol: str) -> int:
+    """Return the size of a symbolic dimension that nobody set: one sequence or image, as long as a short prompt."""
+    return 1 if "batch" in symbol else _DEFAULT_SIZE
 
 
 def complete_inputs(
@@ -51,7 +55,7 @@ def _check_names(signature: EntryPoint, given: Mapping[str, np.ndarray], symbols
 def _symbol_values(
     manifest: Manifest, signature: EntryPoint, given: Mapping[str, np.ndarray], symbols: Mapping[str, int]
 ) -> dict[str, int]:
-    values = {symbol.name: 1 if "batch" in symbol.name else _DEFAULT_SIZE for symbol in signature.symbols}
+    values = {symbol.name: default_size(symbol.name) for symbol in signature.symbols}
     if manifest.certificate is not None and manifest.certificate.settings:
         values.update({name: size for name, size in manifest.certificate.settings[0].items() if name in values})
     for spec in signature.inputs:

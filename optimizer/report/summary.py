@@ -26,7 +26,8 @@ class Summary:
 
     `fused` maps what kernels of several operators compute to how often `main` calls them, the largest first;
     `families` counts kernels by the schedule they got; `loop_nests` is how many of them all calls of one step run;
-    `rewritten` and `refused` count the sites of each pass.
+    `rewritten` and `refused` count the sites of each pass; `tuned` counts kernels that the tuning log decided, and
+    `unusable_records` lists the lines of the log that hold nothing usable.
     """
 
     onnx_nodes: int
@@ -41,6 +42,8 @@ class Summary:
     weights: int
     weight_bytes: int
     weight_scheme: str
+    tuned: int
+    unusable_records: tuple[str, ...]
 
 
 def summarize(model: onnx.ModelProto, plan: Plan) -> Summary:
@@ -59,6 +62,8 @@ def summarize(model: onnx.ModelProto, plan: Plan) -> Summary:
         weights=len(plan.lifted.weights),
         weight_bytes=plan.lifted.weight_bytes,
         weight_scheme=weight_scheme(plan),
+        tuned=sum(kernel.tuned for kernel in kernels),
+        unusable_records=tuple(map(str, plan.decisions.unusable)),
     )
 
 

@@ -10,12 +10,14 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from optimizer.errors import PackageError
-
 JsonValue = None | bool | int | float | str | Sequence["JsonValue"] | Mapping[str, "JsonValue"]
 Record = TypeVar("Record")
 
 MAX_INTEGER = 2**63 - 1
+
+
+class RecordError(ValueError):
+    """Text is not the JSON of a record; the message says where and what."""
 
 
 def encode(record: object) -> JsonValue:
@@ -35,12 +37,12 @@ def encode(record: object) -> JsonValue:
 def parse(text: bytes, what: str) -> JsonValue:
     """Return the JSON value of UTF-8 `text`; refuses duplicate keys, NaN, and nesting that exhausts the stack.
 
-    Raises PackageError naming `what`.
+    Raises RecordError naming `what`.
     """
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise PackageError(f"{what} is not valid JSON ({error}); the package is corrupt, build it again") from error
+        raise RecordError(f"{what} is not valid JSON ({error})") from error
 
 
 def _unique_keys(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
@@ -55,14 +57,14 @@ def _no_constant(name: str) -> float:
 
 
 def decode(kind: type[Record], value: JsonValue, where: str) -> Record:
-    """Return `value` as an instance of the dataclass `kind`; raises PackageError naming the offending field."""
+    """Return `value` as an instance of the dataclass `kind`; raises RecordError naming the offending field."""
     if not isinstance(value, dict):
         raise _mismatch(where, "an object", value)
     hints = _hints(kind)
     for name in value.keys() - hints.keys():
-        raise PackageError(f"{where} has the unknown field {name!r:.80}; read it with the version that wrote it")
+        raise RecordError(f"{where} has the unknown field {name!r:.80}, of another version")
     for name in hints.keys() - value.keys():
-        raise PackageError(f"{where} lacks the field '{name}'; the package is corrupt, build it again")
+        raise RecordError(f"{where} lacks the field '{name}'")
     return kind(**{name: _decode(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
 
 
@@ -96,11 +98,11 @@ def _decode(hint: object, value: JsonValue, where: str) -> object:
 
 def _decode_union(alternatives: tuple[object, ...], value: JsonValue, where: str) -> object:
     """Try the alternatives in turn; no two of ours accept the same JSON value, except int before float."""
-    failure: PackageError | None = None
+    failure: RecordError | None = None
     for alternative in alternatives:
         try:
             return _decode(alternative, value, where)
-        except PackageError as error:
+        except RecordError as error:
             failure = error
     assert failure is not None
     raise failure
@@ -123,6 +125,6 @@ def _decode_scalar(hint: object, value: JsonValue, where: str) -> object:
     raise _mismatch(where, f"of type {expected}", value)
 
 
-def _mismatch(where: str, expected: str, value: JsonValue) -> PackageError:
+def _mismatch(where: str, expected: str, value: JsonValue) -> RecordError:
     found = type(value).__name__ if isinstance(value, list | dict) else f"{value!r:.80}"
-    return PackageError(f"{where} should be {expected} but is {found}; the package is corrupt, build it again")
+    return RecordError(f"{where} should be {expected} but is {found}")

@@ -1,0 +1,1 @@
+"""Tuning: the parameters of a model's schedules chosen by measurement, and the log that keeps them."""

@@ -1,0 +1,157 @@
+"""The process that builds and runs candidates, so that one that crashes or hangs takes nothing else with it.
+
+It holds the built candidates of one task in memory and is told over a pipe what to build and what to time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import numpy as np
+import tvm
+from tvm import tirx
+
+from optimizer.lowering import CODE_GENERATION
+from optimizer.package.dtypes import numpy_dtype
+from optimizer.runtime.tensors import Tensor
+from optimizer.runtime.threads import use_threads
+from optimizer.tuning.tasks import Argument
+from schedules import schedule_function
+from schedules.family import Parameters
+from targets.base import Target
+
+# One round of timing takes about this long, so that what wakes the threads and reads the clock does not count.
+ROUND_SECONDS = 0.01
+# Schedules sum in different orders, so results differ by rounding; a wrong schedule is off by whole elements.
+WRONG = 1e-2
+# A candidate that is this many times slower than the default in its first call is not timed again.
+HOPELESS = 4
+
+
+@dataclass(frozen=True)
+class SetTask:
+    """Forget the last task; from now on build candidates for `function` (TVM's JSON) and call them with `arguments`."""
+
+    function: str
+    arguments: tuple[Argument, ...]
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Build:
+    """Build a candidate and check its outputs against those of the first one that was built."""
+
+    parameters: Parameters
+
+
+@dataclass(frozen=True)
+class Time:
+    """Time built candidates, one after the other, `rounds` times over; the first is the default."""
+
+    candidates: tuple[int, ...]
+    rounds: int
+
+
+Command = SetTask | Build | Time
+
+
+class CandidateError(Exception):
+    """A candidate cannot be used; the message says why."""
+
+
+def serve(connection: Connection, target: Target, threads: int) -> None:
+    """Answer commands until the other side closes: ("ok", result) or ("failed", reason)."""
+    use_threads(threads)
+    bench: _TaskBench | None = None
+    while True:
+        try:
+            command: Command = connection.recv()
+        except EOFError:
+            return
+        try:
+            match command:
+                case SetTask():
+                    bench, result = _TaskBench(command, target), None
+                case Build():
+                    assert bench is not None
+                    result = bench.build(command.parameters)
+                case Time():
+                    assert bench is not None
+                    result = bench.time(command.candidates, command.rounds)
+        except Exception as error:  # whatever a schedule, LLVM or a kernel throws is one candidate's failure
+            connection.send(("failed", _first_line(error)))
+        else:
+            connection.send(("ok", result))
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
+
+
+class _TaskBench:
+    """The candidates of one task, with arguments to call them with."""
+
+    def __init__(self, task: SetTask, target: Target) -> None:
+        self._function: tirx.PrimFunc = tvm.ir.load_json(task.function)
+        self._target = target
+        generator = np.random.default_rng(0)
+        self._arguments = [_argument(argument, generator) for argument in task.arguments]
+        self._results = [tensor for tensor in self._arguments[-task.outputs :] if not isinstance(tensor, int)]
+        self._built: list[tvm.runtime.Module] = []
+        self._expected: list[np.ndarray] = []
+
+    def build(self, parameters: Parameters) -> int:
+        """Return the number of the candidate."""
+        scheduled, _ = schedule_function(self._function, self._target, parameters)
+        module = tvm.IRModule({"main": scheduled.with_attr("global_symbol", "main")})
+        with tvm.transform.PassContext(config=CODE_GENERATION):
+            built = tvm.compile(module, self._target.tvm_target()).jit()
+        self._check(built)
+        self._built.append(built)
+        return len(self._built) - 1
+
+    def _check(self, built: tvm.runtime.Module) -> None:
+        built["main"](*self._arguments)
+        results = [np.asarray(tensor.numpy()) for tensor in self._results]
+        if not self._built:
+            self._expected = [result.copy() for result in results]
+            return
+        for result, expected in zip(results, self._expected, strict=True):
+            off = np.abs(result.astype(np.float64) - expected.astype(np.float64))
+            scale = np.abs(expected.astype(np.float64))
+            finite = np.isfinite(scale)
+            if not np.array_equal(np.isfinite(result.astype(np.float64)), finite):
+                raise CandidateError("wrong result: other elements are finite")
+            if finite.any() and off[finite].max() > WRONG * max(1.0, scale[finite].max()):
+                raise CandidateError(f"wrong result: off by {off[finite].max():.1e}")
+
+    def time(self, candidates: tuple[int, ...], rounds: int) -> list[list[float]]:
+        """Return seconds per call for each candidate and round; one time only for a hopeless one."""
+        once = [self._evaluate(candidate, 1) for candidate in candidates]
+        times: list[list[float]] = [[seconds] if seconds > HOPELESS * once[0] else [] for seconds in once]
+        for _ in range(rounds):
+            for candidate, seconds, taken in zip(candidates, once, times, strict=True):
+                if seconds <= HOPELESS * once[0]:
+                    taken.append(self._evaluate(candidate, max(1, math.ceil(ROUND_SECONDS / max(seconds, 1e-7)))))
+        return times
+
+    def _evaluate(self, candidate: int, calls: int) -> float:
+        evaluator = self._built[candidate].time_evaluator("main", tvm.cpu(), number=calls, repeat=1)
+        return float(evaluator(*self._arguments).results[0])
+
+
+def _argument(argument: Argument, generator: np.random.Generator) -> Tensor | int:
+    """Return random values: floats about 0, integers 0 or 1 (valid as an index), bytes of packed weights any."""
+    if argument.scalar is not None:
+        return argument.scalar
+    dtype = numpy_dtype(argument.dtype)
+    if argument.dtype in ("int8", "uint8"):
+        values = generator.integers(0, 100, argument.shape).astype(dtype)
+    elif argument.dtype == "bool" or argument.dtype.startswith(("int", "uint")):
+        values = generator.integers(0, 2, argument.shape).astype(dtype)
+    else:
+        values = (generator.standard_normal(argument.shape) * 0.25).astype(dtype)
+    return tvm.runtime.tensor(values)

@@ -1,0 +1,163 @@
+"""The tuning log: a folder per target, a text file per operator family, one record a line, only ever appended to.
+
+Lines of two branches may be merged in any order. A line that a crash cut short is reported and passed over; the next
+record begins on a line of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from optimizer.errors import TuningLogError
+from optimizer.json_records import RecordError
+from optimizer.tuning.records import Record, target_digest
+from schedules import KernelReport
+from schedules.family import Parameters, Space
+from targets.base import Target
+
+SUFFIX = ".jsonl"
+SHIPPED = Path(__file__).resolve().parents[2] / "tuning_logs"
+"""The logs that come with the project."""
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A line that holds no record, or one that does not belong where it stands."""
+
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class LogContents:
+    """All that a target's log holds."""
+
+    records: tuple[Record, ...]
+    unusable: tuple[Unusable, ...]
+
+
+class TuningLog:
+    """The records of one target under `root` (a folder that holds one folder per target)."""
+
+    def __init__(self, root: Path, target: str) -> None:
+        self.folder: Path = root / target
+        self.target: str = target
+
+    def read(self) -> LogContents:
+        """Return all records; raises TuningLogError where a file cannot be read. No folder is an empty log."""
+        records: list[Record] = []
+        unusable: list[Unusable] = []
+        if self.folder.is_dir():
+            for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+                for item in _read_file(path, self.target):
+                    (records if isinstance(item, Record) else unusable).append(item)  # pyright: ignore[reportArgumentType]
+        return LogContents(tuple(records), tuple(unusable))
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Add records, each durable when this returns; raises TuningLogError where the folder cannot be written."""
+        by_family: dict[str, list[Record]] = {}
+        for record in records:
+            by_family.setdefault(record.family, []).append(record)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for family, lines in by_family.items():
+                _append_lines(self.folder / f"{family}{SUFFIX}", [record.to_line() for record in lines])
+        except OSError as error:
+            raise TuningLogError(f"cannot write to {self.folder}: {error}; give another folder with --log") from error
+
+    def replace(self, records: Iterable[Record]) -> None:
+        """Write the log anew with `records` alone; each file is whole or as it was."""
+        by_family: dict[str, list[bytes]] = {path.stem: [] for path in self.folder.glob(f"*{SUFFIX}")}
+        for record in records:
+            by_family.setdefault(record.family, []).append(record.to_line())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for family, lines in by_family.items():
+            path = self.folder / f"{family}{SUFFIX}"
+            if not lines:
+                path.unlink()
+                continue
+            temporary = path.with_suffix(".partial")
+            temporary.write_bytes(b"".join(line + b"\n" for line in lines))
+            temporary.replace(path)
+
+
+def _read_file(path: Path, target: str) -> Iterator[Record | Unusable]:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise TuningLogError(f"cannot read {path}: {error}") from error
+    for number, line in enumerate(text.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            record = Record.from_line(line)
+        except RecordError as error:
+            yield Unusable(place, str(error))
+            continue
+        if record.origin.target != target:
+            yield Unusable(place, f"it is of target {record.origin.target}, in the folder of {target}")
+        elif record.family != path.stem:
+            yield Unusable(place, f"it is of family {record.family}, in the file of {path.stem}")
+        else:
+            yield record
+
+
+def _append_lines(path: Path, lines: list[bytes]) -> None:
+    # Written at once and flushed: a crash leaves at most one line cut short, and never touches those before it.
+    with path.open("ab") as file:
+        cut_short = file.tell() > 0 and not _ends_with_newline(path)
+        file.write(b"\n" * cut_short + b"".join(line + b"\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a log decides for a target: by workload, family and version; `unusable` are lines that it passed over."""
+
+    records: Mapping[tuple[str, str, int], Record]
+    unusable: tuple[Unusable, ...] = ()
+
+    def decide(self, report: KernelReport) -> Parameters | None:
+        """Return the parameters for a kernel, None where the log has none that its space allows."""
+        record = self.records.get((report.workload, report.family, report.version))
+        return record.parameters if record is not None and fits(record.parameters, report.space) else None
+
+
+def decisions_of(contents: LogContents, target: Target) -> Decisions:
+    """Return the decision of each workload that was measured for just this `target`: the one of the least ratio.
+
+    Where ratios are equal the parameters decide, so that the order of lines does not matter.
+    """
+    digest = target_digest(target)
+    chosen: dict[tuple[str, str, int], Record] = {}
+    for record in contents.records:
+        if record.kind != "decision" or record.failure or record.origin.target_digest != digest:
+            continue
+        best = chosen.get(record.key)
+        if best is None or _rank(record) < _rank(best):
+            chosen[record.key] = record
+    return Decisions(chosen, contents.unusable)
+
+
+def _rank(record: Record) -> tuple[float, list[tuple[str, int]]]:
+    return record.ratio, sorted(record.parameters.items())
+
+
+def fits(parameters: Parameters, space: Space) -> bool:
+    """Return whether `parameters` are those of `space`, with values that it allows."""
+    allowed = {choice.name: {choice.default, *choice.candidates} for choice in space}
+    return parameters.keys() == allowed.keys() and all(value in allowed[name] for name, value in parameters.items())

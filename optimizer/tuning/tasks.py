@@ -1,0 +1,150 @@
+"""What there is to tune in a model: each distinct workload once, with the arguments that a step calls it with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import tvm
+import tvm.ir
+from tvm import relax, sym, tirx
+from tvm.ir import Expr
+
+from optimizer.lowering import LoweredModule
+from optimizer.package.dtypes import ITEM_BYTES
+from optimizer.report.inputs import default_size
+from schedules import KernelReport
+from schedules.family import Space
+from schedules.stages import Stage, parse, substitute, variables_of
+
+Sizes = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of a kernel: a tensor of `shape`, or the number `scalar`."""
+
+    dtype: str
+    shape: tuple[int, ...] = ()
+    scalar: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A workload with the space of its schedule.
+
+    `arguments` are those of one call, the `outputs` last ones written by it; `calls` says how often a step makes it.
+    """
+
+    workload: str
+    family: str
+    version: int
+    space: Space
+    function: tirx.PrimFunc
+    arguments: tuple[Argument, ...]
+    outputs: int
+    calls: int
+    description: str
+
+    @property
+    def bytes(self) -> int:
+        """Return the bytes of all tensors of one call."""
+        return sum(
+            math.prod(argument.shape) * ITEM_BYTES[argument.dtype]
+            for argument in self.arguments
+            if argument.scalar is None
+        )
+
+
+def tasks_of(lowered: LoweredModule, sizes: Sizes) -> tuple[Task, ...]:
+    """Return the workloads of a module that have something to choose, in the order of their first call.
+
+    `sizes` gives values to symbolic dimensions by name; others are those of `optimizer.report.inputs`.
+    """
+    reports = {kernel.function: kernel for kernel in lowered.kernels}
+    counts: dict[str, int] = {}
+    first: dict[str, tuple[KernelReport, tirx.PrimFunc, tvm.ir.Call]] = {}
+    for call in _kernel_calls(lowered.unscheduled):
+        name = call.args[0].name_hint
+        report = reports.get(name)
+        if report is None or not any(len(choice.candidates) > 1 for choice in report.space):
+            continue
+        counts[report.workload] = counts.get(report.workload, 0) + 1
+        first.setdefault(report.workload, (report, lowered.unscheduled[call.args[0]], call))
+    return tuple(_task(*first[workload], counts[workload], sizes) for workload in first)
+
+
+def _kernel_calls(module: tvm.IRModule) -> list[tvm.ir.Call]:
+    calls: list[tvm.ir.Call] = []
+
+    def note(node: Expr) -> None:
+        if isinstance(node, tvm.ir.Call) and isinstance(node.op, tvm.ir.Op) and node.op.name == "relax.call_tir":
+            calls.append(node)
+
+    for _, function in module.functions_items():
+        if isinstance(function, relax.Function):
+            relax.analysis.post_order_visit(function, note)
+    return calls
+
+
+def _task(report: KernelReport, function: tirx.PrimFunc, call: tvm.ir.Call, calls: int, sizes: Sizes) -> Task:
+    (result,) = call.ty_args
+    results = list(result.fields) if isinstance(result, tvm.ir.TupleType) else [result]
+    operands = [_operand(argument, sizes) for argument in call.args[1].fields]
+    outputs = [_tensor(kind, sizes) for kind in results]
+    return Task(
+        report.workload,
+        report.family,
+        report.version,
+        report.space,
+        function,
+        (*operands, *outputs),
+        len(outputs),
+        calls,
+        describe(report, function),
+    )
+
+
+def _operand(argument: Expr, sizes: Sizes) -> Argument:
+    kind = argument.ty
+    if isinstance(kind, relax.TensorType):
+        return _tensor(kind, sizes)
+    return Argument(str(kind.dtype), scalar=_evaluate(argument, sizes))
+
+
+def _tensor(kind: relax.TensorType, sizes: Sizes) -> Argument:
+    return Argument(kind.dtype.dtype, tuple(_evaluate(extent, sizes) for extent in kind.shape))
+
+
+def _evaluate(extent: Expr, sizes: Sizes) -> int:
+    values = {
+        variable: tirx.const(sizes.get(variable.name, default_size(variable.name)), "int64")
+        for variable in variables_of(extent)
+    }
+    simplified = sym.Analyzer().simplify(substitute(extent, values))
+    assert isinstance(simplified, tirx.IntImm), f"{extent} does not become a number"
+    return int(simplified)
+
+
+def describe(report: KernelReport, function: tirx.PrimFunc) -> str:
+    """Return a workload in words: its operators, the extents of its main stage, and the dtypes of its tensors."""
+    staged = parse(function)
+    assert staged is not None  # it has a family
+    stages = [stage for stage in staged.stages if isinstance(stage, Stage)]
+    main = max(stages, key=lambda stage: len(stage.reduction) * 100 + len(stage.spatial))
+    spatial = "x".join(str(axis.extent) for axis in main.spatial)
+    reduced = "x".join(str(axis.extent) for axis in main.reduction)
+    operators = "+".join(report.operators) or report.function
+    return f"{operators} {spatial}{f' over {reduced}' if reduced else ''} {main.output.dtype}"
+
+
+def features_of(task: Task) -> dict[str, float]:
+    """Return a workload's sizes as the cost model sees them: base-2 logarithms of extents and bytes."""
+    tensors = [argument.shape for argument in task.arguments if argument.scalar is None]
+    output = tensors[-1]
+    largest = max(tensors[:-1], key=math.prod, default=output)
+    sizes = {f"output {axis}": extent for axis, extent in enumerate(reversed(output[-4:]))}
+    sizes |= {f"operand {axis}": extent for axis, extent in enumerate(reversed(largest[-4:]))}
+    sizes |= {"outputs": math.prod(output), "bytes": task.bytes, "operands": len(tensors)}
+    return {name: math.log2(1 + size) for name, size in sizes.items()}

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from optimizer.tuning.pool import BenchPool, FailedError
+from schedules.family import defaults
+from tests.tuning.examples import TARGET, matmul_task
+
+_TASK = matmul_task()
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[BenchPool]:
+    with BenchPool(TARGET, threads=2, processes=1) as started:
+        yield started
+
+
+def test_candidates_are_timed_beside_the_default(pool: BenchPool) -> None:
+    slower = {**defaults(_TASK.space), "rows": 4, "vectors": 1}
+    default, measured = pool.measure(_TASK, [slower], 3)
+    assert default.seconds > 0
+    assert default.ratio == 1
+    assert measured.ratio == pytest.approx(measured.seconds / default.seconds, rel=1)
+
+
+def test_a_candidate_that_cannot_be_built_fails_alone(pool: BenchPool) -> None:
+    default = defaults(_TASK.space)
+    _, wrong, right = pool.measure(_TASK, [{"depth": 3}, {**default, "rows": 4}], 2)
+    assert "depth" in wrong.failure
+    assert not right.failure
+
+
+def test_a_process_that_died_is_replaced(pool: BenchPool) -> None:
+    pool.measure(_TASK, [], 1)
+    pool.kill()
+    (default,) = pool.measure(_TASK, [], 1)
+    assert default.seconds > 0
+
+
+def test_a_task_whose_default_cannot_be_built_says_so(pool: BenchPool) -> None:
+    broken = replace(_TASK, arguments=_TASK.arguments[:1])
+    with pytest.raises(FailedError, match="default"):
+        pool.measure(broken, [], 1)
