@@ -120,10 +120,20 @@ def _integer_factor(expression: tvm.ir.Expr) -> int:
     return 1
 
 
-class Symbols:
-    """The named symbols of one model, all known to be non-negative."""
+class FixedDimension(Exception):
+    """A symbolic dimension of the inputs turned out to have only one possible value."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, value: int) -> None:
+        super().__init__(f"{name} = {value}")
+        self.name = name
+        self.value = value
+
+
+class Symbols:
+    """The named symbols of one model, all known to be non-negative; `fixed` names those whose value is known."""
+
+    def __init__(self, fixed: Mapping[str, int] | None = None) -> None:
+        self._fixed = dict(fixed or {})
         self._variables: dict[str, tirx.Var] = {}
         self._analyzer = tvm.sym.Analyzer()
         self._nonempty_analyzer = tvm.sym.Analyzer()
@@ -136,6 +146,16 @@ class Symbols:
                 identifier = f"dim_{identifier}"
             self._variables[name] = self.fresh(identifier)
         return self._variables[name]
+
+    def dimension(self, name: str) -> Dimension:
+        """Return the value of an ONNX dimension name where it is fixed, else its symbol."""
+        return self._fixed[name] if name in self._fixed else self.named(name)
+
+    def fix(self, dimension: Dimension, value: Dimension) -> None:
+        """Raise FixedDimension where `dimension` is a named symbol that has to equal an integer."""
+        for name, variable in self._variables.items():
+            if isinstance(value, int) and variable.same_as(dimension):
+                raise FixedDimension(name, value)
 
     def fresh(self, hint: str) -> tirx.Var:
         """Return a new symbol of a non-negative value; `hint` is a valid identifier."""
@@ -188,22 +208,22 @@ def _declared_dimensions(value: onnx.ValueInfoProto) -> list[int | str]:
     return dimensions
 
 
-def _symbolic_dimension(text: str, plain: set[str], symbols: Symbols) -> tvm.ir.Expr:
+def _symbolic_dimension(text: str, plain: set[str], symbols: Symbols) -> Dimension:
     try:
         tree = ast.parse(text, mode="eval").body
     except SyntaxError:
-        return symbols.named(text)
+        return symbols.dimension(text)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     if isinstance(tree, ast.BinOp) and names <= plain:
         expression = _evaluate(tree, symbols)
         if expression is not None:
-            return expression
-    return symbols.named(text)
+            return simplified(expression)
+    return symbols.dimension(text)
 
 
 def _evaluate(node: ast.expr, symbols: Symbols) -> tvm.ir.Expr | None:
     if isinstance(node, ast.Name):
-        return symbols.named(node.id)
+        return as_expression(symbols.dimension(node.id))
     if isinstance(node, ast.Constant) and isinstance(node.value, int):
         return tirx.IntImm("int64", node.value)
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:

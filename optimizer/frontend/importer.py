@@ -17,7 +17,15 @@ from tvm import relax
 from optimizer.errors import Blocker, UnsupportedModelError
 from optimizer.frontend import constant_evaluation, function_bodies, shape_arithmetic
 from optimizer.frontend.branches import convert_to_dataflow
-from optimizer.frontend.dimensions import Dimension, Shape, Symbols, as_expression, input_shapes, static_shape
+from optimizer.frontend.dimensions import (
+    Dimension,
+    FixedDimension,
+    Shape,
+    Symbols,
+    as_expression,
+    input_shapes,
+    static_shape,
+)
 from optimizer.frontend.node import Node, Result, UnsupportedNodeError, normalized_domain
 from optimizer.frontend.node_builder import NodeBuilder
 from optimizer.frontend.registry import find_converter, load_converters
@@ -56,16 +64,22 @@ def import_model(
     Raises UnsupportedModelError with all that cannot be converted.
     """
     load_converters()
-    importer = GraphImporter(model, base_directory)
-    return importer.run(shapes or {})
+    fixed: dict[str, int] = {}
+    while True:
+        importer = GraphImporter(model, base_directory, fixed)
+        try:
+            return importer.run(shapes or {})
+        except FixedDimension as found:
+            fixed[found.name] = found.value
+            importer.builder._end_block()  # TVM warns of one that stays open
 
 
 class GraphImporter:
     """State of one import: the block builder, the symbols, the values by name, and the blockers found."""
 
-    def __init__(self, model: onnx.ModelProto, base_directory: str) -> None:
+    def __init__(self, model: onnx.ModelProto, base_directory: str, fixed: Mapping[str, int] | None = None) -> None:
         self.builder = NodeBuilder()
-        self.symbols = Symbols()
+        self.symbols = Symbols(fixed)
         self.base_directory = base_directory
         self._model = model
         self._graph = model.graph

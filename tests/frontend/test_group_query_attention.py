@@ -154,3 +154,24 @@ def test_quantized_cache_is_refused():
     step = Step(1, 4, 5, (4,), rotary=8, extra={"_p": (), "_b": (), "_s": (), "key_scale": (1,), "value_scale": (1,)})
     with pytest.raises(UnsupportedModelError, match="k_scale, v_scale"):
         import_model(model_of(step))
+
+
+def test_an_open_size_of_cached_heads_is_that_of_the_new_ones() -> None:
+    model = node_model_with_open_heads()
+    imported = import_model(model)
+    parameters = imported.module["main"].params
+    sizes = {name: parameter.ty.shape[3] for name, parameter in zip(imported.input_names, parameters, strict=True)
+             if name.startswith("past")}  # fmt: skip
+    assert {name: int(size) for name, size in sizes.items()} == {"past_key": SIZE, "past_value": SIZE}
+
+
+def node_model_with_open_heads() -> onnx.ModelProto:
+    return parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
+        decoder (float[1, S, {(HEADS + 2 * GROUPS) * SIZE}] packed, float[1, {GROUPS}, P, D] past_key,
+                 float[1, {GROUPS}, P, D] past_value, int32[1] last, int32[1] total)
+            => (float[1, S, {HEADS * SIZE}] y, float[1, {GROUPS}, T, D] key, float[1, {GROUPS}, T, D] value) {{
+            y, key, value = com.microsoft.GroupQueryAttention <num_heads = {HEADS}, kv_num_heads = {GROUPS}>
+                (packed, , , past_key, past_value, last, total)
+        }}
+    """)

@@ -48,6 +48,9 @@ def group_query_attention(node: Node) -> Result:
     """Convert GroupQueryAttention: causal attention of H query heads over G key heads and their cache."""
     _check(node)
     query, key, value = _heads(node)
+    for past in filter(None, map(node.optional_input, (3, 4))):
+        # Exporters may leave the size of a cached head open, in case it is stored in fewer bits.
+        node.graph.symbols.fix(past.shape[3], key.shape[3])
     step = _step(node, query.shape[2])
     if node.integer("do_rotary", 0):
         place = _positions(node, step)
@@ -86,7 +89,7 @@ def _check(node: Node) -> None:
     if given:
         raise node.unsupported(f"the input(s) {', '.join(given)} are not supported")
     if node.integer("sliding_window_cache", 0):
-        raise node.unsupported("a window-sized cache is not supported")
+        raise node.unsupported("a window-sized cache is not supported; build the model with windowed_kv_cache=false")
     if node.has_input(3) != node.has_input(4):
         raise node.unsupported("past_key and past_value go together")
 
