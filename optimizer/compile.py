@@ -23,6 +23,7 @@ from optimizer.package import Manifest, Weight, require_replaceable, write_packa
 from optimizer.packaging import companions, describe
 from optimizer.progress import Silent, Timeline, Watcher
 from optimizer.runtime.machine import count_physical_cores_by_default
+from optimizer.signature import entry_point
 from optimizer.symbolic_arguments import passed_in_order_of_use
 from optimizer.tuning.log import SHIPPED, Decisions, TuningLog, decisions_of
 from optimizer.weights import LiftedModule, lift_weights
@@ -44,6 +45,7 @@ class CompileOptions:
     `weights` ("int8", "int4") quantizes constant weights in groups of `weight_group` by `weight_method`; products with
     quantized weights compute in `activations` ("int8", "float", or "auto": as the target does best). `tuning_log` is
     the folder of the logs that decide schedules, None for the target's defaults alone.
+    `kv_cache` says whether caches of decoders are appended to "in-place", or "returned" with every step.
     """
 
     target: Target
@@ -56,12 +58,14 @@ class CompileOptions:
     weight_method: str = "rtn"
     activations: str = "auto"
     tuning_log: Path | None = SHIPPED
+    kv_cache: str = "in-place"
 
     @property
     def notation(self) -> str:
         """Return all passes: those of the graph, and those that the other options ask for."""
         # Before constants are folded, which would turn integers into floats.
-        steps = [f"pack-quantized-weights{{target={self.target.name},activations={self.activations}}}", self.passes]
+        steps = ["rewrite-kv-cache"] if self.kv_cache == "in-place" else []
+        steps += [f"pack-quantized-weights{{target={self.target.name},activations={self.activations}}}", self.passes]
         if self.weights in WEIGHT_BITS:
             choices = {
                 "bits": WEIGHT_BITS[self.weights],
@@ -159,14 +163,16 @@ def compile_in_memory(model: onnx.ModelProto, options: CompileOptions, *, base_d
     """Compile for this machine without writing anything, and return a function from named inputs to named outputs."""
     plan = _plan(model, options, Timeline(), base_directory)
     executable = build(plan.lifted.module, options.target)
-    return execution.function(executable, plan.imported, tvm.cpu(), plan.lifted.weights)
+    entry = entry_point(plan.imported, plan.rewritten)
+    return execution.function(executable, plan.imported, tvm.cpu(), plan.lifted.weights, entry)
 
 
 def runner_of(module: tvm.IRModule, imported: ImportedModel, target: Target) -> execution.Runner:
     """Return a function from named inputs to named outputs that runs a module as some passes left it."""
     with passed_in_order_of_use():
         lifted = lift_weights(lower(module, target).module)
-    return execution.function(build(lifted.module, target), imported, tvm.cpu(), lifted.weights)
+    entry = entry_point(imported, module)
+    return execution.function(build(lifted.module, target), imported, tvm.cpu(), lifted.weights, entry)
 
 
 def _plan_file(model: Path, options: CompileOptions, timeline: Timeline) -> tuple[ModelFile, Plan]:

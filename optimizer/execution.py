@@ -9,6 +9,9 @@ import tvm
 from tvm import relax
 
 from optimizer.frontend.importer import ImportedModel
+from optimizer.package.manifest import EntryPoint
+from optimizer.runtime import kv_cache
+from optimizer.runtime.signature import bind_symbols
 
 Runner = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -18,15 +21,29 @@ def function(
     model: ImportedModel,
     device: tvm.runtime.Device,
     weights: Sequence[tvm.runtime.Tensor] | None = None,
+    entry: EntryPoint | None = None,
 ) -> Runner:
-    """Return a function from named inputs to named outputs. `weights`, if given, are passed as one tuple at the end."""
-    entry = relax.VirtualMachine(executable, device)["main"]
+    """Return a function from named inputs to named outputs. `weights`, if given, are passed as one tuple at the end.
+
+    `entry` is the signature of code that appends to caches in place; the inputs and outputs remain the model's.
+    """
+    main = relax.VirtualMachine(executable, device)["main"]
     trailing = [] if weights is None else [tvm.runtime.convert(list(weights))]
 
     def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        arguments = [tvm.runtime.tensor(np.asarray(inputs[name], order="C"), device) for name in model.input_names]
-        result = entry(*arguments, *trailing)
-        results = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
+        given = {name: tvm.runtime.tensor(np.asarray(inputs[name], order="C"), device) for name in model.input_names}
+        if entry is None or not entry.caches:
+            results = _listed(main(*given.values(), *trailing))
+        else:
+            values = bind_symbols(entry, {name: tensor.shape for name, tensor in given.items()})
+            buffers = kv_cache.buffers_of_past(entry, given, values, device)
+            lengths = kv_cache.lengths_argument(entry, values)
+            returned = _listed(main(*{**given, **buffers}.values(), lengths, *trailing))
+            results = kv_cache.outputs_with_present(entry, returned, buffers, device)
         return {name: value.numpy() for name, value in zip(model.output_names, results, strict=True)}
 
     return run
+
+
+def _listed(result: tvm.runtime.Tensor | Sequence[tvm.runtime.Tensor]) -> list[tvm.runtime.Tensor]:
+    return [result] if isinstance(result, tvm.runtime.Tensor) else list(result)

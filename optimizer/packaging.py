@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from optimizer.frontend.model_file import ModelFile
 from optimizer.package import Manifest
 from optimizer.package.manifest import (
+    EntryPoint,
     KernelRecord,
     Library,
     ModelSource,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 def describe(source: ModelFile, plan: Plan, target: Target) -> Manifest:
     """Return the manifest of a compiled model, without what the package writer adds (files, weights, certificate)."""
+    entry = entry_point(plan.imported, plan.rewritten)
     kernels = plan.lowered.kernels
     return Manifest(
         producer=Producer(
@@ -40,9 +43,9 @@ def describe(source: ModelFile, plan: Plan, target: Target) -> Manifest:
         ),
         requirements=requirements(target),
         model=ModelSource(source.path.name, source.digest, source.opset),
-        entry_points=(entry_point(plan.imported),),
+        entry_points=(entry,),
         weight_scheme=weight_scheme(plan),
-        kv_cache_scheme="none",
+        kv_cache_scheme=kv_cache_scheme(entry),
         passes=tuple(PassRecord(record.item.name, _options(record.item)) for record in plan.passes),
         tuning=TuningRecord(
             tuple(kernel.function for kernel in kernels if kernel.tuned),
@@ -66,6 +69,12 @@ def weight_scheme(plan: Plan) -> str:
         r for r in plan.passes if isinstance(r.item, QuantizeWeights | PackQuantizedWeights) and r.outcome.rewritten
     ]
     return "; ".join(f"{record.outcome.rewritten} matrices in {record.item}" for record in rewriting) or "none"
+
+
+def kv_cache_scheme(entry: EntryPoint) -> str:
+    """Return how keys and values are kept between steps, "none" where the caller keeps them."""
+    dtypes = Counter(cache.dtype for cache in entry.caches)
+    return "; ".join(f"{count} tensors in place as {dtype}" for dtype, count in dtypes.items()) or "none"
 
 
 def requirements(target: Target) -> Requirements:

@@ -16,6 +16,7 @@ from passes import pipeline
 from passes.base import Pass
 from passes.pack_quantized_weights import PackQuantizedWeights
 from passes.quantize_weights import QuantizeWeights
+from passes.rewrite_kv_cache import RewriteKvCache
 
 
 def lazily_unoptimized(model: ImportedModel) -> execution.Runner:
@@ -36,6 +37,7 @@ def lazily_dequantized(model: ImportedModel, items: Sequence[Pass]) -> execution
         as_floats = [
             replace(item, activations="reference") if isinstance(item, QuantizeWeights | PackQuantizedWeights) else item
             for item in items
+            if not isinstance(item, RewriteKvCache)  # the reference keeps the model's inputs and outputs
         ]
         module, _ = pipeline.run(model.module, as_floats)
         return unoptimized(replace(model, module=module))

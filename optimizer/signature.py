@@ -11,16 +11,17 @@ from tvm import relax, tirx
 
 from optimizer.frontend.dimensions import simplified
 from optimizer.frontend.importer import ImportedModel
-from optimizer.package.manifest import EntryPoint, SymbolRange, TensorSpec
+from optimizer.package.manifest import CacheRecord, EntryPoint, SymbolRange, TensorSpec
 from optimizer.weights import ENTRY
+from passes.rewrite_kv_cache import caches_of
 
 _NARROW_NAMES: dict[int, str] = {TensorProto.INT4: "int4", TensorProto.UINT4: "uint4"}
 _BINARY = {tirx.Add: "+", tirx.Sub: "-", tirx.Mul: "*", tirx.FloorDiv: "//", tirx.FloorMod: "%"}
 _FUNCTIONS = {tirx.Max: "max", tirx.Min: "min"}
 
 
-def entry_point(model: ImportedModel) -> EntryPoint:
-    """Return the signature of the imported module's `main`.
+def entry_point(model: ImportedModel, rewritten: tvm.IRModule | None = None) -> EntryPoint:
+    """Return the signature of the imported module's `main`, with the caches that passes made in the `rewritten` one.
 
     A dimension of an output that the data decide (NonZero, Unique, ...) is a symbol of its own.
     """
@@ -30,7 +31,24 @@ def entry_point(model: ImportedModel) -> EntryPoint:
     results = function.ret_ty
     types = list(results.fields) if isinstance(results, relax.TupleType) else [results]
     outputs = writer.specs(model.output_names, types, model.narrow_outputs)
-    return EntryPoint(ENTRY, inputs, outputs, writer.symbols())
+    caches = () if rewritten is None else _caches(rewritten[ENTRY], inputs, outputs)
+    return EntryPoint(ENTRY, inputs, outputs, writer.symbols(), caches)
+
+
+def _caches(
+    function: relax.Function, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> tuple[CacheRecord, ...]:
+    """Return the records of a rewritten function's caches; `inputs` and `outputs` are those that it had before."""
+    capacities: dict[str, str] = {}
+    records: list[CacheRecord] = []
+    for cache in caches_of(function):
+        past, present = inputs[cache.parameter], outputs[cache.output]
+        length, total = str(past.shape[cache.axis]), str(present.shape[cache.axis])
+        capacity = capacities.setdefault(length, f"capacity_{len(capacities)}")
+        shape = (*past.shape[: cache.axis], capacity, *past.shape[cache.axis + 1 :])
+        dtype = str(function.params[cache.parameter].ty.dtype.dtype)
+        records.append(CacheRecord(past.name, present.name, dtype, shape, cache.axis, length, total))
+    return tuple(records)
 
 
 class _DimensionWriter:

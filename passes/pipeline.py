@@ -33,6 +33,7 @@ _PASSES = {
     "recognize-softmax": ("passes.recognize_softmax", "RecognizeSoftmax"),
     "pack-quantized-weights": ("passes.pack_quantized_weights", "PackQuantizedWeights"),
     "quantize-weights": ("passes.quantize_weights", "QuantizeWeights"),
+    "rewrite-kv-cache": ("passes.rewrite_kv_cache", "RewriteKvCache"),
     "scale-batch-norm": ("passes.scale_batch_norm", "ScaleBatchNorm"),
     "simplify-algebra": ("passes.simplify_algebra", "SimplifyAlgebra"),
     "simplify-casts": ("passes.simplify_casts", "SimplifyCasts"),

@@ -185,13 +185,13 @@ def parse(function: tirx.PrimFunc) -> StagedFunction | None:
         if not isinstance(statement, tirx.For | s_tir.SBlockRealize):
             return None  # a declaration or binding whose scope is the whole function
         try:
-            stages.append(_parse_stage(statement))
+            stages.append(_parse_stage(statement, alone=len(statements) == 1))
         except NotAStageError as reason:
             stages.append(OpaqueStage(statement, tuple(buffers_of(statement)), str(reason)))
     return StagedFunction(function, tuple(stages), tuple(root.alloc_buffers))
 
 
-def _parse_stage(statement: Stmt) -> Stage:
+def _parse_stage(statement: Stmt, *, alone: bool) -> Stage:
     loops: list[tirx.For] = []
     while isinstance(statement, tirx.For):
         if statement.kind != tirx.ForKind.SERIAL or not _is_zero(statement.min) or statement.annotations:
@@ -206,7 +206,7 @@ def _parse_stage(statement: Stmt) -> Stage:
     if not (isinstance(statement.predicate, tirx.IntImm) and int(statement.predicate) == 1):
         raise NotAStageError("the block has a predicate")
     axes = _block_axes(block, list(statement.iter_values), loops)
-    return _make_stage(block, axes)
+    return _make_stage(block, axes, alone)
 
 
 def _is_zero(expression: Expr) -> bool:
@@ -228,7 +228,8 @@ def _block_axes(block: s_tir.SBlock, values: list[Expr], loops: list[tirx.For]) 
     return axes
 
 
-def _make_stage(block: s_tir.SBlock, axes: list[tuple[Axis, int]]) -> Stage:
+def _make_stage(block: s_tir.SBlock, axes: list[tuple[Axis, int]], alone: bool) -> Stage:
+    """Return the stage of a block; one that is `alone` in its function may store to a part of its output."""
     spatial = tuple(axis for axis, kind in axes if kind == tirx.IterVar.DataPar)
     reduction = tuple(axis for axis, kind in axes if kind == tirx.IterVar.CommReduce)
     if len(spatial) + len(reduction) != len(axes):
@@ -242,7 +243,7 @@ def _make_stage(block: s_tir.SBlock, axes: list[tuple[Axis, int]]) -> Stage:
         initial = block.init.value
     if (initial is None) != (not reduction):
         raise NotAStageError("a reduction without initialization, or the reverse")
-    if not _is_injective(indices, spatial):
+    if not _is_injective(indices, spatial, shifted=alone):
         raise NotAStageError("elements of the output are not written once each in order of the axes")
     stage = Stage(store.buffer, indices, spatial, reduction, initial, store.value)
     _check_reads(stage)
@@ -283,16 +284,30 @@ def simplify_loads(expression: Expr) -> Expr:
     return replace_loads(expression, lambda load: tirx.BufferLoad(load.source, list(simplify_indices(load.indices))))
 
 
-def _is_injective(indices: Sequence[Expr], spatial: Sequence[Axis]) -> bool:
-    """Whether `indices` are distinct spatial variables or zeros and leave out only axes of extent 1."""
+def _is_injective(indices: Sequence[Expr], spatial: Sequence[Axis], *, shifted: bool) -> bool:
+    """Whether `indices` are distinct spatial variables or zeros and leave out only axes of extent 1.
+
+    Where `shifted` is allowed, something that does not depend on the axes may be added to a variable.
+    """
     seen: list[Var] = []
     for index in indices:
         if isinstance(index, tirx.IntImm):
             continue
-        if not any(index.same_as(axis.variable) for axis in spatial) or contains(seen, index):
+        variable = _without_shift(index, spatial) if shifted else index
+        if not any(variable.same_as(axis.variable) for axis in spatial) or contains(seen, variable):
             return False
-        seen.append(index)
+        seen.append(variable)
     return all(axis.extent == 1 or contains(seen, axis.variable) for axis in spatial)
+
+
+def _without_shift(index: Expr, spatial: Sequence[Axis]) -> Expr:
+    """Return the variable of an axis that `index` is a shift of, else `index`."""
+    moving = [v for v in variables_of(index) if any(v.same_as(axis.variable) for axis in spatial)]
+    if len(moving) == 1 and isinstance(index, tirx.Add):
+        for operand, other in ((index.a, index.b), (index.b, index.a)):
+            if operand.same_as(moving[0]) and not contains(variables_of(other), moving[0]):
+                return operand
+    return index
 
 
 def _check_reads(stage: Stage) -> None:

@@ -55,7 +55,7 @@ Object ReadManifest(const fs::path& package) {
   if (!error.empty()) throw std::runtime_error("manifest.json: " + std::string(error));
   Object manifest = value.cast<Object>();
   if (Text(manifest, "format") != "optimizer-package") throw std::runtime_error("this is not a package");
-  if (manifest[ffi::String("format_version")].cast<int64_t>() != 2) {
+  if (manifest[ffi::String("format_version")].cast<int64_t>() != 3) {
     throw std::runtime_error("the package has another format version");
   }
   return manifest;
@@ -207,6 +207,9 @@ int Run(int argc, char** argv) {
   (*machine->GetFunction("vm_initialization"))(static_cast<int>(kDLCPU), 0, kPooledAllocator);
 
   Object entry = Items(manifest, "entry_points")[0].cast<Object>();
+  if (Items(entry, "caches").size() != 0) {
+    throw std::runtime_error("the package appends to buffers of keys and values; compile it with --kv-cache returned");
+  }
   std::vector<ffi::Any> arguments;
   for (const ffi::Any& item : Items(entry, "inputs")) {
     Object spec = item.cast<Object>();

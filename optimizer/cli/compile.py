@@ -61,6 +61,13 @@ _EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "decoder" / "model
 )
 @click.option("--no-log", is_flag=True, help="Give every kernel its default schedule, whatever the logs say.")
 @click.option("--tune", type=click.IntRange(1), metavar="N", help="Tune with N trials before compiling.")
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["in-place", "returned"]),
+    default="in-place",
+    show_default=True,
+    help="Whether a decoder appends to buffers of keys and values, or takes and returns them with every step.",
+)
 @click.option("--gpu-arch", "gpu_architectures", multiple=True, metavar="SM", help="CUDA architecture, such as sm_90.")
 @click.option("--no-certificate", is_flag=True, help="Do not compare the package's outputs with a reference.")
 @click.option("--explain", is_flag=True, help="Say of each pass and site: rewritten, or refused and why.")
@@ -81,6 +88,7 @@ def command(
     log: Path | None,
     no_log: bool,
     tune: int | None,
+    kv_cache: str,
     gpu_architectures: tuple[str, ...],
     no_certificate: bool,
     explain: bool,
@@ -112,6 +120,7 @@ def command(
         weight_method,
         activations,
         None if no_log else log or SHIPPED,
+        kv_cache,
     )
     if tune is not None:
         tune_before(model, options, tune, quiet=as_json)

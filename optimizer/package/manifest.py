@@ -16,7 +16,7 @@ from optimizer.package import dimensions
 from optimizer.package.dtypes import ITEM_BYTES
 
 FORMAT = "optimizer-package"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 DIGEST_NAME = "manifest.sha256"
 MAX_MANIFEST_BYTES = 16 << 20
@@ -97,13 +97,41 @@ class SymbolRange:
 
 
 @dataclass(frozen=True)
+class CacheRecord:
+    """A key-value cache that the code appends to in place: the input and the output that it is for the model's user.
+
+    The code takes a buffer in place of the input `past`, and does not return the output `present`. `dtype` and `shape`
+    are the buffer's; tokens lie along `axis`, whose size is the symbol of the capacity. `length` is the symbol of the
+    tokens that are in it before a call, `total` those after it, an expression of the entry point's symbols.
+    """
+
+    past: str
+    present: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    axis: int
+    length: str
+    total: str
+
+    @property
+    def capacity(self) -> str:
+        """Return the symbol of the number of tokens that there is room for."""
+        return str(self.shape[self.axis])
+
+
+@dataclass(frozen=True)
 class EntryPoint:
-    """A function of the package: `inputs` in the order of its arguments, which a tuple of all weights follows."""
+    """A function of the package.
+
+    Its arguments are the `inputs` in order, with buffers in place of those that are a cache, then, if there are caches,
+    a shape of their lengths, one for each symbol, and at last a tuple of all weights.
+    """
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     symbols: tuple[SymbolRange, ...]
+    caches: tuple[CacheRecord, ...] = ()
 
     def __str__(self) -> str:
         results = ", ".join(map(str, self.outputs))
@@ -306,8 +334,13 @@ def _check_entry_points(entry_points: tuple[EntryPoint, ...]) -> None:
         _require_unique((spec.name for spec in entry.inputs), f"input of {entry.name}")
         _require_unique((spec.name for spec in entry.outputs), f"output of {entry.name}")
         _check_symbols(entry)
+        symbols = {symbol.name for symbol in entry.symbols}
         for spec in (*entry.inputs, *entry.outputs):
-            _check_spec(spec, {symbol.name for symbol in entry.symbols})
+            _check_spec(spec, symbols)
+        _require_unique((cache.past for cache in entry.caches), f"cache of {entry.name}")
+        _require_unique((cache.present for cache in entry.caches), f"cache of {entry.name}")
+        for cache in entry.caches:
+            _check_cache(cache, entry, symbols)
 
 
 def _check_symbols(entry: EntryPoint) -> None:
@@ -334,6 +367,17 @@ def _check_spec(spec: TensorSpec, known_symbols: set[str]) -> None:
             raise _malformed(f"a dimension of {spec.name!r:.80}: {error}") from error
         if not used <= known_symbols:
             raise _malformed(f"'{dimension}' in {spec.name!r:.80} uses symbols that the entry point does not declare")
+
+
+def _check_cache(cache: CacheRecord, entry: EntryPoint, symbols: set[str]) -> None:
+    past = next((spec for spec in entry.inputs if spec.name == cache.past), None)
+    if past is None or not any(spec.name == cache.present for spec in entry.outputs):
+        raise _malformed(f"the cache of {cache.past!r:.80} and {cache.present!r:.80} is no input and output")
+    if len(past.shape) != len(cache.shape) or not 0 <= cache.axis < len(cache.shape):
+        raise _malformed(f"the cache of {cache.past!r:.80} has another rank than the input, or no such axis")
+    if cache.capacity in symbols or not _IDENTIFIER.fullmatch(cache.capacity) or cache.length not in symbols:
+        raise _malformed(f"the length or the capacity of the cache of {cache.past!r:.80} is no symbol of its own")
+    _check_spec(TensorSpec(cache.past, cache.dtype, (*cache.shape, cache.total)), symbols | {cache.capacity})
 
 
 def _check_tensor(name: str, dtype: str, rank: int) -> None:

@@ -17,8 +17,9 @@ from optimizer.errors import OptionError, PackageError
 from optimizer.package.dtypes import ITEM_BYTES, device_dtype, numpy_dtype
 from optimizer.package.manifest import EntryPoint, Manifest, TensorSpec
 from optimizer.package.reader import Package
-from optimizer.runtime import tensors
+from optimizer.runtime import kv_cache, tensors
 from optimizer.runtime.devices import open_device
+from optimizer.runtime.kv_cache import KeyValueCache
 from optimizer.runtime.signature import bind_symbols, check_names, mismatch, wrong_dtype
 from optimizer.runtime.tensors import SupportsDLPack, Tensor
 from optimizer.runtime.threads import resolve_thread_count, use_threads
@@ -98,6 +99,7 @@ class Entry:
         self._model = model
         self._function = function
         self._takes_weights = takes_weights
+        self._without_past = kv_cache.without_past(signature)
 
     @overload
     def __call__(
@@ -133,25 +135,61 @@ class Entry:
         """Do what `__call__` says, with all inputs in one mapping (one of them may be called "outputs")."""
         if outputs not in ("numpy", "dlpack"):
             raise OptionError(f"outputs={outputs!r} is not possible; choose 'numpy' or 'dlpack'")
-        check_names(self.signature, inputs)
-        arguments = [self._tensor(spec, inputs[spec.name]) for spec in self.signature.inputs]
-        bind_symbols(
-            self.signature,
-            {spec.name: argument.shape for spec, argument in zip(self.signature.inputs, arguments, strict=True)},
-        )
-        with self._model.lock:
-            use_threads(self._model.threads)
-            returned = self._function(*arguments, *([self._model.weights] if self._takes_weights else []))
-        results = [returned] if isinstance(returned, tensors.TVM_TENSOR) else list(cast("Sequence[Tensor]", returned))
-        results = cast("list[Tensor]", results)
+        given = self._tensors(self.signature, inputs)
+        values = bind_symbols(self.signature, {name: tensor.shape for name, tensor in given.items()})
+        device = self._model.device
+        buffers = kv_cache.buffers_of_past(self.signature, given, values, device)
+        results = self._call({**given, **buffers}, values)
+        results = kv_cache.outputs_with_present(self.signature, results, buffers, device)
         specs = self.signature.outputs
-        if len(results) != len(specs) or not all(isinstance(result, tensors.TVM_TENSOR) for result in results):
-            raise PackageError(f"'{self.signature.name}' did not return {len(specs)} tensors; build the package again")
         if outputs == "numpy":
             return {
                 spec.name: tensors.to_numpy(result, spec.dtype) for spec, result in zip(specs, results, strict=True)
             }
-        return dict(zip([spec.name for spec in specs], self._separate(results, arguments), strict=True))
+        return dict(zip([spec.name for spec in specs], self._separate(results, list(given.values())), strict=True))
+
+    def new_cache(self, *, capacity: int | None = None, sizes: Mapping[str, int] | None = None) -> KeyValueCache:
+        """Return an empty cache for `append`, with room for `capacity` tokens, or for as many as there will be."""
+        return KeyValueCache(self.signature, self._model.device, capacity=capacity, sizes=sizes)
+
+    def append(self, inputs: Mapping[str, Input], cache: KeyValueCache) -> dict[str, Tensor]:
+        """Run the function on new tokens, append what it remembers of them to `cache`, and return the other outputs.
+
+        `inputs` are those that are no caches. Raises InputMismatchError as a call does, and OptionError where the cache
+        is full; the cache stays as it was.
+        """
+        given = self._tensors(self._without_past, inputs)
+        known = {record.length: cache.length for record in self.signature.caches}
+        shapes = {name: tensor.shape for name, tensor in given.items()}
+        values = bind_symbols(self._without_past, shapes, known)
+        total = kv_cache.total_tokens(self.signature.caches, values)
+        cache.reserve(total)
+        results = self._call({**given, **cache.buffers}, values)
+        cache.length = total
+        present = {record.present for record in self.signature.caches}
+        names = [spec.name for spec in self.signature.outputs if spec.name not in present]
+        return dict(zip(names, results, strict=True))
+
+    def _tensors(self, signature: EntryPoint, inputs: Mapping[str, Input]) -> dict[str, Tensor]:
+        """Return the inputs of `signature` in order as tensors on the model's device; checks names and dtypes."""
+        check_names(signature, inputs)
+        return {spec.name: self._tensor(spec, inputs[spec.name]) for spec in signature.inputs}
+
+    def _call(self, given: Mapping[str, Tensor], values: Mapping[str, int]) -> list[Tensor]:
+        """Call the code with inputs and buffers by name, and the values of symbols; return what it returns."""
+        arguments: list[object] = [given[spec.name] for spec in self.signature.inputs]
+        if self.signature.caches:
+            arguments.append(kv_cache.lengths_argument(self.signature, values))
+        if self._takes_weights:
+            arguments.append(self._model.weights)
+        with self._model.lock:
+            use_threads(self._model.threads)
+            returned = self._function(*arguments)
+        results = [returned] if isinstance(returned, tensors.TVM_TENSOR) else list(cast("Sequence[Tensor]", returned))
+        count = kv_cache.returned_count(self.signature)
+        if len(results) != count or not all(isinstance(result, tensors.TVM_TENSOR) for result in results):
+            raise PackageError(f"'{self.signature.name}' did not return {count} tensors; build the package again")
+        return cast("list[Tensor]", results)
 
     def _tensor(self, spec: TensorSpec, value: Input) -> Tensor:
         """Return the input as a tensor on the model's device, having checked its dtype."""
@@ -193,9 +231,10 @@ def _resolve(machine: VirtualMachine, entry: EntryPoint, path: Path) -> tuple[Fu
         arity = int(machine.module["get_function_arity"](entry.name))
     except (AttributeError, ValueError, RuntimeError) as error:
         raise PackageError(f"{path}: the library has no function '{entry.name}'; build the package again") from error
-    if arity not in (len(entry.inputs), len(entry.inputs) + 1):
+    count = len(entry.inputs) + bool(entry.caches)
+    if arity not in (count, count + 1):
         raise PackageError(f"{path}: '{entry.name}' takes {arity} arguments, which its manifest contradicts")
-    return cast("Function", machine[entry.name]), arity > len(entry.inputs)
+    return cast("Function", machine[entry.name]), arity > count
 
 
 def _load_library(package: Package) -> object:

@@ -27,15 +27,17 @@ def wrong_dtype(entry: EntryPoint, spec: TensorSpec, dtype: str) -> InputMismatc
     return mismatch(entry, f"input '{spec.name}' has dtype {dtype}, not {spec.dtype}; convert it first")
 
 
-def bind_symbols(entry: EntryPoint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Return the value of each symbol that some input dimension names by itself.
+def bind_symbols(
+    entry: EntryPoint, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Return the value of each symbol that some input dimension names by itself, and those that are `given`.
 
     Raises InputMismatchError where ranks or dimensions differ from the declaration, where two inputs give one symbol
     different values, and where a value is out of the symbol's range. An expression is checked when all of its symbols
     are bound by other dimensions.
     """
-    values: dict[str, int] = {}
-    origin: dict[str, str] = {}
+    values = dict(given or {})
+    origin = dict.fromkeys(values, "the cache")
     ranges = {symbol.name: symbol for symbol in entry.symbols}
     expressions: list[tuple[TensorSpec, int, str]] = []
     for spec in entry.inputs:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -31,6 +33,7 @@ class Tensor(Protocol):
     def is_contiguous(self) -> bool: ...
     def numpy(self) -> Array: ...
     def copyto(self, target: Device) -> Tensor: ...
+    def copyfrom(self, source_array: Array) -> Tensor: ...
     def _create_view(self, shape: tuple[int, ...], dtype: str) -> Tensor: ...
     def __dlpack__(self) -> object: ...
     def __dlpack_device__(self) -> tuple[int, int]: ...
@@ -57,6 +60,31 @@ class SupportsDLPack(Protocol):
 TVM_TENSOR: type[object] = tvm.runtime.Tensor
 _from_dlpack = cast("Callable[[object], Tensor]", tvm.runtime.from_dlpack)
 _empty = cast("Callable[[tuple[int, ...], str], Tensor]", tvm.runtime.empty)
+_empty_on = cast("Callable[[tuple[int, ...], str, Device], Tensor]", tvm.runtime.empty)
+
+
+def allocate(shape: tuple[int, ...], dtype: str, device: Device) -> Tensor:
+    """Return a tensor on a device whose values are not defined; memory is taken as it is written to."""
+    return _empty_on(shape, device_dtype(dtype), device)
+
+
+def host_view(tensor: Tensor, dtype: str) -> Array:
+    """Return a tensor's values as an array: on the CPU its memory itself, which the array keeps alive, else a copy."""
+    if tensor.device.dlpack_device_type() != tvm.runtime.device("cpu").dlpack_device_type():
+        return tensor.numpy().astype(numpy_dtype(dtype), copy=False)
+    kind = numpy_dtype(dtype)
+    size = math.prod(tensor.shape) * kind.itemsize
+    if not size:
+        return np.empty(tensor.shape, kind)
+    memory = (ctypes.c_uint8 * size).from_address(tensor.data_ptr())
+    vars(memory)["tensor"] = tensor
+    return np.ctypeslib.as_array(memory).view(kind).reshape(tensor.shape)
+
+
+def write_back(tensor: Tensor, array: Array) -> None:
+    """Store what was written to the `host_view` of a tensor, unless that was its own memory."""
+    if array.size and array.ctypes.data != tensor.data_ptr():
+        tensor.copyfrom(array)
 
 
 def wrap_bytes(data: Bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:

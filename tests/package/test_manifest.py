@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from optimizer.errors import PackageError
 from optimizer.package.dtypes import ITEM_BYTES
 from optimizer.package.manifest import (
+    CacheRecord,
     Certificate,
     EntryPoint,
     FileRecord,
@@ -127,7 +128,7 @@ def test_arbitrary_bytes_are_refused(text: bytes) -> None:
         b'{"format": "optimizer-package", "format": "optimizer-package"}',
         b'{"format": "optimizer-package", "format_version": NaN}',
         b'{"format": "optimizer-package", "format_version": true}',
-        b'{"format": "optimizer-package", "format_version": 2}',
+        b'{"format": "optimizer-package", "format_version": 3}',
         b"\xff\xfe",
         b"",
     ],
@@ -138,12 +139,41 @@ def test_hostile_documents_are_refused(text: bytes) -> None:
         Manifest.from_json(text)
 
 
-@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("version", [2, 4])
 def test_another_format_version_says_what_to_do(draft: Manifest, version: int) -> None:
     document = json.loads(draft.to_json()) | {"format_version": version}
-    message = f"has format version {version}, this version reads 2; compile the model again"
+    message = f"has format version {version}, this version reads 3; compile the model again"
     with pytest.raises(PackageError, match=message):
         Manifest.from_json(json.dumps(document).encode())
+
+
+_CACHE = CacheRecord("past", "present", "float16", ("n", "room", 4), 1, "m", "m + n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"past": "x"}, "no input and output"),
+        ({"present": "x"}, "no input and output"),
+        ({"axis": 3}, "no such axis"),
+        ({"shape": ("n", "room")}, "another rank"),
+        ({"shape": ("n", "m", 4)}, "no symbol of its own"),
+        ({"length": "k"}, "no symbol of its own"),
+        ({"total": "k"}, "does not declare"),
+        ({"dtype": "float"}, "unknown dtype"),
+    ],
+)
+def test_a_cache_that_does_not_fit_its_entry_point_is_refused(
+    draft: Manifest, changes: dict[str, object], message: str
+) -> None:
+    past, present = (TensorSpec(name, "float32", ("n", "m", 4)) for name in ("past", "present"))
+    symbols = (SymbolRange("n", 0, None), SymbolRange("m", 0, None))
+    right = EntryPoint("main", (past,), (present,), symbols, (_CACHE,))
+    manifest = dataclasses.replace(draft, entry_points=(right,))
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    wrong = dataclasses.replace(right, caches=(dataclasses.replace(_CACHE, **changes),))
+    with pytest.raises(PackageError, match=message):
+        dataclasses.replace(draft, entry_points=(wrong,))
 
 
 def test_unknown_and_missing_fields_are_named(draft: Manifest) -> None:

@@ -22,3 +22,11 @@ def decoder_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def decoder(decoder_package: Path) -> CompiledModel:
     return load(decoder_package)
+
+
+@pytest.fixture(scope="session")
+def returning_decoder(tmp_path_factory: pytest.TempPathFactory) -> CompiledModel:
+    """The bundled decoder whose code returns its cache with every step, as the model in ONNX does."""
+    package = tmp_path_factory.mktemp("decoder") / "returning.opt"
+    compile_model(_MODEL, package, CompileOptions(find_target("host"), kv_cache="returned"), certify=False)
+    return load(package)

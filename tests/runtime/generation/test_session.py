@@ -4,10 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from optimizer.errors import OptionError
 from optimizer.runtime.generation import DecoderSession
 from optimizer.runtime.model import CompiledModel
+from optimizer.runtime.tensors import host_view
 
 _TOKENS = [465, 1027, 88, 312, 7, 1500, 41, 99, 640, 23, 871]
 # Logits of this model are of magnitude 10; sums of 256 to 512 products in another order differ by some units of 1e-6.
@@ -59,3 +62,63 @@ def test_reading_nothing_and_cutting_to_more_than_there_is_are_errors(decoder: C
         session.append([])
     with pytest.raises(OptionError, match="cannot be cut"):
         session.rewind(1)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(data=st.data(), length=st.integers(1, 300))
+def test_every_chunking_gives_the_logits_of_the_model_that_returns_its_cache(
+    decoder: CompiledModel, returning_decoder: CompiledModel, data: st.DataObject, length: int
+) -> None:
+    tokens = np.random.default_rng(length).integers(0, 2048, length).tolist()
+    cuts = sorted(data.draw(st.sets(st.integers(1, length), max_size=6)) | {length})
+    chunks = [tokens[start:end] for start, end in zip([0, *cuts[:-1]], cuts, strict=True)]
+    np.testing.assert_allclose(_logits(decoder, chunks), _logits(returning_decoder, [tokens]), atol=_TOLERANCE)
+
+
+def test_sessions_of_a_model_that_returns_its_cache_work_alike(returning_decoder: CompiledModel) -> None:
+    session = DecoderSession(returning_decoder, capacity=12)
+    session.append(_TOKENS)
+    session.rewind(4)
+    other = session.fork()
+    other.append([3])
+    np.testing.assert_allclose(session.append([5]), _logits(returning_decoder, [[*_TOKENS[:4], 5]]), atol=_TOLERANCE)
+    with pytest.raises(OptionError, match="context of 12"):
+        session.append(_TOKENS)
+    assert session.cache_bytes == 5 * 3 * 2 * 2 * 32 * 4
+
+
+def test_a_session_without_a_bound_grows(decoder: CompiledModel) -> None:
+    session = DecoderSession(decoder)
+    reserved = session.cache_bytes
+    tokens = np.random.default_rng(0).integers(0, 2048, 300).tolist()
+    session.append(tokens[:250])
+    logits = session.append(tokens[250:])
+    assert session.cache_bytes > reserved
+    np.testing.assert_allclose(logits, _logits(decoder, [tokens]), atol=_TOLERANCE)
+
+
+def test_a_step_reads_nothing_beyond_the_tokens_in_use(decoder: CompiledModel) -> None:
+    entry = decoder.entry("main")
+    cache = entry.new_cache(capacity=64)
+    for record in entry.signature.caches:
+        host_view(cache.buffers[record.past], record.dtype)[...] = np.nan
+    for start, end in ((0, 3), (3, 4), (4, 20)):
+        tokens = np.arange(start, end)[None]
+        inputs = {"input_ids": tokens, "attention_mask": np.ones((1, end), np.int64), "position_ids": tokens}
+        logits = entry.append(inputs, cache)["logits"].numpy()
+        assert np.isfinite(logits).all()
+
+
+def test_a_call_leaves_the_given_past_alone_and_returns_the_present(decoder: CompiledModel) -> None:
+    rng = np.random.default_rng(0)
+    past = {s.name: rng.standard_normal((1, 2, 5, 32), np.float32) for s in decoder.manifest.entry_points[0].inputs[3:]}
+    given = {name: array.copy() for name, array in past.items()}
+    tokens = np.arange(5, 9)[None]
+    outputs = decoder(
+        {"input_ids": tokens, "attention_mask": np.ones((1, 9), np.int64), "position_ids": tokens, **given}
+    )
+    for name, array in past.items():
+        np.testing.assert_array_equal(given[name], array)
+        present = outputs[name.replace("past_key_values", "present")]
+        assert present.shape == (1, 2, 9, 32)
+        np.testing.assert_array_equal(present[:, :, :5], array)

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import parser
+
+from optimizer.compile import CompileOptions, compile_in_memory, find_target
+from optimizer.frontend.importer import import_model
+from passes.base import PassOutcome
+from passes.rewrite_kv_cache import Cache, RewriteKvCache, caches_of
+
+# One layer: two query heads over one head of keys and values, kept as exporters keep them.
+_LAYER = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    layer (float[batch,2,new,4] query, float[batch,1,new,4] key, float[batch,1,new,4] value,
+           float[batch,1,past,4] past_key, float[batch,1,past,4] past_value)
+        => (float[batch,2,new,4] output, float[batch,1,total,4] present_key, float[batch,1,total,4] present_value)
+    {
+        present_key = Concat <axis = 2> (past_key, key)
+        present_value = Concat <axis = -2> (past_value, value)
+        turned = Transpose <perm = [0, 1, 3, 2]> (present_key)
+        scores = MatMul (query, turned)
+        weights = Softmax <axis = -1> (scores)
+        output = MatMul (weights, present_value)
+    }
+"""
+
+
+def _rewritten(text: str) -> PassOutcome:
+    return RewriteKvCache().run(import_model(parser.parse_model(text)).module)
+
+
+def _calls(module: tvm.IRModule, operator: str) -> int:
+    blocks = module["main"].body.blocks
+    values = [binding.value for block in blocks for binding in block.bindings]
+    return sum(isinstance(value, tvm.ir.Call) and value.op.name == operator for value in values)
+
+
+def test_caches_become_buffers_that_are_appended_to() -> None:
+    outcome = _rewritten(_LAYER)
+    main = outcome.module["main"]
+    assert [site.refusal for site in outcome.sites] == [None, None]
+    assert caches_of(main) == (Cache(3, 1, 2), Cache(4, 2, 2))
+    assert (_calls(outcome.module, "relax.concat"), _calls(outcome.module, "relax.call_tir_inplace")) == (0, 2)
+    assert [str(parameter.ty.shape.values[2]) for parameter in main.params[3:5]] == ["capacity_0", "capacity_0"]
+    assert len(main.ret_ty.fields) == 1
+
+
+def test_caches_of_one_kind_share_one_function() -> None:
+    functions = [v.name_hint for v in _rewritten(_LAYER).module.get_global_vars()]
+    assert sum(name.startswith("append_to_cache") for name in functions) == 1
+
+
+def test_a_module_without_caches_is_left_as_it_is() -> None:
+    module = _rewritten(_LAYER).module
+    again = RewriteKvCache().run(module)
+    assert (again.sites, again.module) == ((), module)
+
+
+_FORM = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    form (float[batch,{past},4] past, float[batch,new,4] added) => ({outputs})
+    {{
+        {body}
+    }}
+"""
+_OUTPUTS = "float[batch,total,4] present, float[batch,new,4] other"
+_REFUSED = {
+    "another reader": ("past", _OUTPUTS, "present = Concat <axis = 1> (past, added) other = Add (past, added)"),
+    "not a symbol": ("8", _OUTPUTS, "present = Concat <axis = 1> (past, added) other = Neg (added)"),
+    "more than one tensor": (
+        "past",
+        _OUTPUTS,
+        "present = Concat <axis = 1> (past, added, added) other = Neg (added)",
+    ),
+    "does not return": (
+        "past",
+        "float[batch,total,4] twice, float[batch,new,4] other",
+        "present = Concat <axis = 1> (past, added) twice = Add (present, present) other = Neg (added)",
+    ),
+    "returns nothing else": ("past", "float[batch,total,4] present", "present = Concat <axis = 1> (past, added)"),
+}
+
+
+@pytest.mark.parametrize("reason", _REFUSED)
+def test_what_cannot_be_appended_to_is_refused_with_the_reason(reason: str) -> None:
+    past, outputs, body = _REFUSED[reason]
+    outcome = _rewritten(_FORM.format(past=past, outputs=outputs, body=body))
+    (site,) = outcome.sites
+    assert site.refusal is not None
+    assert reason in site.refusal
+    assert caches_of(outcome.module["main"]) == ()
+
+
+def test_an_input_put_behind_something_else_is_no_cache() -> None:
+    body = "other = Neg (added) present = Concat <axis = 1> (other, past)"
+    assert _rewritten(_FORM.format(past="past", outputs=_OUTPUTS, body=body)).sites == ()
+
+
+def _arrays(batch: int, past: int, new: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng([batch, past, new])
+    shapes = {
+        "query": (batch, 2, new, 4),
+        **dict.fromkeys(("key", "value"), (batch, 1, new, 4)),
+        **dict.fromkeys(("past_key", "past_value"), (batch, 1, past, 4)),
+    }
+    return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def layers() -> tuple:
+    model: onnx.ModelProto = parser.parse_model(_LAYER)
+    target = find_target("host")
+    return tuple(compile_in_memory(model, CompileOptions(target, kv_cache=kind)) for kind in ("in-place", "returned"))
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(batch=st.integers(1, 2), past=st.integers(0, 40), new=st.integers(1, 20))
+def test_appending_in_place_gives_what_concatenating_gives(layers: tuple, batch: int, past: int, new: int) -> None:
+    inputs = _arrays(batch, past, new)
+    in_place, returned = (layer(inputs) for layer in layers)
+    assert in_place.keys() == returned.keys()
+    for name, array in returned.items():
+        np.testing.assert_array_equal(in_place[name], array)
