@@ -3,7 +3,8 @@
 A task holds a block of queries of one head in the lanes of its vectors and walks over blocks of keys with a running
 maximum and sum (Dao et al., FlashAttention, 2022, algorithm 1). With queries in lanes the softmax's maximum and sum
 need no steps across lanes, and keys and values are read in place, one element at a time for a whole vector of queries:
-nothing but the block of queries is ever copied to another layout. Few queries, as in decoding, are taken one by one.
+nothing but the block of queries is ever copied to another layout. Few queries, as in decoding, are taken one by one,
+with all heads that share keys and values together.
 """
 
 from __future__ import annotations

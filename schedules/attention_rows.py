@@ -1,6 +1,11 @@
-"""The loop nest of attention of few queries, as in decoding: one query of one head a task, keys in memory's order.
+"""The loop nest of attention of few queries, as in decoding: keys and values read once for all heads of a group.
 
-What takes the time is reading keys and values once; lanes run along a head's elements, and along the keys in between.
+What takes the time is reading keys and values, so a task is a block of keys of one head of them, whatever the number of
+heads: it computes the logits, their maximum, the sum of their exponentials and the weighted values for all query heads
+that share the keys. The blocks' results are put together at the end (Dao et al., Flash-Decoding, 2023): with m_b the
+maximum of block b, and m the largest of them,
+    sum_b exp(m_b - m) weighted_b / sum_b exp(m_b - m) total_b
+Lanes run along a head's elements, and along the keys in between.
 """
 
 from __future__ import annotations
@@ -8,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import tvm_ffi
 from tvm import tirx
 from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
+from schedules.access import as_int
 from schedules.attention_structure import AttentionAnalysis
 from schedules.family import is_large
 from schedules.intrin.vector_math import exp_of_nonpositive
@@ -34,12 +41,13 @@ from schedules.loops import (
     with_local,
 )
 from schedules.reducer import Reducer, fold, lanes_for, load_lanes
-from schedules.stages import sequence, substitute
+from schedules.stages import Axis, sequence, substitute, variables_of
 
 FLOAT = "float32"
 LOWEST = -3.4028234663852886e38
-# Keys whose products with the query are summed side by side, to hide the latency of a sum.
+# Products of keys with queries that are summed side by side: enough to hide the latency of a sum.
 KEYS_AT_ONCE = 4
+HEADS_AT_ONCE = 4
 
 _ZERO = tirx.const(0.0, FLOAT)
 _SUM = Reducer(lambda a, b: a + b, _ZERO, _ZERO)
@@ -47,199 +55,331 @@ _MAXIMUM = Reducer(tirx.max, _ZERO, tirx.const(LOWEST, FLOAT))
 
 
 @dataclass(frozen=True, eq=False)
-class _Row:
-    """One query; `weights` holds a block of logits, then of exponentials, `state` the maximum and the sum so far."""
+class _Heads:
+    """The axis of heads, of which `count` adjacent ones share keys and values; None where each has its own."""
+
+    axis: Axis | None
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """A block of keys; `weights` [heads][keys] holds logits, then exponentials; `number` is where its results go."""
 
     analysis: AttentionAnalysis
     lanes: int
+    heads: _Heads
     point: Mapping[Var, Expr]
+    number: Expr
+    base: Expr
+    extent: Extent
     query: Var
     weights: Var
-    sums: Var
     partial: Var
     largest: Var
     total: Var
-    factor: Var
+    sums: Var
 
-    def at(self, expression: Expr, axes: Mapping[Var, Expr]) -> Expr:
-        """Return `expression` at the task's query and the given values of other axes."""
-        return substitute(expression, {**self.point, **axes})
+    def at(self, expression: Expr, axes: Mapping[Var, Expr], head: Expr | None = None) -> Expr:
+        """Return `expression` at the task's query, a head of those that share keys, and given values of other axes."""
+        values = {**self.point, **axes}
+        if self.heads.axis is not None:
+            first = self.point[self.heads.axis.variable]
+            values[self.heads.axis.variable] = first if head is None else first + head
+        return substitute(expression, values)
 
 
 def emit(analysis: AttentionAnalysis, lanes: int, key_block: int) -> Stmt:
-    """Return the parallel loop over heads and queries."""
-    axes = [*analysis.outer, *([] if analysis.lane is None else [analysis.lane])]
-    extents = [axis.extent for axis in axes]
-
-    def task(number: Expr) -> Stmt:
-        point = {axis.variable: v for axis, v in zip(axes, unflatten(number, extents), strict=True)}
-        buffers = {
-            "query": local([analysis.depth.extent], FLOAT, "query"),
-            "weights": local([key_block], FLOAT, "weights"),
-            "sums": local([analysis.column.extent], FLOAT, "sums"),
-            "partial": local([lanes], FLOAT, "partial"),
-            **{name: local([1], FLOAT, name) for name in ("largest", "total", "factor")},
-        }
-        return with_local(list(buffers.values()), _body(_Row(analysis, lanes, point, **buffers), key_block))
-
-    work = product([*extents, analysis.key.extent, analysis.depth.extent])
-    return parallel(product(extents), task, is_large(work))
-
-
-def _body(row: _Row, key_block: int) -> list[Stmt]:
-    analysis, zero = row.analysis, index(0)
+    """Return the parallel loops over blocks of keys, and over their results."""
+    heads = _shared_heads(analysis)
+    own = [axis for axis in analysis.outer if axis is not heads.axis]
+    axes = [*own, *([] if analysis.lane is None else [analysis.lane])]
+    groups = 1 if heads.axis is None else int(heads.axis.extent) // heads.count
+    outer = [*(axis.extent for axis in axes), groups]
     keys = analysis.key.extent
+    size = min(key_block, keys) if isinstance(keys, int) else key_block
+    blocks = ceiling(keys, size)
+    results = product([*outer, blocks])
+    columns = analysis.column.extent
+    gathered = {
+        "largest": local([results, heads.count], FLOAT, "block_largest"),
+        "total": local([results, heads.count], FLOAT, "block_total"),
+        "sums": local([results, heads.count, columns], FLOAT, "block_sums"),
+    }
 
-    def copy(d: Expr) -> Stmt:
-        return store(row.query, row.at(analysis.query, {analysis.depth.variable: d}).astype(FLOAT), [d])
+    def point(values: Sequence[Expr], group: Expr) -> dict[Var, Expr]:
+        found = {axis.variable: value for axis, value in zip(axes, values, strict=True)}
+        return found if heads.axis is None else {**found, heads.axis.variable: group * heads.count}
 
     def block(number: Expr) -> Stmt:
-        base = number * key_block
-        if isinstance(keys, int) and keys <= key_block:
-            return _key_block(row, index(0), keys)
-        return _key_block(row, base, tirx.min(index(key_block), index(keys) - base))
+        *values, group, part = unflatten(number, [*outer, blocks])
+        base = part * size
+        exact = isinstance(keys, int) and keys % size == 0
+        extent = size if exact else tirx.min(index(size), index(keys) - base)
+        buffers = {
+            "query": local([heads.count, analysis.depth.extent], FLOAT, "query"),
+            "weights": local([heads.count, size], FLOAT, "weights"),
+            "partial": local([lanes], FLOAT, "partial"),
+        }
+        task = _Block(analysis, lanes, heads, point(values, group), number, base, extent, **buffers, **gathered)
+        return with_local(list(buffers.values()), _block(task))
 
-    def finish(e: Expr) -> Stmt:
-        values = {analysis.column.variable: e}
-        value = (load(row.sums, [e]) * load(row.factor, [zero])).astype(analysis.output.dtype)
-        return store(analysis.output, value, [row.at(i, values) for i in analysis.indices])
+    def row(number: Expr) -> Stmt:
+        *values, group, head = unflatten(number, [*outer, heads.count])
+        at = point(values, group)
+        if heads.axis is not None:
+            at[heads.axis.variable] = group * heads.count + head
+        first = tirx.floordiv(number, index(heads.count)) * blocks
+        return _joined(_Row(analysis, lanes, at, first, head, blocks, **gathered))
 
-    return [
-        _in_vectors(row, analysis.depth.extent, copy),
-        store(row.largest, tirx.const(LOWEST, FLOAT), [zero]),
-        store(row.total, _ZERO, [zero]),
-        _in_vectors(row, analysis.column.extent, lambda e: store(row.sums, _ZERO, [e])),
-        loop(ceiling(keys, key_block), block),
-        store(row.factor, _inverse(row), [zero]),
-        _in_vectors(row, analysis.column.extent, finish),
-    ]
-
-
-def _inverse(row: _Row) -> Expr:
-    total = load(row.total, [index(0)])
-    inverse = tirx.const(1.0, FLOAT) / total
-    return tirx.Select(total > _ZERO, inverse, _ZERO) if row.analysis.zero_if_empty else inverse
+    work = product([*outer, heads.count, keys, analysis.depth.extent])
+    return with_local(
+        list(gathered.values()),
+        [
+            parallel(results, block, is_large(work)),
+            # Joining costs a fraction of what the blocks do, and as much as waking threads where they are few.
+            loop(product([*outer, heads.count]), row),
+        ],
+    )
 
 
-def _in_vectors(row: _Row, extent: Extent, element: Callable[[Expr], Stmt]) -> Stmt:
-    sizes = [row.lanes] if isinstance(extent, int) else [row.lanes, 1]
+def _shared_heads(analysis: AttentionAnalysis) -> _Heads:
+    """Return the axis that keys and values depend on only by its quotient by some number of heads, and that number."""
+    for axis in analysis.outer:
+        if not isinstance(axis.extent, int):
+            continue
+        counts = {_quotient_of(expression, axis) for expression in (analysis.keys, analysis.values)}
+        count = counts.pop()
+        if not counts and count is not None and count > 1 and axis.extent % count == 0:
+            return _Heads(axis, count)
+    return _Heads(None, 1)
+
+
+def _quotient_of(expression: Expr, axis: Axis) -> int | None:
+    """Return n where `expression` depends on `axis` through axis // n alone, at most the axis's extent."""
+    divisors: list[int] = []
+    quotients = Var("quotient", axis.variable.ty)
+
+    def visit(division: tirx.FloorDiv, mutator: tvm_ffi.StructuralMutator) -> Expr:
+        divisor = as_int(division.b)
+        if divisor is None or not division.a.same_as(axis.variable):
+            return mutator.default_mutate(division)
+        divisors.append(divisor)
+        return quotients
+
+    rest = tvm_ffi.structural_mutate(expression, (tirx.FloorDiv, visit))
+    if any(variable.same_as(axis.variable) for variable in variables_of(rest)) or len(set(divisors)) > 1:
+        return None
+    return divisors[0] if divisors else as_int(index(axis.extent))
+
+
+def _in_vectors(lanes: int, extent: Extent, element: Callable[[Expr], Stmt]) -> Stmt:
+    sizes = [lanes] if isinstance(extent, int) else [lanes, 1]
     return tiles(extent, sizes, lambda base, width: vector(width, lambda i: element(base + i)))
 
 
-def _key_block(row: _Row, base: Expr, extent: Extent) -> Stmt:
-    """Return the steps of `extent` keys from `base`."""
-    zero = index(0)
+def _block(task: _Block) -> list[Stmt]:
+    """Return the steps of one block of keys."""
+    analysis = task.analysis
+    count = task.heads.count
+
+    def copy(head: Expr) -> Stmt:
+        def element(d: Expr) -> Stmt:
+            value = task.at(analysis.query, {analysis.depth.variable: d}, head).astype(FLOAT)
+            return store(task.query, value, [head, d])
+
+        return _in_vectors(task.lanes, analysis.depth.extent, element)
+
+    in_heads = [(first, min(HEADS_AT_ONCE, count - first)) for first in range(0, count, HEADS_AT_ONCE)]
+    return [
+        loop(count, copy),
+        *(_products(task, first, heads) for first, heads in in_heads),
+        loop(count, lambda head: _exponentials(task, head)),
+        *(_weighted(task, first, heads) for first, heads in in_heads),
+    ]
+
+
+def _exponentials(task: _Block, head: Expr) -> Stmt:
+    """Return the logits of a head, their maximum, their exponentials in their place, and the sum of those."""
+    analysis = task.analysis
+    here = [task.number, head]
 
     def logit(j: Expr) -> Stmt:
-        values = {row.analysis.key.variable: base + j, row.analysis.score: load(row.weights, [j])}
-        return store(row.weights, row.at(row.analysis.logit, values), [j])
+        values = {analysis.key.variable: task.base + j, analysis.score: load(task.weights, [head, j])}
+        return store(task.weights, task.at(analysis.logit, values, head), [head, j])
 
     def exponential(j: Expr) -> Stmt:
-        return store(row.weights, exp_of_nonpositive(load(row.weights, [j]) - load(row.largest, [zero])), [j])
+        difference = load(task.weights, [head, j]) - load(task.largest, here)
+        return store(task.weights, exp_of_nonpositive(difference), [head, j])
 
-    largest = tirx.max(load(row.largest, [zero]), _folded(row, _MAXIMUM))
-    total = load(row.total, [zero]) * load(row.factor, [zero]) + _folded(row, _SUM)
     return sequence(
         [
-            _products(row, base, extent),
-            _in_vectors(row, extent, logit),
-            *_reduced(row, extent, _MAXIMUM),
-            store(row.factor, load(row.largest, [zero]), [zero]),
-            store(row.largest, largest, [zero]),
-            store(row.factor, exp_of_nonpositive(load(row.factor, [zero]) - load(row.largest, [zero])), [zero]),
-            _in_vectors(row, extent, exponential),
-            *_reduced(row, extent, _SUM),
-            store(row.total, total, [zero]),
-            _weighted(row, base, extent),
+            _in_vectors(task.lanes, task.extent, logit),
+            *_reduced(task, head, _MAXIMUM),
+            store(task.largest, _folded(task, _MAXIMUM), here),
+            _in_vectors(task.lanes, task.extent, exponential),
+            *_reduced(task, head, _SUM),
+            store(task.total, _folded(task, _SUM), here),
         ]
     )
 
 
-def _reduced(row: _Row, extent: Extent, reducer: Reducer) -> Sequence[Stmt]:
-    """Return the reduction of a block of weights to one vector, `partial`."""
-    start = vector(row.lanes, lambda v: store(row.partial, reducer.identity, [v]))
+def _reduced(task: _Block, head: Expr, reducer: Reducer) -> Sequence[Stmt]:
+    """Return the reduction of a head's weights to one vector, `partial`."""
+    start = vector(task.lanes, lambda v: store(task.partial, reducer.identity, [v]))
 
     def add(base: Expr, width: int) -> Stmt:
         def lane(v: Expr) -> Stmt:
-            return store(row.partial, reducer.combine(load(row.partial, [v]), load(row.weights, [base + v])), [v])
+            value = reducer.combine(load(task.partial, [v]), load(task.weights, [head, base + v]))
+            return store(task.partial, value, [v])
 
         return vector(width, lane)
 
-    return start, tiles(extent, [row.lanes] if isinstance(extent, int) else [row.lanes, 1], add)
+    sizes = [task.lanes] if isinstance(task.extent, int) else [task.lanes, 1]
+    return start, tiles(task.extent, sizes, add)
 
 
-def _folded(row: _Row, reducer: Reducer) -> Expr:
-    return fold(reducer, load_lanes(row.partial, index(0), row.lanes), row.lanes)
+def _folded(task: _Block, reducer: Reducer) -> Expr:
+    return fold(reducer, load_lanes(task.partial, index(0), task.lanes), task.lanes)
 
 
-def _products(row: _Row, base: Expr, extent: Extent) -> Stmt:
-    """Return the products of the query and a block of keys: lanes along the depth, some keys at a time."""
-    depth = row.analysis.depth.extent
-    lanes = lanes_for(depth, row.lanes, most=1)
+def _products(task: _Block, first: int, heads: int) -> Stmt:
+    """Return the products of some heads' queries with the keys: lanes along the depth, some keys at a time."""
+    analysis = task.analysis
+    depth = analysis.depth.extent
+    lanes = lanes_for(depth, task.lanes, most=1)
 
-    def key_at(j: Expr, d: Expr) -> Expr:
-        values = {row.analysis.key.variable: base + j, row.analysis.depth.variable: d}
-        return row.at(row.analysis.keys, values).astype(FLOAT) * load(row.query, [d])
+    def term(head: Expr, j: Expr, d: Expr) -> Expr:
+        key = task.at(analysis.keys, {analysis.key.variable: task.base + j, analysis.depth.variable: d})
+        return key.astype(FLOAT) * load(task.query, [first + head, d])
 
-    def some(first: Expr, count: int) -> Stmt:
-        sums, rest = local([count * lanes], FLOAT, "products"), local([count], FLOAT, "rest")
+    def some(start: Expr, keys: int) -> Stmt:
+        sums, rest = local([heads * keys * lanes], FLOAT, "products"), local([heads * keys], FLOAT, "rest")
+
+        def each(element: Callable[[Expr, Expr, Expr], Stmt]) -> Stmt:
+            return unrolled(keys, lambda k: unrolled(heads, lambda h: element(h, k, h * keys + k)))
 
         def step(d: Expr) -> Stmt:
-            def add(k: Expr, v: Expr) -> Stmt:
-                place = k * lanes + v
-                return store(sums, load(sums, [place]) + key_at(first + k, d * lanes + v), [place])
+            def add(h: Expr, k: Expr, place: Expr, v: Expr) -> Stmt:
+                own = place * lanes + v
+                return store(sums, load(sums, [own]) + term(h, start + k, d * lanes + v), [own])
 
-            return unrolled(count, lambda k: vector(lanes, lambda v: add(k, v)))
+            return each(lambda h, k, place: vector(lanes, lambda v: add(h, k, place, v)))
 
         def left(i: Expr) -> Stmt:
             d = index(quotient(depth, lanes)) * lanes + i
-            return unrolled(count, lambda k: store(rest, load(rest, [k]) + key_at(first + k, d), [k]))
+            return each(lambda h, k, place: store(rest, load(rest, [place]) + term(h, start + k, d), [place]))
 
-        def finish(k: Expr) -> Stmt:
-            return store(
-                row.weights, load(rest, [k]) + fold(_SUM, load_lanes(sums, k * lanes, lanes), lanes), [first + k]
-            )
+        def finish(h: Expr, k: Expr, place: Expr) -> Stmt:
+            total = load(rest, [place]) + fold(_SUM, load_lanes(sums, place * lanes, lanes), lanes)
+            return store(task.weights, total, [first + h, start + k])
 
         return with_local(
             [sums, rest],
             [
-                vector(count * lanes, lambda v: store(sums, _ZERO, [v])),
-                unrolled(count, lambda k: store(rest, _ZERO, [k])),
+                each(lambda h, k, place: vector(lanes, lambda v: store(sums, _ZERO, [place * lanes + v]))),
+                each(lambda h, k, place: store(rest, _ZERO, [place])),
                 loop(quotient(depth, lanes), step),
                 loop(remainder(depth, lanes), left),
-                unrolled(count, finish),
+                each(finish),
             ],
         )
 
-    return tiles(extent, [KEYS_AT_ONCE, 1], some)
+    return tiles(task.extent, [KEYS_AT_ONCE, 1], some)
 
 
-def _weighted(row: _Row, base: Expr, extent: Extent) -> Stmt:
-    """Return the sum of a block's values, weighted by the exponentials, added to the shrunken sums so far."""
-    width = 4 * row.lanes
+def _weighted(task: _Block, first: int, heads: int) -> Stmt:
+    """Return the sums of the values, weighted by the exponentials of some heads."""
+    analysis = task.analysis
+    extent = analysis.column.extent
+    width = 4 * task.lanes
 
-    def columns(first: Expr, count: int) -> Stmt:
-        sums = local([count], FLOAT, "weighted")
+    def columns(start: Expr, count: int) -> Stmt:
+        sums = local([heads * count], FLOAT, "weighted")
 
-        def start(e: Expr) -> Stmt:
-            return store(sums, load(row.sums, [first + e]) * load(row.factor, [index(0)]), [e])
+        def each(element: Callable[[Expr, Expr], Stmt]) -> Stmt:
+            return unrolled(heads, lambda h: vector(count, lambda e: element(h, e)))
 
         def step(j: Expr) -> Stmt:
-            def add(e: Expr) -> Stmt:
-                values = {row.analysis.key.variable: base + j, row.analysis.column.variable: first + e}
-                value = row.at(row.analysis.values, values).astype(FLOAT)
-                return store(sums, load(sums, [e]) + load(row.weights, [j]) * value, [e])
+            def add(h: Expr, e: Expr) -> Stmt:
+                values = {analysis.key.variable: task.base + j, analysis.column.variable: start + e}
+                value = task.at(analysis.values, values).astype(FLOAT)
+                own = h * count + e
+                return store(sums, load(sums, [own]) + load(task.weights, [first + h, j]) * value, [own])
 
-            return vector(count, add)
+            return each(add)
+
+        def keep(h: Expr, e: Expr) -> Stmt:
+            return store(task.sums, load(sums, [h * count + e]), [task.number, first + h, start + e])
 
         return with_local(
             [sums],
-            [
-                vector(count, start),
-                loop(extent, step),
-                vector(count, lambda e: store(row.sums, load(sums, [e]), [first + e])),
-            ],
+            [each(lambda h, e: store(sums, _ZERO, [h * count + e])), loop(task.extent, step), each(keep)],
         )
 
-    sizes = [width, row.lanes] if isinstance(row.analysis.column.extent, int) else [width, row.lanes, 1]
-    return tiles(row.analysis.column.extent, sizes, columns)
+    sizes = [width, task.lanes] if isinstance(extent, int) else [width, task.lanes, 1]
+    return tiles(extent, sizes, columns)
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """The results of `blocks` blocks from `first` for one query of one head, to be put together."""
+
+    analysis: AttentionAnalysis
+    lanes: int
+    point: Mapping[Var, Expr]
+    first: Expr
+    head: Expr
+    blocks: Extent
+    largest: Var
+    total: Var
+    sums: Var
+
+
+def _joined(row: _Row) -> Stmt:
+    """Return the sum of the blocks' results, each shrunken by what its maximum lacks to the largest."""
+    analysis, zero = row.analysis, index(0)
+    columns = analysis.column.extent
+    largest, total, factor = (local([1], FLOAT, name) for name in ("largest", "total", "factor"))
+    sums = local([columns], FLOAT, "sums")
+
+    def of(buffer: Var, block: Expr, *column: Expr) -> Expr:
+        return load(buffer, [row.first + block, row.head, *column])
+
+    def grow(block: Expr) -> Stmt:
+        return store(largest, tirx.max(load(largest, [zero]), of(row.largest, block)), [zero])
+
+    def add(block: Expr) -> Stmt:
+        shrunk = exp_of_nonpositive(of(row.largest, block) - load(largest, [zero]))
+
+        def column(e: Expr) -> Stmt:
+            return store(sums, load(sums, [e]) + load(factor, [zero]) * of(row.sums, block, e), [e])
+
+        return sequence(
+            [
+                store(factor, shrunk, [zero]),
+                store(total, load(total, [zero]) + load(factor, [zero]) * of(row.total, block), [zero]),
+                _in_vectors(row.lanes, columns, column),
+            ]
+        )
+
+    def finish(e: Expr) -> Stmt:
+        value = (load(sums, [e]) * load(factor, [zero])).astype(analysis.output.dtype)
+        indices = [substitute(i, {**row.point, analysis.column.variable: e}) for i in analysis.indices]
+        return store(analysis.output, value, indices)
+
+    inverse = tirx.const(1.0, FLOAT) / load(total, [zero])
+    if analysis.zero_if_empty:
+        inverse = tirx.Select(load(total, [zero]) > _ZERO, inverse, _ZERO)
+    return with_local(
+        [largest, total, factor, sums],
+        [
+            store(largest, tirx.const(LOWEST, FLOAT), [zero]),
+            store(total, _ZERO, [zero]),
+            _in_vectors(row.lanes, columns, lambda e: store(sums, _ZERO, [e])),
+            loop(row.blocks, grow),
+            loop(row.blocks, add),
+            store(factor, inverse, [zero]),
+            _in_vectors(row.lanes, columns, finish),
+        ],
+    )

@@ -17,11 +17,14 @@ LENGTHS = st.sampled_from([1, 2, 7, 16, 17, 31, 32, 33, 49, 67])
 Size = int | tirx.Var
 
 
-def _module(heads: int, size: int, queries: int | str, keys: int | str, *, bias: bool = False) -> tvm.IRModule:
-    """Return the attention of q [2, S, H * D] over k and v [2, T, H * D] as the pass fuses it."""
+def _module(
+    heads: int, size: int, queries: int | str, keys: int | str, *, bias: bool = False, groups: int | None = None
+) -> tvm.IRModule:
+    """Return the attention of q [2, S, H * D] over k and v [2, T, G * D] as the pass fuses it; G is H by default."""
+    groups = groups or heads
     symbols = {name: tirx.Var(name, "int64") for name in (queries, keys) if isinstance(name, str)}
     s, t = (symbols[n] if isinstance(n, str) else n for n in (queries, keys))
-    shapes: list[tuple[Size, ...]] = [(2, n, heads * size) for n in (s, t, t)]
+    shapes: list[tuple[Size, ...]] = [(2, n, h * size) for n, h in ((s, heads), (t, groups), (t, groups))]
     if bias:
         shapes.append((heads, s, t))
     inputs = [relax.Var(f"x{n}", relax.TensorType(shape, "float32")) for n, shape in enumerate(shapes)]
@@ -29,9 +32,11 @@ def _module(heads: int, size: int, queries: int | str, keys: int | str, *, bias:
     with builder.function("main", inputs):
         with builder.dataflow():
             apart = [
-                builder.emit(op.permute_dims(op.reshape(x, (2, n, heads, size)), [0, 2, 1, 3]))
-                for x, n in zip(inputs[:3], (s, t, t), strict=True)
+                builder.emit(op.permute_dims(op.reshape(x, (2, n, h, size)), [0, 2, 1, 3]))
+                for x, n, h in zip(inputs[:3], (s, t, t), (heads, groups, groups), strict=True)
             ]
+            if groups != heads:
+                apart[1:] = [_repeated(builder, x, (2, groups, heads // groups, t, size)) for x in apart[1:]]
             q, k, v = apart
             scores = builder.emit(op.matmul(q, builder.emit(op.permute_dims(k, [0, 1, 3, 2]))))
             scores = builder.emit(op.multiply(scores, relax.const(size**-0.5, "float32")))
@@ -48,12 +53,21 @@ def _module(heads: int, size: int, queries: int | str, keys: int | str, *, bias:
     return relax.transform.LegalizeOps()(outcome.module)
 
 
-def _arrays(heads: int, size: int, queries: int, keys: int) -> list[np.ndarray]:
-    return [normal(2, n, heads * size, seed=number) for number, n in enumerate((queries, keys, keys))]
+def _repeated(builder: relax.BlockBuilder, x: relax.Expr, shape: tuple[Size, ...]) -> relax.Expr:
+    batch, groups, count, keys, size = shape
+    wide = op.broadcast_to(op.expand_dims(x, [2]), shape)
+    return builder.emit(op.reshape(builder.normalize(wide), (batch, groups * count, keys, size)))
+
+
+def _arrays(heads: int, size: int, queries: int, keys: int, groups: int | None = None) -> list[np.ndarray]:
+    counts = ((queries, heads), (keys, groups or heads), (keys, groups or heads))
+    return [normal(2, n, h * size, seed=number) for number, (n, h) in enumerate(counts)]
 
 
 def _expected(heads: int, arrays: list[np.ndarray], bias: np.ndarray | None = None) -> np.ndarray:
-    q, k, v = (x.astype("float64").reshape(2, x.shape[1], heads, -1).transpose(0, 2, 1, 3) for x in arrays)
+    size = arrays[0].shape[-1] // heads
+    q, k, v = (x.astype("float64").reshape(2, x.shape[1], -1, size).transpose(0, 2, 1, 3) for x in arrays)
+    k, v = (x.repeat(heads // x.shape[1], axis=1) for x in (k, v))
     scores = q @ k.transpose(0, 1, 3, 2) * q.shape[-1] ** -0.5
     if bias is not None:
         scores = scores + bias
@@ -86,6 +100,15 @@ def test_symbolic_lengths_share_one_function() -> None:
     for queries, keys in [(1, 5), (1, 400), (5, 3), (33, 70), (64, 193), (40, 1)]:
         arrays = _arrays(2, 20, queries, keys)
         np.testing.assert_allclose(call(*arrays), _expected(2, arrays), rtol=0, atol=_tolerance(20))
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (5, 1), (9, 3), (7, 7)])
+def test_heads_that_share_keys_and_values(heads: int, groups: int) -> None:
+    call, reports = scheduled(_module(heads, 18, "s", "t", groups=groups))
+    assert {report.family for report in reports} == {"attention"}
+    for queries, keys in [(1, 1), (1, 191), (1, 385), (3, 200), (20, 30)]:
+        arrays = _arrays(heads, 18, queries, keys, groups)
+        np.testing.assert_allclose(call(*arrays), _expected(heads, arrays), rtol=0, atol=_tolerance(18))
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(37, 300), (5, 517)])
