@@ -142,7 +142,7 @@ def _called(node: ast.expr) -> tuple[str, list[ast.expr]]:
     """Return the operator that `node` calls, and its operands."""
     if isinstance(node, ast.NamedExpr):
         return _called(node.value)
-    if isinstance(node, ast.BinOp):
+    if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
         return _BINARY[type(node.op)], [node.left, node.right]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return "negative", [node.operand]

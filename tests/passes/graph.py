@@ -9,13 +9,15 @@ from tvm import relax, tirx
 
 from passes.base import Pass, PassOutcome
 
+Shape = Sequence[int | str] | int
 Body = Callable[..., relax.Expr | Sequence[relax.Expr]]
 
 
-def graph(body: Body, *shapes: Sequence[int | str], dtype: str | Sequence[str] = "float32") -> tvm.IRModule:
+def graph(body: Body, *shapes: Shape, dtype: str | Sequence[str] = "float32") -> tvm.IRModule:
     """Return a module whose `main` computes `body` of inputs of these shapes; dimensions that are strings are symbolic.
 
-    `dtype` is that of all inputs or one for each. Nested calls become one binding each.
+    Of an input whose shape is a number only the rank is known: that number. `dtype` is that of all inputs or one for
+    each. Nested calls become one binding each.
     """
     dtypes = [dtype] * len(shapes) if isinstance(dtype, str) else dtype
     symbols: dict[str, tirx.Var] = {}
@@ -23,8 +25,13 @@ def graph(body: Body, *shapes: Sequence[int | str], dtype: str | Sequence[str] =
     def dimension(given: int | str) -> int | tirx.Var:
         return given if isinstance(given, int) else symbols.setdefault(given, tirx.Var(given, "int64"))
 
+    def tensor(shape: Shape, kind: str) -> relax.TensorType:
+        if isinstance(shape, int):
+            return relax.TensorType(dtype=kind, ndim=shape)
+        return relax.TensorType([dimension(given) for given in shape], kind)
+
     parameters = [
-        relax.Var(f"x{index}", relax.TensorType([dimension(given) for given in shape], kind))
+        relax.Var(f"x{index}", tensor(shape, kind))
         for index, (shape, kind) in enumerate(zip(shapes, dtypes, strict=True))
     ]
     builder = relax.BlockBuilder()
@@ -37,7 +44,7 @@ def graph(body: Body, *shapes: Sequence[int | str], dtype: str | Sequence[str] =
     return relax.transform.CanonicalizeBindings()(builder.get())
 
 
-def assert_rewritten(item: Pass, before: Body, after: Body, *shapes: Sequence[int | str], **options: object) -> None:
+def assert_rewritten(item: Pass, before: Body, after: Body, *shapes: Shape, **options: object) -> None:
     """Assert that a pass makes `after` of `before`, leaves that alone, and reports that it did something."""
     outcome = item.run(graph(before, *shapes, **options))
     tvm.ir.assert_structural_equal(outcome.module, graph(after, *shapes, **options))
@@ -45,7 +52,7 @@ def assert_rewritten(item: Pass, before: Body, after: Body, *shapes: Sequence[in
     assert item.run(outcome.module).rewritten == 0
 
 
-def assert_kept(item: Pass, body: Body, *shapes: Sequence[int | str], **options: object) -> PassOutcome:
+def assert_kept(item: Pass, body: Body, *shapes: Shape, **options: object) -> PassOutcome:
     """Assert that a pass changes nothing, and return its outcome."""
     module = graph(body, *shapes, **options)
     outcome = item.run(module)

@@ -46,6 +46,11 @@ _CANCELLING = {
         (2, 3, 20),
         0,
     ),
+    "to one where the outer mixes what was split": (
+        lambda x: op.permute_dims(op.reshape(op.permute_dims(x), (3, 2, 4)), [1, 0, 2]),
+        (8, 3),
+        1,
+    ),
     "to one instead of two": (
         lambda x: op.permute_dims(op.reshape(op.permute_dims(x, [0, 2, 1]), (2, 4, 5, 3)), [3, 0, 1, 2]),
         (2, 3, 20),
@@ -70,6 +75,9 @@ def test_transposes_meet(body, shape, left: int) -> None:
         (lambda x: op.permute_dims(op.nn.gelu(x), [1, 0]), (3, 4)),  # nothing to meet
         (lambda x: op.permute_dims(op.nn.softmax(op.permute_dims(x), 0)), (3, 4)),  # not elementwise
         (lambda x: op.permute_dims(op.reshape(op.permute_dims(x), (2, 6))), (3, 4)),  # the reshape mixes the axes
+        (lambda x: op.permute_dims(op.reshape(op.permute_dims(x), (2, 3, 2)), [2, 1, 0]), (3, 4)),
+        (lambda x: op.permute_dims(op.add(op.permute_dims(x), op.exp(op.reshape(x, (4, 3))))), (3, 4)),
+        (lambda x: op.permute_dims(op.exp(op.reshape(x, (4, 3)))), (3, 4)),
     ],
 )
 def test_transposes_that_would_not_meet_stay(body, shape) -> None:
@@ -82,6 +90,40 @@ def test_transposed_value_with_another_reader_is_not_computed_twice() -> None:
         return [y, op.permute_dims(op.exp(y))]
 
     assert_kept(CancelTransposes(), body, (3, 4))
+
+
+def test_transposed_reshape_with_another_reader_is_not_computed_twice() -> None:
+    def of_the_reshape(x):
+        y = relax.BlockBuilder.current().emit(op.reshape(op.permute_dims(x, [0, 2, 1]), (2, 2, 2, 3)))
+        return [y, op.permute_dims(y, [0, 3, 1, 2])]
+
+    def of_the_transpose(x):
+        y = relax.BlockBuilder.current().emit(op.permute_dims(x, [0, 2, 1]))
+        return [y, op.permute_dims(op.reshape(y, (2, 2, 2, 3)), [0, 3, 1, 2])]
+
+    assert_kept(CancelTransposes(), of_the_reshape, (2, 3, 4))
+    assert_kept(CancelTransposes(), of_the_transpose, (2, 3, 4))
+
+
+def test_a_transpose_moves_over_sixteen_operators_and_no_more() -> None:
+    def chain(count: int):
+        def body(x):
+            y = op.permute_dims(x)
+            for _ in range(count):
+                y = op.exp(y)
+            return op.permute_dims(y)
+
+        return body
+
+    assert _transposes(CancelTransposes().run(graph(chain(16), (3, 4))).module) == 0
+    assert_kept(CancelTransposes(), chain(17), (3, 4))
+
+
+def test_shapes_that_do_not_align_have_no_groups() -> None:
+    assert aligned_groups([2, 3], [3, 3]) is None
+    assert aligned_groups([4, 3], [2, 2, 4]) is None
+    assert aligned_groups([2, 3, 1], [2, 3]) == [([0], [0]), ([1, 2], [1])]
+    assert aligned_groups([2, 3], [1, 2, 3, 1]) == [([0], [0, 1]), ([1], [2, 3])]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

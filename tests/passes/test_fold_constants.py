@@ -8,6 +8,7 @@ from tvm.relax import op
 
 from passes.fold_constants import FoldConstants
 from tests.passes.graph import assert_kept, graph
+from tests.passes.properties.relax_interpreter import Interpreter
 from tests.passes.relax_modules import operators, run
 
 
@@ -73,3 +74,62 @@ def test_dequantized_codes_are_folded_and_repeated_ones_are_not() -> None:
         return [op.add(x, op.astype(codes, "float32")), op.tile(op.astype(codes, "float32"), (5,))]
 
     assert operators(FoldConstants().run(graph(body, (256,))).module) == ["relax.add", "relax.tile"]
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [
+        (lambda x: op.add(x, op.concat([_weights(4), op.exp(_weights(4))])), ["relax.add"]),
+        (lambda x: op.add(x, _part(op.concat([_weights(8), _weights(8)]), 1)), ["relax.split", "relax.add"]),
+        (
+            lambda x: op.add(x, op.concat([op.exp(_weights(4)), _head(x)])),
+            ["relax.strided_slice", "relax.concat", "relax.add"],
+        ),
+    ],
+)
+def test_tuples_of_constants_are_folded(body, left: list[str]) -> None:
+    module = graph(body, (8,))
+    outcome = FoldConstants().run(module)
+    assert operators(outcome.module) == left
+    x = np.linspace(-1, 1, 8, dtype="float32")
+    (before,), (after,) = (Interpreter(each).run([x]) for each in (module, outcome.module))
+    np.testing.assert_allclose(after, before, rtol=1e-6)
+
+
+def _head(x: relax.Expr) -> relax.Expr:
+    return op.strided_slice(x, [0], [0], [4])
+
+
+def _part(x: relax.Expr, index: int) -> relax.Expr:
+    return relax.TupleGetItem(relax.BlockBuilder.current().emit(op.split(x, 2)), index)
+
+
+@pytest.mark.parametrize(
+    ("size", "copies", "folded"),
+    [
+        (257, 4, True),
+        (257, 5, False),
+        (256, 4, True),
+        (64, 16, True),
+        (64, 17, False),
+        (1, 1024, True),
+        (1, 1025, False),
+    ],
+)
+def test_a_constant_grows_fourfold_at_most_beyond_a_kibibyte(size: int, copies: int, folded: bool) -> None:
+    module = graph(lambda x: [x, op.tile(_weights(size, dtype="int8"), (copies,))], (1,))
+    outcome = FoldConstants().run(module)
+    assert ("relax.tile" not in operators(outcome.module)) is folded
+    growth = f"the constant would grow: {size * copies} bytes of {size}"
+    assert [site.refusal for site in outcome.sites] == [None if folded else growth]
+
+
+def test_what_is_of_no_constants_is_no_site() -> None:
+    assert assert_kept(FoldConstants(), lambda x: op.add(x, op.exp(x)), (8,)).sites == ()
+    assert assert_kept(FoldConstants(), lambda x: [x, op.zeros((2,), "float32")], (8,)).sites == ()
+
+
+def test_sites_tell_the_bindings_that_were_computed() -> None:
+    outcome = FoldConstants().run(graph(lambda x: op.add(x, op.exp(op.negative(_weights(8)))), (8,)))
+    assert [site.refusal for site in outcome.sites] == [None, None]
+    assert len({site.location for site in outcome.sites}) == 2

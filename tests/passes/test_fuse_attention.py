@@ -12,6 +12,7 @@ from tvm import relax, tirx
 from tvm.relax import op
 
 from passes.fuse_attention import FuseAttention
+from tests.passes.graph import assert_kept, graph
 from tests.passes.relax_modules import operators, run
 
 Emit = Callable[[relax.Expr], relax.Expr]
@@ -175,17 +176,131 @@ def test_one_product_of_queries_keys_and_values_is_read_in_place() -> None:
 @pytest.mark.parametrize(
     ("form", "keys", "reason"),
     [
-        (Form(axis=2), 7, "not over the last axis"),
-        (Form(second_reader=True), 7, "another reader"),
-        (Form(dtype="float16"), 7, "float16"),
-        (Form(), 1, "one key"),
+        (Form(axis=2), 7, "the softmax is not over the last axis"),
+        (Form(second_reader=True), 7, "the probabilities have another reader"),
+        (Form(dtype="float16"), 7, "the products are of float16"),
+        (Form(), 1, "there is one key or one column of values only"),
     ],
 )
 def test_refusal_says_why_and_changes_nothing(form: Form, keys: int, reason: str) -> None:
     module = _attention(form, 2, 3, keys)
     outcome = FuseAttention().run(module)
-    assert [reason in (site.refusal or "") for site in outcome.sites] == [True]
+    assert [site.refusal for site in outcome.sites] == [reason]
     tvm.ir.assert_structural_equal(outcome.module, module)
+
+
+def _emit(value: relax.Expr) -> relax.Expr:
+    return relax.BlockBuilder.current().emit(value)
+
+
+def _scores(q: relax.Expr, k: relax.Expr) -> relax.Expr:
+    return op.matmul(q, op.permute_dims(k))
+
+
+def _weights(q: relax.Expr, k: relax.Expr) -> relax.Expr:
+    return op.nn.softmax(_scores(q, k))
+
+
+def _cast_softmax(q: relax.Expr, k: relax.Expr) -> relax.Expr:
+    return op.astype(op.nn.softmax(op.astype(_scores(q, k), "float64")), "float32")
+
+
+@pytest.mark.parametrize(
+    ("body", "shapes", "reason"),
+    [
+        (
+            lambda q, k, v: op.matmul(_weights(q, k), v),
+            [(6, 4), (6, 4), (6,)],
+            "a shape is not known, or of less than two dimensions",
+        ),
+        (
+            lambda q, k, v: op.permute_dims(op.reshape(op.matmul(_weights(q, k), v), (6, 2, 2)), [1, 0, 2]),
+            [(6, 4)] * 3,
+            "the axis of the values is split or joined with another one",
+        ),
+        (
+            lambda q, k, v: op.matmul(op.permute_dims(_weights(q, k)), v),
+            [(6, 4)] * 3,
+            "the softmax normalizes another axis than the one that the product adds up",
+        ),
+        (
+            lambda q, k, v: op.matmul(op.nn.softmax(op.nn.relu(q)), v),
+            [(6, 6), (6, 4), (6, 4)],
+            "what the softmax normalizes does not come from a product by elementwise operators",
+        ),
+        (
+            lambda q, k, v: op.matmul(op.nn.softmax(op.add(s := _emit(_scores(q, k)), op.tanh(s))), v),
+            [(6, 4)] * 3,
+            "the scores are read more than once on their way to the softmax, or through a gather",
+        ),
+        (
+            lambda q, k, v: op.matmul(op.nn.softmax(op.permute_dims(_scores(q, k))), v),
+            [(6, 4)] * 3,
+            "the scores' keys are not in the order of the softmax's axis",
+        ),
+        (
+            lambda q, k, v: op.matmul(_weights(q, k), v),
+            [(6, 1), (6, 1), (6, 4)],
+            "the products are of one number only",
+        ),
+        (
+            lambda q, k, v: op.matmul(_weights(q, k), op.multiply(v, relax.const(2.0))),
+            [(6, 4)] * 3,
+            "the values are scaled",
+        ),
+        (
+            lambda q, k, v: op.permute_dims(op.reshape(op.matmul(_weights(q, k), v), (4, 6))),
+            [(6, 4)] * 3,
+            "the result is rearranged in a way that cannot be followed",
+        ),
+        (
+            lambda q, k, v: op.matmul(op.reshape(_weights(q, k), (4, 6)), v),
+            [(6, 3), (4, 3), (6, 4)],
+            "the probabilities are rearranged in a way that cannot be followed",
+        ),
+        (
+            lambda q, k, v: op.matmul(_cast_softmax(q, k), v),
+            [(6, 4)] * 3,
+            "the softmax computes in float64",
+        ),
+        (
+            lambda q, k, v: op.matmul(op.where(op.isnan(v), relax.const(0.0), _weights(q, k)), v),
+            [(6, 4), (6, 4), (6, 6)],
+            "the probabilities are chosen by a condition",
+        ),
+        (
+            lambda q, k, v: op.matmul(op.where(op.isnan(w := _emit(_weights(q, k))), relax.const(1.0), w), v),
+            [(6, 4)] * 3,
+            "the probabilities are chosen by a condition",
+        ),
+        (
+            lambda q, k, v: op.matmul(op.nn.softmax(s := _emit(_scores(q, k))), op.matmul(s, v)),
+            [(6, 4)] * 3,
+            "what the softmax normalizes has another reader",
+        ),
+    ],
+)
+def test_an_attention_of_another_form_is_refused(body, shapes, reason: str) -> None:
+    assert [site.refusal for site in assert_kept(FuseAttention(), body, *shapes).sites] == [reason]
+
+
+def test_what_is_done_to_a_score_is_computed_with_it() -> None:
+    def body(q, k, v, seen):
+        scores = op.multiply(op.tanh(op.divide(_scores(q, k), relax.const(30.0))), relax.const(30.0))
+        hidden = op.astype(op.logical_not(seen), "float32")
+        bias = op.multiply(op.subtract(op.zeros((1, 6), "float32"), hidden), relax.const(9.0))
+        floor = op.negative(op.multiply(op.ones((5, 1), "float32"), relax.const(20.0)))
+        weights = op.nn.softmax(op.maximum(op.add(scores, bias), floor))
+        return op.matmul(op.reshape(op.reshape(weights, (30,)), (5, 6)), v)
+
+    module = graph(body, (5, 4), (6, 4), (6, 3), (6,), dtype=["float32", "float32", "float32", "bool"])
+    outcome = FuseAttention().run(module)
+    assert operators(outcome.module) == ["relax.call_tir"]
+    rng = np.random.default_rng(0)
+    arrays = [5 * rng.standard_normal(shape).astype("float32") for shape in ((5, 4), (6, 4), (6, 3))]
+    seen = np.array([True, True, False, True, False, True])
+    # Scores of up to 30 carry a rounding of 30 * eps into the exponential.
+    np.testing.assert_allclose(run(outcome.module, *arrays, seen), run(module, *arrays, seen), rtol=1e-4, atol=1e-5)
 
 
 def test_a_product_that_no_softmax_feeds_is_no_site() -> None:

@@ -1,11 +1,22 @@
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
+import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tvm import relax
+from tvm.relax import op
 
 from passes import pipeline
+from passes.base import Pass, PassOutcome
 from passes.convert_precision import ConvertPrecision
+from passes.fold_constants import FoldConstants
+from passes.quantize_weights import QuantizeWeights
+from tests.passes.graph import graph
 
 
 def test_every_registered_pass_can_be_made_by_its_name() -> None:
@@ -26,13 +37,72 @@ def test_options_reach_the_pass() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fold-constant", "did you mean 'fold-constants'"),
-        ("nothing-like-it", "the passes are"),
-        ("fold-constants{size=3}", "has no options"),
-        ("convert-precision{kind=1}", "its options are dtype"),
-        ("fold-constants;", "cannot read"),
+        ("fold-constant", "unknown pass 'fold-constant'; did you mean 'fold-constants'?"),
+        ("nothing-like-it", f"unknown pass 'nothing-like-it'; the passes are {', '.join(pipeline.pass_names())}"),
+        ("fold-constants{size=3}", "pass 'fold-constants' has no option 'size'; it has no options"),
+        ("convert-precision{kind=1}", "pass 'convert-precision' has no option 'kind'; its options are dtype"),
+        (
+            "quantize-weights{size=1}",
+            "pass 'quantize-weights' has no option 'size'; "
+            "its options are bits, group, symmetric, method, scales, target, activations",
+        ),
+        (
+            "fold-constants,fuse;",
+            "cannot read the passes 'fold-constants,fuse;' at 'fuse;'; write name,name{option=value}",
+        ),
+        ("block-channels{block=big}", "option 'block' of pass 'block-channels' is to be of type int, not 'big'"),
+        (
+            "quantize-weights{symmetric=maybe}",
+            "option 'symmetric' of pass 'quantize-weights' is to be of type bool, not 'maybe'",
+        ),
     ],
 )
 def test_mistakes_name_the_fix(text: str, message: str) -> None:
-    with pytest.raises(pipeline.PassOptionError, match=message):
+    with pytest.raises(pipeline.PassOptionError, match=f"^{re.escape(message)}$"):
         pipeline.parse(text)
+
+
+def test_several_options_and_spaces_are_read() -> None:
+    expected = QuantizeWeights(bits=8, group=64, symmetric=False)
+    assert pipeline.parse(" quantize-weights {bits=8 , group=64,symmetric=False } , fold-constants ") == (
+        expected,
+        FoldConstants(),
+    )
+    assert pipeline.notation(expected) == (
+        "quantize-weights{bits=8,group=64,symmetric=False,method=rtn,scales=float16,target=host,activations=auto}"
+    )
+    assert pipeline.notation(FoldConstants()) == "fold-constants"
+    assert pipeline.parse("") == ()
+    assert pipeline.instance("quantize-weights", {"bits": 8, "group": 64, "symmetric": False}) == expected
+
+
+def test_a_pass_is_described_by_its_class() -> None:
+    description = pipeline.describe("block-channels")
+    assert description.name == "block-channels"
+    assert description.documentation.startswith("Give convolutions of fp32 with constant weights")
+    assert description.options == (pipeline.OptionDescription("block", "int", "16"),)
+
+
+def test_a_run_records_each_pass_and_calls_back() -> None:
+    module = graph(lambda x: op.add(x, op.exp(relax.const(1.0))), (2,))
+    seen: list[pipeline.PassRecord] = []
+    passes = pipeline.parse("fold-constants,simplify-algebra")
+    after, records = pipeline.run(module, passes, seen.append)
+    assert [record.item for record in records] == list(passes)
+    assert tuple(seen) == records
+    assert [record.outcome.rewritten for record in records] == [1, 0]
+    assert all(0 <= record.seconds < 60 for record in records)
+    assert after.same_as(records[-1].outcome.module)
+
+
+def test_an_ill_formed_result_of_a_pass_is_found_at_once() -> None:
+    @dataclass(frozen=True)
+    class Unbinding(Pass):
+        name: ClassVar[str] = "unbinding"
+
+        def run(self, module: tvm.IRModule) -> PassOutcome:
+            unbound = relax.Var("unbound", relax.TensorType((2,), "float32"))
+            return PassOutcome(tvm.IRModule({"main": relax.Function([], unbound, unbound.ty)}))
+
+    with pytest.raises(ValueError, match="unbound"):
+        pipeline.run(graph(op.exp, (2,)), [Unbinding()])

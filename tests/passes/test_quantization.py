@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from passes.quantization.methods import METHODS, quantize
-from passes.quantization.scheme import PER_CHANNEL, SCALE_DTYPES, Scheme, SchemeError
+from passes.quantization.scheme import PER_CHANNEL, SCALE_DTYPES, QuantizedMatrix, Scheme, SchemeError
 
 SCHEMES = st.builds(
     Scheme,
@@ -103,13 +103,58 @@ def test_rows_do_not_depend_on_each_other() -> None:
 
 
 def test_what_a_scheme_cannot_hold_is_refused() -> None:
-    with pytest.raises(SchemeError, match="3 bits"):
+    with pytest.raises(SchemeError, match=r"^weights of 3 bits; choose 4 or 8$"):
         Scheme(bits=3)
-    with pytest.raises(SchemeError, match="groups of 20"):
+    with pytest.raises(SchemeError, match=r"^groups of 20; choose one of 16, 32, 64, 128, or 0 for whole rows$"):
         Scheme(group=20)
-    with pytest.raises(SchemeError, match="too large for float16"):
+    with pytest.raises(SchemeError, match=r"^a weight is not finite or too large for float16 scales; choose float32$"):
         quantize(np.full((1, 32), 1e6, np.float32), Scheme())
-    with pytest.raises(SchemeError, match="unknown method"):
+    with pytest.raises(SchemeError, match=r"^unknown method 'guess'; choose one of rtn, minimum-error, hqq$"):
         quantize(np.zeros((1, 32), np.float32), Scheme(), "guess")
-    with pytest.raises(SchemeError, match="HQQ"):
+    with pytest.raises(SchemeError, match=r"^HQQ chooses zero points; take a scheme that is not symmetric$"):
         quantize(np.zeros((1, 32), np.float32), Scheme(), "hqq")
+    with pytest.raises(SchemeError, match=r"^scales of type float64; choose one of float16, bfloat16, float32$"):
+        Scheme(scale_dtype="float64")
+
+
+def test_a_scheme_says_what_it_is() -> None:
+    assert str(Scheme()) == "int4, groups of 32, symmetric, float16 scales"
+    assert (
+        str(Scheme(8, 0, symmetric=False, scale_dtype="float32"))
+        == "int8, whole rows, with zero points, float32 scales"
+    )
+    assert (Scheme(4).levels, Scheme(4).middle, Scheme(8).levels, Scheme(8).middle) == (16, 8, 256, 128)
+    assert [Scheme(group=0).group_of(inputs) for inputs in (1, 32, 33, 64)] == [32, 32, 64, 64]
+    assert Scheme(group=16).group_of(100) == 16
+
+
+def _parts(rows: int = 2, groups: int = 3, **changed: object) -> QuantizedMatrix:
+    parts = {
+        "bits": 4,
+        "group": 16,
+        "inputs": 48,
+        "codes": np.arange(rows * groups * 16, dtype=np.uint8).reshape(rows, -1) % 16,
+        "scales": np.arange(1, 1 + rows * groups, dtype=np.float16).reshape(rows, groups),
+        "zero_points": None,
+    }
+    return QuantizedMatrix(**{**parts, **changed})
+
+
+def test_parts_of_a_matrix_fit_together() -> None:
+    assert _parts().rows == 2
+    for changed in ({"group": 32}, {"inputs": 49}, {"inputs": 0}, {"codes": np.zeros((3, 48), np.uint8)}):
+        with pytest.raises(SchemeError, match=r"^codes \(\d, 48\) do not fit scales \(2, 3\) of groups \d\d$"):
+            _parts(**changed)
+    with pytest.raises(SchemeError, match=r"^zero points \(2, 2\) do not fit scales \(2, 3\)$"):
+        _parts(zero_points=np.zeros((2, 2), np.uint8))
+    assert _parts(inputs=1).dequantized().shape == (2, 1)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dequantization_subtracts_the_zero_point_and_scales(bits: int) -> None:
+    zeros = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
+    for matrix in (_parts(bits=bits), _parts(bits=bits, zero_points=zeros, inputs=40)):
+        scales = np.repeat(matrix.scales.astype(np.float32), 16, 1)
+        points = np.repeat(zeros.astype(np.float32), 16, 1) if matrix.zero_points is not None else 1 << (bits - 1)
+        expected = ((matrix.codes.astype(np.float32) - points) * scales)[:, : matrix.inputs]
+        np.testing.assert_array_equal(matrix.dequantized(), expected)

@@ -79,15 +79,15 @@ def test_formulas_become_operators(before, after, shape) -> None:
     [
         (lambda x: _centered(x, [0]), (8, 3), "float32", "the axes are not the last ones"),
         (lambda x: _centered(x, [0]), (8,), "float32", "the axes are not the last ones"),
-        (lambda x: _centered(x, [1], keepdims=False), (8, 8), "float32", "does not keep its axes"),
-        (lambda x: _root_mean_square(x, [1]), (4, "n"), "float32", "shape of the scale is not known"),
+        (lambda x: _centered(x, [1], keepdims=False), (8, 8), "float32", "a mean does not keep its axes"),
+        (lambda x: _root_mean_square(x, [1]), (4, "n"), "float32", "the shape of the scale is not known"),
         (
             lambda x: op.multiply(
                 x, op.rsqrt(op.add(op.mean(op.multiply(x, x), [1], keepdims=True), relax.const(1e-3, "float64")))
             ),
             (4, 8),
             "float64",
-            "not computed in float32",
+            "statistics of this dtype are not computed in float32",
         ),
         (
             lambda x: op.multiply(x, op.rsqrt(op.add(op.mean(op.multiply(x, x), [1], keepdims=True), op.sum(x)))),
@@ -95,12 +95,51 @@ def test_formulas_become_operators(before, after, shape) -> None:
             "float32",
             "epsilon is not one constant",
         ),
+        (
+            lambda x: op.multiply(
+                d := _emit(op.subtract(x, op.mean(x, [2], keepdims=True))),
+                op.rsqrt(op.add(op.mean(op.multiply(d, d), [1, 2], keepdims=True), relax.const(_EPSILON))),
+            ),
+            (2, 4, 8),
+            "float32",
+            "the mean and the variance are over different axes",
+        ),
+        (
+            lambda x: op.multiply(
+                x,
+                op.rsqrt(
+                    op.add(
+                        op.mean(op.multiply(x, x), [2], keepdims=True),
+                        relax.const(np.full((2, 1, 1, 1), 1.0, "float32")),
+                    )
+                ),
+            ),
+            (2, 4, 8),
+            "float32",
+            "the result has another shape than what is normalized",
+        ),
+        (lambda x: _root_mean_square(x, [1]), (2, (1 << 16) + 1), "float32", "a scale of more than 65536 elements"),
+        (lambda x: _centered(x, [0, 1]), (8, 3), "float32", "the axes are not the last ones"),
     ],
 )
 def test_what_the_operators_do_not_take_is_refused(body, shape, dtype: str, reason: str) -> None:
     outcome = assert_kept(RecognizeNormalization(), body, shape, dtype=dtype)
-    assert outcome.sites
-    assert all(reason in (site.refusal or "") for site in outcome.sites)
+    assert {site.refusal for site in outcome.sites} == {reason}
+
+
+def test_a_scale_of_as_many_elements_as_are_allowed_is_made() -> None:
+    outcome = RecognizeNormalization().run(graph(lambda x: _root_mean_square(x, [1]), (2, 1 << 16)))
+    assert operators(outcome.module) == ["relax.nn.rms_norm"]
+
+
+def test_three_axes_with_two_normalized_are_a_layer_norm_and_four_an_instance_norm() -> None:
+    for rank, expected in ((3, "relax.nn.layer_norm"), (4, "relax.nn.instance_norm"), (5, "relax.nn.instance_norm")):
+        module = graph(
+            lambda x, rank=rank: _centered(x, [rank - 2, rank - 1] if rank < 5 else [2, 3, 4]), (2, 3, 4, 5, 6)[:rank]
+        )
+        assert operators(RecognizeNormalization().run(module).module) == [expected]
+    module = graph(lambda x: _centered(x, [3]), (2, 3, 4, 5))
+    assert operators(RecognizeNormalization().run(module).module) == ["relax.nn.layer_norm"]
 
 
 def test_variance_by_moments_gains_the_digits_it_lost() -> None:
@@ -152,19 +191,90 @@ def test_instance_norm_of_groups_is_group_norm() -> None:
     assert_rewritten(AbsorbScales(), before, after, *[(2, 6, 5, 5), (6, 1, 1), (6, 1, 1)])
 
 
+_ABSORBED = [(8, 8), (8, 8), (8,)]
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (lambda x, y, g: op.multiply(_norm(x), op.reshape(g, (8, 1))), "differs along axis"),
-        (lambda x, y, g: op.multiply(_norm(x), y), "differs along axis"),
-        (lambda x, y, g: op.multiply(_norm(x), op.sum(g)), "one number per element"),
-        (lambda x, y, g: op.multiply(_norm(x), op.expand_dims(y, 0)), "more axes"),
-        (lambda x, y, g: op.multiply(n := _emit(_norm(x)), op.add(n, g)), "another reader"),
+        (lambda x, y, g: op.multiply(_norm(x), op.reshape(g, (8, 1))), "the operand differs along axis 0"),
+        (lambda x, y, g: op.multiply(_norm(x), y), "the operand differs along axis 0"),
+        (lambda x, y, g: op.multiply(_norm(x), op.sum(g)), "the operand is not one number per element of axis 1"),
+        (
+            lambda x, y, g: op.multiply(_norm(x), op.expand_dims(y, 0)),
+            "the operand has more axes than the normalization",
+        ),
     ],
 )
 def test_other_factors_are_refused(body, reason: str) -> None:
-    outcome = assert_kept(AbsorbScales(), body, *[(8, 8), (8, 8), (8,)]) if "reader" not in reason else None
-    if outcome is None:
-        outcome = AbsorbScales().run(graph(body, *[(8, 8), (8, 8), (8,)]))
-        assert "relax.multiply" in operators(outcome.module)
-    assert any(reason in (site.refusal or "") for site in outcome.sites)
+    outcome = assert_kept(AbsorbScales(), body, *_ABSORBED)
+    assert [site.refusal for site in outcome.sites] == [reason]
+
+
+def test_a_factor_of_unknown_shape_is_refused() -> None:
+    outcome = assert_kept(AbsorbScales(), lambda x, g: op.multiply(_norm(x), g), (8, 8), 1)
+    assert [site.refusal for site in outcome.sites] == ["the operand's shape is not known, or its dtype another"]
+
+
+def test_a_normalization_with_another_reader_is_refused() -> None:
+    module = graph(lambda x, y, g: op.multiply(n := _emit(_norm(x)), op.add(n, g)), *_ABSORBED)
+    outcome = AbsorbScales().run(module)
+    assert "relax.multiply" in operators(outcome.module)
+    assert "the normalization has another reader" in [site.refusal for site in outcome.sites]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x, g: op.multiply(op.nn.layer_norm(x, g, _zeros(8), [-1]), g),  # scaled already
+        lambda x, g: op.add(op.nn.layer_norm(x, _ones(8), g, [-1]), g),  # shifted already
+        lambda x, g: op.multiply(op.nn.layer_norm(x, _ones(8), g, [-1]), g),
+        lambda x, g: op.multiply(op.nn.rms_norm(x, g, [-1]), g),
+        lambda x, g: op.add(op.nn.rms_norm(x, _ones(8), [-1]), g),  # rms_norm has no shift
+        lambda x, g: op.subtract(op.nn.layer_norm(x, _ones(8), _zeros(8), [-1]), g),
+    ],
+)
+def test_what_is_taken_already_is_no_site(body) -> None:
+    assert assert_kept(AbsorbScales(), body, (8, 8), (8,)).sites == ()
+
+
+def _grouped(
+    x: relax.Expr, split: tuple[int, ...], axes: list[int], merged: tuple[int, ...] | None = None
+) -> relax.Expr:
+    ones, zeros = _ones(split[1]), _zeros(split[1])
+    normalized = op.nn.instance_norm(op.reshape(x, split), ones, zeros, 1, axes)
+    return op.reshape(normalized, merged or [int(extent) for extent in x.ty.shape.values])
+
+
+@pytest.mark.parametrize(
+    ("body", "shape", "reason"),
+    [
+        (lambda x: _grouped(x, (4, 2, 3), [2]), (8, 3), "no axes of batch, groups and positions"),
+        (lambda x: _grouped(x, (4, 3, 25), [2]), (2, 6, 25), "the reshape changes the batch"),
+        (lambda x: _grouped(x, (2, 3, 2, 25), [2]), (2, 6, 25), "not normalized over all but two axes"),
+        (lambda x: _grouped(x, (2, 4, 3), [2]), (2, 6, 2), "the groups do not divide the channels"),
+    ],
+)
+def test_groups_of_another_form_are_refused(body, shape, reason: str) -> None:
+    assert [site.refusal for site in assert_kept(AbsorbScales(), body, shape).sites] == [reason]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x: _grouped(x, (2, 3, 50), [2], (2, 3, 2, 25)),  # not reshaped back
+        lambda x: op.reshape(op.nn.instance_norm(x, _ones(6), _zeros(6), 1, [2]), (2, 150)),
+        lambda x: op.reshape(op.nn.instance_norm(op.reshape(x, (2, 3, 50)), _zeros(3), _zeros(3), 1, [2]), (2, 6, 25)),
+    ],
+)
+def test_reshapes_around_nothing_grouped_are_no_site(body) -> None:
+    assert assert_kept(AbsorbScales(), body, (2, 6, 25)).sites == ()
+
+
+def test_groups_keep_the_epsilon() -> None:
+    def before(x):
+        return op.reshape(op.nn.instance_norm(op.reshape(x, (2, 3, 50)), _ones(3), _zeros(3), 1, [2], 0.25), (2, 6, 25))
+
+    assert_rewritten(
+        AbsorbScales(), before, lambda x: op.nn.group_norm(x, _ones(6), _zeros(6), 3, 1, [2], 0.25), (2, 6, 25)
+    )

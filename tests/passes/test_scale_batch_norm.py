@@ -6,6 +6,8 @@ import tvm
 from tvm import relax
 
 from passes.scale_batch_norm import ScaleBatchNorm
+from tests.passes.graph import assert_kept, graph
+from tests.passes.properties.relax_interpreter import Interpreter
 from tests.passes.relax_modules import operators, run
 
 
@@ -66,3 +68,61 @@ def test_statistics_that_are_inputs_are_refused() -> None:
     outcome = ScaleBatchNorm().run(module)
     assert [site.refusal for site in outcome.sites] == ["gamma, beta, mean or variance is not constant"]
     tvm.ir.assert_structural_equal(outcome.module, module)
+
+
+def _emit(value: relax.Expr) -> relax.Expr:
+    return relax.BlockBuilder.current().emit(value)
+
+
+def _batch_norm(x: relax.Expr, index: int = 0, **options: object) -> relax.Expr:
+    axis = int(options.get("axis", 1))
+    channels = int(x.ty.shape.values[axis])
+    statistics = [relax.const(np.linspace(n + 1, n + 2, channels, dtype="float32")) for n in range(4)]
+    defaults = {"axis": 1, "epsilon": 0.5, "training": False}
+    return relax.TupleGetItem(_emit(relax.op.nn.batch_norm(x, *statistics, **{**defaults, **options})), index)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"axis": 2}, {"axis": -1}, {"center": False}, {"scale": False}, {"center": False, "scale": False}]
+)
+def test_scale_and_shift_are_those_of_the_statistics(options: dict) -> None:
+    module = graph(lambda x: _batch_norm(x, **options), (2, 3, 4))
+    outcome = ScaleBatchNorm().run(module)
+    assert operators(outcome.module) == ["relax.multiply", "relax.add"]
+    x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype("float32")
+    (before,), (after,) = (Interpreter(each).run([x]) for each in (module, outcome.module))
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_training_is_refused() -> None:
+    outcome = assert_kept(ScaleBatchNorm(), lambda x: _batch_norm(x, training=True), (2, 3, 4))
+    assert [site.refusal for site in outcome.sites] == ["the normalization is not an inference-time one"]
+
+
+def test_running_statistics_are_no_site() -> None:
+    assert assert_kept(ScaleBatchNorm(), lambda x: _batch_norm(x, 1), (2, 3, 4)).sites == ()
+
+
+def _weights(*shape: int) -> relax.Expr:
+    return relax.const(np.linspace(-1, 1, int(np.prod(shape)), dtype="float32").reshape(shape))
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [
+        (lambda x, w: relax.op.nn.conv1d(_batch_norm(x), _weights(6, 3, 2)), ["nn.conv1d", "add"]),
+        (lambda x, w: relax.op.nn.conv1d(_batch_norm(x), w), ["multiply", "add", "nn.conv1d"]),
+        (lambda x, w: relax.op.nn.conv1d(_batch_norm(x, axis=2), _weights(6, 3, 2)), ["multiply", "add", "nn.conv1d"]),
+        (
+            lambda x, w: relax.op.nn.conv1d_transpose(_batch_norm(x), _weights(3, 6, 2)),
+            ["multiply", "add", "nn.conv1d_transpose"],
+        ),
+    ],
+)
+def test_only_an_unpadded_convolution_of_constant_weights_takes_it(body, left: list[str]) -> None:
+    module = graph(body, (2, 3, 4), (6, 3, 2))
+    outcome = ScaleBatchNorm().run(module)
+    assert [name.removeprefix("relax.") for name in operators(outcome.module)] == left
+    arrays = [np.random.default_rng(0).standard_normal(shape).astype("float32") for shape in ((2, 3, 4), (6, 3, 2))]
+    (before,), (after,) = (Interpreter(each).run(arrays) for each in (module, outcome.module))
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import pytest
+import tvm.ir
 from tvm import relax
 from tvm.relax import op
 
 from passes.simplify_shapes import SimplifyShapes
-from tests.passes.graph import assert_kept, assert_rewritten
+from tests.passes.graph import assert_kept, assert_rewritten, graph
 
 
 def _dimension(x: relax.Expr, axis: int) -> relax.Expr:
@@ -94,3 +95,62 @@ def test_expands_of_all_operands_keep_the_one_that_makes_the_shape() -> None:
 )
 def test_what_moves_or_repeats_elements_is_kept(body, shape) -> None:
     assert_kept(SimplifyShapes(), body, shape)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x, y: op.reshape(x, (6,)),
+        lambda x, y: op.expand_dims(x, 0),
+        lambda x, y: op.permute_dims(x),
+        lambda x, y: op.add(op.broadcast_to(y, (2, 3)), x),
+        lambda x, y: op.broadcast_to(x, (2, 3)),
+        lambda x, y: op.strided_slice(x, [0], [0], [2]),
+    ],
+)
+def test_what_is_of_unknown_shape_is_kept(body) -> None:
+    assert_kept(SimplifyShapes(), body, 2, (1, 3))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "shape"),
+    [
+        (lambda x: op.flatten(op.flatten(x)), op.flatten, (2, 3, 4)),
+        (lambda x: op.reshape(x, (1, 2, 1, 12, 1)), lambda x: op.expand_dims(x, [0, 2, 4]), (2, 12)),
+        (lambda x: op.reshape(x, (2, 12)), lambda x: op.squeeze(x, [0, 2, 4]), (1, 2, 1, 12, 1)),
+        (lambda x: op.permute_dims(x, [2, 1, 0, 3]), lambda x: op.reshape(x, (1, 3, 1, 4)), (1, 3, 1, 4)),
+        (lambda x: op.permute_dims(x, [1, 0, 2]), lambda x: op.squeeze(op.expand_dims(x, 0), 0), (1, 1, 4)),
+        (lambda x: op.strided_slice(x, [0], [0], [3]), lambda x: x, (3, 4)),
+        (
+            lambda x: op.concat([op.concat([x, x], 0), x, op.concat([x, x], 0)], -2),
+            lambda x: op.concat([x] * 5, -2),
+            (3, 4),
+        ),
+    ],
+)
+def test_other_forms_of_chains_and_no_ops(before, after, shape) -> None:
+    expected = SimplifyShapes().run(graph(after, shape)).module
+    tvm.ir.assert_structural_equal(SimplifyShapes().run(graph(before, shape)).module, expected)
+
+
+def test_a_concatenation_with_another_reader_stays() -> None:
+    def body(x):
+        y = relax.BlockBuilder.current().emit(op.concat([x, x], 0))
+        return [y, op.concat([y, x], 0)]
+
+    assert_kept(SimplifyShapes(), body, (3, 4))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (lambda x, y: op.subtract(y, op.broadcast_to(x, (3, 4))), lambda x, y: op.subtract(y, x)),
+        (
+            lambda x, y: op.where(op.isnan(y), y, op.broadcast_to(x, (3, 4))),
+            lambda x, y: op.where(op.isnan(y), y, x),
+        ),
+        (lambda x, y: op.less(op.broadcast_to(x, (3, 4)), y), op.less),
+    ],
+)
+def test_an_implied_expand_falls_away_at_any_position(before, after) -> None:
+    assert_rewritten(SimplifyShapes(), before, after, (1, 4), (3, 4))

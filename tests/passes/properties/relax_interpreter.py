@@ -16,6 +16,7 @@ from tvm import relax, sym, tirx
 
 from passes.tensor_types import is_float, numpy_dtype
 from schedules.stages import substitute
+from tests.passes.properties.numpy_convolutions import batch_norm, convolution, transposed_convolution
 
 
 class Interpreter:
@@ -76,15 +77,20 @@ class Interpreter:
             return self._values[expr]
         return self._integer(expr)
 
-    def _call(self, call: tvm.ir.Call) -> np.ndarray:
+    def _call(self, call: tvm.ir.Call) -> object:
         name = call.op.name.removeprefix("relax.")
         if name == "call_tir":
             return self._call_tir(call)
         operands = [self._evaluate(operand) for operand in call.args]
         if name == "astype":
             return self._cast(operands[0], str(call.attrs.dtype))
-        result = _OPERATORS[name](call, *operands)
-        dtype = str(call.ty.dtype.dtype)
+        result = _OPERATORS[name](call, *map(_computable, operands))
+        if isinstance(call.ty, relax.TupleType):
+            return tuple(self._typed(value, kind) for value, kind in zip(result, call.ty.fields, strict=True))
+        return self._typed(result, call.ty)
+
+    def _typed(self, result: np.ndarray, kind: relax.TensorType) -> np.ndarray:
+        dtype = str(kind.dtype.dtype)
         if is_float(dtype):
             return np.asarray(result, np.float64 if self._wide else numpy_dtype(dtype))
         return np.asarray(result).astype(numpy_dtype(dtype))
@@ -108,6 +114,13 @@ class Interpreter:
 
     def _cast(self, array: np.ndarray, dtype: str) -> np.ndarray:
         return self._widened(array.astype(numpy_dtype(dtype)))
+
+
+def _computable(operand: object) -> object:
+    """Return arrays of types that numpy has no products of as float32, which holds their values."""
+    if isinstance(operand, tuple):
+        return tuple(map(_computable, operand))
+    return operand.astype(np.float32) if isinstance(operand, np.ndarray) and operand.dtype.kind == "V" else operand
 
 
 _COMPILED: dict[str, tvm.runtime.Module] = {}
@@ -186,6 +199,12 @@ def _pad(call: tvm.ir.Call, x: np.ndarray) -> np.ndarray:
     return np.pad(x, list(zip(widths[::2], widths[1::2], strict=True)), constant_values=call.attrs.pad_value)
 
 
+def _split(call: tvm.ir.Call, x: np.ndarray) -> tuple[np.ndarray, ...]:
+    sections = call.attrs.indices_or_sections
+    cuts = int(sections) if isinstance(sections, int | tirx.IntImm) else [int(cut) for cut in sections]
+    return tuple(np.split(x, cuts, int(call.attrs.axis)))
+
+
 def _trailing(call: tvm.ir.Call) -> tuple[int, ...]:
     return tuple(int(axis) for axis in call.attrs.axis)
 
@@ -235,6 +254,9 @@ _OPERATORS: Mapping[str, Callable[..., np.ndarray]] = {
     "max": _reduced(np.max),
     "mean": _reduced(np.mean),
     "min": _reduced(np.min),
+    "nn.batch_norm": batch_norm,
+    **{f"nn.conv{rank}d": convolution for rank in (1, 2, 3)},
+    **{f"nn.conv{rank}d_transpose": transposed_convolution for rank in (1, 2, 3)},
     "nn.group_norm": _group_norm,
     "nn.instance_norm": _instance_norm,
     "nn.layer_norm": _layer_norm,
@@ -242,6 +264,7 @@ _OPERATORS: Mapping[str, Callable[..., np.ndarray]] = {
     "nn.rms_norm": _rms_norm,
     "nn.softmax": _softmax,
     "permute_dims": lambda call, x: np.transpose(x, call.attrs.axes and [int(axis) for axis in call.attrs.axes]),
+    "split": _split,
     "squeeze": lambda call, x: np.squeeze(x, call.attrs.axis and _trailing(call)),
     "strided_slice": _plain(_slice),
     "sum": _reduced(_sum),
