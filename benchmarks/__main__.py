@@ -16,6 +16,7 @@ from benchmarks import fusion
 from benchmarks.architecture import EXPORTERS, Exporter
 from benchmarks.comparison import Row, compare
 from benchmarks.engines import ENGINES
+from benchmarks.llm import table as llm
 from benchmarks.tables import REFERENCE, TABLES, Subject, subjects
 from optimizer.certificate.tolerance import arithmetic
 
@@ -32,14 +33,20 @@ _COLUMNS = (
     "tolerance",
 )
 
+_ENGINES = tuple(dict.fromkeys([*ENGINES, "peak", *llm.ENGINES]))
+
 
 @click.command()
-@click.argument("table", type=click.Choice([*TABLES, "fusion"]))
+@click.argument("table", type=click.Choice([*TABLES, "fusion", "llm"]))
 @click.option("--model", "models", multiple=True, help="Only this model (or models such as conv*); may be repeated.")
 @click.option("--exporter", "exporters", multiple=True, type=click.Choice(EXPORTERS), help="Only of these exporters.")
-@click.option("--engine", "engines", multiple=True, type=click.Choice([*ENGINES, "peak"]), help="Only these engines.")
+@click.option("--engine", "engines", multiple=True, type=click.Choice(_ENGINES), help="Only these engines.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of every engine; default: one per physical core.")
 @click.option("--rounds", default=5, show_default=True, help="How often all engines take their turn.")
+@click.option("--prompt", default=512, show_default=True, help="Table llm: tokens of the prompt.")
+@click.option("--steps", default=128, show_default=True, help="Table llm: tokens made after it.")
+@click.option("--peers", default=sys.executable, help="Table llm: a Python that has llama_cpp and onnxruntime_genai.")
+@click.option("--keep", is_flag=True, help="Table llm: measure the packages of an earlier run, if there are any.")
 def main(
     table: str,
     models: tuple[str, ...],
@@ -47,12 +54,17 @@ def main(
     engines: tuple[str, ...],
     threads: int | None,
     rounds: int,
+    prompt: int,
+    steps: int,
+    peers: str,
+    keep: bool,
 ) -> None:
     """Compare this compiler with other engines on the models of TABLE, interleaved in one run.
 
     Ends with exit code 1 if a model is missing, does not compile, or differs from onnxruntime beyond its tolerance.
     The table `fusion` times nothing: it counts the kernels of one step of the other tables' models, and fails where
-    they are more than the nodes of onnxruntime's optimized graph.
+    they are more than the nodes of onnxruntime's optimized graph. The table `llm` is of decoders with weights of 4 bits
+    (`python -m benchmarks.llm.models`): tokens/s of a prompt and after it, beside llama.cpp and onnxruntime-genai.
     """
     if table == "fusion":
         fusion.main(models)
@@ -63,6 +75,13 @@ def main(
     click.echo(
         f"{datetime.date.today()}, {_cpu()}, {threads} threads, `{' '.join(['python -m benchmarks', *sys.argv[1:]])}`\n"
     )
+    if table == "llm":
+        if unknown := sorted(set(engines) - set(llm.ENGINES)):
+            raise click.UsageError(f"the table llm has no engine {', '.join(unknown)}")
+        workload = llm.Workload(prompt, steps, threads, rounds)
+        for line in llm.lines(models, engines or tuple(llm.ENGINES), workload, peers, keep=keep):
+            click.echo(line)
+        return
     click.echo(f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}")
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="optimizer-bench-") as folder:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, cast
 
 import numpy as np
+
+from benchmarks.processes import EngineProcess
 
 # A round of one engine lasts about this long, and at least one call.
 _ROUND_SECONDS = 0.5
@@ -122,18 +121,13 @@ def _difference(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(found.astype(np.float64) - wanted.astype(np.float64)).max(initial=0.0) / scale)
 
 
-class _Worker:
-    """An engine's process, spoken to in JSON lines."""
+class _Worker(EngineProcess):
+    """An engine's process with one model and its inputs."""
 
     def __init__(self, engine: str, model: Path, inputs_file: Path, threads: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.worker", engine, str(model), str(inputs_file), str(threads)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        super().__init__(
+            [sys.executable, "-m", "benchmarks.worker", engine, str(model), str(inputs_file), str(threads)]
         )
-        self._commands = cast("IO[str]", self._process.stdin)
-        self._answers = cast("IO[str]", self._process.stdout)
-        self._errors = cast("IO[str]", self._process.stderr)
-
         self._engine = engine
 
     def loaded(self) -> Row:
@@ -142,22 +136,3 @@ class _Worker:
         if "error" in answer:
             return Row(self._engine, error=str(answer["error"]))
         return Row(self._engine, str(answer["version"]), float(answer["seconds"]), int(answer["peak_bytes"]))
-
-    def answer(self) -> dict[str, Any]:
-        line = self._answers.readline()
-        if line:
-            return json.loads(line)
-        lines = self._errors.read().strip().splitlines()
-        return {"error": lines[-1] if lines else f"exit code {self._process.wait()}"}
-
-    def ask(self, command: dict[str, object]) -> dict[str, Any]:
-        self._commands.write(json.dumps(command) + "\n")
-        self._commands.flush()
-        result = self.answer()
-        if "error" in result:
-            raise RuntimeError(str(result["error"]))
-        return result
-
-    def close(self) -> None:
-        self._commands.close()
-        self._process.wait(timeout=60)

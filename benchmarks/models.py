@@ -20,11 +20,16 @@ FULL_SIZE = {row.full_name: row for row in ARCHITECTURES.values() if row.full is
 REQUIREMENTS = "torch==2.13.0 transformers==5.23.0 onnx onnxscript"
 
 
-def model_path(name: str, exporter: Exporter = "dynamo") -> Path:
-    """Return where the full-size model called `name` (a key of `FULL_SIZE`) is kept, whether or not it exists yet."""
+def cache_folder() -> Path:
+    """Return the folder that full-size models are kept in."""
     cache = os.environ.get("OPTIMIZER_CACHE")
     root = Path(cache) if cache else Path.home() / ".cache" / "optimizer"
-    return root / "models" / f"{name}_{exporter}.onnx"
+    return root / "models"
+
+
+def model_path(name: str, exporter: Exporter = "dynamo") -> Path:
+    """Return where the full-size model called `name` (a key of `FULL_SIZE`) is kept, whether or not it exists yet."""
+    return cache_folder() / f"{name}_{exporter}.onnx"
 
 
 def cases_of(name: str) -> dict[str, dict[str, Array]]:

@@ -40,7 +40,7 @@ class Peak(Engine):
             raise EngineError("the model does not say what bounds it")
         use_threads(threads)
         start = time.perf_counter()
-        make = {"compute": _multiply_add, "integer": _integer_multiply_add, "copy": _copy, "read": _read}[
+        make = {"compute": _multiply_add, "integer": _integer_multiply_add, "copy": _copy, "read": read}[
             metadata["bound"]
         ]
         function, self._arguments = make(int(metadata["work"]), threads)
@@ -147,13 +147,13 @@ def _copy(work: int, threads: int) -> Work:
     return copy, [_filled(threads, vectors, lanes), _filled(threads, vectors, lanes)]
 
 
-def _read(work: int, threads: int) -> Work:
-    """Return a function that reads `work` bytes."""
+def read(work: int, threads: int) -> Work:
+    """Return a function that reads `work` bytes, and its arguments."""
     lanes, chains = find_target("host").vector_lanes(32), _CHAINS
     steps = max(1, work // (4 * lanes * chains * threads))
 
     @T.prim_func(s_tir=True)
-    def read(
+    def read_all(
         source: T.Buffer((threads, steps, chains, lanes), "float32"),
         sums: T.Buffer((threads, chains, lanes), "float32"),
     ) -> None:
@@ -173,7 +173,7 @@ def _read(work: int, threads: int) -> Work:
                     for chain in T.unroll(chains):
                         sums[owner, chain, T.ramp(0, 1, lanes)] = total[chain, T.ramp(0, 1, lanes)]
 
-    return read, [_filled(threads, steps, chains, lanes), _filled(threads, chains, lanes)]
+    return read_all, [_filled(threads, steps, chains, lanes), _filled(threads, chains, lanes)]
 
 
 def _filled(*shape: int) -> tvm.runtime.Tensor:

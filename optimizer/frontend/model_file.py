@@ -82,12 +82,39 @@ def _check(path: Path, model: onnx.ModelProto) -> None:
                 f"{path}: opset {entry.version} is not supported ({OLDEST_OPSET} to {newest} are); "
                 "convert it with onnx.version_converter"
             )
+    _allow_simplified_normalization()
     try:
         # By path, so that models over protobuf's 2 GB limit and external data are checked too.
         checker.check_model(str(path))
     except checker.ValidationError as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelFileError(f"{path}: breaks ONNX's rules: {reason}") from error
+
+
+def _allow_simplified_normalization() -> None:
+    """Make the checker accept what onnxruntime and its model builder write into ONNX's own domain."""
+    name = "SimplifiedLayerNormalization"
+    if defs.has(name):
+        return
+    schema = defs.OpSchema(
+        name,
+        "",
+        1,
+        inputs=[defs.OpSchema.FormalParameter(each, "T") for each in ("X", "scale")],
+        outputs=[
+            defs.OpSchema.FormalParameter("Y", "T"),
+            defs.OpSchema.FormalParameter(
+                "inv_std_var", "T", param_option=defs.OpSchema.FormalParameterOption.Optional
+            ),
+        ],
+        type_constraints=[("T", [f"tensor({kind})" for kind in ("float", "float16", "double", "bfloat16")], "")],
+        attributes=[
+            defs.OpSchema.Attribute("axis", defs.OpSchema.AttrType.INT, required=False),
+            defs.OpSchema.Attribute("epsilon", defs.OpSchema.AttrType.FLOAT, required=False),
+            defs.OpSchema.Attribute("stash_type", defs.OpSchema.AttrType.INT, required=False),
+        ],
+    )
+    defs.register_schema(schema)
 
 
 def _external_files(path: Path, model: onnx.ModelProto) -> list[Path]:
