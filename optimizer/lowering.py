@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import tvm
 from tvm import relax
 
+from optimizer import code_generation
 from optimizer.bound_shapes import cut_blocks_at_bound_shapes
 from optimizer.gathers import let_gathers_fuse
 from optimizer.ir_dump import ignore
@@ -62,9 +63,6 @@ _FINISH = (
     relax.transform.AttachGlobalSymbol,
 )
 
-# TVM's elimination of common subexpressions fails on vectors of booleans; LLVM and nvcc do the same later.
-CODE_GENERATION = {"tirx.disable_cse_tir": True}
-
 
 @dataclass(frozen=True)
 class LoweredModule:
@@ -117,8 +115,7 @@ def _run(module: tvm.IRModule, transforms: _Transforms, after: Callable[[str, tv
 
 def build(module: tvm.IRModule, target: Target) -> relax.VMExecutable:
     """Generate code for a module whose TIR functions are scheduled."""
-    tvm_target = target.tvm_target()
-    with tvm_target, generating_source(), tvm.transform.PassContext(config=CODE_GENERATION):
+    with target.tvm_target() as tvm_target, generating_source(), code_generation.options(target):
         for transform in _FINISH:
             module = transform()(module)
-        return relax.build(module, tvm_target, relax_pipeline=None)
+        return relax.build(module, tvm_target, relax_pipeline=None, tir_pipeline=code_generation.pipeline(target))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 from tvm import tirx
@@ -15,7 +14,6 @@ Extent = int | Expr
 INDEX = "int64"
 # Code for one cell of a register tile, from its row and column.
 Element = Callable[[Expr, Expr], Stmt]
-MOST_STACK_BYTES = 16 * 1024
 
 
 def index(value: Extent) -> Expr:
@@ -167,18 +165,8 @@ def local(shape: Sequence[Extent], dtype: str, name: str) -> Var:
 
 
 def with_local(buffers: Sequence[Var], statements: Sequence[Stmt]) -> Stmt:
-    """Return `statements` with `buffers` allocated around them: small ones on the stack, where they become registers.
-
-    TVM would take a workspace, by a call, for all but the smallest.
-    """
-    return tirx.SeqStmt([*(_allocate(buffer) for buffer in buffers), *statements])
-
-
-def _allocate(buffer: Var) -> Stmt:
-    extents = [int(extent) for extent in buffer.shape if isinstance(extent, tirx.IntImm)]
-    bytes_ = math.prod(extents) * (buffer.dtype.bits // 8)
-    on_stack = len(extents) == len(buffer.shape) and bytes_ <= MOST_STACK_BYTES
-    return tirx.AllocBuffer(buffer, {"disable_lower_builtin": True} if on_stack else {})
+    """Return `statements` with `buffers` allocated around them."""
+    return tirx.SeqStmt([*(tirx.AllocBuffer(buffer, {}) for buffer in buffers), *statements])
 
 
 def store(buffer: Var, value: Expr, indices: Sequence[Expr]) -> Stmt:
@@ -191,9 +179,8 @@ def load(buffer: Var, indices: Sequence[Expr]) -> Expr:
     return tirx.BufferLoad(buffer, list(indices))
 
 
-def prefetch(buffer: Var, indices: Sequence[Expr]) -> Stmt:
-    """Return a request to bring `buffer[indices]`, past the end or not, into the nearest cache."""
-    read, keep, data = (tirx.const(value, "int32") for value in (0, 3, 1))
-    return tirx.Evaluate(
-        tirx.call_intrin("void", "tirx.prefetch", tirx.address_of(load(buffer, indices)), read, keep, data)
-    )
+def prefetch(read: Expr, cache: int = 1) -> Stmt:
+    """Return a request to bring the element that `read` loads, past the end or not, into the cache of that level."""
+    address = tirx.address_of(read)
+    for_reading, locality, data = (tirx.const(value, "int32") for value in (0, 4 - cache, 1))
+    return tirx.Evaluate(tirx.call_intrin("void", "tirx.prefetch", address, for_reading, locality, data))

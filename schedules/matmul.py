@@ -191,6 +191,7 @@ def _tile(
         row_block=row_block,
         panel=panel,
         parallel=is_large(work_of(analysis.stage)),
+        ahead=analysis.operand if panel is None else None,
     )
 
 

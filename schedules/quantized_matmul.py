@@ -315,7 +315,7 @@ class _Emitter:
         first = tirx.floormod(column, index(layout.columns)) * layout.reduction
         block = tirx.floordiv(column, index(layout.columns))
         source = self.operands.packed.source
-        return [prefetch(source, [block, group * steps + step + ahead, first]) for step in range(steps)]
+        return [prefetch(load(source, [block, group * steps + step + ahead, first])) for step in range(steps)]
 
     def _codes(self, step: Expr, column: Expr) -> list[Expr]:
         """Return the codes of one step for a vector of columns: bytes, as int32 lanes, in the order of K."""

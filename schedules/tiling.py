@@ -18,11 +18,13 @@ from schedules.epilogue import Epilogue
 from schedules.loops import (
     Extent,
     cells,
+    index,
     load,
     local,
     loop,
     nest,
     parallel,
+    prefetch,
     product,
     store,
     tile_choice,
@@ -34,6 +36,9 @@ from schedules.loops import (
 from schedules.reducer import accumulate, accumulator_dtype
 from schedules.stages import Stage, replace_loads, sequence, substitute, with_value
 
+# With fewer tiles of rows in a task its columns come from memory all the time, which hardware foresees.
+FEWEST_TILES_TO_FETCH = 4
+CACHE_LINE = 64
 # Code for the columns of one width that begin at an offset.
 Columns = Callable[[Expr, int], Stmt]
 
@@ -42,7 +47,8 @@ Columns = Callable[[Expr, int], Stmt]
 class Tile:
     """How a reduction is cut: `width` elements of `vector_group` by `rows` of `row_group`, `row_block` rows a task.
 
-    `panel` is the read that is copied to [reduction][width] in the task before its rows are computed, if any.
+    `panel` is the read that is copied to [reduction][width] in the task before its rows are computed, if any; `ahead`
+    one whose next columns come into the second-level cache while these are computed.
     """
 
     stage: Stage
@@ -57,6 +63,7 @@ class Tile:
     row_block: int
     panel: TensorLoad | None
     parallel: bool
+    ahead: TensorLoad | None = None
 
     @property
     def row_extent(self) -> Extent:
@@ -103,13 +110,13 @@ def _tasks(tile: Tile, columns: Extent, choose: Callable[[Expr, Columns], Stmt])
         blocks = tirx.floordiv(rows + (tile.row_block - 1), tirx.const(tile.row_block, "int64"))
 
     def task(number: Expr) -> Stmt:
-        *outside, column, block = unflatten(number, [*outer, columns, blocks])
+        *outside, block, column = unflatten(number, [*outer, blocks, columns])
         point: dict[Var, Expr] = {}
         for group, position in zip(tile.outer, outside, strict=True):
             point.update(group.point(position))
         return choose(column, lambda base, width: _block(tile, point, base, width, block))
 
-    return parallel(product([*outer, columns, blocks]), task, tile.parallel)
+    return parallel(product([*outer, blocks, columns]), task, tile.parallel)
 
 
 def _block(tile: Tile, point: Mapping[Var, Expr], base: Expr, width: int, block: Expr) -> Stmt:
@@ -215,11 +222,37 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
 
         return cells(rows, width, update)
 
-    extents = [group.extent for group in tile.reduction]
+    reduce = _fetching_ahead(tile, (base + width, width), row, step)
     return with_local(
         [registers],
-        [cells(rows, width, start), nest(extents, step), _write_back(tile, registers, (rows, width), at)],
+        [cells(rows, width, start), reduce, _write_back(tile, registers, (rows, width), at)],
     )
+
+
+def _fetching_ahead(tile: Tile, following: tuple[Expr, int], row: Expr, step: Callable[[Sequence[Expr]], Stmt]) -> Stmt:
+    """Return the loops of the reduction; with `ahead`, each tile of rows fetches its share of the `following` columns.
+
+    Hardware fetches what a stream reads next only shortly before and only within a page. `following` is offset and
+    width.
+    """
+    extents = [group.extent for group in tile.reduction]
+    every = tile.row_block // tile.rows
+    if tile.ahead is None or len(extents) != 1 or not isinstance(extents[0], int) or every < FEWEST_TILES_TO_FETCH:
+        return nest(extents, step)
+    read, depth = tile.ahead, extents[0]
+    start, width = following
+    first = tirx.floordiv(tirx.floormod(row, index(tile.row_block)), index(tile.rows)) * -(-depth // every)
+    line = CACHE_LINE // (read.source.dtype.bits // 8)
+
+    def chunk(done: Expr, count: int) -> Stmt:
+        point = tile.reduction[0].point(first + tirx.floordiv(done, index(every)))
+        lines = [
+            prefetch(substitute(read, {**point, **tile.vector_group.point(start + column)}), cache=2)
+            for column in range(0, width, line)
+        ]
+        return sequence([*lines, loop(count, lambda k: step([done + k]))])
+
+    return tiles(depth, [every], chunk)
 
 
 def _write_back(

@@ -13,7 +13,7 @@ import numpy as np
 import tvm
 from tvm import tirx
 
-from optimizer.lowering import CODE_GENERATION
+from optimizer import code_generation
 from optimizer.package.dtypes import numpy_dtype
 from optimizer.runtime.tensors import Tensor
 from optimizer.runtime.threads import use_threads
@@ -107,8 +107,10 @@ class _TaskBench:
         """Return the number of the candidate."""
         scheduled, _ = schedule_function(self._function, self._target, parameters)
         module = tvm.IRModule({"main": scheduled.with_attr("global_symbol", "main")})
-        with tvm.transform.PassContext(config=CODE_GENERATION):
-            built = tvm.compile(module, self._target.tvm_target()).jit()
+        with code_generation.options(self._target):
+            built = tvm.compile(
+                module, self._target.tvm_target(), tir_pipeline=code_generation.pipeline(self._target)
+            ).jit()
         self._check(built)
         self._built.append(built)
         return len(self._built) - 1

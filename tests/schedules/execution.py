@@ -9,6 +9,7 @@ import tvm
 from tvm import relax, tirx
 
 import targets
+from optimizer import code_generation
 from schedules import KernelReport, schedule_module
 
 TARGET = targets.resolve_host()
@@ -62,9 +63,9 @@ def scheduled(module: tvm.IRModule) -> tuple[Callable[..., np.ndarray], tuple[Ke
 
 def compiled(module: tvm.IRModule) -> Callable[..., np.ndarray]:
     """Return the main function of a module, compiled as it is."""
-    target = TARGET.tvm_target()
-    with target:
-        machine = relax.VirtualMachine(tvm.compile(module, target), tvm.cpu())
+    with TARGET.tvm_target() as target, code_generation.options(TARGET):
+        executable = tvm.compile(module, target, tir_pipeline=code_generation.pipeline(TARGET))
+        machine = relax.VirtualMachine(executable, tvm.cpu())
 
     def call(*arrays: np.ndarray) -> np.ndarray:
         return machine["main"](*[tvm.runtime.tensor(array) for array in arrays]).numpy()

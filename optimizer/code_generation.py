@@ -1,0 +1,60 @@
+"""TVM's lowering of TIR to LLVM, with small buffers on the stack.
+
+For every buffer of 1 KiB and more TVM takes memory from a workspace, by a call, and LLVM then stores a tile of sums at
+the end of each loop instead of keeping it in registers. TVM has an annotation that leaves a buffer to LLVM, but its
+rewriting of storage forgets it, and its compaction of buffers may make their sizes symbolic: so it comes after both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import tvm
+import tvm_ffi
+from tvm import tirx
+from tvm.tirx import compilation_pipeline
+
+from targets.base import Target
+
+# Several such buffers of nested tiles fit the stack of any thread.
+MOST_STACK_BYTES = 16 * 1024
+_PIPELINE = "small_buffers_on_stack"
+_Finalize = Callable[[], tvm.transform.Pass]
+
+
+def options(target: Target) -> tvm.transform.PassContext:
+    """Return the context for TVM's compilation of TIR for `target`."""
+    # TVM's elimination of common subexpressions fails on vectors of booleans; LLVM and nvcc do the same later.
+    return tvm.transform.PassContext(
+        config={"tirx.disable_cse_tir": True, "tirx.disable_storage_rewrite": target.device == "cpu"}
+    )
+
+
+def pipeline(target: Target) -> str:
+    """Return the name of the pipeline that lowers TIR for `target`."""
+    if target.device != "cpu":
+        return "default"
+    compilation_pipeline.register_tir_pipeline(_PIPELINE, _lowering)
+    return _PIPELINE
+
+
+def _lowering() -> tuple[tvm.transform.Pass, _Finalize, _Finalize]:
+    lower, finalize_host, finalize_device = compilation_pipeline.get_tir_pipeline("s_tir")
+    return tvm.transform.Sequential([lower, _on_stack()]), finalize_host, finalize_device
+
+
+def _on_stack() -> tvm.transform.Pass:
+    def keep(allocation: tirx.AllocBuffer, _: tvm_ffi.StructuralMutator) -> tirx.AllocBuffer:
+        buffer = allocation.buffer
+        extents = [int(extent) for extent in buffer.shape if isinstance(extent, tirx.IntImm)]
+        small = math.prod(extents) * (buffer.dtype.bits * buffer.dtype.lanes // 8) <= MOST_STACK_BYTES
+        if not small or len(extents) < len(buffer.shape):
+            return allocation
+        return tirx.AllocBuffer(buffer, {**allocation.annotations, "disable_lower_builtin": tirx.IntImm("int32", 1)})
+
+    @tirx.transform.prim_func_pass(opt_level=0)
+    def mark(function: tirx.PrimFunc, _module: tvm.IRModule, _context: tvm.transform.PassContext) -> tirx.PrimFunc:
+        return function.with_body(tvm_ffi.structural_mutate(function.body, (tirx.AllocBuffer, keep)))
+
+    return mark
