@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import tvm
@@ -32,17 +32,26 @@ _Key = tuple[object, ...]
 
 def carry_into_groups(before: tvm.IRModule, after: tvm.IRModule) -> tvm.IRModule:
     """Return `after`, which TVM's FuseOps made of `before`, with the nodes of all parts of a group at its call."""
-    matching = _Matching(before, after)
-    return annotate(after, matching.nodes())
+    nodes: dict[relax.Var, Nodes] = {}
+    for name, function in _functions(before).items():
+        nodes |= _Matching(function, after[name], after).nodes()
+    return annotate(after, nodes)
+
+
+def _functions(module: tvm.IRModule) -> dict[str, relax.Function]:
+    """Return the Relax functions that are no groups by name: `main`, then those of branches and loops."""
+    functions = {variable.name_hint: function for variable, function in module.functions_items()}
+    relaxed = {name: f for name, f in functions.items() if isinstance(f, relax.Function) and not _is_group(f)}
+    return {_ENTRY: relaxed[_ENTRY], **relaxed}
 
 
 class _Matching:
-    """The bindings of `main` before fusion, each found again in the group that it became part of."""
+    """The bindings of a function before fusion, each found again in the group that it became part of."""
 
-    def __init__(self, before: tvm.IRModule, after: tvm.IRModule) -> None:
+    def __init__(self, before: relax.Function, fused: relax.Function, after: tvm.IRModule) -> None:
         self._after = after
-        self._old = Bindings(before[_ENTRY])
-        self._new = Bindings(after[_ENTRY])
+        self._old = Bindings(before)
+        self._new = Bindings(fused)
         self._position = {var: position for position, var in enumerate(self._old.values)}
         self._origin: dict[relax.Var, object] = {}  # of variables after fusion: the variable before, or a tuple's parts
         self._unclaimed: dict[_Key, deque[relax.Var]] = {}
@@ -56,7 +65,7 @@ class _Matching:
     def _nodes(self, var: relax.Var, value: relax.Expr) -> Nodes:
         if isinstance(value, tvm.ir.Call) and isinstance(value.op, tvm.ir.GlobalVar):
             group = self._after[value.op]
-            if isinstance(group, relax.Function):
+            if isinstance(group, relax.Function) and _is_group(group):
                 return self._group_nodes(var, value, group)
         if isinstance(value, relax.TupleGetItem):
             results = self._origin.get(value.tuple_value)
@@ -169,14 +178,19 @@ def _is_group(function: relax.Function) -> bool:
 
 
 def _in_order_of_calls(module: tvm.IRModule) -> list[str]:
-    order: dict[str, None] = {}
-    for value in Bindings(module[_ENTRY]).values.values():
-        if isinstance(value, tvm.ir.Call) and value.args and isinstance(value.args[0], tvm.ir.GlobalVar):
-            order[value.args[0].name_hint] = None
+    order = [name for name, _ in _calls(module)]
     rest = sorted(
         variable.name_hint for variable, function in module.functions_items() if isinstance(function, tirx.PrimFunc)
     )
     return list(dict.fromkeys([*order, *rest]))
+
+
+def _calls(module: tvm.IRModule) -> Iterator[tuple[str, Nodes]]:
+    """Yield the calls of TIR functions with the nodes that they compute, those of `main` first."""
+    for function in _functions(module).values():
+        for value in Bindings(function).values.values():
+            if isinstance(value, tvm.ir.Call) and value.args and isinstance(value.args[0], tvm.ir.GlobalVar):
+                yield value.args[0].name_hint, nodes_of(value)
 
 
 def _renamed(module: tvm.IRModule, names: Mapping[str, str], operators: Mapping[str, tuple[str, ...]]) -> tvm.IRModule:
@@ -213,9 +227,8 @@ class _Renamer(PyExprMutator):
 def with_calls(kernels: Iterable[KernelReport], module: tvm.IRModule) -> tuple[KernelReport, ...]:
     """Return the reports in order of the kernels' first calls, with the ONNX nodes of each call and the operators."""
     calls: dict[str, list[Nodes]] = {}
-    for value in Bindings(module[_ENTRY]).values.values():
-        if isinstance(value, tvm.ir.Call) and value.args and isinstance(value.args[0], tvm.ir.GlobalVar):
-            calls.setdefault(value.args[0].name_hint, []).append(nodes_of(value))
+    for name, nodes in _calls(module):
+        calls.setdefault(name, []).append(nodes)
     position = {name: index for index, name in enumerate(calls)}
     return tuple(
         replace(

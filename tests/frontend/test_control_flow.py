@@ -172,3 +172,29 @@ def test_scan_in_both_directions_along_any_axis(length: str):
     }}"""
     steps = int(length) if length.isdigit() else 5
     compare(text, {"s": numbers(2), "x": numbers(2, steps), "z": numbers(steps, 2)})
+
+
+PRODUCTS = """
+    g (bool c, float[n, k] x, float[j, 2] z) => (float[n, 2] y) {{
+      {outside}
+      y = If (c) <
+        then_branch = t () => (float[n, 2] a) {{ {inside} }},
+        else_branch = e () => (float[n, 2] b) {{ b = Neg({negated}) }}
+      >
+    }}"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PRODUCTS.format(outside="p = MatMul(x, z)", inside="a = Exp(p)", negated="p"),
+        PRODUCTS.format(outside="", inside="p = MatMul(x, z) a = Exp(p)", negated="x"),
+    ],
+    ids=["before a branch", "inside of a branch"],
+)
+def test_dimensions_that_must_be_equal_are_compared_when_the_module_runs(text: str):
+    run = unoptimized(import_model(parser.parse_model(HEADER + text)))
+    x, z = numbers(3, 2), numbers(2, 2)
+    np.testing.assert_allclose(run({"c": np.array(True), "x": x, "z": z})["y"], np.exp(x @ z), rtol=1e-5)
+    with pytest.raises(Exception, match="match_cast"):
+        run({"c": np.array(True), "x": x, "z": numbers(4, 2)})
