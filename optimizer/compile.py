@@ -25,7 +25,7 @@ from optimizer.progress import Silent, Timeline, Watcher
 from optimizer.runtime.machine import count_physical_cores_by_default
 from optimizer.signature import entry_point
 from optimizer.symbolic_arguments import passed_in_order_of_use
-from optimizer.tuning.log import SHIPPED, Decisions, TuningLog, decisions_of
+from optimizer.tuning.log import SHIPPED, Decisions, decisions_for
 from optimizer.weights import LiftedModule, lift_weights
 from passes import pipeline
 from passes.base import Pass
@@ -200,7 +200,7 @@ def _plan(model: onnx.ModelProto, options: CompileOptions, timeline: Timeline, b
 def _decisions(options: CompileOptions) -> Decisions:
     if options.tuning_log is None:
         return Decisions({})
-    return decisions_of(TuningLog(options.tuning_log, options.target.name).read(), options.target)
+    return decisions_for(options.target, options.tuning_log)
 
 
 def parse_passes(options: CompileOptions) -> tuple[Pass, ...]:

@@ -29,6 +29,7 @@ __all__ = [
     "missing_features",
     "names",
     "resolve_host",
+    "siblings",
 ]
 
 HOST = "host"
@@ -58,6 +59,15 @@ def get(name: str, gpu_architectures: Iterable[str] | None = None) -> Target:
     if target.device != "cuda":
         raise UnknownTargetError(f"target '{name}' has no GPU; GPU architectures go with the target 'cuda'")
     return with_architectures(tuple(gpu_architectures))
+
+
+def siblings(target: Target) -> tuple[Target, ...]:
+    """Return the other targets whose schedules mean the same: of equal registers, caches, layouts and cores."""
+    return tuple(other for other in _TARGETS.values() if other.name != target.name and _shape(other) == _shape(target))
+
+
+def _shape(target: Target) -> tuple[object, ...]:
+    return target.architecture, target.device, target.vector_bits, target.caches, target.layouts, target.cores
 
 
 def resolve_host() -> Target:

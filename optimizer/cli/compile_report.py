@@ -88,9 +88,11 @@ def _summary_facts(summary: Summary) -> list[tuple[str, str]]:
 
 
 def _tuning_text(summary: Summary) -> str:
+    parts = [f"{count} kernels from the log of {target}" for target, count in summary.tuned.items()]
+    parts.append(f"{summary.kernels - sum(summary.tuned.values())} by default")
     unusable = summary.unusable_records
     told = f"; {len(unusable)} lines of the log are unusable, the first {unusable[0]}" if unusable else ""
-    return f"{summary.tuned} kernels from the log, {summary.kernels - summary.tuned} by default{told}"
+    return ", ".join(parts) + told
 
 
 def _certificate_text(certificate: Certificate | None, note: str) -> str:

@@ -13,6 +13,7 @@ from tvm import relax
 
 from optimizer.kernel_nodes import kernel_name
 from optimizer.packaging import weight_scheme
+from optimizer.tuning.log import Decisions
 from optimizer.weights import ENTRY
 from schedules import KernelReport
 
@@ -26,8 +27,8 @@ class Summary:
 
     `fused` maps what kernels of several operators compute to how often `main` calls them, the largest first;
     `families` counts kernels by the schedule they got; `loop_nests` is how many of them all calls of one step run;
-    `rewritten` and `refused` count the sites of each pass; `tuned` counts kernels that the tuning log decided, and
-    `unusable_records` lists the lines of the log that hold nothing usable.
+    `rewritten` and `refused` count the sites of each pass; `tuned` counts kernels that a tuning log decided, by
+    the target that they were measured for; `unusable_records` lists the lines of the log that hold nothing usable.
     """
 
     onnx_nodes: int
@@ -42,7 +43,7 @@ class Summary:
     weights: int
     weight_bytes: int
     weight_scheme: str
-    tuned: int
+    tuned: dict[str, int]
     unusable_records: tuple[str, ...]
 
 
@@ -62,9 +63,14 @@ def summarize(model: onnx.ModelProto, plan: Plan) -> Summary:
         weights=len(plan.lifted.weights),
         weight_bytes=plan.lifted.weight_bytes,
         weight_scheme=weight_scheme(plan),
-        tuned=sum(kernel.tuned for kernel in kernels),
+        tuned=_tuned(kernels, plan.decisions),
         unusable_records=tuple(map(str, plan.decisions.unusable)),
     )
+
+
+def _tuned(kernels: Sequence[KernelReport], decisions: Decisions) -> dict[str, int]:
+    records = [decisions.record_for(kernel) for kernel in kernels if kernel.tuned]
+    return dict(Counter(record.origin.target for record in records if record is not None))
 
 
 def _fused(kernels: Sequence[KernelReport]) -> dict[str, int]:

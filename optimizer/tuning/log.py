@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import targets
 from optimizer.errors import TuningLogError
 from optimizer.json_records import RecordError
 from optimizer.tuning.records import Record, target_digest
@@ -126,15 +127,30 @@ def _ends_with_newline(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a log decides for a target: by workload, family and version; `unusable` are lines that it passed over."""
+    """What logs decide for a target: by workload, family and version; `unusable` are lines that were passed over."""
 
     records: Mapping[tuple[str, str, int], Record]
     unusable: tuple[Unusable, ...] = ()
 
     def decide(self, report: KernelReport) -> Parameters | None:
-        """Return the parameters for a kernel, None where the log has none that its space allows."""
+        """Return the parameters for a kernel, None where no log has any that its space allows."""
+        record = self.record_for(report)
+        return record.parameters if record is not None else None
+
+    def record_for(self, report: KernelReport) -> Record | None:
+        """Return the record that decides a kernel."""
         record = self.records.get((report.workload, report.family, report.version))
-        return record.parameters if record is not None and fits(record.parameters, report.space) else None
+        return record if record is not None and fits(record.parameters, report.space) else None
+
+
+def decisions_for(target: Target, root: Path) -> Decisions:
+    """Return what the log of `target` under `root` decides, and where it has nothing those of its siblings."""
+    contents = TuningLog(root, target.name).read()
+    records = dict(decisions_of(contents, target).records)
+    for sibling in targets.siblings(target):
+        for key, record in decisions_of(TuningLog(root, sibling.name).read(), sibling).records.items():
+            records.setdefault(key, record)
+    return Decisions(records, contents.unusable)
 
 
 def decisions_of(contents: LogContents, target: Target) -> Decisions:

@@ -65,13 +65,19 @@ Watch = Callable[[Sequence[Progress]], None]
 
 
 class TuningSession:
-    """A search over `tasks` whose measurements go to `log`; what the log already holds of this origin counts."""
+    """A search over `tasks` whose measurements go to `log`; what the log already holds of this origin counts.
 
-    def __init__(self, tasks: Sequence[Task], pool: BenchPool, log: TuningLog, origin: Origin) -> None:
+    Decisions in the log for workloads of other sizes, and those in `seeds` (of sibling targets), are tried first.
+    """
+
+    def __init__(
+        self, tasks: Sequence[Task], pool: BenchPool, log: TuningLog, origin: Origin, seeds: Sequence[Record] = ()
+    ) -> None:
         self._pool = pool
         self._log = log
         self._origin = origin
         self._known = list(log.read().records)
+        self._seeds = [*self._known, *seeds]
         self._generator = random.Random(0)  # noqa: S311 - not for cryptography
         self._models: dict[str, CostModel] = {}
         self.progress: list[Progress] = [self._resume(task) for task in tasks]
@@ -149,7 +155,7 @@ class TuningSession:
         task, before = progress.task, progress.ratio
         features = features_of(task)
         tried = [record.parameters for record in progress.trials_of]
-        seeds = nearest_decisions(self._known, task.family, task.version, features, 2) if not tried else []
+        seeds = nearest_decisions(self._seeds, task.family, task.version, features, 2) if not tried else []
         model = self._model(task.family)
         candidates = propose(task.space, features, tried, model, count, seeds=seeds, generator=self._generator)
         if not candidates:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import targets
 from optimizer.compile import CompileOptions, plan_model
 from optimizer.errors import TuningError
 from optimizer.progress import Watcher
@@ -49,7 +50,9 @@ def tune_model(
     _, plan = plan_model(model, replace(options, tuning_log=None), watcher)
     tasks = tasks_of(plan.lowered, tuning.sizes)
     log = TuningLog(tuning.log, target.name)
+    siblings = [TuningLog(tuning.log, sibling.name) for sibling in targets.siblings(target)]
+    seeds = [record for sibling in siblings for record in sibling.read().records]
     with BenchPool(target, threads) as pool:
-        session = TuningSession(tasks, pool, log, origin_of(target, threads))
+        session = TuningSession(tasks, pool, log, origin_of(target, threads), seeds)
         session.run(tuning.budget, watch)
     return tuple(session.progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,14 @@ import onnx
 import pytest
 from onnx import numpy_helper, parser
 
+import targets
 from optimizer.compile import CompileOptions, Plan, compile_model, plan_model
 from optimizer.runtime import load
-from optimizer.tuning.log import TuningLog
+from optimizer.tuning.log import TuningLog, decisions_for
+from optimizer.tuning.records import target_digest
 from optimizer.tuning.tasks import tasks_of
 from schedules.family import Parameters
-from tests.tuning.examples import TARGET, decision_for
+from tests.tuning.examples import TARGET, decision_for, matmul_task
 
 _OTHER_ROWS = 4
 
@@ -78,3 +81,16 @@ def test_lines_that_hold_no_record_are_reported(model: Path, tmp_path: Path) -> 
     plan = _plan(model, tmp_path / "logs")
     assert plan.lowered.kernels[0].tuned
     assert [line.place for line in plan.decisions.unusable] == [f"{path}:1"]
+
+
+def test_a_sibling_decides_where_the_target_has_nothing(tmp_path: Path) -> None:
+    own, sibling = targets.get("x86-avx512-bf16"), targets.get("x86-avx512")
+    task = matmul_task()
+    record = decision_for(task, {choice.name: choice.default for choice in task.space})
+    measured = replace(record, origin=replace(record.origin, target=sibling.name, target_digest=target_digest(sibling)))
+    TuningLog(tmp_path, sibling.name).append([measured])
+    assert list(decisions_for(own, tmp_path).records.values()) == [measured]
+    mine = replace(record, ratio=0.9, origin=replace(record.origin, target=own.name, target_digest=target_digest(own)))
+    TuningLog(tmp_path, own.name).append([mine])
+    assert list(decisions_for(own, tmp_path).records.values()) == [mine]
+    assert not decisions_for(TARGET, tmp_path).records

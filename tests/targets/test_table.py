@@ -119,3 +119,9 @@ def test_machine_without_a_target_is_told_what_is_missing(machine):
 def test_features_of_another_architecture_are_missing(machine):
     machine("aarch64", targets.get("arm64").features)
     assert targets.missing_features(targets.get("x86-avx2"))[0] == "x86_64"
+
+
+def test_siblings_differ_in_instructions_alone() -> None:
+    names = {target.name for target in targets.siblings(targets.get("x86-avx512"))}
+    assert names == {"x86-avx512-bf16"}
+    assert not targets.siblings(targets.get("cuda"))
