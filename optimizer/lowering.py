@@ -12,6 +12,7 @@ from optimizer import code_generation
 from optimizer.bound_shapes import cut_blocks_at_bound_shapes
 from optimizer.gathers import let_gathers_fuse
 from optimizer.ir_dump import ignore
+from optimizer.kernel_merging import merge_kernels
 from optimizer.kernel_nodes import carry_into_groups, name_kernels, with_calls
 from optimizer.legalization import LEGALIZATIONS
 from optimizer.shape_heap import lower_shapes
@@ -99,7 +100,8 @@ def fuse(module: tvm.IRModule, target: Target, after: Callable[[str, tvm.IRModul
         grouped = carry_into_groups(module, relax.transform.FuseOps()(module))
         after("fuse-operators", grouped)
         module = _run(grouped, _FUSE_TIR, after)
-    module = name_kernels(grouped, module)
+    module = merge_kernels(name_kernels(grouped, module), target)
+    after("merge-kernels", module)
     packed, _ = prepack(module, target)
     module = carry(module, relax.transform.DeadCodeElimination()(packed))
     after("prepack", module)

@@ -62,14 +62,20 @@ def _equal(left: Sequence[Expr], right: Sequence[Expr]) -> bool:
 
 
 def _invert(source: Stage, stage: Stage, indices: Sequence[Expr]) -> dict[Var, Expr] | None:
-    """Return each axis of `stage` in terms of the source's: its indices are axes or mixed-radix sums of axes."""
-    point: dict[Var, Expr] = {}
+    """Return each axis of `stage` in terms of the source's.
+
+    Its indices are axes, mixed-radix sums of axes, or the quotient and the remainder of one axis.
+    """
+    point = _rejoined(source, stage, indices)
+    split = list(point)
     for own, read in zip(source.indices, indices, strict=True):
         if isinstance(own, tirx.IntImm):
             if as_int(read) != int(own):
                 return None
             continue
         own_axis = next(axis for axis in source.spatial if axis.variable.same_as(own))
+        if isinstance(read, tirx.FloorDiv | tirx.FloorMod) and any(read.a.same_as(variable) for variable in split):
+            continue
         digits = _digits(read, stage.spatial)
         if digits is None or not _covers(digits, own_axis):
             return None
@@ -78,6 +84,27 @@ def _invert(source: Stage, stage: Stage, indices: Sequence[Expr]) -> dict[Var, E
                 return None
             value: Expr = own if weight == 1 else tirx.floordiv(own, index(weight))
             point[axis.variable] = value if number == 0 else tirx.floormod(value, index(axis.extent))
+    return point
+
+
+def _rejoined(source: Stage, stage: Stage, indices: Sequence[Expr]) -> dict[Var, Expr]:
+    """Return the axes that are read as [..., axis // b, ..., axis % b], in terms of the two axes of the source's."""
+    extents = {axis.variable: axis.extent for axis in source.spatial}
+    parts = list(zip(source.indices, indices, strict=True))
+    point: dict[Var, Expr] = {}
+    for low, remainder in parts:
+        axis = next(
+            (a for a in stage.spatial if isinstance(remainder, tirx.FloorMod) and remainder.a.same_as(a.variable)), None
+        )
+        if axis is None or not isinstance(axis.extent, int):
+            continue
+        block = as_int(remainder.b)
+        highs = [own for own, read in parts if isinstance(read, tirx.FloorDiv) and read.a.same_as(axis.variable)]
+        quotients = [read for _, read in parts if isinstance(read, tirx.FloorDiv) and read.a.same_as(axis.variable)]
+        if block is None or len(highs) != 1 or as_int(quotients[0].b) != block or extents.get(low) != block:
+            continue
+        if extents.get(highs[0]) == -(-axis.extent // block) and axis.extent % block == 0:
+            point[axis.variable] = highs[0] * block + low
     return point
 
 

@@ -66,7 +66,7 @@ def schedule_function(
     staged = parse(function)
     if staged is None:
         return function.with_attr(SCHEDULED, True), KernelReport(name, "opaque", reason="no loop nests at the top")
-    kernels = _kernels(staged)
+    kernels = kernels_of(staged)
     candidates = [kernel for kernel in kernels if isinstance(kernel, Kernel)]
     main = max(candidates, key=_weight, default=None)
     workload = identity(function)
@@ -94,7 +94,7 @@ def schedule_function(
     return truncate_quotients(rebuilt).with_attr(SCHEDULED, True), replace(report, regions=len(kernels))
 
 
-def _kernels(staged: StagedFunction) -> list[Kernel | OpaqueStage]:
+def kernels_of(staged: StagedFunction) -> list[Kernel | OpaqueStage]:
     """Return the kernels of a function; one that is whole in its family's eyes is not taken apart."""
     whole = attention_structure.whole(staged)
     return cut(inline(staged)) if whole is None else [whole]

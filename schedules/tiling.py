@@ -6,6 +6,7 @@ accumulators stays in registers while the reduction axes run, and what follows t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -266,6 +267,15 @@ def _write_back(
         return tile.epilogue.store(total, at(r, v))
 
     written = Access(tile.epilogue.stage.output, tile.epilogue.indices)
+    block = written.block(tile.vector_group.inner)
+    if block:  # only the elements of one block lie together
+        piece = math.gcd(block, width)
+        return sequence(
+            [
+                cells(rows, piece, lambda r, v, first=first: finish(registers, r, first + v))
+                for first in range(0, width, piece)
+            ]
+        )
     if written.step(tile.vector_group.inner) != Step.STRIDED or rows == 1:
         return cells(rows, width, lambda r, v: finish(registers, r, v))
     # The output is contiguous along the rows: the tile goes through memory and is written column by column.

@@ -1,0 +1,152 @@
+"""Calls of TIR functions merged where the schedule computes both in one kernel.
+
+TVM's fusion decides by the kind of an operator; what changes the layout of a product's, a convolution's or a mean's
+result (blocked channels, a window's rows put back in order, axes dropped) always becomes a kernel of its own there.
+Here the merged function is written down and the schedule asked. A call is merged with the one that it reads where
+nothing else reads that, so that no path leaves the two and enters them again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tvm
+import tvm.ir
+from tvm import relax, tirx
+from tvm.relax.expr_functor import PyExprMutator, mutator
+
+from optimizer.kernel_nodes import OPERATORS, kernel_name
+from passes.dependencies import Dependencies
+from passes.provenance import Bindings, carry
+from schedules.joining import is_one_kernel, joined
+from targets.base import Target
+
+_Reads = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Merger:
+    """A call of `function` on `arguments` that takes the place of the one that `variable` is bound to."""
+
+    variable: relax.Var
+    function: tvm.ir.GlobalVar
+    arguments: tuple[relax.Expr, ...]
+
+
+def merge_kernels(module: tvm.IRModule, target: Target) -> tvm.IRModule:
+    """Return `module`, fused but not scheduled, with calls in `main` merged until no two make one kernel."""
+    if target.device != "cpu":
+        return module
+    known: dict[tuple[str, str, _Reads], tvm.ir.GlobalVar | None] = {}
+    while True:
+        finder = _Finder(module, target, known)
+        mergers = finder.mergers()
+        if not mergers:
+            return module
+        rewriter = _Rewriter(finder.module, mergers)
+        function = rewriter.visit_expr(finder.module["main"])
+        merged = tvm.IRModule(dict(finder.module.functions), attrs=module.attrs, global_infos=module.global_infos)
+        merged.update_func(merged.get_global_var("main"), function)
+        module = carry(module, relax.transform.DeadCodeElimination()(merged))
+        known = {key: variable for key, variable in known.items() if variable is None}
+
+
+class _Finder:
+    """Looks for calls to merge; `module` gains the functions that they call."""
+
+    def __init__(
+        self,
+        module: tvm.IRModule,
+        target: Target,
+        known: dict[tuple[str, str, _Reads], tvm.ir.GlobalVar | None],
+    ) -> None:
+        self.module = tvm.IRModule(dict(module.functions), attrs=module.attrs, global_infos=module.global_infos)
+        self._target = target
+        self._known = known
+        self._bindings = Bindings(module["main"])
+        self._dependencies = Dependencies(module["main"])
+        self._written_in_place = {
+            argument for value in self._bindings.values.values() for argument in _arguments_in_place(value)
+        }
+
+    def mergers(self) -> list[_Merger]:
+        """Return calls to merge, none of which takes part in another."""
+        found: list[_Merger] = []
+        taken: set[relax.Var] = set()
+        for variable, value in self._bindings.values.items():
+            call = _tir_call(value)
+            for producer in dict.fromkeys(call[1] if call is not None else ()):
+                if isinstance(producer, relax.Var) and not taken & {variable, producer}:
+                    merger = self._merger(producer, variable)
+                    if merger is not None:
+                        found.append(merger)
+                        taken |= {variable, producer}
+        return found
+
+    def _merger(self, producer: relax.Var, reader: relax.Var) -> _Merger | None:
+        if self._dependencies.is_result(producer) or self._bindings.readers.get(producer) != [reader]:
+            return None
+        first, second = _tir_call(self._bindings.values[producer]), _tir_call(self._bindings.values[reader])
+        if first is None or second is None or not self._dependencies.is_convex([producer, reader]):
+            return None
+        if any(argument in self._written_in_place for argument in first[1]):
+            return None  # the call would move behind the one that writes what it reads
+        reads = tuple(position for position, argument in enumerate(second[1]) if argument.same_as(producer))
+        key = first[0].name_hint, second[0].name_hint, reads
+        if key not in self._known:
+            self._known[key] = self._function(first[0], second[0], reads)
+        function = self._known[key]
+        if function is None:
+            return None
+        others = [argument for argument in second[1] if not argument.same_as(producer)]
+        return _Merger(reader, function, (*first[1], *others))
+
+    def _function(self, first: tvm.ir.GlobalVar, second: tvm.ir.GlobalVar, reads: _Reads) -> tvm.ir.GlobalVar | None:
+        functions = self.module[first], self.module[second]
+        if not all(isinstance(function, tirx.PrimFunc) for function in functions):
+            return None
+        merged = joined(*functions, reads)
+        if merged is None or not is_one_kernel(merged, self._target):
+            return None
+        operators = tuple(str(name) for function in functions for name in function.attrs.get(OPERATORS, ()))
+        variable = tvm.ir.GlobalVar(self._free_name(kernel_name(operators)))
+        relax.expr._update_type(variable, merged.ty)
+        self.module[variable] = merged.with_attr(OPERATORS, list(operators))
+        return variable
+
+    def _free_name(self, name: str) -> str:
+        taken = {variable.name_hint for variable in self.module.get_global_vars()}
+        candidates = (name if number == 1 else f"{name}_{number}" for number in range(1, len(taken) + 2))
+        return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def _tir_call(value: relax.Expr) -> tuple[tvm.ir.GlobalVar, tuple[relax.Expr, ...]] | None:
+    """Return the function of a call without scalar arguments that has one result, and its arguments."""
+    if not isinstance(value, tvm.ir.Call) or not isinstance(value.op, tvm.ir.Op) or value.op.name != "relax.call_tir":
+        return None
+    if len(value.args) != 2 or not isinstance(value.ty, relax.TensorType):
+        return None
+    return value.args[0], tuple(value.args[1].fields)
+
+
+def _arguments_in_place(value: relax.Expr) -> list[relax.Expr]:
+    """Return what a call may write to besides its result."""
+    if not isinstance(value, tvm.ir.Call) or not isinstance(value.op, tvm.ir.Op):
+        return []
+    return list(value.args[1].fields) if value.op.name == "relax.call_tir_inplace" else []
+
+
+@mutator
+class _Rewriter(PyExprMutator):
+    """Binds merged calls; those that they took in are left for dead code elimination."""
+
+    def __init__(self, module: tvm.IRModule, mergers: list[_Merger]) -> None:
+        super().__init__(module)
+        self._mergers = {merger.variable: merger for merger in mergers}
+
+    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
+        merger = self._mergers.get(binding.var)
+        if merger is not None:
+            call = relax.call_tir(merger.function, relax.Tuple(list(merger.arguments)), binding.value.ty_args[0])
+            binding = relax.VarBinding(binding.var, self.builder_.normalize(call))
+        super().visit_var_binding_(binding)

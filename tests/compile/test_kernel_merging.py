@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper, parser
+from onnx.reference import ReferenceEvaluator
+
+from optimizer.compile import CompileOptions, compile_in_memory, find_target
+from optimizer.frontend.importer import import_model
+from optimizer.lowering import lower
+from passes import pipeline
+
+# A product over channels whose result goes back to blocks of channels, as in ConvNeXt, then a head on pooled features.
+_BLOCK = """
+    <ir_version: 8, opset_import: ["" : 18]>
+    block (float[1,32,6,6] x, float[32,1,3,3] d, float[32] e, float[32,64] w1, float[64,32] w2, float[32,10] head)
+        => (float[1,10] y)
+    {
+        axes = Constant <value_ints = [2, 3]> ()
+        shape = Constant <value_ints = [1, 32]> ()
+        [depthwise] c = Conv <group = 32, pads = [1, 1, 1, 1]> (x, d, e)
+        [last] l = Transpose <perm = [0, 2, 3, 1]> (c)
+        [up] u = MatMul (l, w1)
+        [active] a = Relu (u)
+        [down] p = MatMul (a, w2)
+        [first] f = Transpose <perm = [0, 3, 1, 2]> (p)
+        [residual] r = Add (f, c2)
+        [again] z = Conv <group = 32, pads = [1, 1, 1, 1]> (r, d, e)
+        [mean] m = ReduceMean (z, axes)
+        [flat] g = Reshape (m, shape)
+        [logits] y = MatMul (g, head)
+    }
+"""
+
+
+def _model(text: str) -> onnx.ModelProto:
+    """Return the model with random initializers for all inputs but the first."""
+    model = parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    for value in list(model.graph.input)[1:]:
+        shape = [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
+        array = rng.standard_normal(shape, dtype=np.float32) / 8
+        model.graph.initializer.append(numpy_helper.from_array(array, value.name))
+        model.graph.input.remove(value)
+    onnx.checker.check_model(model)
+    return model
+
+
+def _calls(model: onnx.ModelProto) -> list[tuple[str, tuple[str, ...]]]:
+    """Return each call's operators and ONNX nodes, in order."""
+    target = find_target("x86-avx2")
+    passes = pipeline.parse(f"{pipeline.DEFAULT},block-channels{{block={target.layouts.channel_block}}}")
+    module, _ = pipeline.run(import_model(model).module, passes)
+    kernels = lower(module, target).kernels
+    assert all(kernel.regions == 1 for kernel in kernels)
+    return [("_".join(kernel.operators), nodes) for kernel in kernels for nodes in kernel.nodes]
+
+
+def test_changes_of_layout_become_part_of_what_they_follow() -> None:
+    calls = _calls(_model(_BLOCK.replace("c2", "c")))
+    assert ("mean", "flat") in [nodes for _, nodes in calls]
+    (down,) = [operators for operators, nodes in calls if "down" in nodes]
+    assert down == "matmul_transpose_to_blocks_add"
+
+
+def test_a_merged_model_computes_the_same() -> None:
+    model = _model(_BLOCK.replace("c2", "x"))
+    calls = [operators for operators, _ in _calls(model)]
+    assert any(operators.startswith("conv2d") and operators.endswith("channels_last") for operators in calls)
+    x = np.random.default_rng(1).standard_normal((1, 32, 6, 6), dtype=np.float32)
+    (expected,) = ReferenceEvaluator(model).run(None, {"x": x})
+    (result,) = compile_in_memory(model, CompileOptions(find_target("host")))({"x": x}).values()
+    # Sums of at most 64 products after one another.
+    np.testing.assert_allclose(result, np.asarray(expected), rtol=1e-4, atol=64 * float(np.finfo("float32").eps))
+
+
+@pytest.mark.parametrize("result", ["m", "f"])
+def test_what_the_function_returns_is_stored(result: str) -> None:
+    shape = {"m": "float[1,32,1,1] m", "f": "float[1,32,6,6] f"}[result]
+    calls = _calls(_model(_BLOCK.replace("c2", "c").replace("(float[1,10] y)", f"(float[1,10] y, {shape})")))
+    producer = {"m": "mean", "f": "down"}[result]
+    (operators,) = [operators for operators, nodes in calls if producer in nodes]
+    assert operators == {"m": "mean", "f": "matmul"}[result]
