@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+import targets
 from optimizer.frontend.importer import import_model
+from optimizer.lowering import lower
+from optimizer.weights import lift_weights
 from passes.pack_quantized_weights import PackQuantizedWeights
 from schedules.weight_layout import layout_of
 from tests.passes.relax_modules import constants, run
@@ -67,3 +70,36 @@ def test_groups_by_index_are_refused_with_the_reason() -> None:
     model, _ = _model(4, 32, zero_points=False, groups=True)
     outcome = PackQuantizedWeights().run(import_model(model).module)
     assert [site.refusal for site in outcome.sites] == ["its scales change every 1 elements of K, no multiple of 16"]
+
+
+def test_a_table_tied_to_a_product_becomes_the_same_constants() -> None:
+    model, codes = _model(4, 16, zero_points=False)
+    table = model.graph.initializer[0]
+    flat = numpy_helper.to_array(table).reshape(OUTPUTS, -1)
+    model.graph.initializer.append(numpy_helper.from_array(flat, "table"))
+    model.graph.initializer.append(
+        numpy_helper.from_array(numpy_helper.to_array(model.graph.initializer[1]).reshape(OUTPUTS, -1), "table_scales")
+    )
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("rows", TensorProto.INT64, [3]))
+    gather = helper.make_node(
+        "GatherBlockQuantized",
+        ["table", "rows", "table_scales"],
+        ["x"],
+        domain="com.microsoft",
+        bits=4,
+        block_size=16,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    model.graph.node.insert(0, gather)
+    module = import_model(model).module
+    outcome = PackQuantizedWeights().run(module)
+    assert [site.refusal for site in outcome.sites] == [None, None]
+    lifted = lift_weights(lower(outcome.module, targets.get("host")).module)
+    packed = [weight.numpy() for weight in lifted.weights if str(weight.dtype) == "uint8"]
+    assert len(packed) == 1
+    layout = layout_of(targets.get("host"), 4)
+    assert np.array_equal(layout.unpack(packed[0], OUTPUTS)[:, :INPUTS], codes[:, :INPUTS])
+    rows = np.array([0, -1, OUTPUTS - 1])
+    reference = run(PackQuantizedWeights(activations="reference").run(module).module, rows)
+    np.testing.assert_allclose(reference, run(module, rows), rtol=1e-5, atol=1e-5)

@@ -64,6 +64,11 @@ def gather_block_quantized(node: Node) -> Result:
         zero_points = unpacked(node, zero_points, bits, _known(node, scales.shape[-1]))
     count = _known(node, data.shape[gather_axis])
     row, inside = _checked_indices(node, indices, count)
+    table = _constant_table(node, (data, scales, zero_points), bits) if (gather_axis, axis) == (0, 1) else None
+    if table is not None:
+        rows = node.emit(relax.op.take(table.expr, row.expr, axis=0, mode="clip"))
+        mask = node.emit(relax.op.expand_dims(inside.expr, indices.rank))
+        return relax.op.where(mask.expr, rows.expr, relax.const(0.0, rows.dtype))
     gathered = [_taken(node, value, row, gather_axis) for value in (data, scales, zero_points)]
     moved = axis + indices.rank - 1 if axis > gather_axis else axis
     values = gathered[0]
@@ -73,6 +78,22 @@ def gather_block_quantized(node: Node) -> Result:
     spread = [1] * gather_axis + list(indices.shape) + [1] * (data.rank - 1 - gather_axis)
     mask = node.emit(relax.op.reshape(inside.expr, spread))
     return relax.op.where(mask.expr, result.expr, relax.const(0.0, result.dtype))
+
+
+def _constant_table(node: Node, parts: tuple[Value, Value, Value], bits: int) -> Value | None:
+    """Return a constant table as its dequantization, which the passes compute gathered rows of from the integers.
+
+    None where a part is no constant, or blocks do not fill the rows.
+    """
+    data, scales, zero_points = parts
+    if any(part.constant is None for part in parts):
+        return None
+    rows, blocks = (_known(node, size) for size in scales.shape)
+    size = node.integer("block_size", 128)
+    values = data if data.narrow_type is not None else unpacked(node, data, bits, blocks * size)
+    if values.shape != (rows, blocks * size):
+        return None
+    return _in_blocks(node, values, scales, zero_points, (rows, blocks, size))
 
 
 def unpacked(node: Node, packed: Value, bits: int, count: int) -> Value:
