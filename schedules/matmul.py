@@ -119,7 +119,7 @@ def _row_block(target: Target, analysis: MatmulAnalysis) -> int:
     width = vectors * vector_width(target, analysis.stage)
     rows: Extent = analysis.rows.extent if analysis.rows is not None else 1
     others = product([ceiling(analysis.columns.extent, width), *(group.extent for group in analysis.outer)])
-    for block in (256, 128, 64):
+    for block in (128, 64):
         tasks = product([others, ceiling(rows, block)])
         if isinstance(tasks, int) and tasks >= 2 * target.cores:
             return block

@@ -31,6 +31,7 @@ from schedules.loops import (
     tile_choice,
     tiles,
     unflatten,
+    unrolled,
     vector,
     with_local,
 )
@@ -233,8 +234,8 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
 def _fetching_ahead(tile: Tile, following: tuple[Expr, int], row: Expr, step: Callable[[Sequence[Expr]], Stmt]) -> Stmt:
     """Return the loops of the reduction; with `ahead`, each tile of rows fetches its share of the `following` columns.
 
-    Hardware fetches what a stream reads next only shortly before and only within a page. `following` is offset and
-    width.
+    Hardware fetches what a stream reads next only shortly before and only within a page. Steps between two requests are
+    unrolled: leaving a loop of a dozen steps is mispredicted every time. `following` is offset and width.
     """
     extents = [group.extent for group in tile.reduction]
     every = tile.row_block // tile.rows
@@ -251,7 +252,7 @@ def _fetching_ahead(tile: Tile, following: tuple[Expr, int], row: Expr, step: Ca
             prefetch(substitute(read, {**point, **tile.vector_group.point(start + column)}), cache=2)
             for column in range(0, width, line)
         ]
-        return sequence([*lines, loop(count, lambda k: step([done + k]))])
+        return sequence([*lines, unrolled(count, lambda k: step([done + k]))])
 
     return tiles(depth, [every], chunk)
 
