@@ -13,6 +13,7 @@ from optimizer.frontend.dimensions import simplified
 from optimizer.frontend.importer import ImportedModel
 from optimizer.package.manifest import CacheRecord, EntryPoint, SymbolRange, TensorSpec
 from optimizer.weights import ENTRY
+from passes.defined_dimensions import defined_dimensions
 from passes.rewrite_kv_cache import caches_of
 
 _NARROW_NAMES: dict[int, str] = {TensorProto.INT4: "int4", TensorProto.UINT4: "uint4"}
@@ -26,11 +27,10 @@ def entry_point(model: ImportedModel, rewritten: tvm.IRModule | None = None) -> 
     A dimension of an output that the data decide (NonZero, Unique, ...) is a symbol of its own.
     """
     function = model.module[ENTRY]
-    writer = _DimensionWriter()
+    writer = _DimensionWriter(defined_dimensions(function))
     inputs = writer.specs(model.input_names, [parameter.ty for parameter in function.params], model.narrow_inputs)
-    results = function.ret_ty
-    types = list(results.fields) if isinstance(results, relax.TupleType) else [results]
-    outputs = writer.specs(model.output_names, types, model.narrow_outputs)
+    writer.declare_no_more()
+    outputs = writer.specs(model.output_names, _result_types(function), model.narrow_outputs)
     caches = () if rewritten is None else _caches(rewritten[ENTRY], inputs, outputs)
     return EntryPoint(ENTRY, inputs, outputs, writer.symbols(), caches)
 
@@ -51,12 +51,30 @@ def _caches(
     return tuple(records)
 
 
+def _result_types(function: relax.Function) -> list[relax.TensorType]:
+    """Return the types of what a function returns, with the symbols that are bound in its body."""
+    values = {binding.var: binding.value for block in function.body.blocks for binding in block.bindings}
+    result = function.body.body
+    while isinstance(result, relax.Var) and result in values:
+        result = values[result]
+    if isinstance(result, relax.Tuple):
+        return [field.ty for field in result.fields]
+    results = function.ret_ty
+    return list(results.fields) if isinstance(results, relax.TupleType) else [results]
+
+
 class _DimensionWriter:
     """Writes dimensions as text, giving every symbol a name of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, definitions: Mapping[tirx.Var, tvm.ir.Expr]) -> None:
+        self._definitions = definitions
         self._names: dict[tirx.Var, str] = {}
         self._free = 0
+        self._declaring = True
+
+    def declare_no_more(self) -> None:
+        """Take every symbol that was not named so far for one that the data decide."""
+        self._declaring = False
 
     def specs(
         self, names: Sequence[str], types: Sequence[relax.TensorType], narrow: Mapping[str, int]
@@ -88,7 +106,9 @@ class _DimensionWriter:
         if isinstance(value, tirx.IntImm):
             return str(int(value.value))
         if isinstance(value, tvm.ir.Var):
-            return self._symbol(value)
+            if value in self._definitions:
+                return self._text(self._definitions[value])
+            return self._symbol(value) if self._declaring or value in self._names else None
         operator = next((text for kind, text in _BINARY.items() if isinstance(value, kind)), None)
         function = next((text for kind, text in _FUNCTIONS.items() if isinstance(value, kind)), None)
         if operator is None and function is None:

@@ -8,23 +8,27 @@ and no longer returns `present`: who owns the buffer has it. The number of token
 `past` said, comes as a shape of its own after the inputs; the room in the buffer is a symbol of its own, so that it is
 chosen when the package runs.
 
+GroupQueryAttention puts the new tokens of each row behind its own number of tokens, and zeros behind those.
+
 What was read of `past` and `present` reads the same numbers: `past` may have no reader but the concatenation, nothing
 writes to the buffer after it, and readers of `present` read its view of the buffer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import tvm
 import tvm.ir
 import tvm_ffi
-from tvm import relax, s_tir, tirx
+from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from passes.base import Dataflow, Pass, PassOutcome, Refusal, Site, require
+from passes.cache_append import APPENDS_BY_ROW, TOKENS, append_by_row_function, append_function
+from passes.defined_dimensions import defined_dimensions, without_unused_dimensions
 from passes.tensor_types import shape_of
 
 ATTRIBUTE = "kv_caches"
@@ -43,23 +47,35 @@ class Cache:
 
 
 @dataclass(frozen=True, eq=False)
+class _Extension:
+    """A tensor with others put behind it along an axis: in each row behind `counts[row]` tokens, if those are given."""
+
+    past: relax.Var
+    added: tuple[relax.Expr, ...]
+    axis: int
+    counts: relax.Expr | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class _Append:
-    """The concatenation `present` of a function's parameter with `new`."""
+    """What a cache of `length` tokens is extended by, and what the result of `total` tokens is bound to."""
 
     cache: Cache
     past: relax.Var
     length: tirx.Var
     new: relax.Expr
+    counts: relax.Expr | None
     present: relax.Var
+    total: tvm.ir.Expr
 
 
 @dataclass(frozen=True)
 class RewriteKvCache(Pass):
     """Append the keys and values of new tokens to buffers in place, instead of copying the cache.
 
-    Fires where an input with a symbolic number of tokens is concatenated with something behind it, nobody else reads
-    it, and the function returns the result. The function then takes buffers in place of these inputs and one more
-    argument, the number of tokens in them, and does not return these outputs.
+    Fires where an input with a symbolic number of tokens is concatenated with something behind it, or extended as
+    GroupQueryAttention does, nobody else reads it, and the function returns the result. The function then takes buffers
+    in place of these inputs and one more argument, the number of tokens in them, and does not return these outputs.
     """
 
     name: ClassVar[str] = "rewrite-kv-cache"
@@ -70,12 +86,12 @@ class RewriteKvCache(Pass):
         function = None if entry is None else module[entry]
         if not isinstance(function, relax.Function):
             return PassOutcome(module)
-        appends, sites = _appends(function)
+        appends, sites = _appends(module, function)
         if not appends:
             return PassOutcome(module, sites)
         rewriter = _Rewriter(module, function, appends)
-        rewriter.builder_.update_func(entry, rewriter.rewritten())
-        return PassOutcome(rewriter.builder_.get(), sites)
+        rewriter.builder_.update_func(entry, without_unused_dimensions(rewriter.rewritten()))
+        return PassOutcome(relax.transform.DeadCodeElimination()(rewriter.builder_.get()), sites)
 
 
 def caches_of(function: relax.Function) -> tuple[Cache, ...]:
@@ -86,21 +102,23 @@ def caches_of(function: relax.Function) -> tuple[Cache, ...]:
     return tuple(Cache(*(int(number) for number in record)) for record in attributes[ATTRIBUTE])
 
 
-def _appends(function: relax.Function) -> tuple[list[_Append], tuple[Site, ...]]:
+def _appends(module: tvm.IRModule, function: relax.Function) -> tuple[list[_Append], tuple[Site, ...]]:
     """Return the caches that can be rewritten, and the account of all that look like one."""
     dataflow = Dataflow(function)
     outputs = _outputs(function, dataflow)
+    dimensions = defined_dimensions(function)
     parameters = {parameter: index for index, parameter in enumerate(function.params)}
     found: list[_Append] = []
     sites: list[Site] = []
     for block in function.body.blocks:
         for binding in block.bindings:
-            past = _concatenated_parameter(binding, parameters)
-            if past is None:
+            extension = _extension(module, binding)
+            if extension is None or extension.past not in parameters:
                 continue
             nodes = dataflow.nodes(binding.value)
             try:
-                found.append(_checked(binding, parameters[past], dataflow, outputs))
+                append = _checked(binding, extension, parameters, dataflow, outputs)
+                found.append(replace(append, total=dimensions.get(append.total, append.total)))
             except Refusal as refusal:
                 sites.append(Site(binding.var.name, str(refusal), nodes))
             else:
@@ -115,24 +133,36 @@ def _outputs(function: relax.Function, dataflow: Dataflow) -> list[relax.Expr]:
     return [dataflow.producer(field) for field in fields]
 
 
-def _concatenated_parameter(binding: relax.Binding, parameters: dict[relax.Var, int]) -> relax.Var | None:
-    """Return the parameter that a binding puts first in a concatenation, if it does."""
+def _extension(module: tvm.IRModule, binding: relax.Binding) -> _Extension | None:
+    """Return the extension that a binding's value is, if it is one of a variable."""
     if not isinstance(binding, relax.VarBinding) or not isinstance(binding.value, tvm.ir.Call):
         return None
     call = binding.value
-    if not isinstance(call.op, tvm.ir.Op) or call.op.name != "relax.concat" or call.attrs.axis is None:
-        return None
-    first = call.args[0].fields[0] if isinstance(call.args[0], relax.Tuple) else None
-    return first if isinstance(first, relax.Var) and first in parameters else None
+    name = call.op.name if isinstance(call.op, tvm.ir.Op) else ""
+    if name == "relax.concat" and call.attrs.axis is not None and isinstance(call.args[0], relax.Tuple):
+        past, *added = call.args[0].fields
+        axis = int(call.attrs.axis) % call.ty.ndim
+        return _Extension(past, tuple(added), axis) if isinstance(past, relax.Var) else None
+    if name == "relax.call_tir" and APPENDS_BY_ROW in (module[call.args[0]].attrs or {}):
+        past, added, counts = call.args[1].fields
+        return _Extension(past, (added,), TOKENS, counts) if isinstance(past, relax.Var) else None
+    return None
 
 
-def _checked(binding: relax.VarBinding, parameter: int, dataflow: Dataflow, outputs: Sequence[relax.Expr]) -> _Append:
-    past, *added = binding.value.args[0].fields
-    require(len(added) == 1, "more than one tensor is put behind the past")
-    shape, new_shape = shape_of(past), shape_of(added[0])
-    require(shape is not None and new_shape is not None, "a shape is not known")
+def _checked(
+    binding: relax.VarBinding,
+    extension: _Extension,
+    parameters: Mapping[relax.Var, int],
+    dataflow: Dataflow,
+    outputs: Sequence[relax.Expr],
+) -> _Append:
+    past, axis = extension.past, extension.axis
+    require(len(extension.added) == 1, "more than one tensor is put behind the past")
+    (new,) = extension.added
+    shape, result = shape_of(past), shape_of(binding.var)
+    require(shape is not None and result is not None and shape_of(new) is not None, "a shape is not known")
     assert shape is not None
-    axis = int(binding.value.attrs.axis) % len(shape)
+    assert result is not None
     length = shape[axis]
     require(isinstance(length, tirx.Var), "the number of tokens in the past is not a symbol")
     others = [extent for place, extent in enumerate(shape) if place != axis]
@@ -141,7 +171,8 @@ def _checked(binding: relax.VarBinding, parameter: int, dataflow: Dataflow, outp
     places = [place for place, output in enumerate(outputs) if output.same_as(binding.value)]
     require(len(places) == 1, "the function does not return the result, or more than once")
     require(len(outputs) > 1, "the function returns nothing else")
-    return _Append(Cache(parameter, places[0], axis), past, length, added[0], binding.var)
+    cache = Cache(parameters[past], places[0], axis)
+    return _Append(cache, past, length, new, extension.counts, binding.var, result[axis])
 
 
 @mutator
@@ -181,11 +212,11 @@ class _Rewriter(PyExprMutator):
         """Append, and bind the tokens in use of the buffer; leave them out of what the function returns."""
         append = self._by_present.get(binding.var)
         if append is not None:
-            binding = relax.VarBinding(binding.var, self.builder_.normalize(self._appended(append)))
+            self.set_var_remap(binding.var, self.builder_.emit(self._appended(append), binding.var.name))
         elif binding.var.same_as(self._result) and isinstance(binding.value, relax.Tuple):
-            return self._bind_rest(binding)
-        super().visit_var_binding_(binding)
-        return None
+            self._bind_rest(binding)
+        else:
+            super().visit_var_binding_(binding)
 
     def _bind_rest(self, binding: relax.VarBinding) -> None:
         gone = {append.cache.output for append in self._appends}
@@ -197,18 +228,20 @@ class _Rewriter(PyExprMutator):
         self.builder_.emit_normalized(relax.VarBinding(variable, value))
 
     def _appended(self, append: _Append) -> relax.Expr:
-        buffer, axis = self._buffers[append.past], append.cache.axis
-        new = self.visit_expr(append.new)
-        function = self._function_of(append)
-        call = relax.op.call_tir_inplace(
-            function, relax.Tuple([buffer, new, relax.prim_value(append.length)]), [0], buffer.ty
-        )
+        """Return the tokens in use of the buffer after appending to it."""
+        buffer, new = self._buffers[append.past], self.visit_expr(append.new)
+        if append.counts is None:
+            function = append_function(buffer.ty, new.ty, append.cache.axis)
+            arguments = [buffer, new, relax.prim_value(append.length)]
+        else:
+            counts = self.visit_expr(append.counts)
+            function = append_by_row_function(buffer.ty, new.ty, str(counts.ty.dtype.dtype))
+            arguments = [buffer, new, counts, relax.prim_value(append.total)]
+        call = relax.op.call_tir_inplace(self._variable_of(function), relax.Tuple(arguments), [0], buffer.ty)
         after = self.builder_.emit(call, f"{append.past.name}_appended")
-        total = append.present.ty.shape.values[axis]
-        return relax.op.strided_slice(after, [axis], [0], [total], [1], assume_inbound=True)
+        return relax.op.strided_slice(after, [append.cache.axis], [0], [append.total], [1], assume_inbound=True)
 
-    def _function_of(self, append: _Append) -> tvm.ir.GlobalVar:
-        function = append_function(self._buffers[append.past].ty, append.new.ty, append.cache.axis)
+    def _variable_of(self, function: tirx.PrimFunc) -> tvm.ir.GlobalVar:
         for other, variable in self._functions:
             if tvm_ffi.structural_equal(other, function):
                 return variable
@@ -217,38 +250,4 @@ class _Rewriter(PyExprMutator):
         return variable
 
 
-def append_function(buffer: relax.TensorType, new: relax.TensorType, axis: int) -> tirx.PrimFunc:
-    """Return the function (buffer, new, length) that stores `new` in `buffer` from `length` on along `axis`."""
-    symbols: dict[tirx.Var, tirx.Var] = {}
-
-    def own(extent: tvm.ir.Expr) -> tvm.ir.Expr:
-        if isinstance(extent, tirx.IntImm):
-            return extent
-        if isinstance(extent, tirx.Var):
-            return symbols.setdefault(extent, tirx.Var(extent.name, "int64"))
-        return tirx.Var("extent", "int64")
-
-    target = tirx.decl_buffer([own(extent) for extent in buffer.shape.values], str(buffer.dtype.dtype), "buffer")
-    source = tirx.decl_buffer([own(extent) for extent in new.shape.values], str(new.dtype.dtype), "new")
-    length = tirx.Var("length", "int64")
-    loops = [tirx.Var(f"i{n}", "int64") for n in range(new.ndim)]
-    axes = [
-        tirx.IterVar(tvm.ir.Range(tirx.IntImm("int64", 0), extent), tirx.Var(f"v{n}", "int64"), tirx.IterVar.DataPar)
-        for n, extent in enumerate(source.shape)
-    ]
-    point = [each.var for each in axes]
-    place = [length + value if n == axis else value for n, value in enumerate(point)]
-    body: tirx.Stmt = tirx.BufferStore(target, tirx.BufferLoad(source, point), place)
-    reads, writes = (
-        [tirx.BufferRegion(each, [tvm.ir.Range.from_min_extent(i, 1) for i in indices])]
-        for each, indices in ((source, point), (target, place))
-    )
-    body = s_tir.SBlockRealize(loops, True, s_tir.SBlock(axes, reads, writes, "append", body))
-    for variable, each in zip(reversed(loops), reversed(axes), strict=True):
-        body = tirx.For(variable, tirx.IntImm("int64", 0), each.dom.extent, tirx.ForKind.SERIAL, body)
-    root = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", body))
-    function = tirx.PrimFunc([target, source, length], root)
-    return function.with_attrs({"tirx.noalias": True, "s_tir": True})
-
-
-__all__ = ["ATTRIBUTE", "Cache", "RewriteKvCache", "append_function", "caches_of"]
+__all__ = ["ATTRIBUTE", "Cache", "RewriteKvCache", "caches_of"]

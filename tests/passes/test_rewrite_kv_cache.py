@@ -10,6 +10,7 @@ from onnx import parser
 
 from optimizer.compile import CompileOptions, compile_in_memory, find_target
 from optimizer.frontend.importer import import_model
+from optimizer.signature import entry_point
 from passes.base import PassOutcome
 from passes.rewrite_kv_cache import Cache, RewriteKvCache, caches_of
 
@@ -111,11 +112,16 @@ def _arrays(batch: int, past: int, new: int) -> dict[str, np.ndarray]:
     return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
 
 
-@pytest.fixture(scope="module")
-def layers() -> tuple:
-    model: onnx.ModelProto = parser.parse_model(_LAYER)
+def _both(text: str) -> tuple:
+    """Return the model compiled to append in place, and to return its cache."""
+    model: onnx.ModelProto = parser.parse_model(text)
     target = find_target("host")
     return tuple(compile_in_memory(model, CompileOptions(target, kv_cache=kind)) for kind in ("in-place", "returned"))
+
+
+@pytest.fixture(scope="module")
+def layers() -> tuple:
+    return _both(_LAYER)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -124,5 +130,59 @@ def test_appending_in_place_gives_what_concatenating_gives(layers: tuple, batch:
     inputs = _arrays(batch, past, new)
     in_place, returned = (layer(inputs) for layer in layers)
     assert in_place.keys() == returned.keys()
+    for name, array in returned.items():
+        np.testing.assert_array_equal(in_place[name], array)
+
+
+# As onnxruntime-genai's builder writes it: each row's number of tokens is the sum of its mask.
+_GROUPED = """
+    <ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
+    decoder (float[batch,new,16] query, float[batch,new,8] key, float[batch,new,8] value, int64[batch,total] mask,
+             float[batch,2,past,4] past_key, float[batch,2,past,4] past_value)
+        => (float[batch,new,16] output, float[batch,2,t,4] present_key, float[batch,2,t,4] present_value)
+    {
+        one = Constant <value = int64[1] {1}> ()
+        tokens = ReduceSum (mask, one)
+        before = Sub (tokens, one)
+        last = Cast <to = 6> (before)
+        sizes = Shape (mask)
+        axis = Constant <value = int64 {1}> ()
+        size = Gather <axis = 0> (sizes, axis)
+        length = Cast <to = 6> (size)
+        output, present_key, present_value = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2>
+            (query, key, value, past_key, past_value, last, length)
+    }
+"""
+
+
+def test_the_cache_of_group_query_attention_knows_its_total_from_the_inputs() -> None:
+    model = import_model(parser.parse_model(_GROUPED))
+    outcome = RewriteKvCache().run(model.module)
+    assert [site.refusal for site in outcome.sites] == [None, None]
+    entry = entry_point(model, outcome.module)
+    assert [(cache.length, cache.total) for cache in entry.caches] == [("past", "max(total, past)")] * 2
+    assert _calls(outcome.module, "relax.tensor_to_shape") == 0
+
+
+@pytest.fixture(scope="module")
+def grouped() -> tuple:
+    return _both(_GROUPED)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(data=st.data(), batch=st.integers(1, 2), new=st.integers(1, 12), past=st.integers(0, 30))
+def test_rows_of_different_lengths_are_appended_to_where_they_end(
+    grouped: tuple, data: st.DataObject, batch: int, new: int, past: int
+) -> None:
+    rows = data.draw(st.lists(st.integers(new, new + past), min_size=batch, max_size=batch))
+    mask = (np.arange(max(rows)) < np.array(rows)[:, None]).astype(np.int64)
+    rng = np.random.default_rng(past)
+    shapes = {
+        "query": (batch, new, 16),
+        **dict.fromkeys(("key", "value"), (batch, new, 8)),
+        **dict.fromkeys(("past_key", "past_value"), (batch, 2, past, 4)),
+    }
+    inputs = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    in_place, returned = (model({**inputs, "mask": mask}) for model in grouped)
     for name, array in returned.items():
         np.testing.assert_array_equal(in_place[name], array)

@@ -28,6 +28,7 @@ from optimizer.frontend.scaled_dot_product import (
     visible_keys,
 )
 from optimizer.frontend.value import TensorValue, Value
+from passes.cache_append import APPENDS_BY_ROW
 
 _REFUSED_INPUTS = {12: "k_scale", 13: "v_scale", 14: "q_norm_weight", 15: "k_norm_weight"}
 
@@ -168,8 +169,13 @@ def _present(node: Node, new: Value, past: Value | None, step: _Step) -> TensorV
         shape = (added.shape[0], added.shape[1], cache, added.shape[3])
         return te.compute(shape, element, name="append_to_cache")
 
-    tensors = (old, new.expr, step.past.expr)
-    return node.compute(append, *tensors, as_expression(step.cache), primfunc_name_hint="append_to_cache")
+    return node.compute(
+        append,
+        *(old, new.expr, step.past.expr),
+        as_expression(step.cache),
+        primfunc_name_hint="append_to_cache",
+        primfunc_attrs={APPENDS_BY_ROW: True},
+    )
 
 
 def _padded(data: te.Tensor, length: tirx.PrimExpr) -> te.Tensor:

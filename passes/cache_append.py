@@ -1,0 +1,92 @@
+"""TIR functions that store new keys or values in a buffer, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tvm.ir
+from tvm import relax, s_tir, tirx
+
+from schedules.loops import index, load, loop, store
+
+APPENDS_BY_ROW = "appends_by_row"
+"""The attribute of a function (past, new, counts) whose result has in each row the first `counts[row]` tokens of the
+past, then the new ones, then zeros, along the axis of tokens; the importer marks those that it makes of
+GroupQueryAttention. Axes are those of `ROW`."""
+ROW, TOKENS = 0, 2
+
+
+def append_function(buffer: relax.TensorType, new: relax.TensorType, axis: int) -> tirx.PrimFunc:
+    """Return the function (buffer, new, length) that stores `new` in `buffer` from `length` on along `axis`."""
+    target, source = _parameters(buffer, new)
+    length = tirx.Var("length", "int64")
+    loops = [tirx.Var(f"i{n}", "int64") for n in range(new.ndim)]
+    axes = [
+        tirx.IterVar(tvm.ir.Range(tirx.IntImm("int64", 0), extent), tirx.Var(f"v{n}", "int64"), tirx.IterVar.DataPar)
+        for n, extent in enumerate(source.shape)
+    ]
+    point = [each.var for each in axes]
+    place = [length + value if n == axis else value for n, value in enumerate(point)]
+    body: tirx.Stmt = tirx.BufferStore(target, tirx.BufferLoad(source, point), place)
+    reads, writes = (
+        [tirx.BufferRegion(each, [tvm.ir.Range.from_min_extent(i, 1) for i in indices])]
+        for each, indices in ((source, point), (target, place))
+    )
+    body = s_tir.SBlockRealize(loops, True, s_tir.SBlock(axes, reads, writes, "append", body))
+    for variable, each in zip(reversed(loops), reversed(axes), strict=True):
+        body = tirx.For(variable, tirx.IntImm("int64", 0), each.dom.extent, tirx.ForKind.SERIAL, body)
+    return _function([target, source, length], body)
+
+
+def append_by_row_function(buffer: relax.TensorType, new: relax.TensorType, counts: str) -> tirx.PrimFunc:
+    """Return the function (buffer, new, counts, total) that stores `new` in each row from its count on.
+
+    What follows up to `total` becomes zeros. `counts` is the dtype of the counts; nothing is stored beyond `total`.
+    """
+    target, source = _parameters(buffer, new)
+    starts = tirx.decl_buffer([target.shape[ROW]], counts, "counts")
+    total = tirx.Var("total", "int64")
+    rows, heads, added, channels = source.shape
+
+    def row(row: tvm.ir.Expr, head: tvm.ir.Expr) -> tirx.Stmt:
+        first = tirx.Cast("int64", load(starts, [row]))
+        after = tirx.max(first + added, index(0))
+
+        def copy(token: tvm.ir.Expr) -> tirx.Stmt:
+            place = first + token
+            cells = loop(channels, lambda e: store(target, load(source, [row, head, token, e]), [row, head, place, e]))
+            return tirx.IfThenElse(tirx.And(place >= index(0), place < total), cells, None)
+
+        def clear(token: tvm.ir.Expr) -> tirx.Stmt:
+            zero = tirx.const(0, str(target.dtype))
+            return loop(channels, lambda e: store(target, zero, [row, head, after + token, e]))
+
+        return tirx.SeqStmt([loop(added, copy), loop(tirx.max(total - after, index(0)), clear)])
+
+    body = loop(rows, lambda r: loop(heads, lambda h: row(r, h)))
+    return _function([target, source, starts, total], body)
+
+
+def _parameters(*types: relax.TensorType) -> list[tirx.Var]:
+    """Return the buffers of a function: equal symbols in the types are equal symbols of its own."""
+    symbols: dict[tirx.Var, tirx.Var] = {}
+
+    def own(extent: tvm.ir.Expr) -> tvm.ir.Expr:
+        if isinstance(extent, tirx.IntImm):
+            return extent
+        if isinstance(extent, tirx.Var):
+            return symbols.setdefault(extent, tirx.Var(extent.name, "int64"))
+        return tirx.Var("extent", "int64")
+
+    return [
+        tirx.decl_buffer([own(extent) for extent in kind.shape.values], str(kind.dtype.dtype), name)
+        for kind, name in zip(types, ("buffer", "new"), strict=True)
+    ]
+
+
+def _function(parameters: Sequence[tirx.Var], body: tirx.Stmt) -> tirx.PrimFunc:
+    root = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", body))
+    return tirx.PrimFunc(list(parameters), root).with_attrs({"tirx.noalias": True, "s_tir": True})
+
+
+__all__ = ["APPENDS_BY_ROW", "append_by_row_function", "append_function"]
