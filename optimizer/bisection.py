@@ -9,9 +9,8 @@ import tvm
 
 from optimizer import reference
 from optimizer.certificate import certify
-from optimizer.compile import CompileOptions, runner_of
+from optimizer.compile import CompileOptions, import_with, runner_of
 from optimizer.errors import CertificateError
-from optimizer.frontend.importer import import_model
 from optimizer.frontend.model_file import ModelFile
 from passes.base import Pass, PatternPass, Site
 from passes.pipeline import run
@@ -37,7 +36,7 @@ def bisect(source: ModelFile, options: CompileOptions, passes: Sequence[Pass]) -
 
     The target has to be one that this machine executes. Raises CertificateError where no reference runs the model.
     """
-    imported = import_model(source.model, shapes=options.shapes, base_directory=source.directory)
+    imported = import_with(options, source.model, source.directory)
 
     def check(module: tvm.IRModule) -> str | None:
         try:

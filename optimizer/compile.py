@@ -17,6 +17,7 @@ from optimizer.certification import NO_CERTIFICATE, Certification, plan_certific
 from optimizer.errors import OptionError, TargetError
 from optimizer.frontend.importer import ImportedModel, import_model
 from optimizer.frontend.model_file import ModelFile, read_model
+from optimizer.frontend.widening import widened
 from optimizer.ir_dump import IrDump, ignore
 from optimizer.lowering import LoweredModule, build, lower
 from optimizer.package import Manifest, Weight, require_replaceable, write_package
@@ -41,6 +42,8 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 class CompileOptions:
     """What to compile a model for. `shapes` overrides input shapes by name; a string keeps that dimension dynamic.
 
+    `precision` "fp16" or "bf16" is for the operands of products and convolutions, whose sums stay fp32; with "fp32" all
+    16-bit floats become fp32. Inputs and outputs keep the model's types.
     `dump_ir` is a folder that the module is written to after each pass and each step of lowering.
     `weights` ("int8", "int4") quantizes constant weights in groups of `weight_group` by `weight_method`; products with
     quantized weights compute in `activations` ("int8", "float", or "auto": as the target does best). `tuning_log` is
@@ -186,7 +189,7 @@ def _plan(model: onnx.ModelProto, options: CompileOptions, timeline: Timeline, b
     dump = ignore if options.dump_ir is None else IrDump(options.dump_ir)
     with passed_in_order_of_use():
         with timeline.stage("import"):
-            imported = import_model(model, shapes=options.shapes, base_directory=base_directory)
+            imported = import_with(options, model, base_directory)
         dump("import", imported.module)
         with timeline.stage("passes"):
             rewritten, records = _run_passes(imported.module, options, dump)
@@ -201,6 +204,13 @@ def _decisions(options: CompileOptions) -> Decisions:
     if options.tuning_log is None:
         return Decisions({})
     return decisions_for(options.target, options.tuning_log)
+
+
+def import_with(options: CompileOptions, model: onnx.ModelProto, base_directory: str) -> ImportedModel:
+    """Import a model with the shapes and in the precision that the options ask for."""
+    if options.precision == "fp32":
+        model = widened(model, base_directory)
+    return import_model(model, shapes=options.shapes, base_directory=base_directory)
 
 
 def parse_passes(options: CompileOptions) -> tuple[Pass, ...]:

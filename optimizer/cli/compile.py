@@ -24,7 +24,7 @@ _EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "decoder" / "model
     type=click.Choice(["model", "fp32", "fp16", "bf16"]),
     default="model",
     show_default=True,
-    help="What matrix products and convolutions compute with; sums are kept in fp32.",
+    help="What products and convolutions compute with, their sums being fp32; fp32: all of the model's 16-bit floats.",
 )
 @click.option(
     "--weights",
