@@ -165,25 +165,119 @@ def test_lanes_past_the_last_channel_do_not_matter() -> None:
 @pytest.mark.parametrize(
     ("body", "shape", "reason"),
     [
-        (lambda _, x: op.nn.conv2d(x, weights(8, 6, 3, 3), groups=2), (1, 12, 5, 5), "not whole blocks"),
-        (lambda _, x: op.nn.conv2d(x, weights(16, 1, 3, 3), groups=8), (1, 8, 5, 5), "2 outputs a channel"),
-        (lambda _, x: op.nn.conv2d(x, weights(3, 8, 3, 3)), (1, 8, 5, 5), "3 output channels"),
-        (lambda _, x: op.nn.conv2d(x, weights(8, 8, 3, 3)), (1, 8, "h", 5), "size of the image"),
-        (lambda _, x: op.nn.conv2d(x, x), (2, 2, 3, 3), "weights are not constant"),
+        (
+            lambda _, x: op.nn.conv2d(x, weights(8, 6, 3, 3), groups=2),
+            (1, 12, 5, 5),
+            "groups of 6 to 4 channels are not whole blocks of 8",
+        ),
+        (
+            lambda _, x: op.nn.conv2d(x, weights(16, 1, 3, 3), groups=8),
+            (1, 8, 5, 5),
+            "a depthwise convolution with 2 outputs a channel",
+        ),
+        (
+            lambda _, x: op.nn.conv2d(x, weights(3, 8, 3, 3)),
+            (1, 8, 5, 5),
+            "3 output channels would leave most of a block of 8 empty",
+        ),
+        (
+            lambda _, x: op.nn.conv2d(x, weights(8, 8, 3, 3)),
+            (1, 8, "h", 5),
+            "the size of the image is not known at compile time",
+        ),
+        (lambda _, x: op.nn.conv2d(x, x), (2, 2, 3, 3), "the weights are not constant"),
         (
             lambda emit, x: op.nn.conv2d(
                 emit(op.astype(x, "float16")), relax.const(normal(8, 8, 1, 1).astype("float16"))
             ),
             (1, 8, 5, 5),
-            "float16",
+            "it computes with float16, not with float32 alone",
+        ),
+        (
+            lambda _, x: op.nn.conv2d(x, weights(16, 8, 3, 3), groups=2),
+            (1, 16, 5, 5),
+            None,
+        ),
+        (
+            lambda _, x: op.nn.conv2d(x, weights(24, 8, 3, 3), groups=2),
+            (1, 16, 5, 5),
+            "groups of 8 to 12 channels are not whole blocks of 8",
+        ),
+        (lambda _, x: op.nn.conv2d(x, weights(4, 8, 3, 3)), (1, 8, 5, 5), None),
+        (lambda _, x: op.nn.conv2d(x, weights(8, 1, 3, 3), groups=8), (1, 8, 5, 5), None),
+        (
+            lambda _, x: op.nn.conv2d(x, weights(8, 3, 3, 8), data_layout="NHWC", kernel_layout="OHWI"),
+            (1, 5, 5, 8),
+            "the layouts NHWC and OHWI are not the plain ones",
+        ),
+        (
+            lambda _, x: op.nn.conv2d(x, weights(8, 3, 3, 8), kernel_layout="OHWI"),
+            (1, 8, 5, 5),
+            "the layouts NCHW and OHWI are not the plain ones",
         ),
     ],
 )
-def test_refusal_says_why_and_changes_nothing(body: Body, shape: Sequence[int | str], reason: str) -> None:
+def test_refusal_says_why_and_changes_nothing(body: Body, shape: Sequence[int | str], reason: str | None) -> None:
     module = module_of(body, shape)
     outcome = BlockChannels(BLOCK).run(module)
-    assert [reason in (site.refusal or "") for site in outcome.sites] == [True]
-    tvm.ir.assert_structural_equal(outcome.module, module)
+    assert [site.refusal for site in outcome.sites] == [reason]
+    if reason is not None:
+        tvm.ir.assert_structural_equal(outcome.module, module)
+
+
+_IMAGE = (1, 8, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("follow", "found"),
+    [
+        (lambda emit, y: op.nn.relu(y), ["conv2d", "nn.relu", "from_blocks"]),
+        (lambda emit, y: op.nn.softmax(y, axis=1), ["conv2d", "from_blocks", "nn.softmax"]),
+        (lambda emit, y: op.add(y, relax.const(1.0)), ["conv2d", "add", "from_blocks"]),
+        (lambda emit, y: op.add(y, weights(8, 1, 1)), ["conv2d", "add", "from_blocks"]),
+        (lambda emit, y: op.add(y, weights(6)), ["conv2d", "reshape", "add", "from_blocks"]),
+        (lambda emit, y: op.add(y, weights(2, 1, 1, 1, 1)), ["conv2d", "from_blocks", "add"]),
+        (lambda emit, y: op.clip(y, 0, 1), ["conv2d", "clip", "from_blocks"]),
+        (lambda emit, y: op.mean(y, [2, 3], keepdims=True), ["conv2d", "mean", "reshape"]),
+        (lambda emit, y: op.max(y, [-1, -2]), ["conv2d", "max", "reshape", "reshape"]),
+        (lambda emit, y: op.mean(y, [2], keepdims=True), ["conv2d", "from_blocks", "mean"]),
+        (lambda emit, y: op.mean(y), ["conv2d", "from_blocks", "mean"]),
+        (lambda emit, y: op.permute_dims(y, [0, 2, 3, 1]), ["conv2d", "channels_last"]),
+        (lambda emit, y: op.permute_dims(y, [0, 3, 2, 1]), ["conv2d", "from_blocks", "permute_dims"]),
+        (lambda emit, y: op.permute_dims(y), ["conv2d", "from_blocks", "permute_dims"]),
+        (lambda emit, y: op.concat([y, y], 1), ["conv2d", "concat", "from_blocks"]),
+        (lambda emit, y: op.concat([y, y], -3), ["conv2d", "concat", "from_blocks"]),
+        (lambda emit, y: op.concat([y, y], 2), ["conv2d", "from_blocks", "concat"]),
+        (lambda emit, y: op.concat([y, weights(*_IMAGE)], 1), ["conv2d", "from_blocks", "concat"]),
+        (lambda emit, y: op.nn.avg_pool2d(y, (2, 2)), ["conv2d", "nn.avg_pool2d", "from_blocks"]),
+        (lambda emit, y: op.nn.adaptive_avg_pool2d(y, (1, 1)), ["conv2d", "from_blocks", "nn.adaptive_avg_pool2d"]),
+    ],
+)
+def test_what_keeps_channels_apart_stays_blocked(follow: Body, found: list[str]) -> None:
+    def body(emit: Emit, x: relax.Var) -> relax.Expr:
+        return follow(emit, emit(op.nn.conv2d(x, weights(8, 3, 3, 3), padding=1)))
+
+    outcome = BlockChannels(BLOCK).run(module_of(body, (1, 3, 4, 6)))
+    assert kernels(outcome.module) == found
+    assert [site.refusal for site in outcome.sites] == [None]
+
+
+def test_a_partial_block_is_concatenated_last_only() -> None:
+    def joined(first: int, second: int) -> Body:
+        def body(emit: Emit, x: relax.Var) -> relax.Expr:
+            parts = [emit(op.nn.conv2d(x, weights(count, 3, 3, 3))) for count in (first, second)]
+            return op.concat(parts, 1)
+
+        return body
+
+    for (first, second), blocks in (((8, 11), ["from_blocks"]), ((11, 8), ["from_blocks"] * 2)):
+        module = BlockChannels(BLOCK).run(module_of(joined(first, second), (1, 3, 4, 6))).module
+        assert [name for name in kernels(module) if name == "from_blocks"] == blocks
+
+
+def test_a_module_without_convolutions_is_returned_as_it_is() -> None:
+    module = module_of(lambda _, x: op.exp(x), (2, 3))
+    assert BlockChannels(BLOCK).run(module).module.same_as(module)
 
 
 def test_blocking_twice_changes_nothing_more() -> None:

@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from passes.quantization import methods
+from passes.quantization.grouping import codes_of, errors_of, in_groups, inverse, range_scales, storable
 from passes.quantization.methods import METHODS, quantize
 from passes.quantization.scheme import PER_CHANNEL, SCALE_DTYPES, QuantizedMatrix, Scheme, SchemeError
 
@@ -158,3 +160,75 @@ def test_dequantization_subtracts_the_zero_point_and_scales(bits: int) -> None:
         points = np.repeat(zeros.astype(np.float32), 16, 1) if matrix.zero_points is not None else 1 << (bits - 1)
         expected = ((matrix.codes.astype(np.float32) - points) * scales)[:, : matrix.inputs]
         np.testing.assert_array_equal(matrix.dequantized(), expected)
+
+
+_GROUP = np.array([[[-4.0, 2.0, 1.0, 0.0]]], np.float32)
+
+
+def test_a_symmetric_range_has_its_extreme_as_code_zero() -> None:
+    scheme = Scheme(bits=4)
+    for sign in (1, -1):
+        scales, zeros = range_scales(sign * _GROUP, scheme)
+        assert (scales.tolist(), zeros.tolist()) == ([[sign * 0.5]], [[8]])
+        assert codes_of(sign * _GROUP, scales, zeros, scheme).tolist() == [[[0, 12, 10, 8]]]
+
+
+def test_a_range_with_zero_points_is_cut_into_its_steps_and_holds_zero() -> None:
+    scheme = Scheme(bits=4, symmetric=False, scale_dtype="float32")
+    scales, zeros = range_scales(_GROUP, scheme)
+    np.testing.assert_allclose(scales, [[6 / 15]], rtol=1e-6)
+    assert zeros.tolist() == [[10]]
+    assert codes_of(_GROUP, scales, zeros, scheme).tolist() == [[[0, 15, 12, 10]]]
+    scales, zeros = range_scales(np.array([[[1.0, 3.0]]], np.float32), scheme)
+    np.testing.assert_allclose(scales, [[3 / 15]], rtol=1e-6)
+    assert zeros.tolist() == [[0]]
+    scales, zeros = range_scales(np.array([[[-1.0, -3.0]]], np.float32), scheme)
+    np.testing.assert_allclose(scales, [[3 / 15]], rtol=1e-6)
+    assert zeros.tolist() == [[15]]
+
+
+def test_codes_and_errors_are_of_the_nearest_step() -> None:
+    scales, zeros = np.array([[0.5, 0.0]], np.float32), np.array([[3.0, 2.0]], np.float32)
+    groups = np.array([[[-9.0, 0.7, 9.0], [1.0, -1.0, 0.0]]], np.float32)
+    codes = codes_of(groups, scales, zeros, Scheme(bits=4))
+    assert codes.tolist() == [[[0, 4, 15], [2, 2, 2]]]
+    np.testing.assert_allclose(errors_of(groups, codes, scales, zeros), [[[-7.5, 0.2, 3.0], [1, -1, 0]]], atol=1e-6)
+    assert inverse(scales).tolist() == [[2, 0]]
+
+
+def test_groups_are_runs_of_a_row_filled_up_with_zeros() -> None:
+    groups = in_groups(np.arange(40, dtype=np.float16).reshape(2, 20), Scheme(group=16))
+    assert (groups.shape, groups.dtype) == ((2, 2, 16), np.float32)
+    assert groups[1, 1].tolist() == [36, 37, 38, 39, *[0] * 12]
+    assert storable(np.array([1.0 + 2.0**-12]), Scheme()).tolist() == [1.0]
+
+
+@pytest.mark.parametrize(("symmetric", "share"), [(True, 0.2), (False, 0.8)])
+def test_minimum_error_finds_the_scale_of_weights_that_have_one(symmetric: bool, share: float) -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(4, 12, (4, 32))  # the range is not used up: rounding to nearest would stretch it
+    matrix = ((codes - 8) * 0.25).astype(np.float32)
+    matrix[:, 0] = 0.25 * 7.4  # an outlier that clipping gives up
+    scheme = Scheme(symmetric=symmetric, scale_dtype="float32")
+    errors = [
+        ((quantize(matrix, scheme, method).dequantized() - matrix) ** 2).sum() for method in ("rtn", "minimum-error")
+    ]
+    assert errors[1] < share * errors[0]
+
+
+def test_matrices_of_many_rows_are_quantized_in_parts() -> None:
+    matrix = _matrix(3, 64, 8)
+    whole = quantize(matrix, Scheme(symmetric=False), "minimum-error")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods, "CHUNK_ELEMENTS", 128)
+        parts = quantize(matrix, Scheme(symmetric=False), "minimum-error")
+    for name in ("codes", "scales", "zero_points"):
+        np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
+
+
+def test_zero_points_are_codes_where_they_are_whole() -> None:
+    scheme = Scheme(symmetric=False)
+    plain, fitted = (quantize(_matrix(4, 64, 9), scheme, method).zero_points for method in ("rtn", "hqq"))
+    assert plain is not None
+    assert fitted is not None
+    assert (plain.dtype, fitted.dtype) == (np.uint8, np.float16)

@@ -8,10 +8,13 @@ from tvm import relax
 from optimizer.lowering import build, lower
 from optimizer.weights import lift_weights
 from passes import pipeline
+from passes.base import Dataflow
+from passes.pack_quantized_weights import PackQuantizedWeights
 from passes.quantization.methods import quantize
 from passes.quantization.scheme import Scheme, SchemeError
-from passes.quantize_weights import QuantizeWeights
+from passes.quantize_weights import QuantizeWeights, product_matrix, table_matrix
 from passes.quantized_weights import WeightUse
+from tests.passes.graph import graph
 from tests.passes.relax_modules import operators
 
 HIDDEN, VOCABULARY = 64, 96
@@ -105,8 +108,81 @@ def test_small_and_variable_matrices_are_left() -> None:
 
 
 def test_options_that_make_no_scheme_are_refused() -> None:
-    with pytest.raises(SchemeError, match="groups of 5"):
+    with pytest.raises(SchemeError, match=r"^groups of 5; choose one of 16, 32, 64, 128, or 0 for whole rows$"):
         QuantizeWeights(group=5)
-    with pytest.raises(SchemeError, match="cuda has no int8 products"):
+    with pytest.raises(
+        SchemeError, match=r"^cuda has no int8 products with quantized weights; choose activations=float$"
+    ):
         QuantizeWeights(target="cuda", activations="int8")
     assert pipeline.instance("quantize-weights", {"bits": 8, "symmetric": False}) == QuantizeWeights(8, symmetric=False)
+    with pytest.raises(SchemeError, match=r"^unknown method 'guess'; choose one of rtn, minimum-error, hqq$"):
+        QuantizeWeights(method="guess")
+    with pytest.raises(SchemeError, match=r"^activations 'int3'; choose one of auto, int8, float, reference$"):
+        QuantizeWeights(activations="int3")
+
+
+def test_passes_and_uses_say_what_they_do() -> None:
+    assert str(QuantizeWeights(8, 0, symmetric=False, method="hqq", activations="float")) == (
+        "int8, whole rows, with zero points, float16 scales, by hqq, float activations"
+    )
+    assert str(WeightUse(TARGET, "int8")) == "int8 activations in groups of 32"
+    assert str(PackQuantizedWeights(activations="float")) == "the integers that the model came with, float activations"
+    assert WeightUse.of("cuda", "auto", 4).activations == "float"
+    assert WeightUse.of("arm64-i8mm", "auto", 4).activations == "int8"
+    assert WeightUse.of("arm64-i8mm", "reference", 4).activations == "reference"
+
+
+def _matrix(*shape: int, dtype: str = "float32") -> relax.Expr:
+    return relax.const(np.arange(np.prod(shape)).reshape(shape).astype(dtype), dtype)
+
+
+@pytest.mark.parametrize(
+    ("body", "shape", "dtype", "expected"),
+    [
+        (lambda x: relax.op.matmul(x, _matrix(4, 3)), (2, 4), "float32", (3, 4)),
+        (lambda x: relax.op.matmul(x, _matrix(4, 3)), (5, 2, 4), "float32", (3, 4)),
+        (lambda x: relax.op.matmul(x, relax.op.permute_dims(_matrix(3, 4))), (2, 4), "float32", (3, 4)),
+        (lambda x: relax.op.matmul(x, _matrix(4, 3, dtype="float16")), (2, 4), "float16", (3, 4)),
+        (lambda x: relax.op.matmul(x, _matrix(4, 3)), (4,), "float32", None),
+        (lambda x: relax.op.matmul(x, _matrix(4)), (2, 4), "float32", None),
+        (lambda x: relax.op.matmul(x, _matrix(5, 4, 3)), (5, 2, 4), "float32", None),
+        (lambda x: relax.op.matmul(x, relax.op.permute_dims(_matrix(5, 3, 4), [0, 2, 1])), (5, 2, 4), "float32", None),
+        (lambda x: relax.op.matmul(x, _matrix(4, 3, dtype="float64")), (2, 4), "float64", None),
+        (lambda x: relax.op.matmul(x, _matrix(4, 3, dtype="int32")), (2, 4), "int32", None),
+        (lambda x: relax.op.matmul(x, relax.op.permute_dims(x)), (2, 4), "float32", None),
+        (lambda x: relax.op.matmul(x, relax.op.exp(_matrix(4, 3))), (2, 4), "float32", None),
+        (relax.op.exp, (2, 4), "float32", None),
+    ],
+)
+def test_matrices_of_products(body, shape, dtype: str, expected: tuple[int, int] | None) -> None:
+    function = graph(body, shape, dtype=dtype)["main"]
+    dataflow = Dataflow(function)
+    found = product_matrix(dataflow.producer(function.body.body), dataflow)
+    assert (None if found is None else found.shape) == expected
+    if found is not None:
+        turned = "relax.permute_dims" in operators(graph(body, shape, dtype=dtype))
+        plain = np.arange(12).reshape(3, 4) if turned else np.arange(12).reshape(4, 3).T
+        np.testing.assert_array_equal(found, plain)
+
+
+@pytest.mark.parametrize(
+    ("body", "dtype", "taken"),
+    [
+        (lambda i: relax.op.take(_matrix(4, 3), i, axis=0), "int64", True),
+        (lambda i: relax.op.take(_matrix(4, 3), i, axis=0, mode="clip"), "int64", True),
+        (lambda i: relax.op.take(_matrix(4, 3), i, axis=0, mode="wrap"), "int64", False),
+        (lambda i: relax.op.take(_matrix(4, 3), i, axis=1), "int64", False),
+        (lambda i: relax.op.take(_matrix(12), i), "int64", False),
+        (lambda i: relax.op.take(_matrix(4, 3, 2), i, axis=0), "int64", False),
+        (lambda i: relax.op.take(_matrix(4, 3, dtype="int32"), i, axis=0), "int64", False),
+        (lambda i: relax.op.take(relax.op.exp(_matrix(4, 3)), i, axis=0), "int64", False),
+        (relax.op.abs, "int64", False),
+    ],
+)
+def test_tables_of_gathers(body, dtype: str, taken: bool) -> None:
+    function = graph(body, (2,), dtype=dtype)["main"]
+    dataflow = Dataflow(function)
+    found = table_matrix(dataflow.producer(function.body.body), dataflow)
+    assert (found is not None) is taken
+    if found is not None:
+        np.testing.assert_array_equal(found, np.arange(12).reshape(4, 3))

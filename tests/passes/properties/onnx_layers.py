@@ -237,5 +237,6 @@ def _float_node(
     return graph.node(operator, list(inputs), result, rounds=True, **attributes)
 
 
-LAYERS = (_convolution, _convolution, _batch_norm, _matmul, _matmul, _gemm, _normalization, _formula, _formula)
+CONVOLUTIONS = (_convolution, _batch_norm)
+LAYERS = (_convolution, *CONVOLUTIONS, _matmul, _matmul, _gemm, _normalization, _formula, _formula)
 RARE_LAYERS = (_attention,)

@@ -28,9 +28,11 @@ from tvm import relax
 from optimizer.frontend.importer import import_model
 from passes import pipeline
 from passes.base import Pass
+from passes.block_channels import BlockChannels
+from passes.convert_precision import ConvertPrecision
 from passes.fold_constants import FoldConstants
 from tests.passes.properties.onnx_graphs import Generated
-from tests.passes.properties.onnx_models import models
+from tests.passes.properties.onnx_models import CONVOLUTIONAL, models
 from tests.passes.properties.relax_interpreter import Interpreter
 
 _EXAMPLES = int(os.environ.get("OPTIMIZER_PROPERTY_EXAMPLES", "0"))
@@ -134,6 +136,25 @@ def test_default_passes_agree_with_the_reference_evaluator(generated: Generated)
         assert (result.shape, result.dtype) == (reference.shape, reference.dtype)
         if reference.dtype.kind in "iub":
             np.testing.assert_array_equal(result, reference)
+
+
+@budget(8)
+@given(models(most_steps=6, growth=CONVOLUTIONAL))
+def test_blocks_of_channels_keep_values_and_interface(generated: Generated) -> None:
+    module = import_model(generated.model).module
+    after, _ = pipeline.run(module, [BlockChannels(2)])
+    _assert_same_interface(module, after)
+    _assert_same_values(module, after, generated)
+
+
+@budget(10)
+@given(models(), st.sampled_from(["float32", "float16", "bfloat16"]))
+def test_converted_precision_keeps_the_interface_and_is_idempotent(generated: Generated, dtype: str) -> None:
+    module = import_model(generated.model).module
+    after, _ = pipeline.run(module, [ConvertPrecision(dtype)])
+    _assert_same_interface(module, after)
+    again, _ = pipeline.run(after, [ConvertPrecision(dtype)])
+    tvm.ir.assert_structural_equal(again, after, map_free_vars=True)
 
 
 @budget(15)
