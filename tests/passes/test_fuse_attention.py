@@ -13,6 +13,7 @@ from tvm.relax import op
 
 from passes.fuse_attention import FuseAttention
 from tests.passes.graph import assert_kept, graph
+from tests.passes.properties.relax_interpreter import Interpreter
 from tests.passes.relax_modules import operators, run
 
 Emit = Callable[[relax.Expr], relax.Expr]
@@ -282,6 +283,26 @@ def _cast_softmax(q: relax.Expr, k: relax.Expr) -> relax.Expr:
 )
 def test_an_attention_of_another_form_is_refused(body, shapes, reason: str) -> None:
     assert [site.refusal for site in assert_kept(FuseAttention(), body, *shapes).sites] == [reason]
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_query_that_sees_no_key_gives_zero_where_the_model_says_so_and_else_nan(guarded: bool) -> None:
+    def body(q, k, v, seen):
+        scores = op.where(seen, _scores(q, k), relax.const(float("-inf")))
+        weights = _emit(op.nn.softmax(scores))
+        if guarded:
+            weights = op.where(op.isnan(weights), relax.const(0.0), weights)
+        return op.matmul(weights, v)
+
+    module = graph(body, (2, 4), (3, 4), (3, 2), (2, 3), dtype=["float32", "float32", "float32", "bool"])
+    outcome = FuseAttention().run(module)
+    assert "relax.nn.softmax" not in operators(outcome.module)
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(shape).astype("float32") for shape in ((2, 4), (3, 4), (3, 2))]
+    seen = np.array([[True, False, True], [False, False, False]])
+    (expected,), (result,) = (Interpreter(each).run([*arrays, seen]) for each in (module, outcome.module))
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=2e-6)
+    assert (result[1] == 0).all() if guarded else np.isnan(result[1]).all()
 
 
 def test_what_is_done_to_a_score_is_computed_with_it() -> None:

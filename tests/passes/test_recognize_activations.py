@@ -29,7 +29,22 @@ def _tanh(x: relax.Expr) -> relax.Expr:
     return op.add(_c(1.0), op.tanh(op.multiply(_c(math.sqrt(2 / math.pi)), inner)))
 
 
+_ROOT = math.sqrt(2 / math.pi)
+_INNER = (
+    lambda x: op.multiply(op.multiply(x, _c(_ROOT)), op.add(_c(1.0), op.multiply(_c(0.044715), op.multiply(x, x)))),
+    lambda x: op.multiply(op.multiply(x, _c(_ROOT)), op.add(_c(1.0), op.multiply(op.multiply(_c(0.044715), x), x))),
+    lambda x: op.add(op.multiply(x, _c(_ROOT)), op.multiply(_cube(x), _c(0.044715 * _ROOT))),
+)
+
+
+def _halved_tanh(x: relax.Expr, inner: relax.Expr) -> relax.Expr:
+    return op.multiply(x, op.add(op.multiply(op.tanh(inner), _c(0.5)), _c(0.5)))
+
+
 _GELU = {
+    "times the root of a half": lambda x: op.multiply(
+        op.multiply(x, _c(0.5)), op.add(op.erf(op.multiply(x, _c(math.sqrt(0.5)))), _c(1.0))
+    ),
     "half of x first": lambda x: op.multiply(op.multiply(x, _c(0.5)), _bell(x)),
     "half last": lambda x: op.multiply(op.multiply(x, _bell(x)), _c(0.5)),
     "half of the curve": lambda x: op.multiply(x, op.multiply(_c(0.5), _bell(x))),
@@ -47,6 +62,8 @@ def test_gelu_in_any_order_of_its_factors(body) -> None:
     [
         (lambda x: op.multiply(op.multiply(_c(0.5), x), _tanh(x)), op.nn.gelu_tanh),
         (lambda x: op.multiply(x, op.sigmoid(x)), op.nn.silu),
+        (lambda x: op.divide(x, op.add(op.exp(op.negative(x)), _c(1.0))), op.nn.silu),
+        *((lambda x, inner=inner: _halved_tanh(x, inner(x)), op.nn.gelu_tanh) for inner in _INNER),
         (lambda x: op.multiply(op.sigmoid(x), x), op.nn.silu),
         (lambda x: op.divide(_c(1.0), op.add(_c(1.0), op.exp(op.negative(x)))), op.sigmoid),
     ],

@@ -7,7 +7,7 @@ from tvm.relax import op
 
 from passes.recognize_softmax import RecognizeSoftmax
 from tests.passes.graph import assert_kept, assert_rewritten, graph
-from tests.passes.relax_modules import run
+from tests.passes.relax_modules import operators, run
 
 
 def _softmax(x: relax.Expr, axis: int, *, maximum: bool = True, keepdims: bool = True) -> relax.Expr:
@@ -40,7 +40,54 @@ def test_formula_becomes_the_operator(axis: int, maximum: bool) -> None:
 )
 def test_other_reductions_are_refused(body, reason: str) -> None:
     outcome = assert_kept(RecognizeSoftmax(), body, (4, 4))
-    assert [reason in (site.refusal or "") for site in outcome.sites] == [True]
+    assert [site.refusal for site in outcome.sites] == [reason]
+
+
+@pytest.mark.parametrize(
+    "shift",
+    [
+        lambda x, y: op.max(y, [1], keepdims=True),  # of another tensor
+        lambda x, y: op.maximum(op.max(x, [1], keepdims=True), op.max(y, [1], keepdims=True)),
+        lambda x, y: op.max(x, [1]),  # along the columns
+        lambda x, y: relax.const(1.0),
+        lambda x, y: x,
+    ],
+)
+def test_other_shifts_stay_subtracted(shift) -> None:
+    def exponents(x, y):
+        return op.subtract(x, shift(x, y))
+
+    def body(x, y):
+        e = relax.BlockBuilder.current().emit(op.exp(exponents(x, y)))
+        return op.divide(e, op.sum(e, [1], keepdims=True))
+
+    assert_rewritten(RecognizeSoftmax(), body, lambda x, y: op.nn.softmax(exponents(x, y), 1), (4, 4), (4, 4))
+
+
+def test_any_shift_that_is_one_number_a_row_falls_away() -> None:
+    def body(x):
+        e = relax.BlockBuilder.current().emit(op.exp(op.subtract(x, op.mean(x, [1], keepdims=True))))
+        return op.divide(e, op.sum(e, [1], keepdims=True))
+
+    assert_rewritten(RecognizeSoftmax(), body, lambda x: op.nn.softmax(x, 1), (4, 4))
+
+
+def test_a_shift_that_widens_the_argument_stays() -> None:
+    def body(x):
+        wide = op.subtract(x, op.expand_dims(op.max(x, [1], keepdims=True), 0))
+        e = relax.BlockBuilder.current().emit(op.exp(wide))
+        return op.divide(e, op.sum(e, [2], keepdims=True))
+
+    outcome = RecognizeSoftmax().run(graph(body, (4, 4)))
+    assert "relax.subtract" in operators(outcome.module)
+
+
+def test_other_dtypes_are_no_sites() -> None:
+    def body(x):
+        e = relax.BlockBuilder.current().emit(op.exp(x))
+        return op.divide(e, op.sum(e, [1], keepdims=True))
+
+    assert assert_kept(RecognizeSoftmax(), body, (4, 4), dtype="float16").sites == ()
 
 
 def test_large_arguments_no_longer_overflow() -> None:

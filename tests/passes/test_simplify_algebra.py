@@ -9,7 +9,7 @@ from tvm.relax import op
 
 from passes.simplify_algebra import IDENTITIES, SimplifyAlgebra
 from tests.passes.graph import assert_kept, assert_rewritten, graph
-from tests.passes.relax_modules import run
+from tests.passes.relax_modules import operators, run
 
 _SPECIAL = np.array([[0.0, -0.0, np.inf, -np.inf], [np.nan, 1.5, -3.0, 1e-42]], "float32")
 
@@ -62,6 +62,80 @@ def test_identities_of_floats(before, after) -> None:
 )
 def test_identities_of_integers_and_booleans(before, after, dtype: str) -> None:
     assert_rewritten(SimplifyAlgebra(), before, after, (3, 4), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("divisor", "fires"),
+    [
+        (2.0**14, True),
+        (2.0**15, False),
+        (2.0**-14, True),
+        (2.0**-15, False),
+        (-4.0, True),
+        (1.5, False),
+        (float("inf"), False),
+        (float("nan"), False),
+    ],
+)
+def test_quotients_by_powers_of_two_become_products(divisor: float, fires: bool) -> None:
+    module = SimplifyAlgebra().run(graph(lambda x: op.divide(x, _c(divisor)), (2, 4))).module
+    assert ("relax.multiply" in operators(module)) is fires
+
+
+@pytest.mark.parametrize(
+    ("dividend", "divisor", "fires"),
+    [
+        ((5, 4), (5, 1), True),
+        ((5, 4), (4,), True),
+        ((5, 4), (5, 4), False),
+        ((4,), (4,), False),
+        ((1, 4), (1, 4), False),
+        ((5, 1), (5, 4), False),
+        (("n", 4), ("n", 1), True),
+    ],
+)
+def test_roots_are_inverted_where_there_are_fewer_of_them(dividend, divisor, fires: bool) -> None:
+    module = graph(lambda x, y: op.divide(x, op.sqrt(y)), dividend, divisor)
+    assert ("relax.rsqrt" in operators(SimplifyAlgebra().run(module).module)) is fires
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "dtype"),
+    [
+        (
+            lambda x: op.multiply(op.multiply(x, _c(3, "int32")), _c(5, "int32")),
+            lambda x: op.multiply(x, op.multiply(_c(3, "int32"), _c(5, "int32"))),
+            "int32",
+        ),
+        (lambda x: op.add(x, op.negative(op.abs(x))), lambda x: op.subtract(x, op.abs(x)), "float32"),
+        (lambda x: op.add(op.abs(x), _c(0.0)), op.abs, "float32"),
+        (lambda x: op.add(op.sigmoid(x), _c(0.0)), op.sigmoid, "float32"),
+        (lambda x: op.add(op.nn.softmax(x), _c(0.0)), op.nn.softmax, "float32"),
+        (lambda x: op.abs(op.abs(x)), op.abs, "float32"),
+        (lambda x: op.abs(op.negative(x)), op.abs, "float32"),
+        (lambda x: op.floor(op.floor(x)), op.floor, "float32"),
+        (lambda x: op.ceil(op.ceil(x)), op.ceil, "float32"),
+        (lambda x: op.round(op.round(x)), op.round, "float32"),
+        (lambda x: op.sign(op.sign(x)), op.sign, "float32"),
+        (lambda x: op.minimum(x, x), lambda x: x, "float32"),
+        (
+            lambda x: op.where(op.logical_not(op.isnan(x)), x, op.abs(x)),
+            lambda x: op.where(op.isnan(x), op.abs(x), x),
+            "float32",
+        ),
+        (lambda x: op.logical_and(x, x), lambda x: x, "bool"),
+        (lambda x: op.logical_or(x, x), lambda x: x, "bool"),
+    ],
+)
+def test_further_identities(before, after, dtype: str) -> None:
+    assert_rewritten(SimplifyAlgebra(), before, after, (3, 4), dtype=dtype)
+
+
+def test_only_scalars_are_gathered() -> None:
+    several = _c(np.array([1, 2, 3, 4]), "int32")
+    assert_kept(
+        SimplifyAlgebra(), lambda x: op.multiply(op.multiply(x, several), _c(5, "int32")), (3, 4), dtype="int32"
+    )
 
 
 def test_root_per_row_is_taken_before_the_quotient_per_element() -> None:
