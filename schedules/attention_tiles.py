@@ -10,6 +10,7 @@ from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, Step
+from schedules.attention_mask import any_seen, hides
 from schedules.attention_structure import AttentionAnalysis
 from schedules.family import is_large
 from schedules.intrin.vector_math import exp_of_nonpositive
@@ -146,15 +147,43 @@ def _body(task: _Task) -> list[Stmt]:
 
     def part(number: Expr) -> Stmt:
         base = number * task.key_block
-        if isinstance(keys, int):
-            return sequence(_key_block(task, base, task.key_block, False))
-        return sequence(_key_block(task, base, tirx.min(index(task.key_block), keys - base), False))
+        extent = task.key_block if isinstance(keys, int) else tirx.min(index(task.key_block), keys - base)
+        return _if_seen(task, base, extent, sequence(_key_block(task, base, extent, False)))
 
     if not isinstance(keys, int):
         return [_turn_queries(task), *start, loop(ceiling(keys, task.key_block), part), _write(task)]
     full, rest = divmod(keys, task.key_block)
     last = _key_block(task, index(full * task.key_block), rest, False) if rest else []
     return [_turn_queries(task), *start, loop(full, part), *last, _write(task)]
+
+
+def _if_seen(task: _Task, base: Expr, extent: Extent, steps: Stmt) -> Stmt:
+    """Return the steps of a block of keys, left out where the mask hides all of them from all queries."""
+    hidden = hides(task.analysis)
+    if hidden is None:
+        return steps
+    seen = local([task.lanes], FLOAT, "seen")
+    none = tirx.const(0.0, FLOAT)
+
+    def sees(query: Expr, key: Expr) -> Expr:
+        values = {task.analysis.key.variable: key, task.lane.variable: task.query(query)}
+        return tirx.Select(task.at(hidden, values), none, tirx.const(1.0, FLOAT))
+
+    def look(query: Expr) -> Stmt:
+        def keys(first: Expr, width: int) -> Stmt:
+            return vector(
+                width,
+                lambda lane: store(seen, tirx.max(load(seen, [lane]), sees(query, base + first + lane)), [lane]),
+            )
+
+        return tiles(extent, [task.lanes, 1], keys)
+
+    # Where a mask is causal, the last query sees the first key of every block that is seen at all.
+    probe = store(seen, sees(index(task.queries - 1), base), [index(0)])
+    search = tirx.IfThenElse(load(seen, [index(0)]) <= none, loop(task.queries, look), None)
+    clear = vector(task.lanes, lambda lane: store(seen, none, [lane]))
+    condition = any_seen(seen, task.lanes, task.largest, task.queries)
+    return with_local([seen], [clear, probe, search, tirx.IfThenElse(condition, steps, None)])
 
 
 def _turn_queries(task: _Task) -> Stmt:

@@ -138,3 +138,26 @@ def test_code_is_generated_for_every_kind_of_register(target: str) -> None:
     module, reports = schedule_module(_module(2, 32, 40, 50), chosen)
     tvm.compile(module, chosen.tvm_target())
     assert [report.family for report in reports] == ["attention"]
+
+
+def test_hidden_blocks_of_keys_are_right() -> None:
+    call, _ = scheduled(_module(2, 16, "s", "t", bias=True))
+    for queries, keys, low in [(300, 300, -np.inf), (64, 600, float(np.finfo("float32").min)), (40, 520, -np.inf)]:
+        arrays = _arrays(2, 16, queries, keys)
+        causal = np.arange(keys) <= np.arange(queries)[:, None] + keys - queries
+        padded = causal & (np.arange(keys) >= 230)  # hides the first block from all, and everything from some
+        for visible in (causal, padded):
+            bias = np.broadcast_to(np.where(visible, 0, low), (2, queries, keys)).astype("float32")
+            with np.errstate(all="ignore"):
+                expected = np.nan_to_num(_expected(2, arrays, bias.astype("float64")), nan=0.0)
+            np.testing.assert_allclose(call(*arrays, bias), expected, rtol=0, atol=_tolerance(16))
+
+
+def test_hidden_blocks_of_keys_are_not_read() -> None:
+    call, _ = scheduled(_module(1, 16, 64, 1024, bias=True))
+    arrays = _arrays(1, 16, 64, 1024)
+    visible = np.arange(1024) <= np.arange(64)[:, None]
+    expected = _expected(1, arrays, np.where(visible, 0, -np.inf))
+    arrays[2][:, 256:] = np.nan
+    bias = np.where(visible, 0, -np.inf).astype("float32")[None]
+    np.testing.assert_allclose(call(*arrays, bias), expected, rtol=0, atol=_tolerance(16))
