@@ -6,13 +6,13 @@ import datetime
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import click
 import onnx
 
-from benchmarks import fusion
+from benchmarks import fusion, tuning
 from benchmarks.architecture import EXPORTERS, Exporter
 from benchmarks.comparison import Row, compare
 from benchmarks.engines import ENGINES
@@ -43,6 +43,7 @@ _ENGINES = tuple(dict.fromkeys([*ENGINES, "peak", *llm.ENGINES]))
 @click.option("--engine", "engines", multiple=True, type=click.Choice(_ENGINES), help="Only these engines.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of every engine; default: one per physical core.")
 @click.option("--rounds", default=5, show_default=True, help="How often all engines take their turn.")
+@click.option("--trials", multiple=True, type=click.IntRange(1), help="Table tuning: after how many trials to look.")
 @click.option("--prompt", default=512, show_default=True, help="Table llm: tokens of the prompt.")
 @click.option("--steps", default=128, show_default=True, help="Table llm: tokens made after it.")
 @click.option("--peers", default=sys.executable, help="Table llm: a Python that has llama_cpp and onnxruntime_genai.")
@@ -54,6 +55,7 @@ def main(
     engines: tuple[str, ...],
     threads: int | None,
     rounds: int,
+    trials: tuple[int, ...],
     prompt: int,
     steps: int,
     peers: str,
@@ -63,8 +65,9 @@ def main(
 
     Ends with exit code 1 if a model is missing, does not compile, or differs from onnxruntime beyond its tolerance.
     The table `fusion` times nothing: it counts the kernels of one step of the other tables' models, and fails where
-    they are more than the nodes of onnxruntime's optimized graph. The table `llm` is of decoders with weights of 4 bits
-    (`python -m benchmarks.llm.models`): tokens/s of a prompt and after it, beside llama.cpp and onnxruntime-genai.
+    they are more than the nodes of onnxruntime's optimized graph. The table `tuning` searches before it measures. The
+    table `llm` is of decoders with weights of 4 bits (`python -m benchmarks.llm.models`): tokens/s of a prompt and
+    after it, beside llama.cpp and onnxruntime-genai.
     """
     if table == "fusion":
         fusion.main(models)
@@ -82,6 +85,9 @@ def main(
         for line in llm.lines(models, engines or tuple(llm.ENGINES), workload, peers, keep=keep):
             click.echo(line)
         return
+    if table == "tuning":
+        _print_tuning(subjects(table, models, exporters, Path()), trials or tuning.TRIALS, threads, rounds)
+        return
     click.echo(f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}")
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="optimizer-bench-") as folder:
@@ -91,6 +97,13 @@ def main(
                 failed += [subject.label] if fails else []
     if failed:
         sys.exit(f"\nfailed: {', '.join(dict.fromkeys(failed))}")
+
+
+def _print_tuning(models: Iterable[Subject], trials: Sequence[int], threads: int, rounds: int) -> None:
+    click.echo(f"| {' | '.join(tuning.COLUMNS)} |\n|{'---|' * len(tuning.COLUMNS)}")
+    for subject in models:
+        for line in tuning.lines(subject, trials, threads, rounds):
+            click.echo(line)
 
 
 def _lines(subject: Subject, engines: Sequence[str], threads: int, rounds: int) -> Iterator[tuple[str, bool]]:

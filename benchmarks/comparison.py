@@ -102,8 +102,8 @@ def _calls_per_round(worker: _Worker, case: str) -> int:
 
 def _check(case: str, rows: Mapping[str, Row], workers: Mapping[str, _Worker], folder: Path, reference: str) -> None:
     results: dict[str, dict[str, np.ndarray]] = {}
-    for name, worker in workers.items():
-        file = folder / f"{name}.npz"
+    for number, (name, worker) in enumerate(workers.items()):
+        file = folder / f"{number}.npz"
         rows[name].resident_bytes = worker.ask({"case": case, "outputs": str(file)})["resident_bytes"]
         with np.load(file) as stored:
             results[name] = {key: stored[key] for key in stored.files}

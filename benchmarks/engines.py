@@ -55,17 +55,22 @@ class Engine:
         raise NotImplementedError
 
 
-class Optimizer(Engine):
-    """This project: compiled to a package, loaded by its runtime."""
+UNTUNED = "optimizer"
+_TUNED = "optimizer@"
 
-    name = "optimizer"
+
+class Optimizer(Engine):
+    """This project: compiled to a package with default schedules, loaded by its runtime."""
+
+    name = UNTUNED
+    log_options: tuple[str, ...] = ("--no-log",)
 
     def __init__(self, model: Path, cases: Cases, threads: int) -> None:
         from optimizer.runtime import load  # noqa: PLC0415
 
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "package"
-            command = ["compile", str(model), "-o", str(package), "--no-certificate", "--json"]
+            command = ["compile", str(model), "-o", str(package), "--no-certificate", "--json", *self.log_options]
             # In a process of its own, so that the memory measured is the runtime's.
             done = subprocess.run([sys.executable, "-m", "optimizer", *command], capture_output=True, check=False)
             if done.returncode != 0:
@@ -190,8 +195,15 @@ class StockTvm(Engine):
 ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (Optimizer, OnnxRuntime, OpenVino, StockTvm)}
 
 
+def tuned_engine(log: Path) -> str:
+    """Return the name of the engine that compiles with the decisions of the logs under `log`."""
+    return f"{_TUNED}{log}"
+
+
 def find_engine(name: str) -> type[Engine]:
     """Return the engine called `name`; the machine's peak is one, but only single kernels can be held against it."""
+    if name.startswith(_TUNED):
+        return type("TunedOptimizer", (Optimizer,), {"log_options": ("--log", name.removeprefix(_TUNED))})
     if name == "peak":
         from benchmarks.peak import Peak  # noqa: PLC0415 - TVM is not to weigh on the other engines' memory
 

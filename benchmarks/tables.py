@@ -42,6 +42,7 @@ TABLES: Mapping[str, Table] = {
     "vision": Table(("resnet_50", "mobilenet_v2", "convnext_tiny", "efficientnet_b0", "vit_base_16", "swin_tiny")),
     "encoders": Table(("bert_base", "distilbert_base", "whisper_tiny_encoder")),
     "architectures": Table(tuple(FULL_SIZE), EXPORTERS, ("optimizer", REFERENCE)),
+    "tuning": Table(("resnet_50", "mobilenet_v2", "bert_base")),
     # Stock TVM's unscheduled loops would take the time of all others together.
     "kernels": Table((), engines=("optimizer", REFERENCE, "openvino", "peak")),
 }

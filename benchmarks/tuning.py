@@ -1,0 +1,89 @@
+"""What tuning gains and costs: the default schedules, those after so many trials, and the other engines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.comparison import Row, compare
+from benchmarks.engines import UNTUNED, tuned_engine
+from benchmarks.tables import REFERENCE, Subject
+
+PEERS = (REFERENCE, "openvino")
+TRIALS = (64, 256, 1000)
+
+COLUMNS = (
+    "model",
+    "schedules",
+    "ms",
+    "spread",
+    "default / this",
+    "trials",
+    "failed",
+    "tuning s",
+    "s / trial",
+    "max difference",
+)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search up to so many trials took: `seconds` in all, of `trials` measurements, `failed` of them."""
+
+    trials: int
+    failed: int
+    seconds: float
+
+
+class TuningFailedError(Exception):
+    """`optimizer tune` failed; the message is its last words."""
+
+
+def lines(subject: Subject, trials: Sequence[int], threads: int, rounds: int) -> Iterator[str]:
+    """Yield the rows of one model. Each search goes on where the one of fewer trials ended."""
+    with tempfile.TemporaryDirectory(prefix="optimizer-tuning-") as folder:
+        growing = Path(folder) / "log"
+        searches: dict[str, Search] = {}
+        spent = Search(0, 0, 0.0)
+        for count in sorted(trials):
+            found = _tune(subject.path, growing, count, threads)
+            spent = Search(found.trials, found.failed, spent.seconds + found.seconds)
+            log = Path(folder) / str(count)
+            shutil.copytree(growing, log)
+            searches[tuned_engine(log)] = spent
+        engines = [UNTUNED, *searches, *PEERS]
+        results = compare(subject.path, subject.cases, engines, threads=threads, rounds=rounds, reference=REFERENCE)
+        for case, rows in results.items():
+            label = f"{subject.label}, {case}" if len(results) > 1 else subject.label
+            default = next(row for row in rows if row.engine == UNTUNED)
+            for row in rows:
+                yield _line(label, row, default.median, searches.get(row.engine))
+
+
+def _tune(model: Path, log: Path, trials: int, threads: int) -> Search:
+    command = ["tune", str(model), "--log", str(log), "--trials", str(trials), "--threads", str(threads), "--json"]
+    done = subprocess.run([sys.executable, "-m", "optimizer", *command], capture_output=True, check=False, text=True)
+    if done.returncode != 0:
+        raise TuningFailedError(done.stderr.strip().splitlines()[-1])
+    report = json.loads(done.stdout)
+    failed = sum(sum(task["failures"].values()) for task in report["tasks"])
+    return Search(report["trials"], failed, report["seconds"])
+
+
+def _line(label: str, row: Row, default: float, search: Search | None) -> str:
+    name = row.engine if search is None else f"tuned, {search.trials} trials"
+    if row.error is not None:
+        return f"| {label} | {name} | {row.error} |"
+    cost = "| | | | |"
+    if search is not None:
+        cost = f"| {search.trials} | {search.failed} | {search.seconds:.0f} | {search.seconds / search.trials:.2f} |"
+    return (
+        f"| {label} | {'default' if row.engine == UNTUNED else name} | {row.median * 1e3:.2f} | ±{row.spread:.0%} "
+        f"| {default / row.median:.2f} {cost} {row.difference:.1e} |"
+    )
