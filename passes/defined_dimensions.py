@@ -21,13 +21,15 @@ def defined_dimensions(function: relax.Function) -> dict[tirx.Var, tvm.ir.Expr]:
     for block in function.body.blocks:
         for binding in block.bindings:
             values[binding.var] = binding.value
-            kind = binding.ty if isinstance(binding, relax.MatchCast) else None
-            if not isinstance(kind, relax.ShapeType) or kind.values is None:
+            if not isinstance(binding, relax.MatchCast) or not isinstance(binding.ty, relax.ShapeType):
+                continue
+            dimensions = binding.ty.values
+            if dimensions is None:
                 continue
             tensor = call(binding.value, "relax.tensor_to_shape")
             shape = None if tensor is None else call(tensor, "relax.shape_to_tensor")
-            if isinstance(shape, relax.ShapeExpr):
-                found.update(zip(kind.values, shape.values, strict=True))
+            if shape is not None and isinstance(shape, relax.ShapeExpr):
+                found.update(zip(dimensions, shape.values, strict=True))
     return found
 
 
