@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -64,6 +64,16 @@ class BenchPool:
         for process in self._processes:
             process.stop()
 
+    def measure_defaults(self, tasks: Sequence[Task]) -> Iterator[Measurement]:
+        """Yield a measurement of each task's default schedule, with the reason where there is none."""
+        count = len(self._processes)
+        for first in range(0, len(tasks), count):
+            chosen = list(zip(self._processes, tasks[first : first + count], strict=False))
+            with ThreadPoolExecutor(count) as executor:
+                failures = list(executor.map(lambda pair: pair[0].begin(pair[1]), chosen))
+            for (process, _), failure in zip(chosen, failures, strict=True):
+                yield Measurement(failure=failure) if failure else process.time([0], 1)[0]
+
     def measure(self, task: Task, candidates: Sequence[Parameters], rounds: int) -> list[Measurement]:
         """Return a measurement of the default schedule, and after it of each candidate in the same rounds.
 
@@ -94,6 +104,14 @@ class _Process:
         self._process: BaseProcess | None = None
         self._task: Task | None = None
         self._built: list[Parameters] = []
+
+    def begin(self, task: Task) -> str:
+        """Build the default schedule of a task; return why that fails, or nothing."""
+        try:
+            self._begin(task)
+        except FailedError as error:
+            return str(error)
+        return ""
 
     def build(self, task: Task, candidates: Sequence[Parameters]) -> list[int | str]:
         """Return the number of each candidate, or why there is none; raises FailedError where the default fails."""

@@ -131,8 +131,9 @@ class TuningSession:
 
     def _measure_defaults(self, watch: Watch) -> None:
         """Time every task's default, which is what the budget is divided by."""
-        for progress in self.progress:
-            self._measure(progress, [], 1)
+        measured = self._pool.measure_defaults([progress.task for progress in self.progress])
+        for progress, default in zip(self.progress, measured, strict=True):
+            progress.default_seconds, progress.skipped = default.seconds, default.failure
             watch(self.progress)
 
     def _measure(self, progress: Progress, candidates: Sequence[Parameters], rounds: int) -> list[Measurement]:

@@ -48,6 +48,10 @@ class Bench:
         self._seconds = seconds
         self.measured: list[Parameters] = []
 
+    def measure_defaults(self, tasks: Sequence[Task]) -> list[Measurement]:
+        """Return the times of the defaults."""
+        return [self._one(task, defaults(task.space), None) for task in tasks]
+
     def measure(self, task: Task, candidates: Sequence[Parameters], rounds: int) -> list[Measurement]:
         """Return times without noise."""
         del rounds
@@ -58,12 +62,12 @@ class Bench:
         self.measured += candidates
         return [Measurement(default, 0.0, 1.0), *(self._one(task, parameters, default) for parameters in candidates)]
 
-    def _one(self, task: Task, parameters: Parameters, default: float) -> Measurement:
+    def _one(self, task: Task, parameters: Parameters, default: float | None) -> Measurement:
         try:
             seconds = self._seconds(task, parameters)
         except ArithmeticError as error:
             return Measurement(failure=str(error))
-        return Measurement(seconds, 0.0, seconds / default)
+        return Measurement(seconds, 0.0, seconds / (default or seconds))
 
 
 def decision_for(task: Task, parameters: Parameters, ratio: float = 0.5) -> Record:

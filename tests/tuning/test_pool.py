@@ -26,6 +26,14 @@ def test_candidates_are_timed_beside_the_default(pool: BenchPool) -> None:
     assert measured.ratio == pytest.approx(measured.seconds / default.seconds, rel=1)
 
 
+def test_defaults_of_several_tasks_are_timed_in_their_order(pool: BenchPool) -> None:
+    broken = replace(_TASK, arguments=_TASK.arguments[:1])
+    first, second, third = pool.measure_defaults([_TASK, broken, matmul_task(16)])
+    assert first.seconds > 0
+    assert "default" in second.failure
+    assert third.seconds > 0
+
+
 def test_a_candidate_that_cannot_be_built_fails_alone(pool: BenchPool) -> None:
     default = defaults(_TASK.space)
     _, wrong, right = pool.measure(_TASK, [{"depth": 3}, {**default, "rows": 4}], 2)
