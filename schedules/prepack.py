@@ -2,7 +2,8 @@
 
 A weight of K x N becomes [ceil(N / block)][K][block] with the target's column block, so that a tile streams it from
 memory in order; columns past N are zeros that nothing reads. The functions that read it are rewritten to index the new
-layout; their schedule recognizes it by its indices. Values do not change.
+layout; their schedule recognizes it by its indices. An embedding that is tied to a product is gathered from the
+product's weights. Values do not change.
 """
 
 from __future__ import annotations
@@ -10,11 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import tvm
-import tvm_ffi
 from tvm import ir, relax, tirx
-from tvm.ir import Expr, GlobalVar, TensorLoad, Var
+from tvm.ir import Expr, GlobalVar, TensorLoad
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from schedules import direct_convolution
@@ -22,10 +21,11 @@ from schedules.access import AxisGroup, as_int
 from schedules.family import Kernel
 from schedules.inline import inline
 from schedules.kernels import cut
-from schedules.loops import flatten, index
 from schedules.matmul import Matmul, MatmulAnalysis
+from schedules.packing import Packing, reading_packed
 from schedules.report import is_scheduled
 from schedules.stages import contains, parse
+from schedules.tied_tables import PackedWeight, gather_from_packed
 from targets.base import Target
 
 
@@ -37,22 +37,6 @@ class PrepackReport:
     parameter: int
     shape: tuple[int, ...]
     packed_shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class _Packing:
-    """How a parameter of a function is packed: the positions of its dimensions in (reduction, columns) order."""
-
-    parameter: int
-    order: tuple[int, ...]
-    columns: int
-    block: int
-
-    def pack(self, values: np.ndarray) -> np.ndarray:
-        """Return `values` as [ceil(N / block)][K][block]."""
-        matrix = values.transpose(self.order).reshape(-1, self.columns)
-        padded = np.pad(matrix, [(0, 0), (0, -self.columns % self.block)])
-        return np.ascontiguousarray(padded.reshape(len(matrix), -1, self.block).transpose(1, 0, 2))
 
 
 def prepack(module: tvm.IRModule, target: Target) -> tuple[tvm.IRModule, tuple[PrepackReport, ...]]:
@@ -67,7 +51,8 @@ def prepack(module: tvm.IRModule, target: Target) -> tuple[tvm.IRModule, tuple[P
     for variable, function in module.functions_items():
         if isinstance(function, relax.Function):
             rewriter.builder_.update_func(variable, rewriter.visit_expr(function))
-    return rewriter.builder_.get(), tuple(rewriter.reports)
+    packed = gather_from_packed(rewriter.builder_.get(), rewriter.weights)
+    return packed, tuple(rewriter.reports)
 
 
 @mutator
@@ -79,7 +64,8 @@ class _Prepacker(PyExprMutator):
         self.module = module
         self.target = target
         self.reports: list[PrepackReport] = []
-        self.variants: dict[GlobalVar, tuple[GlobalVar, _Packing] | None] = {}
+        self.weights: list[PackedWeight] = []
+        self.variants: dict[GlobalVar, tuple[GlobalVar, Packing] | None] = {}
 
     def visit_call_(self, call: ir.Call) -> Expr:
         call = super().visit_call_(call)
@@ -91,13 +77,15 @@ class _Prepacker(PyExprMutator):
         if variant is None:
             return call
         function, packing = variant
-        values = arguments[packing.parameter].value.numpy()
+        original = arguments[packing.parameter]
+        values = original.value.numpy()
         packed = packing.pack(values)
         arguments[packing.parameter] = relax.const(packed)
+        self.weights.append(PackedWeight(original, packing, arguments[packing.parameter]))
         self.reports.append(PrepackReport(function.name_hint, packing.parameter, values.shape, packed.shape))
         return ir.Call(call.op, [function, relax.Tuple(arguments), *call.args[2:]], call.attrs, call.ty_args)
 
-    def _variant(self, callee: GlobalVar, constant: Sequence[int]) -> tuple[GlobalVar, _Packing] | None:
+    def _variant(self, callee: GlobalVar, constant: Sequence[int]) -> tuple[GlobalVar, Packing] | None:
         """Return the function that reads the packed weight, None where there is none or the weight is not constant."""
         if callee not in self.variants:
             self.variants[callee] = None
@@ -113,7 +101,7 @@ class _Prepacker(PyExprMutator):
 
 def _pack_function(
     function: tirx.PrimFunc, block: int, constant: Sequence[int]
-) -> tuple[tirx.PrimFunc, _Packing] | None:
+) -> tuple[tirx.PrimFunc, Packing] | None:
     """Return `function` with the weight of its only matmul read in packed layout."""
     analysis = _matmul_of(function)
     if analysis is None:
@@ -124,10 +112,8 @@ def _pack_function(
     columns = analysis.columns.extent
     if parameter not in constant or order is None or not isinstance(columns, int) or len(analysis.columns.axes) != 1:
         return None
-    depth = int(np.prod([int(extent) for extent in read.source.shape])) // columns
-    packed = tirx.decl_buffer([-(-columns // block), depth, block], str(read.source.dtype), read.source.name)
-    packing = _Packing(parameter, order, columns, block)
-    return _rewrite(function, read.source, packed, packing), packing
+    packing = Packing(parameter, order, columns, block)
+    return reading_packed(function, read.source, packing), packing
 
 
 def _matmul_of(function: tirx.PrimFunc) -> MatmulAnalysis | None:
@@ -155,27 +141,3 @@ def _dimension_order(read: TensorLoad, groups: Sequence[AxisGroup]) -> tuple[int
             return None
         order += matching
     return tuple(order) if len(order) == len(read.indices) else None
-
-
-def _rewrite(function: tirx.PrimFunc, weight: Var, packed: Var, packing: _Packing) -> tirx.PrimFunc:
-    """Return `function` with parameter `weight` replaced by `packed` and its reads indexed accordingly."""
-    shape = [int(extent) for extent in weight.shape]
-    *depth, column = packing.order
-
-    def read(load: TensorLoad, mutate: tvm_ffi.StructuralMutator) -> Expr:
-        load = mutate.default_mutate(load)
-        if not load.source.same_as(weight):
-            return load
-        row = flatten([load.indices[d] for d in depth], [shape[d] for d in depth])
-        block = index(packing.block)
-        place = load.indices[column]
-        return tirx.BufferLoad(packed, [tirx.floordiv(place, block), row, tirx.floormod(place, block)])
-
-    def region(declared: ir.TensorRegion, mutate: tvm_ffi.StructuralMutator) -> Expr:
-        if not declared.source.same_as(weight):
-            return mutate.default_mutate(declared)
-        return tirx.BufferRegion(packed, [ir.Range(0, extent) for extent in packed.shape])
-
-    body = tvm_ffi.structural_mutate(function.body, [(TensorLoad, read), (ir.TensorRegion, region)])
-    parameters = [packed if parameter.same_as(weight) else parameter for parameter in function.params]
-    return tirx.PrimFunc(parameters, body, function.ret_type, function.attrs)
