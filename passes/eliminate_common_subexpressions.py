@@ -12,7 +12,8 @@ import tvm.ir
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from passes.base import Pass, PassOutcome
+from passes.base import Pass, PassOutcome, Site
+from passes.provenance import Bindings, Nodes, annotate, union
 
 # TVM compares constants by their bytes, at every use of them. Beyond this many elements they are compared by storage.
 _LARGE = 256
@@ -28,9 +29,28 @@ class EliminateCommonSubexpressions(Pass):
         """Merge equal bindings of every function."""
         constants = _Constants()
         hidden = _with_bodies(module, lambda body: _Hider(module, constants).visit_expr(body))
-        merged = relax.transform.EliminateCommonSubexpr()(hidden)
+        merged, sites = _annotated(hidden, relax.transform.EliminateCommonSubexpr()(hidden))
         shown = _with_bodies(merged, lambda body: _Shower(merged, constants).visit_expr(body))
-        return PassOutcome(relax.transform.DeadCodeElimination()(shown))
+        return PassOutcome(relax.transform.DeadCodeElimination()(shown), sites)
+
+
+def _annotated(before: tvm.IRModule, merged: tvm.IRModule) -> tuple[tvm.IRModule, tuple[Site, ...]]:
+    """Return `merged` with the nodes of what is gone at what took its place, and a site for each of the former."""
+    sites: list[Site] = []
+    nodes: dict[relax.Var, Nodes] = {}
+    for variable, function in merged.functions_items():
+        if not isinstance(function, relax.Function):
+            continue
+        old, new = Bindings(before[variable]), Bindings(function)
+        for var, value in new.values.items():
+            if var in old.values and isinstance(value, relax.Var) and not isinstance(old.values[var], relax.Var):
+                survivor = value
+                while isinstance(new.values.get(survivor), relax.Var):
+                    survivor = new.values[survivor]
+                sites.append(Site(var.name, None, old.nodes(var)))
+                if survivor in new.values:
+                    nodes[survivor] = union((nodes.get(survivor, new.nodes(survivor)), old.nodes(var)))
+    return annotate(merged, nodes), tuple(sites)
 
 
 def _with_bodies(module: tvm.IRModule, rewrite: Callable[[relax.Expr], relax.Expr]) -> tvm.IRModule:

@@ -7,7 +7,9 @@ import tvm.ir
 from tvm import relax
 from tvm.relax import op
 
+from passes import pipeline
 from passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
+from passes.provenance import Bindings, annotate, nodes_of
 from tests.passes.graph import graph
 
 
@@ -52,3 +54,15 @@ def _calls(module: tvm.IRModule) -> list[tvm.ir.Call]:
 
 def _products(module: tvm.IRModule) -> int:
     return sum(call.op.name == "relax.matmul" for call in _calls(module))
+
+
+def test_what_is_merged_is_a_site_and_hands_on_its_nodes() -> None:
+    module = graph(lambda x: op.add(op.exp(x), op.exp(x)), (3,))
+    first, second, _ = Bindings(module["main"]).values
+    named = annotate(module, {first: ("one",), second: ("other",)})
+    after, (record,) = pipeline.run(named, [EliminateCommonSubexpressions()])
+    assert [(site.refusal, site.nodes) for site in record.outcome.sites] == [(None, ("other",))]
+    (survivor, *_) = Bindings(after["main"]).values.values()
+    assert nodes_of(survivor) == ("one", "other")
+    _, (again,) = pipeline.run(after, [EliminateCommonSubexpressions()])
+    assert again.outcome.sites == ()
