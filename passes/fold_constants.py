@@ -50,10 +50,13 @@ def _evaluated(bindings: Sequence[relax.VarBinding], module: tvm.IRModule) -> di
         return {}
     builder = relax.BlockBuilder(tvm.IRModule(_tir_functions(module)))
     renamed: dict[relax.Var, relax.Expr] = {}
+    splits = {binding.var: binding.value for binding in bindings if _is_split(binding.value)}
+    bindings = [binding for binding in bindings if binding.var not in splits]
     with builder.function("evaluated", []):
         with builder.dataflow():
             for binding in bindings:
-                renamed[binding.var] = builder.emit_output(_renamed(binding.value, renamed))
+                value = _renamed(_as_slice(binding.value, splits), renamed)
+                renamed[binding.var] = builder.emit_output(value)
         builder.emit_func_output(relax.Tuple(list(renamed.values())))
     evaluated = relax.transform.FoldConstant()(builder.finalize())["evaluated"]
     fields = _Values()
@@ -61,6 +64,21 @@ def _evaluated(bindings: Sequence[relax.VarBinding], module: tvm.IRModule) -> di
     results = zip(bindings, evaluated.body.body.fields, strict=True)
     values = {binding.var: fields.values.get(field, field) for binding, field in results}
     return {var: value for var, value in values.items() if isinstance(value, tvm.ir.GenericConst)}
+
+
+def _is_split(value: relax.Expr) -> bool:
+    return isinstance(value, tvm.ir.Call) and isinstance(value.op, tvm.ir.Op) and value.op.name == "relax.split"
+
+
+def _as_slice(value: relax.Expr, splits: Mapping[relax.Var, tvm.ir.Call]) -> relax.Expr:
+    """Return a part of a split tensor as a slice: TVM evaluates no operator with several results."""
+    if not isinstance(value, relax.TupleGetItem) or value.tuple_value not in splits:
+        return value
+    call = splits[value.tuple_value]
+    axis = int(call.attrs.axis) % call.args[0].ty.ndim
+    extents = [int(field.shape.values[axis]) for field in call.ty.fields]
+    begin = sum(extents[: value.index])
+    return relax.op.strided_slice(call.args[0], [axis], [begin], [begin + extents[value.index]])
 
 
 def _tir_functions(module: tvm.IRModule) -> dict[tvm.ir.GlobalVar, tirx.PrimFunc]:
@@ -134,7 +152,7 @@ class _ConstantBindings(PyExprVisitor):
             return
         self._constant.add(binding.var)
         self.bindings.append(binding)
-        if isinstance(value, tvm.ir.Call):
+        if isinstance(value, tvm.ir.Call | relax.TupleGetItem):
             self.sites.append((binding.var, Site(binding.var.name, None, nodes_of(value))))
 
     def _is_constant(self, expr: relax.Expr) -> bool:

@@ -9,7 +9,7 @@ from tvm.relax import op
 from passes.fold_constants import FoldConstants
 from tests.passes.graph import assert_kept, graph
 from tests.passes.properties.relax_interpreter import Interpreter
-from tests.passes.relax_modules import operators, run
+from tests.passes.relax_modules import constants, operators, run
 
 
 def _weights(*shape: int, dtype: str = "float32") -> relax.Expr:
@@ -80,7 +80,7 @@ def test_dequantized_codes_are_folded_and_repeated_ones_are_not() -> None:
     ("body", "left"),
     [
         (lambda x: op.add(x, op.concat([_weights(4), op.exp(_weights(4))])), ["relax.add"]),
-        (lambda x: op.add(x, _part(op.concat([_weights(8), _weights(8)]), 1)), ["relax.split", "relax.add"]),
+        (lambda x: op.add(x, _part(op.concat([_weights(8), _weights(8)]), 1)), ["relax.add"]),
         (
             lambda x: op.add(x, op.concat([op.exp(_weights(4)), _head(x)])),
             ["relax.strided_slice", "relax.concat", "relax.add"],
@@ -133,3 +133,22 @@ def test_sites_tell_the_bindings_that_were_computed() -> None:
     outcome = FoldConstants().run(graph(lambda x: op.add(x, op.exp(op.negative(_weights(8)))), (8,)))
     assert [site.refusal for site in outcome.sites] == [None, None]
     assert len({site.location for site in outcome.sites}) == 2
+
+
+@pytest.mark.parametrize(("sections", "axis"), [(2, 0), ([100, 250], -1)])
+def test_parts_of_a_split_constant_are_constants(sections: int | list[int], axis: int) -> None:
+    weights = np.arange(600, dtype="float32").reshape(2, 300)
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((), "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            parts = builder.emit(relax.op.split(relax.const(weights), sections, axis=axis))
+            count = len(parts.ty.fields)
+            read = [builder.emit(relax.TupleGetItem(parts, number)) for number in range(count)]
+            outputs = [builder.emit_output(relax.op.multiply(x, part)) for part in read]
+        builder.emit_func_output(relax.Tuple(outputs))
+    outcome = FoldConstants().run(builder.get())
+    assert set(operators(outcome.module)) == {"relax.multiply"}
+    assert outcome.rewritten == count
+    for found, expected in zip(constants(outcome.module), np.split(weights, sections, axis=axis), strict=True):
+        np.testing.assert_array_equal(found, expected)
