@@ -22,6 +22,7 @@ from tvm.tirx.stmt import Stmt
 from schedules.access import AxisGroup, occurs
 from schedules.channel_windows import ChannelWindow, ChannelWindows, channel_windows
 from schedules.convolution import split_producer
+from schedules.convolution_tile import column_extent, register_tile, task_shape
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
 from schedules.loops import (
     Extent,
@@ -46,13 +47,6 @@ from schedules.stages import Axis, Stage, replace_loads, sequence, substitute, w
 from targets.base import Target
 
 Point = Mapping[Var, Expr]
-# Tasks per core that leave no core idle for long while another finishes its last one.
-TASKS_PER_CORE = 8
-MOST_BLOCKS, MOST_COLUMNS = 8, 28
-# Lane by lane: the columns that a row of taps reaches beyond the tile, and its weights.
-BORDER_OPERANDS = 4
-# Cycles from one fused multiply-add to the next that reads its result, and how many of them start in one cycle.
-LATENCY, THROUGHPUT = 4, 2
 
 
 class DirectConvolution:
@@ -71,8 +65,8 @@ class DirectConvolution:
 
     def space(self, target: Target, analysis: ChannelWindows) -> Space:
         """Return the register tile, and the rows and tiles of columns that make one task."""
-        blocks, columns = _register_tile(analysis, target)
-        rows, column_tiles = _task(analysis, target, blocks, columns)
+        blocks, columns = register_tile(analysis, target)
+        rows, column_tiles = task_shape(analysis, target, blocks, columns)
         return (
             Choice("blocks", blocks, (1, 2, 3, 4, 6)),
             Choice("columns", columns, (1, 4, 6, 7, 9, 14, 28)),
@@ -92,77 +86,6 @@ def analyse(kernel: Kernel) -> ChannelWindows | None:
     if stage is None or follows is None:
         return None
     return channel_windows(producer, stage, follows)
-
-
-def _fits(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -> bool:
-    """Return whether the tile's sums and what a step multiplies fit the vector registers.
-
-    x86 multiplies by an element in memory; Arm by one in a register, so each column needs its own. Where neighbouring
-    columns read the same elements at neighbouring taps of one loop, LLVM keeps these, too.
-    """
-    last = analysis.data.indices[-1]
-    if occurs(last, analysis.lane.variable):
-        operands = columns + BORDER_OPERANDS
-    elif analysis.columns is not None and occurs(last, analysis.columns.inner.variable):
-        operands = blocks + 2 * columns
-    else:
-        operands = blocks + columns if target.architecture == "aarch64" else min(blocks, columns) + 1
-    registers = 16 if target.architecture == "x86_64" and target.vector_bits < 512 else 32
-    return blocks * columns + operands <= registers
-
-
-def _column_extent(analysis: ChannelWindows) -> int:
-    extent = analysis.columns.extent if analysis.columns is not None else 1
-    assert isinstance(extent, int)
-    return extent
-
-
-def _register_tile(analysis: ChannelWindows, target: Target) -> tuple[int, int]:
-    """Return the blocks and columns of the tile that computes the output in the fewest cycles.
-
-    A step of the tile takes as long as its multiply-adds, or the latency between two steps, and something for its
-    loads. Weights count threefold: they come from further away than the image's elements, which other taps read again.
-    """
-    width = _column_extent(analysis)
-    most_blocks = min(MOST_BLOCKS, analysis.per_group) if analysis.channel is not None else 1
-
-    def cycles(tile: tuple[int, int]) -> float:
-        blocks, columns = tile
-        sizes = itertools.product(_tile_sizes(analysis.per_group, blocks), _tile_sizes(width, columns))
-        return sum(_step_cycles(b, c) for b, c in sizes)
-
-    candidates = []
-    for blocks in range(1, most_blocks + 1):
-        most = next((c for c in range(MOST_COLUMNS, 0, -1) if _fits(analysis, target, blocks, c)), 1)
-        candidates.append((blocks, -(-width // -(-width // most))))
-    return min(candidates, key=cycles)
-
-
-def _tile_sizes(extent: int, size: int) -> list[int]:
-    return [size] * (extent // size) + ([extent % size] if extent % size else [])
-
-
-def _step_cycles(blocks: int, columns: int) -> float:
-    loads = 3 * blocks + columns
-    return max(blocks * columns / THROUGHPUT, LATENCY) + loads / 4
-
-
-def _task(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -> tuple[int, int]:
-    """Return the rows and the tiles of columns of one task: as many as leave every core several tasks."""
-    wanted = TASKS_PER_CORE * target.cores
-    channel = analysis.channel
-    tasks: Extent = product([group.extent for group in analysis.outer])
-    if not isinstance(tasks, int):
-        return 1, max(1, -(-_column_extent(analysis) // columns))
-    if channel is not None:
-        assert isinstance(channel.extent, int)
-        tasks *= channel.extent // analysis.per_group * -(-analysis.per_group // blocks)
-    rows = analysis.outer[-1].extent if analysis.outer else 1
-    assert isinstance(rows, int)
-    column_tiles = -(-_column_extent(analysis) // columns)
-    if tasks < wanted:
-        return 1, max(1, column_tiles * tasks // wanted)
-    return max(1, min(rows, tasks // wanted)), column_tiles
 
 
 @dataclass(frozen=True)
@@ -196,7 +119,7 @@ class _Emitter:
         groups, tiles_per_group = self._channel_tiles()
         batch, row_count = self._rows_and_batch()
         rows = self.parameters["rows"]
-        width = _column_extent(analysis)
+        width = column_extent(analysis)
         segment = width
         if self.column_window is None:
             segment = min(width, self.parameters["column_tiles"] * self.parameters["columns"])
@@ -254,7 +177,7 @@ class _Emitter:
     def _row(self, point: Point, group: Expr, first: Expr, count: int) -> Stmt:
         """Return the tiles of a whole row; those in which every tap is inside the image become one loop."""
         window, size = self.column_window, self.parameters["columns"]
-        width = _column_extent(self.analysis)
+        width = column_extent(self.analysis)
         if window is None:
             return self._segment(point, group, first, count, index(0), width)
         spans = [(start, min(size, width - start)) for start in range(0, width, size)]
