@@ -10,6 +10,7 @@ from tvm import relax
 
 from optimizer import code_generation
 from optimizer.bound_shapes import cut_blocks_at_bound_shapes
+from optimizer.empty_constants import make_empty_constants
 from optimizer.gathers import let_gathers_fuse
 from optimizer.ir_dump import ignore
 from optimizer.kernel_merging import merge_kernels
@@ -34,6 +35,7 @@ _Transforms = Mapping[str, Callable[[], Callable[[tvm.IRModule], tvm.IRModule]]]
 
 # TVM's own passes that turn operators into TIR functions, and those of a group into one.
 _LEGALIZE: _Transforms = {
+    "make-empty-constants": lambda: make_empty_constants,
     "dispatch-sampling": relax.backend.DispatchSampling,
     "dispatch-sort-scan": relax.backend.DispatchSortScan,
     "legalize": lambda: relax.transform.LegalizeOps(LEGALIZATIONS),

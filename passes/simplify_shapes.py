@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import ClassVar
 
 import tvm.ir
@@ -17,7 +18,7 @@ from tvm import relax, tirx
 
 from passes.base import Dataflow
 from passes.rule_pass import RulePass
-from passes.tensor_types import Dimension, equal, equal_shapes, is_one, same_type, shape_of
+from passes.tensor_types import Dimension, dtype_of, equal, equal_shapes, is_one, same_type, shape_of
 
 VIEWS = ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten")
 BROADCASTING = (
@@ -28,7 +29,11 @@ BROADCASTING = (
 
 
 def view(data: relax.Expr, shape: Sequence[Dimension]) -> relax.Expr:
-    """Return `data` with `shape`: itself, with axes of length 1 inserted or dropped, or reshaped."""
+    """Return `data` with `shape`: itself, with axes of length 1 inserted or dropped, or reshaped.
+
+    A 0 in the shape of a reshape stands for the operand's own dimension; where that is another, no elements are written
+    anew.
+    """
     own = shape_of(data)
     if own is None:
         return relax.op.reshape(data, list(shape))
@@ -40,6 +45,8 @@ def view(data: relax.Expr, shape: Sequence[Dimension]) -> relax.Expr:
     dropped = _inserted_units(shape, own)
     if dropped is not None:
         return relax.op.squeeze(data, dropped)
+    if any(equal(dimension, 0) and not equal(was, 0) for was, dimension in zip_longest([*own], shape, fillvalue=1)):
+        return relax.op.zeros(list(shape), dtype_of(data) or "")
     return relax.op.reshape(data, list(shape))
 
 

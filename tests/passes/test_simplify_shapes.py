@@ -35,6 +35,10 @@ def _dimension(x: relax.Expr, axis: int) -> relax.Expr:
         ),
         (lambda x: op.permute_dims(op.permute_dims(x)), lambda x: x, ("n", "m", 3)),
         (lambda x: op.permute_dims(x, [1, 0, 2]), lambda x: op.reshape(x, (3, 1, 4)), (1, 3, 4)),
+        # A 0 in the shape of a reshape would stand for the operand's own dimension.
+        (lambda x: op.permute_dims(x, [0, 2, 1]), lambda x: op.zeros((1, 0, 1), "float32"), (1, 1, 0)),
+        (lambda x: op.expand_dims(op.squeeze(x, 0), 2), lambda x: op.zeros((1, 0, 1), "float32"), (1, 1, 0)),
+        (lambda x: op.permute_dims(x, [1, 0, 2]), lambda x: op.reshape(x, (3, 1, 0)), (1, 3, 0)),
         (lambda x: op.broadcast_to(x, (2, 4)), lambda x: x, (2, 4)),
         (
             lambda x: op.broadcast_to(op.broadcast_to(x, (3, 4)), (2, 3, 4)),

@@ -25,6 +25,7 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 from tvm import relax
 
+from optimizer.empty_constants import make_empty_constants
 from optimizer.frontend.importer import import_model
 from passes import pipeline
 from passes.base import Pass
@@ -172,7 +173,9 @@ def test_same_model_gives_the_same_module_and_survives_a_round_trip(generated: G
     first, _ = pipeline.run(import_model(generated.model).module, pipeline.parse(pipeline.DEFAULT))
     second, _ = pipeline.run(import_model(generated.model).module, pipeline.parse(pipeline.DEFAULT))
     assert first.script() == second.script()
-    tvm.ir.assert_structural_equal(tvm.ir.load_json(tvm.ir.save_json(first)), first, map_free_vars=True)
+    # TVM cannot read back a constant without elements; lowering makes these at run time.
+    kept = make_empty_constants(first)
+    tvm.ir.assert_structural_equal(tvm.ir.load_json(tvm.ir.save_json(kept)), kept, map_free_vars=True)
 
 
 @budget(20)
