@@ -12,6 +12,7 @@ from optimizer.frontend.importer import ImportedModel
 from optimizer.package.manifest import EntryPoint
 from optimizer.runtime import kv_cache
 from optimizer.runtime.signature import bind_symbols
+from optimizer.runtime.tensors import to_numpy
 
 Runner = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -40,7 +41,9 @@ def function(
             lengths = kv_cache.lengths_argument(entry, values)
             returned = _listed(main(*{**given, **buffers}.values(), lengths, *trailing))
             results = kv_cache.outputs_with_present(entry, returned, buffers, device)
-        return {name: value.numpy() for name, value in zip(model.output_names, results, strict=True)}
+        return {
+            name: to_numpy(value, str(value.dtype)) for name, value in zip(model.output_names, results, strict=True)
+        }
 
     return run
 

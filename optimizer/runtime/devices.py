@@ -9,18 +9,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
-import tvm
-import tvm.base
 import tvm_ffi
-from tvm_ffi.libinfo import load_lib_ctypes
 
 from optimizer.errors import IncompatibleMachineError, OptionError
 from optimizer.package.manifest import Requirements
 from optimizer.runtime import machine
+from optimizer.runtime.library import load_library, runtime_function, tvm_version
 from optimizer.runtime.tensors import Device
 
 _DEVICE = re.compile(r"(cpu|cuda)(?::(\d{1,3}))?")
-_open_device = cast("Callable[[str, int], Device]", tvm.runtime.device)
+_open_device = cast("Callable[[str, int], Device]", tvm_ffi.device)
+# Numbers of what `runtime.GetDeviceAttr` tells of a device (tvm/runtime/device_api.h).
+_EXISTS, _COMPUTE_VERSION = 0, 4
 
 
 def open_device(requirements: Requirements, name: str | None) -> Device:
@@ -33,17 +33,19 @@ def open_device(requirements: Requirements, name: str | None) -> Device:
     if match is None or match[1] != requirements.device:
         raise OptionError(f"device '{name}' does not fit this package, which was compiled for {requirements.device}")
     check_library_versions(requirements)
-    _load_library("tvm_runtime_extra")
+    load_library("tvm_runtime", shared=True)
+    load_library("tvm_runtime_extra")
     if requirements.device == "cpu":
         return _open_device("cpu", 0)
     _load_cuda_runtime()
-    _load_library("tvm_runtime_cuda")
+    load_library("tvm_runtime_cuda")
     device = _open_device("cuda", int(match[2] or 0))
-    if not device.exist:
+    attribute = runtime_function("runtime.GetDeviceAttr")
+    if not attribute(device.dlpack_device_type(), device.index, _EXISTS):
         raise IncompatibleMachineError(
             f"the package needs an NVIDIA GPU, and {match[0]} is not there; check the driver"
         )
-    architecture = "sm_" + device.compute_version.replace(".", "")
+    architecture = "sm_" + str(attribute(device.dlpack_device_type(), device.index, _COMPUTE_VERSION)).replace(".", "")
     if not runs_on(requirements.gpu_architectures, architecture):
         built = ", ".join(requirements.gpu_architectures)
         raise IncompatibleMachineError(f"the package has code for {built}, the GPU is {architecture}; compile for it")
@@ -55,7 +57,7 @@ def check_library_versions(requirements: Requirements) -> None:
 
     TVM promises no more: its executable format and its calling convention change between series.
     """
-    installed = {"tvm_runtime": str(tvm.__version__), "tvm_ffi": str(tvm_ffi.__version__)}
+    installed = {"tvm_runtime": tvm_version(), "tvm_ffi": str(tvm_ffi.__version__)}
     for library in requirements.libraries:
         have = installed.get(library.name)
         if have is not None and machine.release(have)[:2] != machine.release(library.version)[:2]:
@@ -95,14 +97,3 @@ def _load_cuda_runtime() -> None:
         library = Path(location) / "cu13" / "lib" / "libcudart.so.13"
         if library.exists():
             ctypes.CDLL(str(library))
-
-
-def _load_library(name: str) -> None:
-    """Load one of TVM's own libraries unless it is; a runtime-only TVM does not load them by itself."""
-    if name in tvm.base._LOADED_LIBS:
-        return
-    folder = Path(tvm.base._LOADED_LIBS["tvm_runtime"]._name).resolve().parent
-    try:
-        tvm.base._LOADED_LIBS[name] = load_lib_ctypes("tvm", name, "RTLD_LOCAL", extra_lib_paths=[folder])
-    except (OSError, RuntimeError) as error:
-        raise IncompatibleMachineError(f"lib{name}.so cannot be loaded ({error}); install it and its driver") from error

@@ -145,7 +145,7 @@ def _as_declared(buffer: Tensor, record: CacheRecord, spec: TensorSpec, device: 
         return buffer
     values = tensors.host_view(buffer, record.dtype)
     tensor = tensors.from_numpy(values.astype(tensors.numpy_dtype(spec.dtype)), spec.dtype)
-    return tensor if tensor.device == device else tensor.copyto(device)
+    return tensor if tensor.device == device else tensors.on_device(tensor, device)
 
 
 def _size(dim: str, sizes: Mapping[str, int]) -> int:

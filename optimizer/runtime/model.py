@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 import tvm_ffi
-from tvm.runtime.vm import VirtualMachine
 
 from optimizer.errors import OptionError, PackageError
 from optimizer.package.dtypes import ITEM_BYTES, device_dtype, numpy_dtype
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     Array = NDArray[np.generic]
     Input = Array | np.generic | float | SupportsDLPack
     Function = Callable[..., Tensor | Sequence[Tensor]]
+    Machine = Mapping[str, Callable[..., Any]]
+
+# tvm/runtime/memory/memory_manager.h
+_POOLED_ALLOCATOR = 2
 
 
 class CompiledModel:
@@ -49,12 +53,10 @@ class CompiledModel:
         weights, region = map_weights(package)
         self.weight_region: tuple[int, int] = region
         if package.manifest.requirements.device != "cpu":
-            weights = [weight.copyto(self.device) for weight in weights]
-            self.device.sync()
+            weights = [tensors.on_device(weight, self.device) for weight in weights]
         self.weights: object = tvm_ffi.Array(weights)
         use_threads(self.threads)
-        create = cast("Callable[[object, object], VirtualMachine]", VirtualMachine)
-        machine = create(_load_library(package), self.device)
+        machine = _started_machine(package, self.device)
         self._entries = {
             entry.name: Entry(self, entry, *_resolve(machine, entry, package.path))
             for entry in self.manifest.entry_points
@@ -213,7 +215,7 @@ class Entry:
         return self._on_device(tensor)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
-        return tensor if tensor.device == self._model.device else tensor.copyto(self._model.device)
+        return tensor if tensor.device == self._model.device else tensors.on_device(tensor, self._model.device)
 
     def _separate(self, results: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
         """Return the results, with those copied that lie in the memory of an input or of the weights."""
@@ -222,13 +224,30 @@ class Entry:
             size = math.prod(argument.shape) * ITEM_BYTES[spec.dtype]
             regions.append((argument.data_ptr(), argument.data_ptr() + size))
         device = self._model.device
-        return [result.copyto(device) if tensors.shares_memory(result, regions) else result for result in results]
+        return [
+            tensors.on_device(result, device) if tensors.shares_memory(result, regions) else result
+            for result in results
+        ]
 
 
-def _resolve(machine: VirtualMachine, entry: EntryPoint, path: Path) -> tuple[Function, bool]:
+def _started_machine(package: Package, device: tensors.Device) -> Machine:
+    """Return TVM's virtual machine with the package's code, set up for a device and the CPU."""
+    machine = _load_library(package)["vm_load_executable"]()
+    devices = [device] if device == tensors.CPU else [device, tensors.CPU]
+    setting = [number for each in devices for number in (each.dlpack_device_type(), each.index, _POOLED_ALLOCATOR)]
+    try:
+        machine["vm_initialization"](*setting)
+    except (RuntimeError, ValueError):
+        # Some operators (Unique, NonZero) are Python functions that TVM's compiler registers.
+        importlib.import_module("tvm.relax")
+        machine["vm_initialization"](*setting)
+    return machine
+
+
+def _resolve(machine: Machine, entry: EntryPoint, path: Path) -> tuple[Function, bool]:
     """Return the entry point's function, and whether it takes the tuple of weights after its inputs."""
     try:
-        arity = int(machine.module["get_function_arity"](entry.name))
+        arity = int(machine["get_function_arity"](entry.name))
     except (AttributeError, ValueError, RuntimeError) as error:
         raise PackageError(f"{path}: the library has no function '{entry.name}'; build the package again") from error
     count = len(entry.inputs) + bool(entry.caches)
@@ -237,7 +256,7 @@ def _resolve(machine: VirtualMachine, entry: EntryPoint, path: Path) -> tuple[Fu
     return cast("Function", machine[entry.name]), arity > count
 
 
-def _load_library(package: Package) -> object:
+def _load_library(package: Package) -> Machine:
     """Return the package's library as a TVM module.
 
     It is opened by a name that was never used before: the dynamic loader answers a name that it knows with what it
@@ -251,6 +270,6 @@ def _load_library(package: Package) -> object:
                 path.symlink_to(location.path.absolute())
             else:
                 path.write_bytes(location.read())
-            return cast("object", tvm_ffi.load_module(str(path)))
+            return cast("Machine", tvm_ffi.load_module(str(path)))
     except (OSError, RuntimeError) as error:
         raise PackageError(f"{package.path}: {package.manifest.library} cannot be loaded: {error}") from error

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
-import tvm.runtime
+import tvm_ffi
 
 from optimizer.package.dtypes import device_dtype, numpy_dtype
 from optimizer.package.manifest import WEIGHT_ALIGNMENT
+from optimizer.runtime.library import load_library, runtime_function
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Tensor(Protocol):
-    """The part of `tvm.runtime.Tensor` that is used here; it also speaks DLPack."""
+    """The part of `tvm_ffi.Tensor` that is used here; it also speaks DLPack."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -31,23 +32,16 @@ class Tensor(Protocol):
     def device(self) -> Device: ...
     def data_ptr(self) -> int: ...
     def is_contiguous(self) -> bool: ...
-    def numpy(self) -> Array: ...
-    def copyto(self, target: Device) -> Tensor: ...
-    def copyfrom(self, source_array: Array) -> Tensor: ...
-    def _create_view(self, shape: tuple[int, ...], dtype: str) -> Tensor: ...
     def __dlpack__(self) -> object: ...
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
 
 class Device(Protocol):
-    """The part of `tvm.runtime.Device` that is used here."""
+    """The part of `tvm_ffi.Device` that is used here."""
 
     @property
-    def exist(self) -> bool: ...
-    @property
-    def compute_version(self) -> str: ...
+    def index(self) -> int: ...
     def dlpack_device_type(self) -> int: ...
-    def sync(self) -> None: ...
 
 
 class SupportsDLPack(Protocol):
@@ -57,25 +51,44 @@ class SupportsDLPack(Protocol):
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
 
-TVM_TENSOR: type[object] = tvm.runtime.Tensor
-_from_dlpack = cast("Callable[[object], Tensor]", tvm.runtime.from_dlpack)
-_empty = cast("Callable[[tuple[int, ...], str], Tensor]", tvm.runtime.empty)
-_empty_on = cast("Callable[[tuple[int, ...], str, Device], Tensor]", tvm.runtime.empty)
+TVM_TENSOR: type[object] = tvm_ffi.Tensor
+CPU: Device = cast("Device", tvm_ffi.device("cpu", 0))
+
+
+def _from_dlpack(array: object) -> Tensor:
+    """Return a tensor over the array's memory; raises where that is not contiguous and aligned."""
+    load_library("tvm_runtime", shared=True)
+    make = cast("Callable[..., Tensor]", tvm_ffi.from_dlpack)
+    return make(array, require_alignment=WEIGHT_ALIGNMENT, require_contiguous=True)
 
 
 def allocate(shape: tuple[int, ...], dtype: str, device: Device) -> Tensor:
     """Return a tensor on a device whose values are not defined; memory is taken as it is written to."""
-    return _empty_on(shape, device_dtype(dtype), device)
+    make = cast("Callable[..., Tensor]", runtime_function("runtime.TVMTensorAllocWithScope"))
+    return make(tvm_ffi.Shape(shape), tvm_ffi.dtype(device_dtype(dtype)), device, None)
+
+
+def on_device(tensor: Tensor, device: Device) -> Tensor:
+    """Return a copy of a tensor in the memory of a device."""
+    make = cast("Callable[..., Tensor]", runtime_function("runtime.TVMTensorAllocWithScope"))
+    copy = make(tvm_ffi.Shape(tensor.shape), tensor.dtype, device, None)
+    runtime_function("runtime.TVMTensorCopyFromTo")(tensor, copy)
+    return copy
+
+
+def is_on_cpu(tensor: SupportsDLPack) -> bool:
+    """Return whether an array lies in the memory of the CPU."""
+    return tensor.__dlpack_device__()[0] == CPU.dlpack_device_type()
 
 
 def host_view(tensor: Tensor, dtype: str) -> Array:
     """Return a tensor's values as an array: on the CPU its memory itself, which the array keeps alive, else a copy."""
-    if tensor.device.dlpack_device_type() != tvm.runtime.device("cpu").dlpack_device_type():
-        return tensor.numpy().astype(numpy_dtype(dtype), copy=False)
-    kind = numpy_dtype(dtype)
+    kind = numpy_dtype(device_dtype(dtype))
     size = math.prod(tensor.shape) * kind.itemsize
-    if not size:
-        return np.empty(tensor.shape, kind)
+    if not size or not is_on_cpu(tensor):
+        copy = np.empty(tensor.shape, kind)
+        runtime_function("runtime.TVMTensorCopyToBytes")(tensor, ctypes.c_void_p(copy.ctypes.data), size)
+        return copy
     memory = (ctypes.c_uint8 * size).from_address(tensor.data_ptr())
     vars(memory)["tensor"] = tensor
     return np.ctypeslib.as_array(memory).view(kind).reshape(tensor.shape)
@@ -84,7 +97,8 @@ def host_view(tensor: Tensor, dtype: str) -> Array:
 def write_back(tensor: Tensor, array: Array) -> None:
     """Store what was written to the `host_view` of a tensor, unless that was its own memory."""
     if array.size and array.ctypes.data != tensor.data_ptr():
-        tensor.copyfrom(array)
+        data = np.ascontiguousarray(array)
+        runtime_function("runtime.TVMTensorCopyFromBytes")(tensor, ctypes.c_void_p(data.ctypes.data), data.nbytes)
 
 
 def wrap_bytes(data: Bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
@@ -93,10 +107,11 @@ def wrap_bytes(data: Bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
     Raises ValueError when the data do not begin on a 64-byte boundary: TVM's kernels may fault on less.
     """
     if not data.size:
-        return _empty(shape, device_dtype(dtype))
+        return allocate(shape, dtype, CPU)
     if data.ctypes.data % WEIGHT_ALIGNMENT:
         raise ValueError(f"tensor data at {data.ctypes.data:#x} are not aligned to {WEIGHT_ALIGNMENT} bytes")
-    return _from_dlpack(data)._create_view(shape, device_dtype(dtype))
+    view = cast("Callable[..., Tensor]", runtime_function("runtime.TVMTensorCreateView"))
+    return view(_from_dlpack(data), tvm_ffi.Shape(shape), tvm_ffi.dtype(device_dtype(dtype)), 0)
 
 
 def from_numpy(array: Array, dtype: str) -> Tensor:
@@ -128,8 +143,7 @@ def from_dlpack(array: SupportsDLPack) -> Tensor:
     try:
         return _from_dlpack(array)
     except (RuntimeError, ValueError, BufferError) as error:
-        on_cpu = array.__dlpack_device__()[0] == tvm.runtime.device("cpu").dlpack_device_type()
-        if not on_cpu:
+        if not is_on_cpu(array):
             raise ValueError(f"it is not contiguous and aligned in device memory ({error})") from error
         host = cast("Callable[[object], Array]", np.from_dlpack)(array)
         return from_numpy(host, host.dtype.name)
@@ -142,7 +156,7 @@ def is_acceptable(tensor: Tensor) -> bool:
 
 def to_numpy(tensor: Tensor, dtype: str) -> Array:
     """Return a copy of the tensor's values in host memory, as the NumPy dtype that `dtype` declares."""
-    return tensor.numpy().astype(numpy_dtype(dtype), copy=False)
+    return np.array(host_view(tensor, dtype)).astype(numpy_dtype(dtype), copy=False)
 
 
 def shares_memory(tensor: Tensor, regions: Sequence[tuple[int, int]]) -> bool:

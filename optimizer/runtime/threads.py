@@ -7,28 +7,18 @@ its workers, which everything started from that thread inherits. The pool can ne
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import warnings
-from collections.abc import Callable
-
-import tvm_ffi
 
 from optimizer.errors import OptionError
 from optimizer.runtime import machine
+from optimizer.runtime.library import runtime_function
 
 _SHARE_ALL_LISTED_CPUS = -3
 """TVM's affinity mode in which every worker may run on every CPU of the list (kSpecifyThreadShareAllCore)."""
 
 _configured = threading.local()
-
-
-@functools.cache
-def _runtime_function(name: str) -> Callable[..., object]:
-    function = tvm_ffi.get_global_func(name)
-    assert function is not None
-    return function
 
 
 def resolve_thread_count(threads: int | None) -> int:
@@ -55,11 +45,11 @@ def use_threads(count: int) -> None:
         cpus += [cpu for core in cores for cpu in core[1:]]
     affinity = os.sched_getaffinity(0)
     try:
-        _runtime_function("runtime.config_threadpool")(_SHARE_ALL_LISTED_CPUS, count, [str(cpu) for cpu in cpus])
+        runtime_function("runtime.config_threadpool")(_SHARE_ALL_LISTED_CPUS, count, [str(cpu) for cpu in cpus])
     finally:
         os.sched_setaffinity(0, affinity)
     _configured.count = count
-    actual = _runtime_function("runtime.NumThreads")()
+    actual = runtime_function("runtime.NumThreads")()
     if actual != count:
         warnings.warn(
             f"kernels run on {actual} threads, not {count}: TVM ran in this thread before and its pool cannot grow; "

@@ -15,7 +15,7 @@ from tvm import tirx
 
 from optimizer import code_generation
 from optimizer.package.dtypes import numpy_dtype
-from optimizer.runtime.tensors import Tensor
+from optimizer.runtime.tensors import Tensor, to_numpy
 from optimizer.runtime.threads import use_threads
 from optimizer.tuning.tasks import Argument
 from schedules import schedule_function
@@ -117,7 +117,7 @@ class _TaskBench:
 
     def _check(self, built: tvm.runtime.Module) -> None:
         built["main"](*self._arguments)
-        results = [np.asarray(tensor.numpy()) for tensor in self._results]
+        results = [to_numpy(tensor, str(tensor.dtype)) for tensor in self._results]
         if not self._built:
             self._expected = [result.copy() for result in results]
             return

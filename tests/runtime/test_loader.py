@@ -155,6 +155,26 @@ print("ok")
 """
 
 
+WITHOUT_TVM = """
+import sys
+import numpy as np
+from optimizer.runtime import load
+model = load(sys.argv[1])
+x = np.ones((2, 4), np.float32)
+np.testing.assert_array_equal(model({"x.0/data": x, "scale": np.float32(0)})["flat"], np.ones(8))
+assert "tvm" not in sys.modules
+assert "tvm_compiler" not in open("/proc/self/maps").read()
+import tvm
+tensor = tvm.runtime.tensor(x)
+np.testing.assert_array_equal(model({"x.0/data": tensor, "scale": np.float32(0)})["flat"], np.ones(8))
+print("ok")
+"""
+
+
+def test_runs_without_the_python_modules_of_tvm(write_linear: WritePackage) -> None:
+    assert run_python(WITHOUT_TVM, write_linear()) == "ok\n"
+
+
 @FORMS
 def test_runs_without_the_compiler(write_linear: WritePackage, name: str) -> None:
     assert run_python(RUNTIME_ONLY, write_linear(name), TVM_USE_RUNTIME_LIB="1") == "ok\n"
