@@ -27,7 +27,7 @@ def test_blocks_hold_all_channels() -> None:
     assert [blocks(channels, 4) for channels in (1, 4, 5, 8)] == [1, 1, 2, 2]
 
 
-@pytest.mark.parametrize(("outputs", "inputs"), [(4, 4), (6, 3), (9, 8)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(4, 4), (5, 3), (9, 7)])
 def test_dense_weights_have_outputs_and_inputs_in_blocks(outputs: int, inputs: int) -> None:
     weights = _numbers(outputs, inputs, 3, 2)
     packed = pack_dense(weights, BLOCK)
@@ -38,7 +38,7 @@ def test_dense_weights_have_outputs_and_inputs_in_blocks(outputs: int, inputs: i
         assert packed[o // BLOCK, i // BLOCK, y, x, i % BLOCK, o % BLOCK] == weights[o, i, y, x]
 
 
-@pytest.mark.parametrize("outputs", [4, 6])
+@pytest.mark.parametrize("outputs", [4, 5])
 def test_weights_of_few_channels_have_only_outputs_in_blocks(outputs: int) -> None:
     weights = _numbers(outputs, 3, 2)
     packed = pack_shallow(weights, BLOCK)
@@ -50,7 +50,7 @@ def test_weights_of_few_channels_have_only_outputs_in_blocks(outputs: int) -> No
     np.testing.assert_array_equal(pack_depthwise(single, BLOCK), pack_shallow(single, BLOCK)[:, 0])
 
 
-@pytest.mark.parametrize("channels", [4, 6])
+@pytest.mark.parametrize("channels", [4, 5])
 def test_layouts_lead_back_to_the_same_tensor(channels: int) -> None:
     x = _numbers(2, channels, 3, 5)
     packed = pack_tensor(x, BLOCK)

@@ -68,7 +68,7 @@ def test_folding_keeps_the_result(spatial: int, groups: int, bias: str | None) -
     assert operators(outcome.module) == [f"relax.nn.conv{spatial}d", "relax.add"]
     assert outcome.rewritten == 1
     x = rng.standard_normal((2, 4, *(7,) * spatial)).astype("float32")
-    before, after = run(module, x), run(outcome.module, x)
+    (before,), (after,) = (Interpreter(each).run([x]) for each in (module, outcome.module))
     # Sums of at most 4 * 27 products of order 1, rounded once more for each weight.
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=108 * np.finfo("float32").eps * np.abs(before).max())
 

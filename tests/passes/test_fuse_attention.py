@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from tvm import relax, tirx
 from tvm.relax import op
 
+from passes.base import Site
 from passes.fuse_attention import FuseAttention
+from passes.provenance import annotate
 from tests.passes.graph import assert_kept, graph
 from tests.passes.properties.relax_interpreter import Interpreter
 from tests.passes.relax_modules import operators, run
@@ -283,6 +285,14 @@ def _cast_softmax(q: relax.Expr, k: relax.Expr) -> relax.Expr:
 )
 def test_an_attention_of_another_form_is_refused(body, shapes, reason: str) -> None:
     assert [site.refusal for site in assert_kept(FuseAttention(), body, *shapes).sites] == [reason]
+
+
+def test_the_site_of_an_attention_carries_the_nodes_of_its_products_and_softmax() -> None:
+    module = graph(lambda q, k, v: op.matmul(_weights(q, k), v), *[(6, 4)] * 3)
+    bindings = module["main"].body.blocks[0].bindings
+    module = annotate(module, {binding.var: (binding.value.op.name,) for binding in bindings})
+    (site,) = FuseAttention().run(module).sites
+    assert site == Site(bindings[-1].var.name, None, ("relax.matmul", "relax.nn.softmax"))
 
 
 @pytest.mark.parametrize("guarded", [True, False])
