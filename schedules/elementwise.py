@@ -12,7 +12,8 @@ from tvm.tirx.stmt import Stmt
 from schedules.access import AxisGroup, branches_on, group_axes
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width
 from schedules.loops import Extent, index, loop, parallel, product, quotient, remainder, store, tiles, unflatten, vector
-from schedules.stages import Stage
+from schedules.segments import Segment, segments
+from schedules.stages import Stage, sequence
 from targets.base import Target
 
 
@@ -51,17 +52,30 @@ class Elementwise:
         """Return the loop nest."""
         stage, groups, lanes = analysis.stage, analysis.groups, parameters["lanes"]
 
-        def element(point: list[Expr]) -> Stmt:
+        def element(point: list[Expr], part: Stage = stage) -> Stmt:
             values = {}
             for group, position in zip(groups, point, strict=True):
                 values.update(group.point(position))
-            indices, value = stage.at(values)
-            return store(stage.output, value, indices)
+            indices, value = part.at(values)
+            return store(part.output, value, indices)
 
         def row(outer: list[Expr], start: Extent, extent: Extent) -> Stmt:
             if analysis.conditional:  # a vector condition would be taken apart into lanes; LLVM masks it
                 return loop(extent, lambda i: element([*outer, start + i]))
             return vector_tiles(extent, lanes, lambda offset: element([*outer, start + offset]))
+
+        def whole_row(outer: list[Expr]) -> Stmt:
+            parts = segments(stage, groups[-1].inner) if analysis.conditional and len(groups[-1].axes) == 1 else []
+            if not any(part.end - part.begin >= lanes and not part.conditional for part in parts):
+                return row(outer, index(0), groups[-1].extent)
+            return sequence([segment(outer, part) for part in parts])
+
+        def segment(outer: list[Expr], part: Segment) -> Stmt:
+            def at(offset: Expr) -> Stmt:
+                return element([*outer, offset + part.begin], part.stage)
+
+            extent = part.end - part.begin
+            return loop(extent, at) if part.conditional else vector_tiles(extent, lanes, at)
 
         if not groups:
             return element([])
@@ -71,7 +85,7 @@ class Elementwise:
         if outer_extents:
             return parallel(
                 product(outer_extents),
-                lambda task: row(unflatten(task, outer_extents), index(0), inner),
+                lambda task: whole_row(unflatten(task, outer_extents)),
                 large,
             )
         return split_row(inner, parameters["chunk"] if large else 0, lambda start, extent: row([], start, extent))

@@ -1,0 +1,82 @@
+"""Rows of which conditions take parts from different places, such as concatenations and paddings, as those parts.
+
+A condition that compares the position in the row with a constant is decided for all of a part, which is then computed
+in vectors; left in place it would be asked for every element.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import tvm_ffi
+from tvm import ir, sym, tirx
+from tvm.ir import Expr, Var
+
+from schedules.access import as_int, branches_on
+from schedules.stages import CONDITIONAL, Axis, Stage, calls_of, with_value
+
+# More parts than these would be more code than they save time.
+MOST_SEGMENTS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Positions [begin, end) of an axis, and the stage as it is for these; `conditional` if conditions are left."""
+
+    begin: int
+    end: int
+    stage: Stage
+    conditional: bool
+
+
+def segments(stage: Stage, axis: Axis) -> list[Segment]:
+    """Return the parts of `axis` between which a condition of the stage changes; one, where the axis is not static."""
+    if not isinstance(axis.extent, int):
+        return []
+    inside = {bound for bound in _bounds(stage, axis.variable) if 0 < bound < axis.extent}
+    borders = [0, *sorted(inside), axis.extent] if len(inside) < MOST_SEGMENTS else [0, axis.extent]
+    parts = []
+    for begin, end in itertools.pairwise(borders):
+        decided = with_value(stage, _decided(stage.value, axis, begin, end))
+        parts.append(Segment(begin, end, decided, branches_on(decided.value, axis)))
+    return parts
+
+
+def _bounds(stage: Stage, variable: Var) -> Iterator[int]:
+    """Yield the positions from which on a comparison with the axis has another result than before."""
+    for call in calls_of(stage.value):
+        if isinstance(call.op, ir.Op) and call.op.name == CONDITIONAL:
+            comparisons: list[tirx.LT | tirx.LE | tirx.GT | tirx.GE] = []
+            kinds = (tirx.LT, tirx.LE, tirx.GT, tirx.GE)
+            tvm_ffi.structural_walk(call.args[0], [(kind, comparisons.append) for kind in kinds])
+            for comparison in comparisons:
+                yield from _bound(comparison, variable)
+
+
+def _bound(comparison: tirx.LT | tirx.LE | tirx.GT | tirx.GE, variable: Var) -> Iterator[int]:
+    left, right = comparison.a, comparison.b
+    if isinstance(comparison, tirx.GT | tirx.GE):
+        left, right = right, left
+    strict = isinstance(comparison, tirx.LT | tirx.GT)
+    low, high = as_int(left), as_int(right)
+    if high is not None and left.same_as(variable):  # position < high, or position <= high
+        yield high if strict else high + 1
+    if low is not None and right.same_as(variable):  # low < position, or low <= position
+        yield low + 1 if strict else low
+
+
+def _decided(value: Expr, axis: Axis, begin: int, end: int) -> Expr:
+    """Return `value` for positions [begin, end), without the conditions that are the same for all of them."""
+    analyzer = sym.Analyzer()
+    analyzer.bind(axis.variable, ir.Range(tirx.const(begin, axis.variable.ty), tirx.const(end, axis.variable.ty)))
+
+    def choose(call: ir.Call, mutator: tvm_ffi.StructuralMutator) -> Expr:
+        if isinstance(call.op, ir.Op) and call.op.name == CONDITIONAL:
+            outcome = as_int(analyzer.simplify(call.args[0]))
+            if outcome is not None:
+                return _decided(call.args[1] if outcome else call.args[2], axis, begin, end)
+        return mutator.default_mutate(call)
+
+    return tvm_ffi.structural_mutate(value, (ir.Call, choose))
