@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.engines import EngineError, find_engine
-
-_ALIGNMENT = 64  # bytes: a vector, and what DLPack asks for
+from optimizer.package.alignment import aligned_copy
 
 
 def main() -> None:
@@ -33,7 +32,7 @@ def main() -> None:
     with np.load(inputs_file) as stored:
         for key in stored.files:
             case, _, input_name = key.partition("/")
-            cases.setdefault(case, {})[input_name] = _aligned(stored[key])
+            cases.setdefault(case, {})[input_name] = aligned_copy(stored[key])  # no engine copies it
     try:
         engine = find_engine(name)(Path(model), cases, int(threads))
         for case in cases:
@@ -51,15 +50,6 @@ def main() -> None:
         else:
             np.savez(command["outputs"], **engine.outputs(case))  # pyright: ignore[reportArgumentType]
             print(json.dumps({"resident_bytes": _resident_bytes()}), file=answers)
-
-
-def _aligned(array: np.ndarray) -> np.ndarray:
-    """Return a copy at an address that no engine has to copy from."""
-    storage = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
-    start = -storage.ctypes.data % _ALIGNMENT
-    copy = storage[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
 
 
 def _timed(call: Callable[[], object], count: int) -> list[float]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import numpy as np
 import tvm_ffi
 
+from optimizer.package.alignment import aligned_copy
 from optimizer.package.dtypes import device_dtype, numpy_dtype
 from optimizer.package.manifest import WEIGHT_ALIGNMENT
 from optimizer.runtime.library import load_library, runtime_function
@@ -120,18 +121,10 @@ def from_numpy(array: Array, dtype: str) -> Tensor:
         array = array.astype(device_dtype(dtype))
     shape = array.shape
     if not (array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % WEIGHT_ALIGNMENT == 0):
-        array = _aligned_copy(array)
+        array = aligned_copy(array)
     if array.size and array.dtype.isbuiltin == 1:
         return _from_dlpack(array)
     return wrap_bytes(array.reshape(-1).view(np.uint8), dtype, shape)
-
-
-def _aligned_copy(array: Array) -> Array:
-    storage = np.empty(array.nbytes + WEIGHT_ALIGNMENT, np.uint8)
-    start = -storage.ctypes.data % WEIGHT_ALIGNMENT
-    copy = storage[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
 
 
 def from_dlpack(array: SupportsDLPack) -> Tensor:
