@@ -104,6 +104,11 @@ def _masked(
     if form.mask == "chosen":
         bias = emit(op.where(extra[0], relax.const(0.0, form.dtype), relax.const(LOWEST, form.dtype)))
         return emit(op.add(scores, bias))
+    if form.mask == "linear":  # as ALiBi biases scores: by a slope per head times the distance (arXiv 2108.12409)
+        slopes = relax.const((2.0 ** -np.arange(1, form.heads + 1)).reshape(-1, 1, 1).astype(form.dtype))
+        rows = emit(op.reshape(emit(op.arange(0, queries, 1, "int64")), (queries, 1)))
+        distance = emit(op.subtract(emit(op.arange(0, keys, 1, "int64")), rows))
+        return emit(op.add(scores, emit(op.multiply(slopes, emit(op.astype(distance, form.dtype))))))
     if form.mask == "causal":
         rows = emit(op.reshape(emit(op.arange(0, queries, 1, "int64")), (queries, 1)))
         columns = emit(op.arange(0, keys, 1, "int64"))
@@ -155,6 +160,17 @@ def test_heads_merged_with_the_batch_are_told_apart_again() -> None:
     outcome = FuseAttention().run(module)
     assert operators(outcome.module) == ["relax.call_tir", "relax.reshape"]
     arrays = _arrays(form, 3, 5, 7)
+    np.testing.assert_allclose(run(outcome.module, *arrays), run(module, *arrays), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("sizes", [(5, 7), ("s", "t")])
+def test_biases_that_grow_with_the_distance_are_not_stored(sizes: tuple[int | str, int | str]) -> None:
+    form = Form(heads=4, groups=2, mask="linear")
+    module = _attention(form, 2, *sizes)
+    outcome = FuseAttention().run(module)
+    assert [site.refusal for site in outcome.sites] == [None]
+    assert set(operators(outcome.module)) == {"relax.call_tir", "relax.reshape"}
+    arrays = _arrays(form, 2, 5, 7)
     np.testing.assert_allclose(run(outcome.module, *arrays), run(module, *arrays), rtol=1e-5, atol=2e-6)
 
 
