@@ -50,6 +50,15 @@ def _bound(attribute: onnx.AttributeProto, attributes: Mapping[str, onnx.Attribu
     return bound
 
 
+def has_body(domain: str, operator: str, version: int) -> bool:
+    """Return whether an operator's schema has a function body, if only for some types."""
+    try:
+        schema: Any = defs.get_schema(operator, version, domain)
+    except defs.SchemaError:
+        return False
+    return bool(schema.has_function or schema.has_context_dependent_function)
+
+
 def _schema_function(node: Node) -> onnx.FunctionProto | None:
     try:
         # The extension module's type stub leaves out what concerns functions.

@@ -253,7 +253,9 @@ class GraphImporter:
             node = Node(proto, versions.get(normalized_domain(proto.domain), 1), inputs, self)
             results = self.convert(node)
         except _BlockedError:
-            pass
+            # What depends on a blocker is not converted, but may be a blocker for a reason of its own.
+            if not self._is_known(proto):
+                self._block(proto, self._unknown(proto))
         except UnsupportedNodeError as error:
             self._block(proto, str(error))
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
@@ -277,8 +279,21 @@ class GraphImporter:
         expanded = function_bodies.expand(node)
         if expanded is not None:
             return expanded
-        where = f"domain '{node.domain}'" if node.domain else f"opset {node.version}"
-        raise UnsupportedNodeError(f"the operator is not supported ({where})")
+        raise UnsupportedNodeError(self._unknown(node.proto))
+
+    def _is_known(self, proto: onnx.NodeProto) -> bool:
+        """Return whether there is a way to import an operator, for some inputs at least."""
+        domain = normalized_domain(proto.domain)
+        if domain == "" and proto.op_type in ("Constant", *shape_arithmetic.OPERATORS):
+            return True
+        version = self._versions.get(domain, 1)
+        known = find_converter(domain, proto.op_type, version) is not None
+        return known or function_bodies.has_body(domain, proto.op_type, version)
+
+    def _unknown(self, proto: onnx.NodeProto) -> str:
+        domain = normalized_domain(proto.domain)
+        where = f"domain '{domain}'" if domain else f"opset {self._versions.get(domain, 1)}"
+        return f"the operator is not supported ({where})"
 
     def _values(self, node: Node, result: Result) -> list[AnyValue | None]:
         results = list(result) if isinstance(result, (tuple, list)) else [result]

@@ -25,11 +25,15 @@ Arrays: TypeAlias = "Sequence[np.ndarray]"
 Rule: TypeAlias = "Callable[[Node, Arrays], list[np.ndarray] | None]"
 
 
+# What is evaluated here alone.
+OPERATORS = ("Shape", "Size")
+
+
 def evaluate(node: Node) -> list[Value] | None:
     """Return the outputs of a node that computes with shapes, or None if it is not one."""
     if node.domain != "":
         return None
-    if node.operator in ("Shape", "Size"):
+    if node.operator in OPERATORS:
         return _shape_or_size(node)
     rule = _RULES.get(node.operator)
     if rule is None or not any(isinstance(value, IntegerValue) for value in node.inputs):

@@ -27,6 +27,14 @@ def test_names_of_inputs_and_outputs_keep_their_dots():
     np.testing.assert_array_equal(outputs["present.0.key"], [0.0, 2.0])
 
 
+def test_an_unknown_operator_behind_another_is_reported_too():
+    text = """<ir_version: 10, opset_import: ["" : 18, "custom" : 1]>
+    g (float[n] x) => (float[n] y) { a = custom.First(x) s = Shape(a) b = Exp(a) y = custom.Second(b, s) }"""
+    with pytest.raises(UnsupportedModelError) as caught:
+        import_model(parser.parse_model(text))
+    assert [blocker.operator for blocker in caught.value.blockers] == ["custom::First", "custom::Second"]
+
+
 def test_all_blockers_are_reported_at_once_with_their_nodes():
     model = parsed("""
         <ir_version: 10, opset_import: ["": 18, "other": 1]>
