@@ -69,16 +69,21 @@ def column_extent(analysis: ChannelWindows) -> int:
 def _fits(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -> bool:
     """Return whether the tile's sums and what a step multiplies fit the vector registers.
 
-    x86 multiplies by an element in memory; Arm by one in a register, so each column needs its own. Where neighbouring
-    columns read the same elements at neighbouring taps of one loop, LLVM keeps these, too.
+    x86 multiplies by an element in memory; Arm by one in a register, so each column needs its own, and LLVM loads the
+    next channel's weights early where no loop over taps lies between. Where neighbouring columns read the same elements
+    at neighbouring taps of one loop, LLVM keeps these, too.
     """
     last = analysis.data.indices[-1]
     if occurs(last, analysis.lane.variable):
         operands = columns + BORDER_OPERANDS
     elif analysis.columns is not None and occurs(last, analysis.columns.inner.variable):
         operands = blocks + 2 * columns
+    elif target.architecture == "aarch64":
+        image = analysis.data.indices[2:-1]
+        taps = any(occurs(position, axis.variable) for position in image for axis in analysis.stage.reduction)
+        operands = columns + (blocks if taps else 2 * blocks)
     else:
-        operands = blocks + columns if target.architecture == "aarch64" else min(blocks, columns) + 1
+        operands = min(blocks, columns) + 1
     registers = 16 if target.architecture == "x86_64" and target.vector_bits < 512 else 32
     return blocks * columns + operands <= registers
 
