@@ -10,7 +10,7 @@ import numpy as np
 from optimizer.errors import OptionError
 from optimizer.runtime.generation.returned_cache import ReturnedCache
 from optimizer.runtime.generation.roles import DecoderRoles, roles_of
-from optimizer.runtime.tensors import to_numpy
+from optimizer.runtime.tensors import host_view
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,7 +65,8 @@ class DecoderSession:
             inputs[self._roles.positions.name] = np.arange(past, past + count)[None]
         outputs = self._step(inputs, count)
         self.tokens += tokens
-        logits = to_numpy(outputs[self._roles.logits.name], self._roles.logits.dtype)
+        # Of a long prompt's logits, which take more memory than anything else, one row is copied.
+        logits = host_view(outputs[self._roles.logits.name], self._roles.logits.dtype)
         return cast("Logits", logits.reshape(-1, logits.shape[-1])[-1].astype(np.float32))
 
     def rewind(self, length: int) -> None:
