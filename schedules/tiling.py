@@ -224,34 +224,39 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
 
         return cells(rows, width, update)
 
-    reduce = _fetching_ahead(tile, (base + width, width), row, step)
+    following = [at(index(0), index(width + column)) for column in range(0, width, _elements_of_a_line(tile))]
+    reduce = _fetching_ahead(tile, following, row, step)
     return with_local(
         [registers],
         [cells(rows, width, start), reduce, _write_back(tile, registers, (rows, width), at)],
     )
 
 
-def _fetching_ahead(tile: Tile, following: tuple[Expr, int], row: Expr, step: Callable[[Sequence[Expr]], Stmt]) -> Stmt:
-    """Return the loops of the reduction; with `ahead`, each tile of rows fetches its share of the `following` columns.
+def _elements_of_a_line(tile: Tile) -> int:
+    """Return how many elements of what is fetched ahead a line of the caches holds."""
+    bits = 8 if tile.ahead is None else tile.ahead.source.dtype.bits
+    return max(1, CACHE_LINE * 8 // bits)
+
+
+def _fetching_ahead(
+    tile: Tile, following: Sequence[Mapping[Var, Expr]], row: Expr, step: Callable[[Sequence[Expr]], Stmt]
+) -> Stmt:
+    """Return the loops of the reduction; with `ahead`, each tile of rows fetches its share of the following columns.
 
     Hardware fetches what a stream reads next only shortly before and only within a page. Steps between two requests are
-    unrolled: leaving a loop of a dozen steps is mispredicted every time. `following` is offset and width.
+    unrolled: leaving a loop of a dozen steps is mispredicted every time. `following` are the axes' values at the first
+    column of each line.
     """
     extents = [group.extent for group in tile.reduction]
     every = tile.row_block // tile.rows
     if tile.ahead is None or len(extents) != 1 or not isinstance(extents[0], int) or every < FEWEST_TILES_TO_FETCH:
         return nest(extents, step)
     read, depth = tile.ahead, extents[0]
-    start, width = following
     first = tirx.floordiv(tirx.floormod(row, index(tile.row_block)), index(tile.rows)) * -(-depth // every)
-    line = CACHE_LINE // (read.source.dtype.bits // 8)
 
     def chunk(done: Expr, count: int) -> Stmt:
         point = tile.reduction[0].point(first + tirx.floordiv(done, index(every)))
-        lines = [
-            prefetch(substitute(read, {**point, **tile.vector_group.point(start + column)}), cache=2)
-            for column in range(0, width, line)
-        ]
+        lines = [prefetch(substitute(read, {**point, **columns}), cache=2) for columns in following]
         return sequence([*lines, unrolled(count, lambda k: step([done + k]))])
 
     return tiles(depth, [every], chunk)

@@ -129,8 +129,8 @@ class LlamaCpp(DecoderEngine):
     def _read(self, tokens: Sequence[int]) -> None:
         import numpy as np  # noqa: PLC0415
 
-        batch = self._library.llama_batch_get_one((ctypes.c_int32 * len(tokens))(*tokens), len(tokens))
-        if self._library.llama_decode(self._context, batch):
+        numbers = (ctypes.c_int32 * len(tokens))(*tokens)  # the batch points to them
+        if self._library.llama_decode(self._context, self._library.llama_batch_get_one(numbers, len(tokens))):
             raise RuntimeError("llama_decode failed")
         logits = self._library.llama_get_logits_ith(self._context, -1)
         self._token = int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())

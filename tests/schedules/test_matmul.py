@@ -93,3 +93,11 @@ def test_matrix_times_vector() -> None:
     a, b = normal(33, 70), normal(70, seed=1)
     got, _ = run(op.matmul, [a, b])
     np.testing.assert_allclose(got, a.astype("float64") @ b, rtol=1e-6, atol=sum_tolerance(70, 1.0))
+
+
+def test_products_of_symbolic_batches_read_their_own_matrices() -> None:
+    left, right = normal(2, 3, 40, 16), normal(2, 3, 16, 70, seed=1)
+    shapes = [("batch", 3, "rows", 16), ("batch", 3, 16, "columns")]
+    actual, families = run(relax.op.matmul, [left, right], shapes)
+    assert families == {"matmul"}
+    np.testing.assert_allclose(actual, left @ right, rtol=0, atol=sum_tolerance(16, 1.0))

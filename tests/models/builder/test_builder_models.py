@@ -1,0 +1,72 @@
+"""Decoders of onnxruntime-genai's builder give onnxruntime's logits: a prompt beyond the window, steps, a chunk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from optimizer.compile import CompileOptions, compile_in_memory, find_target
+from optimizer.execution import Runner
+
+FAMILIES = tuple(path.stem for path in sorted(Path(__file__).parent.glob("*.onnx")))
+
+FOLDER = Path(__file__).parent
+CHUNKS = (20, 1, 1, 5)
+# Float sums of two layers in another order, and the polynomial of the softmax's exponential.
+TOLERANCE = 1000 * 2.0**-24
+# int8 activations of two layers that are 64 wide: less than a hundredth of what rounding weights to 4 bits costs.
+MOST_DIVERGENCE = 3e-3
+
+
+def reference(name: str) -> Runner:
+    """onnxruntime with products in floats (accuracy level 0)."""
+    model = onnx.load(FOLDER / f"{name}.onnx")
+    for node in model.graph.node:
+        for attribute in [each for each in node.attribute if each.name == "accuracy_level"]:
+            node.attribute.remove(attribute)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda inputs: dict(zip(names, map(np.asarray, session.run(None, dict(inputs))), strict=True))
+
+
+def logits(name: str, run: Runner) -> Iterator[np.ndarray]:
+    """Yield the logits of every chunk of a text."""
+    settings = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))["model"]["decoder"]
+    empty = np.zeros((1, settings["num_key_value_heads"], 0, settings["head_size"]), np.float32)
+    layers = range(settings["num_hidden_layers"])
+    cache = {f"past_key_values.{layer}.{part}": empty for layer in layers for part in ("key", "value")}
+    rng, total = np.random.default_rng(0), 0
+    for count in CHUNKS:
+        total += count
+        tokens = rng.integers(3, 128, (1, count))
+        outputs = run({"input_ids": tokens, "attention_mask": np.ones((1, total), np.int64), **cache})
+        yield outputs["logits"]
+        cache = {past: outputs[past.replace("past_key_values", "present")] for past in cache}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_onnxruntimes(name: str) -> None:
+    options = CompileOptions(find_target("host"), activations="float")
+    run = compile_in_memory(onnx.load(FOLDER / f"{name}.onnx"), options)
+    for ours, theirs in zip(logits(name, run), logits(name, reference(name)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE * np.abs(theirs).max())
+
+
+def test_int8_activations_change_the_distribution_little() -> None:
+    run = compile_in_memory(onnx.load(FOLDER / "qwen2.onnx"), CompileOptions(find_target("host"), activations="int8"))
+    for ours, theirs in zip(logits("qwen2", run), logits("qwen2", reference("qwen2")), strict=True):
+        actual, expected = log_softmax(ours), log_softmax(theirs)
+        assert (np.exp(expected) * (expected - actual)).sum(-1).mean() < MOST_DIVERGENCE
+
+
+def log_softmax(values: np.ndarray) -> np.ndarray:
+    shifted = values.astype(np.float64) - values.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
