@@ -31,7 +31,15 @@ def _model(bits: int, block: int, *, zero_points: bool = True, groups: bool = Fa
         weights["groups"] = RANDOM.integers(0, blocks, INPUTS).astype(np.int32)
         inputs.append("groups")
     node = helper.make_node(
-        "MatMulNBits", inputs, ["y"], domain="com.microsoft", N=OUTPUTS, K=INPUTS, bits=bits, block_size=block
+        "MatMulNBits",
+        inputs,
+        ["y"],
+        name="packed",
+        domain="com.microsoft",
+        N=OUTPUTS,
+        K=INPUTS,
+        bits=bits,
+        block_size=block,
     )
     graph = helper.make_graph(
         [node],
@@ -53,7 +61,7 @@ def test_integers_are_taken_bit_for_bit(bits: int, block: int, zero_points: bool
     module = import_model(model).module
     item = PackQuantizedWeights()
     outcome = item.run(module)
-    assert [site.refusal for site in outcome.sites] == [None]
+    assert [(site.refusal, site.nodes) for site in outcome.sites] == [(None, ("packed",))]
     layout = layout_of(item.use.target, bits)
     packed = next(array for array in constants(outcome.module) if array.dtype == np.uint8 and array.shape[2] >= 64)
     assert np.array_equal(layout.unpack(packed, OUTPUTS)[:, :INPUTS], codes[:, :INPUTS])
@@ -69,7 +77,8 @@ def test_integers_are_taken_bit_for_bit(bits: int, block: int, zero_points: bool
 def test_groups_by_index_are_refused_with_the_reason() -> None:
     model, _ = _model(4, 32, zero_points=False, groups=True)
     outcome = PackQuantizedWeights().run(import_model(model).module)
-    assert [site.refusal for site in outcome.sites] == ["its scales change every 1 elements of K, no multiple of 16"]
+    reason = "its scales change every 1 elements of K, no multiple of 16"
+    assert [(site.refusal, site.nodes) for site in outcome.sites] == [(reason, ("packed",))]
 
 
 def test_a_table_tied_to_a_product_becomes_the_same_constants() -> None:
