@@ -45,7 +45,7 @@ def read_model(path: Path) -> ModelFile:
     Raises ModelFileError if the file is missing, is not ONNX, breaks ONNX's rules, or its external data do not fit.
     """
     if not path.exists():
-        raise ModelFileError(f"{path}: no such file")
+        raise ModelFileError(f"{path}: no such file; check the path")
     if path.is_dir():
         raise ModelFileError(f"{path}: is a directory; give the .onnx file inside it")
     try:
@@ -68,9 +68,13 @@ def _parse(path: Path, content: bytes) -> onnx.ModelProto:
     try:
         model.ParseFromString(content)
     except DecodeError as error:
-        raise ModelFileError(f"{path}: is not an ONNX file, or is truncated ({len(content)} bytes)") from error
+        raise ModelFileError(
+            f"{path}: is not an ONNX file, or is truncated ({len(content)} bytes); copy or export it again"
+        ) from error
     if not model.HasField("graph") or not model.opset_import:
-        raise ModelFileError(f"{path}: is not an ONNX model (it holds no graph or no opset)")
+        raise ModelFileError(
+            f"{path}: is not an ONNX model (it holds no graph or no opset); give the file that the exporter wrote"
+        )
     return model
 
 
@@ -88,7 +92,7 @@ def _check(path: Path, model: onnx.ModelProto) -> None:
         checker.check_model(str(path))
     except checker.ValidationError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelFileError(f"{path}: breaks ONNX's rules: {reason}") from error
+        raise ModelFileError(f"{path}: breaks ONNX's rules: {reason}; export it again") from error
 
 
 def _allow_simplified_normalization() -> None:
@@ -127,7 +131,10 @@ def _external_files(path: Path, model: onnx.ModelProto) -> list[Path]:
         info = external_data_helper.ExternalDataInfo(tensor)
         file = (directory / info.location).resolve()
         if not file.is_relative_to(directory):
-            raise ModelFileError(f"{path}: tensor '{tensor.name}' lies outside the model's folder ({info.location})")
+            raise ModelFileError(
+                f"{path}: tensor '{tensor.name}' lies outside the model's folder ({info.location}); "
+                "save the model with its data beside it"
+            )
         if not file.is_file():
             raise ModelFileError(
                 f"{path}: the external data file '{info.location}' of tensor '{tensor.name}' is missing; "
@@ -137,7 +144,7 @@ def _external_files(path: Path, model: onnx.ModelProto) -> list[Path]:
         if file.stat().st_size < end:
             raise ModelFileError(
                 f"{path}: the external data file '{info.location}' is truncated: tensor '{tensor.name}' "
-                f"ends at byte {end}, the file has {file.stat().st_size}"
+                f"ends at byte {end}, the file has {file.stat().st_size}; copy it again"
             )
         files[info.location] = file
     return [files[location] for location in sorted(files)]
@@ -167,7 +174,7 @@ def _byte_count(tensor: onnx.TensorProto, declared: int | None) -> int:
     if declared and declared != needed:
         raise ModelFileError(
             f"tensor '{tensor.name}' has {list(tensor.dims)} elements of {bits} bits, {needed} bytes, "
-            f"but its external data entry says {declared} bytes"
+            f"but its external data entry says {declared} bytes; export the model again"
         )
     return needed
 
