@@ -19,7 +19,7 @@ import onnx.shape_inference
 import pytest
 import tvm
 import tvm.ir
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, reject, settings
 from hypothesis import strategies as st
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
@@ -128,8 +128,11 @@ def test_any_order_of_passes_keeps_values_and_interface(generated: Generated, na
 @given(models())
 def test_default_passes_agree_with_the_reference_evaluator(generated: Generated) -> None:
     onnx.checker.check_model(generated.model)
-    with np.errstate(all="ignore"):
-        expected = ReferenceEvaluator(generated.model).run(None, generated.inputs)
+    try:
+        with np.errstate(all="ignore"):
+            expected = ReferenceEvaluator(generated.model).run(None, generated.inputs)
+    except ValueError:  # of transposed convolutions with several outputs a group it computes none
+        reject()
     imported = import_model(generated.model)
     after, _ = pipeline.run(imported.module, pipeline.parse(pipeline.DEFAULT))
     assert list(imported.output_names) == [output.name for output in generated.model.graph.output]
