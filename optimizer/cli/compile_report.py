@@ -69,11 +69,10 @@ def _document(result: CompileResult, destination: Path, summary: Summary, step: 
 def _summary_facts(summary: Summary) -> list[tuple[str, str]]:
     families = ", ".join(f"{count} {family}" for family, count in summary.families.items())
     fused = ", ".join(f"{name} x{count}" for name, count in list(summary.fused.items())[:_MOST_FUSED])
-    passes = ", ".join(
-        f"{name}: {count} rewritten, {summary.refused[name]} refused"
-        for name, count in summary.rewritten.items()
-        if count or summary.refused[name]
-    )
+    passes = ", ".join(f"{name} x{count}" for name, count in summary.rewritten.items() if count)
+    refused = sum(summary.refused.values())
+    if refused:
+        passes += f"{'; ' if passes else ''}{refused} sites refused (--explain says why)"
     several = summary.loop_nests > summary.kernel_calls
     nests = f", {summary.loop_nests} loop nests" if several else ""
     return [
