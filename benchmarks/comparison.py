@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from benchmarks.processes import EngineProcess
 
 # A round of one engine lasts about this long, and at least one call.
 _ROUND_SECONDS = 0.5
-_MOST_CALLS = 50
+_MOST_CALLS = 2000
+# Threads of an engine whose turn is over spin for some milliseconds before they sleep.
+_SETTLE_SECONDS = 0.1
 
 
 @dataclass
@@ -90,6 +93,7 @@ def _timed(
     counts = {name: _calls_per_round(worker, case) for name, worker in workers.items()}
     for _ in range(rounds):
         for name, worker in workers.items():
+            time.sleep(_SETTLE_SECONDS)
             rows[name].seconds += worker.ask({"case": case, "run": counts[name]})["seconds"]
     _check(case, rows, workers, folder, reference)
     return list(rows.values())
