@@ -25,6 +25,7 @@ from passes.base import Pass
 from passes.convert_precision import ConvertPrecision
 from passes.pack_quantized_weights import PackQuantizedWeights
 from passes.quantize_weights import QuantizeWeights
+from passes.rewrite_kv_cache import FLOATS, RewriteKvCache
 from targets.base import Target
 from targets.emulator import Emulator
 from targets.execution import how_executed
@@ -60,7 +61,7 @@ def plan_certification(source: ModelFile, plan: Plan, options: CompileOptions) -
             run_with(package, options.target),
             path=source.path,
             shapes=options.shapes,
-            precision=options.operand_dtype,
+            precision=_precision(record.item for record in plan.passes),
             activations=_activations(record.item for record in plan.passes if record.outcome.rewritten),
             dequantized=reference.lazily_dequantized(plan.imported, [record.item for record in plan.passes]),
             unoptimized=reference.lazily_unoptimized(plan.imported),
@@ -116,7 +117,6 @@ def certify_package(package: Path, manifest: Manifest, model: Path) -> Certifica
     if execution == "no":
         raise IncompatibleMachineError(f"this machine cannot execute {target.name}; verify on one that can")
     shapes = {spec.name: list(spec.shape) for spec in manifest.entry_points[0].inputs}
-    conversion = next((record for record in manifest.passes if record.name == ConvertPrecision.name), None)
     items = [pipeline.instance(record.name, record.options) for record in manifest.passes]
     imported = import_model(source.model, shapes=shapes, base_directory=source.directory)
     return certify(
@@ -124,10 +124,21 @@ def certify_package(package: Path, manifest: Manifest, model: Path) -> Certifica
         (_natively if execution == "native" else _emulated)(package, target),
         path=source.path,
         shapes=shapes,
-        precision=None if conversion is None else str(conversion.options["dtype"]),
+        precision=_precision(items),
         activations=_activations(items) if manifest.weight_scheme != "none" else None,
         dequantized=reference.lazily_dequantized(imported, items),
     )
+
+
+def _precision(items: Iterable[Pass]) -> str | None:
+    """Return the coarsest type that passes give to operands of products or to caches; None where none does."""
+    dtypes: set[str] = set()
+    for item in items:
+        if isinstance(item, ConvertPrecision):
+            dtypes.add(item.dtype)
+        elif isinstance(item, RewriteKvCache) and item.dtype in FLOATS:
+            dtypes.add(FLOATS[item.dtype])
+    return next((dtype for dtype in ("bfloat16", "float16", "float32") if dtype in dtypes), None)
 
 
 def _activations(items: Iterable[Pass]) -> str | None:

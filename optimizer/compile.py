@@ -48,7 +48,8 @@ class CompileOptions:
     `weights` ("int8", "int4") quantizes constant weights in groups of `weight_group` by `weight_method`; products with
     quantized weights compute in `activations` ("int8", "float", or "auto": as the target does best). `tuning_log` is
     the folder of the logs that decide schedules, None for the target's defaults alone.
-    `kv_cache` says whether caches of decoders are appended to "in-place", or "returned" with every step.
+    `kv_cache` says whether caches of decoders are appended to "in-place", or "returned" with every step, and
+    `kv_cache_dtype` what those in place hold: "fp32", "fp16", "bf16", or the type of the model's input.
     """
 
     target: Target
@@ -62,12 +63,13 @@ class CompileOptions:
     activations: str = "auto"
     tuning_log: Path | None = SHIPPED
     kv_cache: str = "in-place"
+    kv_cache_dtype: str = "model"
 
     @property
     def notation(self) -> str:
         """Return all passes: those of the graph, and those that the other options ask for."""
         # Before constants are folded, which would turn integers into floats.
-        steps = ["rewrite-kv-cache"] if self.kv_cache == "in-place" else []
+        steps = [f"rewrite-kv-cache{{dtype={self.kv_cache_dtype}}}"] if self.kv_cache == "in-place" else []
         steps += [f"pack-quantized-weights{{target={self.target.name},activations={self.activations}}}", self.passes]
         if self.weights in WEIGHT_BITS:
             choices = {

@@ -13,6 +13,7 @@ from passes.tensor_types import dtype_of, is_one, shape_of
 from passes.views import Digit, Element, Index, behind_view, broadcast, whole
 
 FLOAT = "float32"
+NARROW = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,12 +204,19 @@ class Matcher:
         return None
 
     def _operand(self, elements: Elements, expr: relax.Expr, indices: tuple[Index, ...]) -> tuple[Value, float]:
-        """Return the element of a product's operand behind views and constant factors, and the factors' product."""
+        """Return the element of a product's operand behind views and constant factors, and the factors' product.
+
+        An operand that is widened to fp32, as a cache of 16-bit floats is, is read narrow and widened one by one.
+        """
         element, scale = Element(expr, indices), 1.0
         while True:
             viewed = behind_view(element, self._dataflow)
             if viewed is not None:
                 element = viewed
+                continue
+            widened = self._dataflow.call(element.tensor, "relax.astype")
+            if widened is not None and dtype_of(widened) == FLOAT and dtype_of(widened.args[0]) in NARROW:
+                element = Element(widened.args[0], element.indices)
                 continue
             call = self._dataflow.call(element.tensor, "relax.multiply", "relax.divide")
             factor = None if call is None else self._number(call.args[1])

@@ -17,7 +17,10 @@ ROW, TOKENS = 0, 2
 
 
 def append_function(buffer: relax.TensorType, new: relax.TensorType, axis: int) -> tirx.PrimFunc:
-    """Return the function (buffer, new, length) that stores `new` in `buffer` from `length` on along `axis`."""
+    """Return the function (buffer, new, length) that stores `new` in `buffer` from `length` on along `axis`.
+
+    The new elements are rounded to the type of the buffer.
+    """
     target, source = _parameters(buffer, new)
     length = tirx.Var("length", "int64")
     loops = [tirx.Var(f"i{n}", "int64") for n in range(new.ndim)]
@@ -27,7 +30,7 @@ def append_function(buffer: relax.TensorType, new: relax.TensorType, axis: int) 
     ]
     point = [each.var for each in axes]
     place = [length + value if n == axis else value for n, value in enumerate(point)]
-    body: tirx.Stmt = tirx.BufferStore(target, tirx.BufferLoad(source, point), place)
+    body: tirx.Stmt = store(target, load(source, point).astype(str(target.dtype)), place)
     reads, writes = (
         [tirx.BufferRegion(each, [tvm.ir.Range.from_min_extent(i, 1) for i in indices])]
         for each, indices in ((source, point), (target, place))
@@ -54,7 +57,11 @@ def append_by_row_function(buffer: relax.TensorType, new: relax.TensorType, coun
 
         def copy(token: tvm.ir.Expr) -> tirx.Stmt:
             place = first + token
-            cells = loop(channels, lambda e: store(target, load(source, [row, head, token, e]), [row, head, place, e]))
+            dtype = str(target.dtype)
+            cells = loop(
+                channels,
+                lambda e: store(target, load(source, [row, head, token, e]).astype(dtype), [row, head, place, e]),
+            )
             return tirx.IfThenElse(tirx.And(place >= index(0), place < total), cells, None)
 
         def clear(token: tvm.ir.Expr) -> tirx.Stmt:

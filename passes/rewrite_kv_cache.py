@@ -11,7 +11,8 @@ chosen when the package runs.
 GroupQueryAttention puts the new tokens of each row behind its own number of tokens, and zeros behind those.
 
 What was read of `past` and `present` reads the same numbers: `past` may have no reader but the concatenation, nothing
-writes to the buffer after it, and readers of `present` read its view of the buffer.
+writes to the buffer after it, and readers of `present` read its view of the buffer. Where the buffer holds a narrower
+type than the model computes with, new tokens are rounded when they are stored, and read rounded.
 """
 
 from __future__ import annotations
@@ -29,12 +30,16 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from passes.base import Dataflow, Pass, PassOutcome, Refusal, Site, require
 from passes.cache_append import APPENDS_BY_ROW, TOKENS, append_by_row_function, append_function
 from passes.defined_dimensions import defined_dimensions, without_unused_dimensions
+from passes.pipeline import PassOptionError
 from passes.tensor_types import shape_of
 
 ATTRIBUTE = "kv_caches"
 """The attribute of a rewritten function: the numbers of each `Cache`. The lengths that come after the inputs, and the
 capacities, are in the order of the caches, once for each symbol that was a length."""
 LENGTHS = "cache_lengths"
+MODEL = "model"
+FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""The float types of caches, by the names that the command line has for them."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,10 @@ class _Extension:
 
 @dataclass(frozen=True, eq=False)
 class _Append:
-    """What a cache of `length` tokens is extended by, and what the result of `total` tokens is bound to."""
+    """What a cache of `length` tokens is extended by, and what the result of `total` tokens is bound to.
+
+    `past` is the parameter, from which the extended tensor may be cast.
+    """
 
     cache: Cache
     past: relax.Var
@@ -76,9 +84,16 @@ class RewriteKvCache(Pass):
     Fires where an input with a symbolic number of tokens is concatenated with something behind it, or extended as
     GroupQueryAttention does, nobody else reads it, and the function returns the result. The function then takes buffers
     in place of these inputs and one more argument, the number of tokens in them, and does not return these outputs.
+    What is concatenated may be a cast of the input, and the output a cast of the result. `dtype` is what the buffers
+    hold: fp32, fp16, bf16, or the type of the model's input.
     """
 
     name: ClassVar[str] = "rewrite-kv-cache"
+    dtype: str = MODEL
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (MODEL, *FLOATS):
+            raise PassOptionError(f"a cache cannot hold '{self.dtype}'; choose one of {', '.join((MODEL, *FLOATS))}")
 
     def run(self, module: tvm.IRModule) -> PassOutcome:
         """Rewrite `main`."""
@@ -89,7 +104,7 @@ class RewriteKvCache(Pass):
         appends, sites = _appends(module, function)
         if not appends:
             return PassOutcome(module, sites)
-        rewriter = _Rewriter(module, function, appends)
+        rewriter = _Rewriter(module, function, appends, FLOATS.get(self.dtype))
         rewriter.builder_.update_func(entry, without_unused_dimensions(rewriter.rewritten()))
         return PassOutcome(relax.transform.DeadCodeElimination()(rewriter.builder_.get()), sites)
 
@@ -112,7 +127,7 @@ def _appends(module: tvm.IRModule, function: relax.Function) -> tuple[list[_Appe
     sites: list[Site] = []
     for block in function.body.blocks:
         for binding in block.bindings:
-            extension = _extension(module, binding)
+            extension = _extension(module, binding, dataflow)
             if extension is None or extension.past not in parameters:
                 continue
             nodes = dataflow.nodes(binding.value)
@@ -133,20 +148,27 @@ def _outputs(function: relax.Function, dataflow: Dataflow) -> list[relax.Expr]:
     return [dataflow.producer(field) for field in fields]
 
 
-def _extension(module: tvm.IRModule, binding: relax.Binding) -> _Extension | None:
-    """Return the extension that a binding's value is, if it is one of a variable."""
+def _extension(module: tvm.IRModule, binding: relax.Binding, dataflow: Dataflow) -> _Extension | None:
+    """Return the extension that a binding's value is, if it is one of a variable, or of a cast of one."""
     if not isinstance(binding, relax.VarBinding) or not isinstance(binding.value, tvm.ir.Call):
         return None
     call = binding.value
     name = call.op.name if isinstance(call.op, tvm.ir.Op) else ""
     if name == "relax.concat" and call.attrs.axis is not None and isinstance(call.args[0], relax.Tuple):
         past, *added = call.args[0].fields
-        axis = int(call.attrs.axis) % call.ty.ndim
+        past, axis = _cast_from(past, dataflow), int(call.attrs.axis) % call.ty.ndim
         return _Extension(past, tuple(added), axis) if isinstance(past, relax.Var) else None
     if name == "relax.call_tir" and APPENDS_BY_ROW in (module[call.args[0]].attrs or {}):
         past, added, counts = call.args[1].fields
+        past = _cast_from(past, dataflow)
         return _Extension(past, (added,), TOKENS, counts) if isinstance(past, relax.Var) else None
     return None
+
+
+def _cast_from(expr: relax.Expr, dataflow: Dataflow) -> relax.Expr:
+    """Return what an expression is a cast of, if nothing else reads the cast; else the expression."""
+    cast = dataflow.call(expr, "relax.astype")
+    return cast.args[0] if cast is not None and dataflow.read_once(expr) else expr
 
 
 def _checked(
@@ -168,18 +190,28 @@ def _checked(
     others = [extent for place, extent in enumerate(shape) if place != axis]
     require(not any(length.same_as(extent) for extent in others), "the tokens are on two axes")
     require(dataflow.read_once(past), "the past has another reader, which would see the new tokens")
-    places = [place for place, output in enumerate(outputs) if output.same_as(binding.value)]
+    returned = (_uncast(output, dataflow) for output in outputs)
+    places = [place for place, output in enumerate(returned) if output.same_as(binding.value)]
     require(len(places) == 1, "the function does not return the result, or more than once")
     require(len(outputs) > 1, "the function returns nothing else")
+    declared = str(past.ty.dtype.dtype)
+    require(str(outputs[places[0]].ty.dtype.dtype) == declared, f"the input is {declared} and the output is not")
     cache = Cache(parameters[past], places[0], axis)
     return _Append(cache, past, length, new, extension.counts, binding.var, result[axis])
+
+
+def _uncast(output: relax.Expr, dataflow: Dataflow) -> relax.Expr:
+    cast = dataflow.call(output, "relax.astype")
+    return output if cast is None else dataflow.producer(cast.args[0])
 
 
 @mutator
 class _Rewriter(PyExprMutator):
     """Replaces parameters by buffers, concatenations by appending to them, and leaves out what lies in them."""
 
-    def __init__(self, module: tvm.IRModule, function: relax.Function, appends: Sequence[_Append]) -> None:
+    def __init__(
+        self, module: tvm.IRModule, function: relax.Function, appends: Sequence[_Append], dtype: str | None
+    ) -> None:
         super().__init__(module)
         self._function = function
         self._by_present = {append.present: append for append in appends}
@@ -192,7 +224,8 @@ class _Rewriter(PyExprMutator):
         for append in appends:
             shape = list(append.past.ty.shape.values)
             shape[append.cache.axis] = capacities[append.length]
-            self._buffers[append.past] = relax.Var(append.past.name, relax.TensorType(shape, append.past.ty.dtype))
+            kind = relax.TensorType(shape, dtype or append.past.ty.dtype)
+            self._buffers[append.past] = relax.Var(append.past.name, kind)
 
     def rewritten(self) -> relax.Function:
         """Return the function with buffers."""
@@ -206,7 +239,8 @@ class _Rewriter(PyExprMutator):
 
     def visit_var_(self, op: relax.Var) -> relax.Expr:
         """Put buffers in the place of the parameters that they replace."""
-        return self._buffers.get(op) or super().visit_var_(op)
+        buffer = self._buffers.get(op)
+        return super().visit_var_(op) if buffer is None else buffer
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         """Append, and bind the tokens in use of the buffer; leave them out of what the function returns."""
@@ -239,7 +273,9 @@ class _Rewriter(PyExprMutator):
             arguments = [buffer, new, counts, relax.prim_value(append.total)]
         call = relax.op.call_tir_inplace(self._variable_of(function), relax.Tuple(arguments), [0], buffer.ty)
         after = self.builder_.emit(call, f"{append.past.name}_appended")
-        return relax.op.strided_slice(after, [append.cache.axis], [0], [append.total], [1], assume_inbound=True)
+        used = relax.op.strided_slice(after, [append.cache.axis], [0], [append.total], [1], assume_inbound=True)
+        dtype = append.present.ty.dtype.dtype
+        return used if buffer.ty.dtype.dtype == dtype else relax.op.astype(self.builder_.emit(used), dtype)
 
     def _variable_of(self, function: tirx.PrimFunc) -> tvm.ir.GlobalVar:
         for other, variable in self._functions:

@@ -34,7 +34,7 @@ def hides(analysis: AttentionAnalysis) -> Expr | None:
 
 def _hidden(logit: Expr, score: Var) -> Expr | None:
     """Return the condition that `logit` is below HIDDEN whatever the score is."""
-    choice = _choice(logit)
+    choice = choice_of(logit)
     if choice is not None:
         condition, chosen, other = choice
         if _is_low(other):
@@ -47,7 +47,7 @@ def _hidden(logit: Expr, score: Var) -> Expr | None:
     return None
 
 
-def _choice(expression: Expr) -> tuple[Expr, Expr, Expr] | None:
+def choice_of(expression: Expr) -> tuple[Expr, Expr, Expr] | None:
     """Return condition and alternatives of an expression that is a choice."""
     if isinstance(expression, tirx.Select):
         return expression.condition, expression.true_value, expression.false_value
@@ -64,7 +64,7 @@ def _is_below(term: Expr) -> Expr | None:
     """Return the condition that a term is below HIDDEN, None where it never is."""
     if isinstance(term, tirx.FloatImm):
         return tirx.const(True, "bool") if _is_low(term) else None
-    choice = _choice(term)
+    choice = choice_of(term)
     if choice is not None:
         condition, chosen, other = choice
         if _is_low(other):

@@ -19,6 +19,7 @@ from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import as_int
+from schedules.attention_operands import in_stores
 from schedules.attention_structure import AttentionAnalysis
 from schedules.family import is_large
 from schedules.intrin.vector_math import exp_of_nonpositive
@@ -249,11 +250,11 @@ def _products(task: _Block, first: int, heads: int) -> Stmt:
     depth = analysis.depth.extent
     lanes = lanes_for(depth, task.lanes, most=1)
 
-    def term(head: Expr, j: Expr, d: Expr) -> Expr:
-        key = task.at(analysis.keys, {analysis.key.variable: task.base + j, analysis.depth.variable: d})
-        return key.astype(FLOAT) * load(task.query, [first + head, d])
+    def some(element: Expr, start: Expr, keys: int) -> Stmt:
+        def term(head: Expr, j: Expr, d: Expr) -> Expr:
+            key = task.at(element, {analysis.key.variable: task.base + j, analysis.depth.variable: d})
+            return key.astype(FLOAT) * load(task.query, [first + head, d])
 
-    def some(start: Expr, keys: int) -> Stmt:
         sums, rest = local([heads * keys * lanes], FLOAT, "products"), local([heads * keys], FLOAT, "rest")
 
         def each(element: Callable[[Expr, Expr, Expr], Stmt]) -> Stmt:
@@ -285,7 +286,10 @@ def _products(task: _Block, first: int, heads: int) -> Stmt:
             ],
         )
 
-    return tiles(task.extent, [KEYS_AT_ONCE, 1], some)
+    def part(element: Expr, start: Expr, count: Extent) -> Stmt:
+        return tiles(count, [KEYS_AT_ONCE, 1], lambda base, keys: some(element, start + base, keys))
+
+    return in_stores(analysis.keys, analysis.key, task.base, task.extent, part)
 
 
 def _weighted(task: _Block, first: int, heads: int) -> Stmt:
@@ -297,24 +301,36 @@ def _weighted(task: _Block, first: int, heads: int) -> Stmt:
     def columns(start: Expr, count: int) -> Stmt:
         sums = local([heads * count], FLOAT, "weighted")
 
-        def each(element: Callable[[Expr, Expr], Stmt]) -> Stmt:
-            return unrolled(heads, lambda h: vector(count, lambda e: element(h, e)))
+        lanes = min(count, task.lanes)
 
-        def step(j: Expr) -> Stmt:
+        def each(element: Callable[[Expr, Expr], Stmt]) -> Stmt:
+            def parts(h: Expr) -> Stmt:
+                return unrolled(count // lanes, lambda part: vector(lanes, lambda v: element(h, part * lanes + v)))
+
+            return unrolled(heads, parts)
+
+        def step(source: Expr, j: Expr) -> Stmt:
             def add(h: Expr, e: Expr) -> Stmt:
                 values = {analysis.key.variable: task.base + j, analysis.column.variable: start + e}
-                value = task.at(analysis.values, values).astype(FLOAT)
+                value = task.at(source, values).astype(FLOAT)
                 own = h * count + e
                 return store(sums, load(sums, [own]) + load(task.weights, [first + h, j]) * value, [own])
 
             return each(add)
+
+        def part(source: Expr, begin: Expr, length: Extent) -> Stmt:
+            return loop(length, lambda j: step(source, begin + j))
 
         def keep(h: Expr, e: Expr) -> Stmt:
             return store(task.sums, load(sums, [h * count + e]), [task.number, first + h, start + e])
 
         return with_local(
             [sums],
-            [each(lambda h, e: store(sums, _ZERO, [h * count + e])), loop(task.extent, step), each(keep)],
+            [
+                each(lambda h, e: store(sums, _ZERO, [h * count + e])),
+                in_stores(analysis.values, analysis.key, task.base, task.extent, part),
+                each(keep),
+            ],
         )
 
     sizes = [width, task.lanes] if isinstance(extent, int) else [width, task.lanes, 1]

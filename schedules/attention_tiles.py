@@ -11,6 +11,7 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, Step
 from schedules.attention_mask import any_seen, hides
+from schedules.attention_operands import Operand
 from schedules.attention_structure import AttentionAnalysis
 from schedules.family import is_large
 from schedules.intrin.vector_math import exp_of_nonpositive
@@ -57,6 +58,8 @@ class _Task:
     clamped: bool
     depth: Extent
     columns: Extent
+    keys: Operand
+    values: Operand
     turned: Var
     weights: Var
     sums: Var
@@ -108,6 +111,8 @@ def _tasks(
             **{name: local([block], FLOAT, name) for name in ("largest", "total", "factor")},
         }
         point = {axis.variable: value for axis, value in zip(analysis.outer, outside, strict=True)}
+        keys = Operand(analysis.keys, analysis.key, analysis.depth, key_block)
+        values = Operand(analysis.values, analysis.key, analysis.column, key_block)
         self = _Task(
             analysis,
             lane,
@@ -121,10 +126,12 @@ def _tasks(
             clamped,
             depth,
             columns,
+            keys,
+            values,
             **buffers,
         )
         begin = [] if exact else [tirx.Bind(start, tirx.min(first, index(queries) - block))]
-        return with_local(list(buffers.values()), [*begin, *_body(self)])
+        return with_local([*buffers.values(), *keys.buffers, *values.buffers], [*begin, *_body(self)])
 
     work = product([*outer, queries, analysis.key.extent, depth])
     return parallel(product([*outer, blocks]), task, is_large(work))
@@ -231,10 +238,12 @@ def _key_block(task: _Task, base: Expr, extent: Extent, single: bool) -> list[St
     def shrink_total(v: Expr) -> Stmt:
         return store(task.total, load(task.total, [v]) * load(task.factor, [v]), [v])
 
+    copies = [*task.keys.fill(task.point, base, extent, task.lanes)]
+    copies += task.values.fill(task.point, base, extent, task.lanes)
     scores = _scores(task, base, extent)
     if single:
-        return [scores, _exponentials(task, extent), _weighted(task, base, extent, True)]
-    running = [vector(block, keep), scores, vector(block, shrink), vector(block, shrink_total)]
+        return [*copies, scores, _exponentials(task, extent), _weighted(task, base, extent, True)]
+    running = [*copies, vector(block, keep), scores, vector(block, shrink), vector(block, shrink_total)]
     return [with_local([previous], [*running, _exponentials(task, extent), _weighted(task, base, extent, False)])]
 
 
@@ -250,8 +259,7 @@ def _scores(task: _Task, base: Expr, extent: Extent) -> Stmt:
 
         def step(d: Expr) -> Stmt:
             def update(r: Expr, v: Expr) -> Stmt:
-                values = {analysis.key.variable: base + first + r, analysis.depth.variable: d}
-                factor = task.at(analysis.keys, values).astype(FLOAT)
+                factor = task.keys.at(task.point, base, first + r, d)
                 place = r * task.queries + v
                 return store(registers, load(registers, [place]) + factor * load(task.turned, [d, v]), [place])
 
@@ -298,7 +306,6 @@ def _exponentials(task: _Task, extent: Extent) -> Stmt:
 
 def _weighted(task: _Task, base: Expr, extent: Extent, single: bool) -> Stmt:
     """Return the sum of a block's values, weighted by the exponentials, added to the shrunken sums so far."""
-    analysis = task.analysis
 
     def tile(first: Expr, rows: int) -> Stmt:
         registers = local([rows * task.queries], FLOAT, "partial")
@@ -309,8 +316,7 @@ def _weighted(task: _Task, base: Expr, extent: Extent, single: bool) -> Stmt:
 
         def step(j: Expr) -> Stmt:
             def update(r: Expr, v: Expr) -> Stmt:
-                values = {analysis.key.variable: base + j, analysis.column.variable: first + r}
-                factor = task.at(analysis.values, values).astype(FLOAT)
+                factor = task.values.at(task.point, base, j, first + r)
                 place = r * task.queries + v
                 return store(registers, load(registers, [place]) + factor * load(task.weights, [j, v]), [place])
 

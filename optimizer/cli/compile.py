@@ -68,6 +68,13 @@ _EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "decoder" / "model
     show_default=True,
     help="Whether a decoder appends to buffers of keys and values, or takes and returns them with every step.",
 )
+@click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(["model", "fp32", "fp16", "bf16"]),
+    default="model",
+    show_default=True,
+    help="What the buffers of keys and values hold; model: the type of the model's inputs.",
+)
 @click.option("--gpu-arch", "gpu_architectures", multiple=True, metavar="SM", help="CUDA architecture, such as sm_90.")
 @click.option("--no-certificate", is_flag=True, help="Do not compare the package's outputs with a reference.")
 @click.option("--explain", is_flag=True, help="Say of each pass and site: rewritten, or refused and why.")
@@ -89,6 +96,7 @@ def command(
     no_log: bool,
     tune: int | None,
     kv_cache: str,
+    kv_cache_dtype: str,
     gpu_architectures: tuple[str, ...],
     no_certificate: bool,
     explain: bool,
@@ -121,6 +129,7 @@ def command(
         activations,
         None if no_log else log or SHIPPED,
         kv_cache,
+        kv_cache_dtype,
     )
     if tune is not None:
         tune_before(model, options, tune, quiet=as_json)

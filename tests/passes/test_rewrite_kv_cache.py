@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -12,6 +13,8 @@ from optimizer.compile import CompileOptions, compile_in_memory, find_target
 from optimizer.frontend.importer import import_model
 from optimizer.signature import entry_point
 from passes.base import PassOutcome
+from passes.fuse_attention import FuseAttention
+from passes.pipeline import PassOptionError
 from passes.rewrite_kv_cache import Cache, RewriteKvCache, caches_of
 
 # One layer: two query heads over one head of keys and values, kept as exporters keep them.
@@ -132,6 +135,64 @@ def test_appending_in_place_gives_what_concatenating_gives(layers: tuple, batch:
     assert in_place.keys() == returned.keys()
     for name, array in returned.items():
         np.testing.assert_array_equal(in_place[name], array)
+
+
+_NARROW = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@pytest.fixture(scope="module", params=list(_NARROW))
+def narrow_layer(request: pytest.FixtureRequest) -> tuple:
+    """Return the layer with caches of 16-bit floats, and their type."""
+    options = CompileOptions(find_target("host"), kv_cache_dtype=request.param)
+    return compile_in_memory(parser.parse_model(_LAYER), options), _NARROW[request.param]
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(batch=st.integers(1, 2), past=st.integers(0, 40), new=st.sampled_from([1, 2, 7, 16, 35]))
+def test_a_narrow_cache_computes_with_what_it_holds(
+    layers: tuple, narrow_layer: tuple, batch: int, past: int, new: int
+) -> None:
+    narrow, dtype = narrow_layer
+    inputs = _arrays(batch, past, new)
+    rounded = {name: array.astype(dtype).astype(np.float32) for name, array in inputs.items() if name != "query"}
+    expected = layers[1]({**inputs, **rounded})
+    actual = narrow(inputs)
+    np.testing.assert_array_equal(actual["present_key"], expected["present_key"])
+    # The same numbers, summed in the same order but for blocks.
+    np.testing.assert_allclose(actual["output"], expected["output"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "held"), [("model", "float32"), ("fp32", "float32"), ("bf16", "bfloat16")])
+def test_buffers_hold_the_type_that_is_asked_for_and_attention_is_fused(dtype: str, held: str) -> None:
+    outcome = RewriteKvCache(dtype).run(import_model(parser.parse_model(_LAYER)).module)
+    assert {str(parameter.ty.dtype.dtype) for parameter in outcome.module["main"].params[3:5]} == {held}
+    (site,) = FuseAttention().run(outcome.module).sites
+    assert site.refusal is None
+
+
+def test_an_unknown_type_is_refused_with_those_there_are() -> None:
+    with pytest.raises(PassOptionError, match="fp16"):
+        RewriteKvCache("fp8")
+
+
+_CAST = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    layer (float16[batch,past,4] past, float[batch,new,4] added)
+        => (float16[batch,total,4] present, float[batch,total] sums)
+    {
+        axis = Constant <value = int64[1] {2}> ()
+        wide = Cast <to = 1> (past)
+        all = Concat <axis = 1> (wide, added)
+        present = Cast <to = 10> (all)
+        sums = ReduceSum <keepdims = 0> (all, axis)
+    }
+"""
+
+
+def test_a_cache_of_16_bits_in_a_model_that_computes_in_32_is_kept_as_it_is_given() -> None:
+    outcome = _rewritten(_CAST)
+    (cache,) = caches_of(outcome.module["main"])
+    assert (cache.output, str(outcome.module["main"].params[0].ty.dtype.dtype)) == (0, "float16")
 
 
 # As onnxruntime-genai's builder writes it: each row's number of tokens is the sum of its mask.
