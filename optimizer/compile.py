@@ -82,6 +82,7 @@ class CompileOptions:
                 "activations": self.activations,
             }
             steps.append(f"quantize-weights{{{','.join(f'{name}={value}' for name, value in choices.items())}}}")
+        steps.append("fold-norm-scales")  # after weights are rounded, and before their precision is converted
         if self.operand_dtype is not None:
             steps.append(f"convert-precision{{dtype={self.operand_dtype}}}")
         if self.target.device == "cpu":

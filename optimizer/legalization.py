@@ -13,6 +13,8 @@ import tvm.ir
 from tvm import relax, te, tirx, topi
 from tvm.ir import Expr
 
+from passes.expression_patterns import uniform_value
+
 Legalization = Callable[[relax.BlockBuilder, tvm.ir.Call], relax.Expr]
 
 
@@ -55,6 +57,27 @@ def _normalize_groups(data: te.Tensor, scale: te.Tensor, shift: te.Tensor, epsil
     return _normalize(data, epsilon, scaled, "group_norm")
 
 
+def _trailing_norm(compute: Callable[..., te.Tensor], name: str) -> Legalization:
+    """Return the legalization of a normalization over trailing axes, which reads no scale of ones or shift of zeros."""
+
+    def legalized(builder: relax.BlockBuilder, call: tvm.ir.Call) -> relax.Expr:
+        data, *parameters = call.args
+        neutral = [uniform_value(part) == number for part, number in zip(parameters, (1, 0), strict=False)]
+        read = [part for part, left_out in zip(parameters, neutral, strict=True) if not left_out]
+
+        def normalized(data: te.Tensor, *given: te.Tensor) -> te.Tensor:
+            others = iter(given)
+            operands = [
+                topi.full(part.ty.shape.values, part.ty.dtype.dtype, number) if left_out else next(others)
+                for part, number, left_out in zip(parameters, (1, 0), neutral, strict=False)
+            ]
+            return compute(data, *operands, axis=call.attrs.axes, epsilon=call.attrs.epsilon)
+
+        return builder.call_te(normalized, data, *read, primfunc_name_hint=name)
+
+    return legalized
+
+
 def _normalize(data: te.Tensor, epsilon: float, scaled: Callable[..., Expr], name: str) -> te.Tensor:
     """Return `data` normalized over all axes but the first two, computed in at least float32, then `scaled`."""
     dtype = "float32" if data.dtype in ("float16", "bfloat16") else data.dtype
@@ -94,4 +117,6 @@ def _normalizes_from_second_axis(call: tvm.ir.Call) -> bool:
 LEGALIZATIONS: Mapping[str, Legalization] = {
     "relax.nn.instance_norm": _instance_norm,
     "relax.nn.group_norm": _group_norm,
+    "relax.nn.layer_norm": _trailing_norm(topi.nn.layer_norm, "layer_norm"),
+    "relax.nn.rms_norm": _trailing_norm(topi.nn.rms_norm, "rms_norm"),
 }

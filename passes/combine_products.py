@@ -18,7 +18,6 @@ whose results would have to live until the last layer has read them.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,12 +26,11 @@ import numpy as np
 import tvm
 import tvm.ir
 from tvm import relax
-from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
+from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from passes.base import Dataflow, Pass, PassOutcome, Refusal, Site, require
-from passes.dependencies import Dependencies
-from passes.provenance import Bindings
-from passes.tensor_types import constant, constant_of, dtype_of, equal_shapes, is_float, shape_of
+from passes.base import Pass, PassOutcome, Refusal, Site, require
+from passes.constant_products import ConstantProduct, ConstantProducts
+from passes.tensor_types import constant, constant_of, dtype_of, is_float
 
 _VIEWS = frozenset(
     {"relax.permute_dims", "relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.strided_slice", "relax.split"}
@@ -46,21 +44,6 @@ _ELEMENTWISE = frozenset(
 )
 # Moves of elements that become part of the kernel of what they move to.
 _MOVES = frozenset({"relax.concat", "relax.take"})
-
-
-@dataclass(frozen=True, eq=False)
-class ConstantProduct:
-    """The product of `call` with a constant matrix, and `result`, which is it or the sum of it and a constant bias."""
-
-    product: relax.Var
-    call: tvm.ir.Call
-    weight: np.ndarray
-    bias: np.ndarray | None
-    result: relax.Var
-
-    @property
-    def columns(self) -> int:
-        return self.weight.shape[1]
 
 
 @dataclass(frozen=True)
@@ -86,17 +69,15 @@ class _Finder:
     """Looks for groups of products in one function, and keeps the account of the sites."""
 
     def __init__(self, function: relax.Function) -> None:
-        self._bindings = Bindings(function)
-        self._dataflow = Dataflow(function)
-        self._dependencies = Dependencies(function)
-        uses = _ConstantUses()
-        uses.visit_expr(function)
-        self._uses = uses.count
+        self._products = ConstantProducts(function)
+        self._bindings = self._products.bindings
+        self._dataflow = self._products.dataflow
+        self._dependencies = self._products.dependencies
         self.sites: list[Site] = []
 
     def groups(self) -> Iterator[list[ConstantProduct]]:
         """Yield products over one input that are to become one, and record every product that has a parallel one."""
-        for _, run in itertools.groupby(self._products(), key=_kind):
+        for _, run in itertools.groupby(self._products, key=_kind):
             parallel = list(run)
             if len(parallel) < 2:
                 continue
@@ -110,33 +91,9 @@ class _Finder:
             if not alone and group:
                 yield group
 
-    def _products(self) -> Iterator[ConstantProduct]:
-        for variable, value in self._bindings.values.items():
-            call = self._dataflow.call(value, "relax.matmul") if isinstance(value, tvm.ir.Call) else None
-            if call is None or not isinstance(call.args[0], relax.Var) or call.args[0].ty.ndim < 2:
-                continue
-            weight = constant_of(call.args[1])
-            if weight is not None and weight.ndim == 2:
-                result, bias = self._biased(variable, weight.shape[1])
-                yield ConstantProduct(variable, call, weight, bias, result)
-
-    def _biased(self, product: relax.Var, columns: int) -> tuple[relax.Var, np.ndarray | None]:
-        """Return the sum of a product and a constant bias, and the bias, if that is all that the product is read by."""
-        readers = self._dependencies.readers(product)
-        if len(readers) != 1 or self._dependencies.is_result(product):
-            return product, None
-        add = self._dataflow.call(self._bindings.values[readers[0]], "relax.add")
-        if add is None or not equal_shapes(shape_of(add), shape_of(product)):
-            return product, None
-        other = add.args[1] if self._dataflow.producer(add.args[0]).same_as(self._dataflow.producer(product)) else None
-        bias = constant_of(add.args[0] if other is None else other)
-        if bias is None or bias.size not in (1, columns) or bias.size != (bias.shape or (1,))[-1]:
-            return product, None
-        return readers[0], np.broadcast_to(bias.reshape(-1), (columns,))
-
     def _refusal(self, product: ConstantProduct) -> str | None:
         try:
-            shared = self._uses[_storage(product.call.args[1])] > 1
+            shared = self._products.is_shared(product.call.args[1])
             require(not shared, "others read its weights too: combined, they would be stored twice")
             self._check_readers(product.result)
         except Refusal as refusal:
@@ -185,23 +142,6 @@ def _kind(product: ConstantProduct) -> tuple[object, ...]:
     """Return what parallel products have in common."""
     out_dtype = product.call.attrs.out_dtype if product.call.attrs is not None else None
     return product.call.args[0], product.weight.dtype.name, str(out_dtype), dtype_of(product.result)
-
-
-def _storage(weight: tvm.ir.GenericConst) -> int:
-    return int(weight.value.data_ptr())
-
-
-@visitor
-class _ConstantUses(PyExprVisitor):
-    """Counts how often the storage of each constant is read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[int] = Counter()
-
-    def visit_generic_const_(self, op: tvm.ir.GenericConst) -> None:
-        if isinstance(op.ty, relax.TensorType):
-            self.count[_storage(op)] += 1
 
 
 @mutator
