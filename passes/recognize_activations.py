@@ -4,7 +4,9 @@
     gelu_tanh(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))           (the same, section 2)
     silu(x)      = x sigmoid(x)
     sigmoid(x)   = 1 / (1 + exp(-x))
+    hard_sigmoid(x) = min(max(x/6 + 1/2, 0), 1)                       (Howard et al., MobileNetV3, arXiv 1905.02244)
 
+Relax has no operator for the last one; that form stands for it, which divides nothing, and x times it is hard_swish(x).
 The constants count as these if they are within the rounding of their dtype. `simplify-algebra` goes before: it turns
 powers into products.
 """
@@ -25,6 +27,8 @@ from passes.rule_pass import RepeatedPass
 from passes.tensor_types import dtype_of, is_float, same_type
 
 _ROOT_HALF, _ROOT_TWO, _ROOT_TWO_OVER_PI = math.sqrt(0.5), math.sqrt(2.0), math.sqrt(2 / math.pi)
+
+_HARD_SIGMOID = f"minimum(maximum(x * {1 / 6} + 0.5, 0), 1)"
 
 
 def _halved(curve: str) -> tuple[str, ...]:
@@ -54,6 +58,15 @@ def _written_out() -> Iterator[tuple[str, str]]:
     yield "1 / (exp(negative(x)) + 1)", "sigmoid(x)"
     yield "x / (exp(negative(x)) + 1)", "silu(x)"
 
+    for clipped in (
+        "minimum(maximum(x + 3, 0), 6)",
+        "maximum(minimum(x + 3, 6), 0)",
+        "minimum(relu(x + 3), 6)",
+    ):
+        for sixth in ("{} / 6", f"{{}} * {1 / 6}"):
+            yield sixth.format(clipped), _HARD_SIGMOID
+            yield sixth.format(f"(x * {clipped})"), f"x * {_HARD_SIGMOID}"
+
 
 _FUNCTIONS = tuple((Pattern(pattern, exact=False), Pattern(function)) for pattern, function in _written_out())
 
@@ -69,7 +82,7 @@ class WrittenOutActivation:
 
 @dataclass(frozen=True)
 class RecognizeActivations(RepeatedPass[WrittenOutActivation]):
-    """Put GELU, its tanh approximation, SiLU and sigmoid in the place of their formulas."""
+    """Put GELU, its tanh approximation, SiLU, sigmoid, and the hard sigmoid in the place of their formulas."""
 
     name: ClassVar[str] = "recognize-activations"
 

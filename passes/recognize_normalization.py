@@ -91,8 +91,15 @@ class RecognizeNormalization(RepeatedPass[WrittenOutNormalization]):
 
 
 def _is_instance(match: WrittenOutNormalization) -> bool:
-    """Whether all axes but those of batch and channel are normalized, and there are at least two."""
-    return match.centered and match.data.ty.ndim >= 4 and _axes(match)[0] == 2
+    """Whether all axes but those of batch and channel are normalized, and there are at least two.
+
+    Or one, where a scale along it would be unknown or too large: groups of channels and positions as one axis.
+    """
+    rank, axes = match.data.ty.ndim, _axes(match)
+    if not match.centered or axes[0] != 2 or rank < 3:
+        return False
+    last = _static(known_shape(match.data)[-1])
+    return rank >= 4 or last is None or last > MOST_NORMALIZED
 
 
 def _axes(match: WrittenOutNormalization) -> list[int]:

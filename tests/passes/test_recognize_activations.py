@@ -72,9 +72,43 @@ def test_other_activations(before, after) -> None:
     assert_rewritten(RecognizeActivations(), before, after, ("n", 8))
 
 
+def _hard_sigmoid(x: relax.Expr) -> relax.Expr:
+    return op.minimum(op.maximum(op.add(op.multiply(x, _c(1 / 6)), _c(0.5)), _c(0.0)), _c(1.0))
+
+
+_RELU6 = {
+    "clip": lambda x: op.minimum(op.maximum(x, _c(0.0)), _c(6.0)),
+    "clip from above": lambda x: op.maximum(op.minimum(x, _c(6.0)), _c(0.0)),
+    "relu and minimum": lambda x: op.minimum(op.nn.relu(x), _c(6.0)),
+}
+_SIXTH = {"divided": lambda x: op.divide(x, _c(6.0)), "multiplied": lambda x: op.multiply(_c(1 / 6), x)}
+
+
+@pytest.mark.parametrize("relu6", _RELU6.values(), ids=_RELU6)
+@pytest.mark.parametrize("sixth", _SIXTH.values(), ids=_SIXTH)
+def test_hard_sigmoid_and_hard_swish(relu6, sixth) -> None:
+    def gate(x: relax.Expr) -> relax.Expr:
+        return relu6(op.add(x, _c(3.0)))
+
+    swish = lambda x: op.multiply(x, _hard_sigmoid(x))  # noqa: E731
+    assert_rewritten(RecognizeActivations(), lambda x: sixth(gate(x)), _hard_sigmoid, ("n", 8))
+    assert_rewritten(RecognizeActivations(), lambda x: op.multiply(x, sixth(gate(x))), swish, ("n", 8))
+    assert_rewritten(RecognizeActivations(), lambda x: sixth(op.multiply(gate(x), x)), swish, ("n", 8))
+
+
+def test_the_hard_sigmoid_keeps_its_values_at_its_corners() -> None:
+    x = np.array([-4, -3, -2.999, -1, -0.0, 0, 1, 2.999, 3, 4, np.inf, -np.inf], "float32")
+    body = lambda x: op.divide(_RELU6["clip"](op.add(x, _c(3.0))), _c(6.0))  # noqa: E731
+    rewritten = RecognizeActivations().run(graph(body, (12,))).module
+    np.testing.assert_allclose(run(rewritten, x), np.clip(x / 6 + 0.5, 0, 1), atol=1e-7)
+
+
 @pytest.mark.parametrize(
     "body",
     [
+        lambda x: op.divide(op.minimum(op.maximum(op.add(x, _c(3.0)), _c(0.0)), _c(6.0)), _c(5.0)),
+        lambda x: op.divide(op.minimum(op.maximum(op.add(x, _c(2.0)), _c(0.0)), _c(6.0)), _c(6.0)),
+        lambda x: op.divide(op.multiply(op.exp(x), _RELU6["clip"](op.add(x, _c(3.0)))), _c(6.0)),
         lambda x: op.multiply(op.multiply(x, _c(0.5)), op.add(op.erf(op.multiply(x, _c(0.7))), _c(1.0))),
         lambda x: op.multiply(x, op.sigmoid(op.multiply(x, _c(1.702)))),
         lambda x: op.multiply(op.exp(x), op.sigmoid(x)),

@@ -68,6 +68,16 @@ _STORED = float(np.float32(_EPSILON))
             lambda x: op.nn.instance_norm(x, _ones(3), _zeros(3), 1, [2, 3], _STORED),
             ("n", 3, "h", "w"),
         ),
+        (
+            lambda x: _centered(x, [2]),
+            lambda x: op.nn.instance_norm(x, _ones(3), _zeros(3), 1, [2], _STORED),
+            ("n", 3, "m"),
+        ),
+        (
+            lambda x: _centered(x, [2]),
+            lambda x: op.nn.instance_norm(x, _ones(3), _zeros(3), 1, [2], _STORED),
+            ("n", 3, (1 << 16) + 1),
+        ),
     ],
 )
 def test_formulas_become_operators(before, after, shape) -> None:
