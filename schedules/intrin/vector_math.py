@@ -3,7 +3,8 @@
 LLVM turns a vector exp, log, tanh or erf into one call of the C library for each lane. Here each is a polynomial with
 an exact argument reduction, written as a TIR expression. All compute in fp32 (fp16 is widened around them),
 propagate NaN, and give the limits at infinities. Largest errors against float64 over all of fp32's range, as the tests
-measure them: exp 2, log 2, tanh 3, erf 3, sigmoid 3 units in the last place; sigmoid below exp(-88) becomes 0.
+measure them: exp 0.9, log 0.9, tanh 2.5, erf 2.9, sigmoid 2 units in the last place; sigmoid below exp(-88) becomes 0.
+None takes a branch: an exponential less 1 that is exact around 0, too, serves tanh and erf over their whole range.
 
 The coefficients are weighted least-maximum fits (Lawson's algorithm on Chebyshev nodes) made for this file over the
 intervals given with them.
@@ -26,7 +27,6 @@ LN2_HIGH = 0.693359375
 LN2_LOW = -2.12194440e-4
 # Adding this rounds |x| < 2**22 to an integer, which then stands in the low bits of the sum.
 ROUNDING_SHIFT = 12582912.0
-ROUNDING_SHIFT_BITS = 0x4B400000
 MANTISSA_BITS = 23
 EXPONENT_BIAS = 127
 # The logarithm of the smallest normal number, rounded up.
@@ -34,6 +34,10 @@ SMALLEST_EXPONENT = -87.33654
 
 # (exp(r) - 1 - r) / r**2 on |r| <= ln(2) / 2
 EXP = (4.999999343e-01, 1.666652040e-01, 4.166839083e-02, 8.368745320e-03, 1.381453790e-03)
+# (exp(r) - 1) / r on |r| <= ln(2) / 2, to 0.8 units in the last place of exp(r)
+EXP_SHORT = (9.999997063e-01, 4.999914783e-01, 1.666763816e-01, 4.189816062e-02, 8.290270044e-03)
+# (exp(r) - 1 - r) / r**2 on |r| <= ln(2) / 2, to 0.2 units in the last place of exp(r) - 1
+EXPM1 = (4.999999814e-01, 1.666654318e-01, 4.166720182e-02, 8.366580475e-03, 1.388250758e-03)
 # (log(1 + f) - f + f**2 / 2) / f**3 on sqrt(1/2) - 1 <= f <= sqrt(2) - 1
 LOG = (
     3.333333171e-01,
@@ -45,29 +49,20 @@ LOG = (
     1.276155034e-01,
     -7.634429836e-02,
 )
-# (tanh(x) - x) / x**3 in powers of x**2 on |x| <= 0.65
-TANH_SPLIT = 0.65
-TANH = (-3.333326288e-01, 1.333089971e-01, -5.369296452e-02, 2.048330652e-02, -5.528624594e-03)
-# erf(x) / x in powers of x**2 on |x| <= 0.95
-ERF_SPLIT = 0.94
-ERF_SMALL = (
-    1.128379166e00,
-    -3.761263161e-01,
-    1.128366400e-01,
-    -2.685770507e-02,
-    5.196952022e-03,
-    -8.097702736e-04,
-    8.185090805e-05,
-)
-# -log(1 - erf(x)) on 0.93 <= x <= 4, beyond which erf rounds to 1
-ERF_LARGE = (
-    2.113040178e-04,
-    1.127611247e00,
-    6.372903511e-01,
-    1.038369719e-01,
-    -2.218141948e-02,
-    3.031828774e-03,
-    -1.947786491e-04,
+# Beyond this tanh rounds to 1.
+TANH_LIMIT = 10.0
+# -log(1 - erf(x)) / x on 0 <= x <= 3.95, beyond which erf rounds to 1
+ERF_LIMIT = 3.95
+ERF = (
+    1.128379172e00,
+    6.366193820e-01,
+    1.027778304e-01,
+    -1.915306326e-02,
+    -1.603973646e-04,
+    1.667028857e-03,
+    -6.328376690e-04,
+    1.176415130e-04,
+    -9.256293674e-06,
 )
 
 Function = Callable[[Expr], Expr]
@@ -100,35 +95,35 @@ def _clamp(x: Expr, low: float, high: float) -> Expr:
     return tirx.min(_f32(high), tirx.max(_f32(low), x))
 
 
-def _power_of_two(n: Expr) -> Expr:
-    return tirx.reinterpret("float32", (n + _i32(EXPONENT_BIAS)) << _i32(MANTISSA_BITS))
+def _power_of_two(biased: Expr) -> Expr:
+    """Return 2**(n - 127) of the integer n below 2**9 in the low bits of `biased`; the others drop out."""
+    return tirx.reinterpret("float32", biased << _i32(MANTISSA_BITS))
+
+
+def _bits(x: Expr) -> Expr:
+    return tirx.reinterpret("int32", x)
 
 
 def exp(x: Expr) -> Expr:
     """Return the exponential of an fp32 expression: x = n ln 2 + r, a polynomial in r, times 2**n in two steps."""
+    shift = ROUNDING_SHIFT + 2 * EXPONENT_BIAS  # both steps are biased, so their sum is twice
 
-    def scaled(x: Expr) -> Expr:
-        shifted = x * _f32(LOG2_E) + _f32(ROUNDING_SHIFT)
-        return _let("shifted", shifted, lambda shifted: _exp_reduced(x, shifted))
+    def reduced(x: Expr, shifted: Expr) -> Expr:
+        n = shifted - _f32(shift)
+        return _let("n", n, lambda n: (x - n * _f32(LN2_HIGH)) - n * _f32(LN2_LOW))
 
-    return _let("clamped", _clamp(x, -104.0, 89.0), scaled)
+    def scaled(r: Expr, bits: Expr) -> Expr:
+        half = bits >> _i32(1)
+        value = (_polynomial(r, EXP) * r + _f32(1.0)) * r + _f32(1.0)
+        return _let("half", half, lambda half: value * _power_of_two(half) * _power_of_two(bits - half))
 
+    def value(x: Expr, shifted: Expr) -> Expr:
+        return _let("r", reduced(x, shifted), lambda r: _let("bits", _bits(shifted), lambda bits: scaled(r, bits)))
 
-def _exp_reduced(x: Expr, shifted: Expr) -> Expr:
-    def remainder(n: Expr) -> Expr:
-        return (x - n * _f32(LN2_HIGH)) - n * _f32(LN2_LOW)
+    def of_clamped(x: Expr) -> Expr:
+        return _let("shifted", x * _f32(LOG2_E) + _f32(shift), lambda shifted: value(x, shifted))
 
-    def value(r: Expr) -> Expr:
-        return _polynomial(r, EXP) * r * r + r + _f32(1.0)
-
-    def scale(exponent: Expr) -> Expr:
-        half = exponent >> _i32(1)
-        rest = exponent - half
-        r = remainder(shifted - _f32(ROUNDING_SHIFT))
-        return _let("r", r, lambda r: value(r) * _power_of_two(half) * _power_of_two(rest))
-
-    bits = tirx.reinterpret("int32", shifted) - _i32(ROUNDING_SHIFT_BITS)
-    return _let("exponent", bits, scale)
+    return _let("clamped", _clamp(x, -104.0, 89.0), of_clamped)
 
 
 def exp_of_nonpositive(x: Expr) -> Expr:
@@ -138,22 +133,31 @@ def exp_of_nonpositive(x: Expr) -> Expr:
     2 units in the last place near 0, grows by 2e-9 for each factor of 2 that the result is below 1.
     """
 
-    def scaled(x: Expr) -> Expr:
-        limited = tirx.max(_f32(SMALLEST_EXPONENT), x)
-        result = _let("limited", limited, shifted_by)
+    def value(x: Expr) -> Expr:
+        result = _reduced(x, lambda r, power: (_polynomial(r, EXP_SHORT) * r + _f32(1.0)) * power)
         return tirx.Select(x < _f32(SMALLEST_EXPONENT), _f32(0.0), result)
 
-    def shifted_by(x: Expr) -> Expr:
-        shifted = x * _f32(LOG2_E) + _f32(ROUNDING_SHIFT + EXPONENT_BIAS)
-        return _let("shifted", shifted, lambda shifted: reduced(x, shifted))
+    return _let("x", x, value)
 
-    def reduced(x: Expr, shifted: Expr) -> Expr:
-        # The low bits of the shifted sum are the biased exponent of the power of two.
-        power = tirx.reinterpret("float32", tirx.reinterpret("int32", shifted) << _i32(MANTISSA_BITS))
-        r = x - (shifted - _f32(ROUNDING_SHIFT + EXPONENT_BIAS)) * _f32(LN2)
-        return _let("r", r, lambda r: ((_polynomial(r, EXP) * r + _f32(1.0)) * r + _f32(1.0)) * power)
 
-    return _let("x", x, scaled)
+def _reduced(x: Expr, body: Callable[[Expr, Expr], Expr]) -> Expr:
+    """Return `body` of r and 2**n, where x = n ln 2 + r with |r| <= ln(2) / 2 and 2**n is a normal number."""
+    shift = ROUNDING_SHIFT + EXPONENT_BIAS
+
+    def parts(shifted: Expr) -> Expr:
+        r = x - (shifted - _f32(shift)) * _f32(LN2)
+        return _let("r", r, lambda r: _let("power", _power_of_two(_bits(shifted)), lambda power: body(r, power)))
+
+    return _let("shifted", x * _f32(LOG2_E) + _f32(shift), parts)
+
+
+def _expm1(x: Expr) -> Expr:
+    """Return exp(x) - 1 of an fp32 variable with |x| < 30, exact to a unit in the last place around 0, too."""
+
+    def value(r: Expr, power: Expr) -> Expr:
+        return ((_polynomial(r, EXPM1) * r) * r + r) * power + (power - _f32(1.0))
+
+    return _reduced(x, value)
 
 
 def log(x: Expr) -> Expr:
@@ -182,7 +186,7 @@ def _log_normal(x: Expr, correction: Expr) -> Expr:
         tail = _polynomial(f, LOG) * f * f * f + e * _f32(LN2_LOW)
         return ((tail - f * f * _f32(0.5)) + f) + e * _f32(LN2_HIGH)
 
-    return _let("bits", tirx.reinterpret("int32", x), parts)
+    return _let("bits", _bits(x), parts)
 
 
 def _special_log(x: Expr, value: Expr) -> Expr:
@@ -194,39 +198,29 @@ def _special_log(x: Expr, value: Expr) -> Expr:
 
 
 def _absolute(x: Expr) -> Expr:
-    return tirx.reinterpret("float32", tirx.reinterpret("int32", x) & _i32(0x7FFFFFFF))
+    return tirx.reinterpret("float32", _bits(x) & _i32(0x7FFFFFFF))
 
 
 def _with_sign_of(magnitude: Expr, x: Expr) -> Expr:
-    sign = tirx.reinterpret("int32", x) & _i32(-0x80000000)
-    return tirx.reinterpret("float32", tirx.reinterpret("int32", magnitude) | sign)
+    sign = _bits(x) & _i32(-0x80000000)
+    return tirx.reinterpret("float32", (_bits(magnitude) & _i32(0x7FFFFFFF)) | sign)
 
 
 def tanh(x: Expr) -> Expr:
-    """Return the hyperbolic tangent of an fp32 expression: a polynomial near 0, 1 - 2 / (exp(2 |x|) + 1) elsewhere."""
+    """Return the hyperbolic tangent of an fp32 expression: with e = exp(2 x) - 1, e / (e + 2)."""
 
     def value(x: Expr) -> Expr:
-        small = _let("square", x * x, lambda u: _polynomial(u, TANH) * u * x + x)
-        return _let("magnitude", _absolute(x), lambda a: tirx.Select(a < _f32(TANH_SPLIT), small, large(x, a)))
+        return _let("e", _expm1(x), lambda e: e / (e + _f32(2.0)))
 
-    def large(x: Expr, a: Expr) -> Expr:
-        # Beyond 10, tanh rounds to 1 and the square of the exponential would overflow in vain.
-        magnitude = _f32(1.0) - _f32(2.0) / (exp(tirx.min(_f32(10.0), a) * _f32(2.0)) + _f32(1.0))
-        return _with_sign_of(magnitude, x)
-
-    return _let("x", x, value)
+    return _let("twice", _clamp(x, -TANH_LIMIT, TANH_LIMIT) * _f32(2.0), value)
 
 
 def erf(x: Expr) -> Expr:
-    """Return the error function of an fp32 expression: a polynomial near 0, 1 - exp(-polynomial(|x|)) elsewhere."""
+    """Return the error function of an fp32 expression: 1 - exp(-p(|x|)) with a polynomial p without constant term."""
 
     def value(x: Expr) -> Expr:
-        small = _let("square", x * x, lambda u: _polynomial(u, ERF_SMALL) * x)
-        return _let("magnitude", _absolute(x), lambda a: tirx.Select(a < _f32(ERF_SPLIT), small, large(x, a)))
-
-    def large(x: Expr, a: Expr) -> Expr:
-        exponent = _let("limited", tirx.min(_f32(4.0), a), lambda a: _f32(0.0) - _polynomial(a, ERF_LARGE))
-        return _with_sign_of(_f32(1.0) - exp(exponent), x)
+        exponent = _let("a", tirx.min(_f32(ERF_LIMIT), _absolute(x)), lambda a: _f32(0.0) - a * _polynomial(a, ERF))
+        return _with_sign_of(_let("exponent", exponent, _expm1), x)
 
     return _let("x", x, value)
 
