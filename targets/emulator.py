@@ -111,6 +111,23 @@ class Emulator:
         captured. Raises ToolchainError when the emulator is not installed, the target is not one that it
         emulates, or `timeout` seconds pass.
         """
+        command, environment = self.program(arguments, target, env=env, python_path=python_path)
+        try:
+            return subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ToolchainError(f"the emulated program took over {timeout:.0f} s; allow it more") from error
+
+    def program(
+        self,
+        arguments: Sequence[str],
+        target: Target,
+        *,
+        env: Mapping[str, str] | None = None,
+        python_path: Sequence[Path] = (),
+    ) -> tuple[list[str], dict[str, str]]:
+        """Return the command that `run` would run, and its environment; raises ToolchainError where it would."""
         reason = self.available()
         if reason is not None:
             raise ToolchainError(reason)
@@ -118,6 +135,7 @@ class Emulator:
             raise ToolchainError(f"target '{target.name}' is not emulated; run its package on such a machine")
         # Variables that would lead the emulated loader or Python to this machine's own libraries.
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("LD_", "PYTHON"))}
+        machine = self._machine
         environment = {
             **inherited,
             # Else numpy starts threads that nothing uses, which is a third of what importing it takes here.
@@ -125,18 +143,11 @@ class Emulator:
             **(env or {}),
             "QEMU_CPU": target.emulated_cpu,
             "TVM_USE_RUNTIME_LIB": "1",
-            "PYTHONPATH": os.pathsep.join(str(path) for path in (*python_path, self._machine / _SITE)),
+            "PYTHONPATH": os.pathsep.join(str(path) for path in (*python_path, machine / _SITE)),
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONNOUSERSITE": "1",
         }
-        machine = self._machine
-        command = [str(machine / _QEMU), "-L", str(machine / _SYSTEM), str(machine / _PYTHON), *arguments]
-        try:
-            return subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ToolchainError(f"the emulated program took over {timeout:.0f} s; allow it more") from error
+        return [str(machine / _QEMU), "-L", str(machine / _SYSTEM), str(machine / _PYTHON), *arguments], environment
 
     @property
     def _machine(self) -> Path:

@@ -21,6 +21,7 @@ _COMMANDS = (
     "bisect",
     "tune",
     "logs",
+    "fleet",
     "targets",
     "doctor",
 )
@@ -54,6 +55,7 @@ _SUMMARIES = {
     "bisect": "Find the first pass that breaks a model's numbers.",
     "tune": "Choose the parameters of a model's kernels by measurement, into a log.",
     "logs": "List, show, merge, prune, export, import and check tuning logs.",
+    "fleet": "Lend devices to those who tune, and see which there are.",
     "targets": "List the hardware targets, and which of them this machine can execute.",
     "doctor": "Check tool chains, CPU, threads, memory bandwidth and GPU; each problem names its fix.",
 }

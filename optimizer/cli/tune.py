@@ -20,10 +20,18 @@ _DEFAULT_TRIALS = 256
 @click.option("--target", "-t", default="host", show_default=True, help="Hardware target; see `optimizer targets`.")
 @click.option("--trials", type=click.IntRange(1), help=f"Measurements over all kernels; {_DEFAULT_TRIALS} by default.")
 @click.option("--minutes", type=click.FloatRange(min=0.01), help="Time to search, instead of trials or beside them.")
+@click.option(
+    "--device",
+    default="host",
+    show_default=True,
+    help="What measures: host, emulator (checks candidates, logs nothing), or rpc:KEY@HOST:PORT of a fleet's tracker.",
+)
 @click.option("--log", type=click.Path(path_type=Path), help="Folder of tuning logs; by default the project's own.")
 @click.option("--shape", "shapes", multiple=True, metavar="NAME=DIMS", help="Shape of an input, such as x=1,3,224,224.")
 @click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Symbolic dimension to measure at.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads; by default one per physical core.")
+@click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads; by default one per physical core of what measures."
+)
 @click.option("--passes", help="Graph passes, as for `optimizer compile`.")
 @click.option("--precision", type=click.Choice(["model", "fp32", "fp16", "bf16"]), default="model", show_default=True)
 @click.option("--weights", type=click.Choice(["model", "int8", "int4"]), default="model", show_default=True)
@@ -33,6 +41,7 @@ def command(
     target: str,
     trials: int | None,
     minutes: float | None,
+    device: str,
     log: Path | None,
     shapes: tuple[str, ...],
     dims: tuple[str, ...],
@@ -42,7 +51,7 @@ def command(
     weights: str,
     as_json: bool,
 ) -> None:
-    """Choose the parameters of MODEL's kernels by measuring them on this machine, and keep the decisions in a log.
+    """Choose the parameters of MODEL's kernels by measuring them, and keep the decisions in a log.
 
     Interrupt it at any time: what was measured is in the log, and the same command goes on from there. `optimizer
     compile` reuses the decisions.
@@ -65,7 +74,7 @@ def command(
     if trials is None and minutes is None:
         trials = _DEFAULT_TRIALS
     budget = Budget(trials, None if minutes is None else 60 * minutes)
-    tuning = TuneOptions(log or SHIPPED, budget, parse_symbols(dims), threads)
+    tuning = TuneOptions(log or SHIPPED, budget, parse_symbols(dims), threads, device)
     run_and_show(model, options, tuning, as_json=as_json)
 
 

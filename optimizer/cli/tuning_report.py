@@ -16,7 +16,7 @@ from rich.text import Text
 from optimizer.cli.console import StageProgress, print_facts, print_json, print_table, seconds_text
 from optimizer.compile import CompileOptions
 from optimizer.tuning.session import Progress
-from optimizer.tuning.tune import TuneOptions, tune_model
+from optimizer.tuning.tune import Tuned, TuneOptions, tune_model
 
 _COLUMNS = ("task", "calls", "default", "best", "speed-up", "trials", "failed")
 # Lines of the live table, the heaviest tasks first.
@@ -78,7 +78,7 @@ class _LiveTable:
         return min(lefts, default=None)
 
 
-def run(model: Path, options: CompileOptions, tuning: TuneOptions, *, quiet: bool) -> tuple[Progress, ...]:
+def run(model: Path, options: CompileOptions, tuning: TuneOptions, *, quiet: bool) -> Tuned:
     """Tune a model, showing how far it is."""
     with StageProgress(quiet=quiet) as stages, _LiveTable(tuning, quiet=quiet) as table:
         return tune_model(model, options, tuning, stages, table.update)
@@ -87,24 +87,39 @@ def run(model: Path, options: CompileOptions, tuning: TuneOptions, *, quiet: boo
 def run_and_show(model: Path, options: CompileOptions, tuning: TuneOptions, *, as_json: bool) -> None:
     """Tune a model and print what came of each task."""
     begin = time.monotonic()
-    progress = run(model, options, tuning, quiet=as_json)
-    seconds = time.monotonic() - begin
+    tuned = run(model, options, tuning, quiet=as_json)
+    progress, seconds = tuned.progress, time.monotonic() - begin
     before, after = _step_seconds(progress)
-    folder = tuning.log / options.target.name
+    folder = None if tuned.machine.emulated else str(tuning.log / options.target.name)
     trials = sum(task.trials for task in progress)
     if as_json:
         tasks = [_document(task) for task in progress]
         totals = {"default_seconds": before, "tuned_seconds": after, "seconds": seconds, "trials": trials}
-        print_json({"model": str(model), "log": str(folder), **totals, "tasks": tasks})
+        print_json({"model": str(model), "log": folder, **totals, **_measured_on(tuned), "tasks": tasks})
         return
     print_table(f"{model} for {options.target.name}", _COLUMNS, _rows(progress))
+    failed = sum(sum(task.failures.values()) for task in progress)
     facts = [
         ("kernels", f"{seconds_text(before)} -> {seconds_text(after)} a step, at the sizes that were measured"),
-        ("trials", f"{trials} in the log, {sum(sum(task.failures.values()) for task in progress)} failed"),
+        ("measured on", f"{tuned.devices} x {tuned.machine.cpu}" if tuning.device != "host" else tuned.machine.cpu),
+        *(("given up", reason) for reason in tuned.refused),
+        (
+            "trials",
+            f"{trials} {'checked' if folder is None else 'in the log'}, {failed} failed",
+        ),
         ("time", seconds_text(seconds)),
-        ("log", str(folder)),
+        ("log", folder or "nothing: the device is emulated, its times count for nothing"),
     ]
     print_facts("", facts)
+
+
+def _measured_on(tuned: Tuned) -> dict[str, object]:
+    return {
+        "cpu": tuned.machine.cpu,
+        "emulated": tuned.machine.emulated,
+        "devices": tuned.devices,
+        "given_up": list(tuned.refused),
+    }
 
 
 def _step_seconds(progress: Sequence[Progress]) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import platform
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def aarch64_features(hwcap: int, hwcap2: int) -> frozenset[str]:
     """Return the feature names for the two capability words of the AArch64 auxiliary vector."""
     words = ((hwcap, _AARCH64_HWCAP), (hwcap2, _AARCH64_HWCAP2))
     return frozenset(name for word, names in words for bit, name in enumerate(names.split()) if word >> bit & 1)
+
+
+@functools.cache
+def cpu_model() -> str:
+    """Return the CPU's model name as Linux gives it, "unknown" where it gives none."""
+    found = re.search(r"^(?:model name|Hardware|CPU part)\s*:\s*(.+)$", _text(_ROOT / "proc/cpuinfo"), re.MULTILINE)
+    return found.group(1).strip() if found else "unknown"
 
 
 def glibc_version() -> str:

@@ -1,11 +1,13 @@
 """The process that builds and runs candidates, so that one that crashes or hangs takes nothing else with it.
 
-It holds the built candidates of one task in memory and is told over a pipe what to build and what to time.
+It holds the built candidates of one task and is told over a pipe what to build and what to time. They run in the
+process itself, or on a device that it has leased.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -13,12 +15,11 @@ import numpy as np
 import tvm
 from tvm import tirx
 
-from optimizer import code_generation
 from optimizer.package.dtypes import numpy_dtype
-from optimizer.runtime.tensors import Tensor, to_numpy
-from optimizer.runtime.threads import use_threads
+from optimizer.runtime.device_server import Description
+from optimizer.tuning import machines
+from optimizer.tuning.machines import Address, Health, LostError, Machine, RemoteMachine, ThisMachine
 from optimizer.tuning.tasks import Argument
-from schedules import schedule_function
 from schedules.family import Parameters
 from targets.base import Target
 
@@ -28,6 +29,19 @@ ROUND_SECONDS = 0.01
 WRONG = 1e-2
 # A candidate that is this many times slower than the default in its first call is not timed again.
 HOPELESS = 4
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Lease a device at `address`, or take this process where that is None."""
+
+    address: Address | None
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class CheckHealth:
+    """Run the reference kernel."""
 
 
 @dataclass(frozen=True)
@@ -54,36 +68,35 @@ class Time:
     rounds: int
 
 
-Command = SetTask | Build | Time
+Command = Lease | CheckHealth | SetTask | Build | Time
+Answer = None | int | list[list[float]] | Description | Health
 
 
 class CandidateError(Exception):
     """A candidate cannot be used; the message says why."""
 
 
-def serve(connection: Connection, target: Target, threads: int) -> None:
-    """Answer commands until the other side closes: ("ok", result) or ("failed", reason)."""
-    use_threads(threads)
-    bench: _TaskBench | None = None
+def serve(connection: Connection, target: Target) -> None:
+    """Answer commands until the other side closes: ("ok", result), ("failed", reason), ("lost", reason).
+
+    "lost" is the last answer: there is no device, or it does not answer any more.
+    """
+    bench = _Bench(target)
     while True:
         try:
             command: Command = connection.recv()
         except EOFError:
             return
         try:
-            match command:
-                case SetTask():
-                    bench, result = _TaskBench(command, target), None
-                case Build():
-                    assert bench is not None
-                    result = bench.build(command.parameters)
-                case Time():
-                    assert bench is not None
-                    result = bench.time(command.candidates, command.rounds)
+            answer = "ok", bench.do(command)
+        except LostError as error:
+            answer = "lost", str(error)
         except Exception as error:  # whatever a schedule, LLVM or a kernel throws is one candidate's failure
-            connection.send(("failed", _first_line(error)))
-        else:
-            connection.send(("ok", result))
+            answer = ("failed" if bench.answers() else "lost"), _first_line(error)
+        connection.send(answer)
+        if answer[0] == "lost":
+            connection.close()
+            os._exit(1)  # what is left of a broken session ends the process in other ways
 
 
 def _first_line(error: Exception) -> str:
@@ -91,33 +104,69 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
 
 
+class _Bench:
+    """A machine, and the task that it was given last."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._machine: Machine | None = None
+        self._task: _TaskBench | None = None
+
+    def do(self, command: Command) -> Answer:
+        """Carry out one command."""
+        if isinstance(command, Lease):
+            return self._lease(command)
+        assert self._machine is not None
+        match command:
+            case CheckHealth():
+                return machines.reference_health(self._machine, self._target)
+            case SetTask():
+                self._task = _TaskBench(command, self._target, self._machine)
+                return None
+            case Build():
+                assert self._task is not None
+                return self._task.build(command.parameters)
+            case Time():
+                assert self._task is not None
+                return self._task.time(command.candidates, command.rounds)
+
+    def _lease(self, command: Lease) -> Description:
+        if command.address is None:
+            assert command.threads is not None
+            self._machine = ThisMachine(command.threads)
+            return Description.of_this_machine()
+        remote = RemoteMachine(command.address, self._target, command.threads)
+        self._machine = remote
+        return remote.description
+
+    def answers(self) -> bool:
+        """Return whether the machine is still there."""
+        return self._machine is None or self._machine.answers()
+
+
 class _TaskBench:
     """The candidates of one task, with arguments to call them with."""
 
-    def __init__(self, task: SetTask, target: Target) -> None:
+    def __init__(self, task: SetTask, target: Target, machine: Machine) -> None:
         self._function: tirx.PrimFunc = tvm.ir.load_json(task.function)
         self._target = target
+        self._machine = machine
         generator = np.random.default_rng(0)
-        self._arguments = [_argument(argument, generator) for argument in task.arguments]
+        self._arguments = [_argument(argument, generator, machine.cpu) for argument in task.arguments]
         self._results = [tensor for tensor in self._arguments[-task.outputs :] if not isinstance(tensor, int)]
         self._built: list[tvm.runtime.Module] = []
         self._expected: list[np.ndarray] = []
 
     def build(self, parameters: Parameters) -> int:
         """Return the number of the candidate."""
-        scheduled, _ = schedule_function(self._function, self._target, parameters)
-        module = tvm.IRModule({"main": scheduled.with_attr("global_symbol", "main")})
-        with code_generation.options(self._target):
-            built = tvm.compile(
-                module, self._target.tvm_target(), tir_pipeline=code_generation.pipeline(self._target)
-            ).jit()
+        built = self._machine.load(machines.build(self._function, self._target, parameters))
         self._check(built)
         self._built.append(built)
         return len(self._built) - 1
 
     def _check(self, built: tvm.runtime.Module) -> None:
         built["main"](*self._arguments)
-        results = [to_numpy(tensor, str(tensor.dtype)) for tensor in self._results]
+        results = [tensor.numpy() for tensor in self._results]
         if not self._built:
             self._expected = [result.copy() for result in results]
             return
@@ -141,11 +190,13 @@ class _TaskBench:
         return times
 
     def _evaluate(self, candidate: int, calls: int) -> float:
-        evaluator = self._built[candidate].time_evaluator("main", tvm.cpu(), number=calls, repeat=1)
+        evaluator = self._built[candidate].time_evaluator("main", self._machine.cpu, number=calls, repeat=1)
         return float(evaluator(*self._arguments).results[0])
 
 
-def _argument(argument: Argument, generator: np.random.Generator) -> Tensor | int:
+def _argument(
+    argument: Argument, generator: np.random.Generator, device: tvm.runtime.Device
+) -> tvm.runtime.Tensor | int:
     """Return random values: floats about 0, integers 0 or 1 (valid as an index), bytes of packed weights any."""
     if argument.scalar is not None:
         return argument.scalar
@@ -156,4 +207,4 @@ def _argument(argument: Argument, generator: np.random.Generator) -> Tensor | in
         values = generator.integers(0, 2, argument.shape).astype(dtype)
     else:
         values = (generator.standard_normal(argument.shape) * 0.25).astype(dtype)
-    return tvm.runtime.tensor(values)
+    return tvm.runtime.tensor(values, device)

@@ -1,26 +1,29 @@
-"""Processes that build candidates side by side and time them one after the other, replaced when they crash or hang."""
+"""What measures candidates: processes that build side by side, each running them itself or on a device of its own."""
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
-import tvm
 
-from optimizer.tuning.bench import Build, Command, SetTask, Time, serve
+from optimizer.errors import TuningError
+from optimizer.runtime.device_server import Description
+from optimizer.tuning.machines import Address, LostError
+from optimizer.tuning.process import BenchProcess, FailedError, Times
 from optimizer.tuning.tasks import Task
-from schedules.family import Parameters, defaults
+from schedules.family import Parameters
 from targets.base import Target
 
-BUILD_SECONDS = 120.0
-TIME_SECONDS = 60.0
-START_SECONDS = 180.0
+# A device whose reference kernel takes this many times as long as the fastest one's is another machine, or is busy.
+SLOW = 1.5
+
+_Result = TypeVar("_Result")
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -36,20 +39,19 @@ class Measurement:
     failure: str = ""
 
 
-class DiedError(Exception):
-    """A process crashed or did not answer in time; the message says which."""
-
-
-class FailedError(Exception):
-    """A process answered that a command failed; the message says why."""
-
-
 class BenchPool:
-    """`processes` processes for the candidates of one task at a time, run with `threads` threads each."""
+    """Measures the candidates of one task at a time with `threads` threads (None: as many as the device has cores).
 
-    def __init__(self, target: Target, threads: int, processes: int = 2) -> None:
-        self._processes = [_Process(target, threads) for _ in range(processes)]
-        self._task: Task | None = None
+    Without an `address` `processes` processes build, and one after the other runs what it built, since the kernels use
+    all cores. With one there are as many as devices, and each runs what it built whenever it is ready. A device that
+    is lost, wrong or slow returns its work to the others; `refused` says why each was given up.
+    """
+
+    def __init__(self, target: Target, threads: int | None, processes: int = 2, address: Address | None = None) -> None:
+        self._target = target
+        self._devices = address is not None
+        self._processes = [BenchProcess(target, threads, address) for _ in range(processes)]
+        self.refused: list[str] = []
 
     def __enter__(self) -> BenchPool:
         return self
@@ -64,153 +66,157 @@ class BenchPool:
         for process in self._processes:
             process.stop()
 
+    @property
+    def size(self) -> int:
+        """Return how many processes, or devices, there are left."""
+        return len(self._processes)
+
+    def open(self) -> Description:
+        """Lease all devices, keep those that compute right and as fast as the fastest, and return what they are.
+
+        Raises TuningError where none is left, or where they are of several kinds.
+        """
+        described = self._on_all(lambda process: process.lease())
+        kinds = sorted({(each.cpu, each.threads) for each in described})
+        if len(kinds) > 1:
+            raise TuningError(
+                f"the devices are of several kinds: {', '.join(f'{cpu} ({cores} cores)' for cpu, cores in kinds)}; "
+                "give each kind a key of its own, since their times cannot be compared"
+            )
+        lacking = sorted(set(self._target.features) - set(described[0].features))
+        if described[0].architecture != self._target.architecture or lacking:
+            what = f"lacks {', '.join(lacking)}" if lacking else f"is {described[0].architecture}"
+            raise TuningError(f"the device {what}: it cannot run code for {self._target.name}")
+        if self._devices:
+            self._check_health()
+        return described[0]
+
+    def _check_health(self) -> None:
+        # One after the other, in case several share a machine.
+        taken = [self._attempt(process.check_health, process) for process in list(self._processes)]
+        healthy = [health for health in taken if health is not None]
+        if healthy:
+            limit = SLOW * min(health.seconds for health in healthy)
+            for process in self._processes:
+                process.slowest = limit
+            for process in list(self._processes):
+                self._attempt(process.require_healthy, process)
+        self._require_any()
+
     def measure_defaults(self, tasks: Sequence[Task]) -> Iterator[Measurement]:
         """Yield a measurement of each task's default schedule, with the reason where there is none."""
-        count = len(self._processes)
-        for first in range(0, len(tasks), count):
-            chosen = list(zip(self._processes, tasks[first : first + count], strict=False))
-            with ThreadPoolExecutor(count) as executor:
-                failures = list(executor.map(lambda pair: pair[0].begin(pair[1]), chosen))
-            for (process, _), failure in zip(chosen, failures, strict=True):
-                yield Measurement(failure=failure) if failure else process.time([0], 1)[0]
+        done = 0
+        while done < len(tasks):
+            chosen = tasks[done : done + len(self._processes)]
+            for measured in self._measured_defaults(chosen):
+                if measured is None:  # its device was lost: it and those after it come again
+                    break
+                done += 1
+                yield measured
+
+    def _measured_defaults(self, tasks: Sequence[Task]) -> list[Measurement | None]:
+        pairs = list(zip(self._processes, tasks, strict=False))
+
+        def begin(pair: tuple[BenchProcess, Task]) -> str:
+            try:
+                pair[0].begin(pair[1])
+            except FailedError as error:
+                return str(error)
+            return ""
+
+        begun = self._together(begin, pairs)
+
+        def time(place: int) -> Measurement | None:
+            failure = begun[place]
+            if failure:
+                return Measurement(failure=failure)
+            times = None if failure is None else self._attempt(lambda: pairs[place][0].time([0], 1), pairs[place][0])
+            return None if times is None else _measurement(times[0])
+
+        return [time(place) for place in range(len(pairs))]
 
     def measure(self, task: Task, candidates: Sequence[Parameters], rounds: int) -> list[Measurement]:
         """Return a measurement of the default schedule, and after it of each candidate in the same rounds.
 
-        Raises FailedError where the default itself cannot be built or run.
+        Raises FailedError where the default itself cannot be built or run, TuningError where no device is left.
         """
-        count = len(self._processes)
-        # The default is measured in each process; where there are no candidates the first is enough.
-        working = self._processes[: max(1, min(count, len(candidates)))]
-        shares = [candidates[position::count] for position in range(len(working))]
-        with ThreadPoolExecutor(count) as executor:
-            built = list(executor.map(lambda process, share: process.build(task, share), working, shares))
-        results = [Measurement()] * (1 + len(candidates))
-        # The kernels use all cores: one process at a time runs them.
-        for position, (process, numbers) in enumerate(zip(working, built, strict=True)):
-            results[0], *results[1 + position :: count] = process.time([0, *numbers], rounds)
-        if results[0].failure:
-            raise FailedError(f"the default schedule: {results[0].failure}")
+        default: Measurement | None = None
+        results: dict[int, Measurement] = {}
+        while default is None or len(results) < len(candidates):
+            left = [position for position in range(len(candidates)) if position not in results]
+            # The default is measured in each process; where there are no candidates the first is enough.
+            working = self._processes[: max(1, len(left))]
+            shares = [left[number :: len(working)] for number in range(len(working))]
+            for share, measured in zip(shares, self._shares(task, working, candidates, shares, rounds), strict=True):
+                if measured is not None:
+                    default = default or measured[0]
+                    results.update(zip(share, measured[1:], strict=True))
+        if default.failure:
+            raise FailedError(f"the default schedule: {default.failure}")
+        return [default, *(results[position] for position in range(len(candidates)))]
+
+    def _shares(
+        self,
+        task: Task,
+        working: Sequence[BenchProcess],
+        candidates: Sequence[Parameters],
+        shares: Sequence[Sequence[int]],
+        rounds: int,
+    ) -> list[list[Measurement] | None]:
+        """Return the measurements of each process, the default's first; None where its device was lost."""
+
+        def build(pair: tuple[BenchProcess, Sequence[int]]) -> list[int | str]:
+            process, share = pair
+            process.begin(task)
+            return [process.build(candidates[position]) for position in share]
+
+        def time(pair: tuple[BenchProcess, list[int | str] | None]) -> list[Measurement] | None:
+            process, numbers = pair
+            if numbers is None:
+                return None
+            return list(map(_measurement, process.time([0, *numbers], rounds)))
+
+        built = self._together(build, list(zip(working, shares, strict=True)))
+        pairs = list(zip(working, built, strict=True))
+        if self._devices:
+            return self._together(time, pairs)
+        return [time(pair) for pair in pairs]
+
+    def _on_all(self, act: Callable[[BenchProcess], _Result]) -> list[_Result]:
+        """Return what each process answers, without those that are lost; raises TuningError if all are."""
+        answers = self._together(lambda pair: act(pair[0]), [(process, None) for process in self._processes])
+        self._require_any()
+        return [answer for answer in answers if answer is not None]
+
+    def _together(
+        self, act: Callable[[tuple[BenchProcess, _Item]], _Result], pairs: Sequence[tuple[BenchProcess, _Item]]
+    ) -> list[_Result | None]:
+        """Return the result for each pair at the same time, None where the process's device is lost."""
+        with ThreadPoolExecutor(max(1, len(pairs))) as executor:
+            results = list(executor.map(lambda pair: self._attempt(lambda: act(pair), pair[0]), pairs))
+        self._require_any()
         return results
 
-
-class _Process:
-    """One process, started when first needed and again after it died."""
-
-    def __init__(self, target: Target, threads: int) -> None:
-        self._target = target
-        self._threads = threads
-        self._context = multiprocessing.get_context("spawn")
-        self._process: BaseProcess | None = None
-        self._task: Task | None = None
-        self._built: list[Parameters] = []
-
-    def begin(self, task: Task) -> str:
-        """Build the default schedule of a task; return why that fails, or nothing."""
+    def _attempt(self, act: Callable[[], _Result], process: BenchProcess) -> _Result | None:
+        """Return what `act` returns; give up the process if its device is lost."""
         try:
-            self._begin(task)
-        except FailedError as error:
-            return str(error)
-        return ""
+            return act()
+        except LostError as error:
+            process.stop()
+            self._processes.remove(process)
+            self.refused.append(str(error))
+            return None
 
-    def build(self, task: Task, candidates: Sequence[Parameters]) -> list[int | str]:
-        """Return the number of each candidate, or why there is none; raises FailedError where the default fails."""
-        self._begin(task)
-        return [self._build(parameters) for parameters in candidates]
-
-    def _build(self, parameters: Parameters) -> int | str:
-        try:
-            self._ask(Build(parameters), BUILD_SECONDS)
-        except FailedError as error:
-            return str(error)
-        except DiedError as error:
-            self._recover()
-            return f"{error} while it was built or first run"
-        self._built.append(parameters)
-        return len(self._built) - 1
-
-    def time(self, numbers: Sequence[int | str], rounds: int) -> list[Measurement]:
-        """Return a measurement for each number, and the failure itself for what is none."""
-        good = [number for number in numbers if isinstance(number, int)]
-        try:
-            measured = dict(zip(good, self._time(good, rounds), strict=True))
-        except (DiedError, FailedError):
-            measured = {number: self._time_alone(number, rounds) for number in good}
-        return [Measurement(failure=number) if isinstance(number, str) else measured[number] for number in numbers]
-
-    def _time_alone(self, number: int, rounds: int) -> Measurement:
-        try:
-            self._recover()
-            return self._time([number], rounds)[0]
-        except (DiedError, FailedError) as error:
-            return Measurement(failure=f"{error} while it was timed")
-
-    def _time(self, numbers: Sequence[int], rounds: int) -> list[Measurement]:
-        with_default = [0, *(number for number in numbers if number)]
-        answer = self._ask(Time(tuple(with_default), rounds), TIME_SECONDS * len(with_default))
-        assert isinstance(answer, list)
-        return [_measurement(times, answer[0]) for times in answer[1 - (0 in numbers) :]]
-
-    def _begin(self, task: Task) -> None:
-        if self._task is task and self._process is not None:
-            return
-        self._task, self._built = task, []
-        try:
-            self._start_task()
-        except (DiedError, FailedError) as error:
-            self.stop()
-            raise FailedError(f"the default schedule: {error}") from error
-
-    def _recover(self) -> None:
-        """Start again and build again what had been built."""
-        self.stop()
-        built, self._built = self._built[1:], []
-        self._start_task()
-        for parameters in built:
-            self._ask(Build(parameters), BUILD_SECONDS)
-            self._built.append(parameters)
-
-    def _start_task(self) -> None:
-        assert self._task is not None
-        if self._process is None:
-            self._start()
-        task = self._task
-        self._ask(SetTask(tvm.ir.save_json(task.function), task.arguments, task.outputs), START_SECONDS)
-        default = defaults(task.space)
-        self._ask(Build(default), BUILD_SECONDS)
-        self._built.append(default)
-
-    def _start(self) -> None:
-        self._connection, theirs = self._context.Pipe()
-        process = self._context.Process(target=serve, args=(theirs, self._target, self._threads), daemon=True)
-        process.start()
-        self._process = process
-        theirs.close()
-
-    def _ask(self, command: Command, seconds: float) -> object:
-        try:
-            self._connection.send(command)
-            if not self._connection.poll(seconds):
-                raise DiedError(f"no answer within {seconds:.0f} s")
-            status, result = self._connection.recv()
-        except (EOFError, OSError) as error:
-            raise DiedError("the process crashed") from error
-        if status == "failed":
-            raise FailedError(str(result))
-        return result
-
-    def stop(self) -> None:
-        """End the process, whatever it is doing."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._connection.close()
-            self._process = None
+    def _require_any(self) -> None:
+        if not self._processes:
+            raise TuningError(f"no device is left: {'; '.join(dict.fromkeys(self.refused))}")
 
 
-def _measurement(times: Sequence[float], default: Sequence[float]) -> Measurement:
-    low, median, high = np.percentile(times, (10, 50, 90))
-    if len(times) < len(default):  # timed once: hopeless
-        return Measurement(float(median), 0.0, float(median) / statistics.median(default))
-    ratio = statistics.median(own / other for own, other in zip(times, default, strict=True))
+def _measurement(times: Times | str) -> Measurement:
+    if isinstance(times, str):
+        return Measurement(failure=times)
+    low, median, high = np.percentile(times.own, (10, 50, 90))
+    if len(times.own) < len(times.default):  # timed once: hopeless
+        return Measurement(float(median), 0.0, float(median) / statistics.median(times.default))
+    ratio = statistics.median(own / other for own, other in zip(times.own, times.default, strict=True))
     return Measurement(float(median), float((high - low) / median), ratio)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import re
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import Literal
 
 from optimizer.json_records import RecordError, decode, encode, parse
@@ -84,12 +82,12 @@ class Record:
         return decode(Record, parse(line, "the line"), "record")
 
 
-def origin_of(target: Target, threads: int) -> Origin:
-    """Return what figures that are measured on this machine now are to carry."""
+def origin_of(target: Target, cpu: str, threads: int) -> Origin:
+    """Return what figures that are measured now on a CPU of that model are to carry."""
     return Origin(
         target.name,
         target_digest(target),
-        cpu_model(),
+        cpu,
         threads,
         metadata.version("apache-tvm"),
         metadata.version("optimizer"),
@@ -111,11 +109,3 @@ def target_digest(target: Target) -> str:
         target.gpu_architectures,
     )
     return hashlib.sha256(repr(declared).encode()).hexdigest()[:12]
-
-
-@functools.cache
-def cpu_model() -> str:
-    """Return the CPU's model name as Linux gives it, or its architecture's where it gives none."""
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    found = re.search(r"^(?:model name|Hardware|CPU part)\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else "unknown"

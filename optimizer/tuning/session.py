@@ -11,7 +11,8 @@ from optimizer.errors import TuningError
 from optimizer.tuning import cost_model
 from optimizer.tuning.cost_model import CostModel
 from optimizer.tuning.log import TuningLog, fits
-from optimizer.tuning.pool import BenchPool, FailedError, Measurement
+from optimizer.tuning.pool import BenchPool, Measurement
+from optimizer.tuning.process import FailedError
 from optimizer.tuning.records import Origin, Record
 from optimizer.tuning.search import key_of, nearest_decisions, propose, size_of
 from optimizer.tuning.tasks import Task, features_of
@@ -80,6 +81,7 @@ class TuningSession:
         self._seeds = [*self._known, *seeds]
         self._generator = random.Random(0)  # noqa: S311 - not for cryptography
         self._models: dict[str, CostModel] = {}
+        self._lost = False  # there is nothing left to measure with
         self.progress: list[Progress] = [self._resume(task) for task in tasks]
 
     def run(self, budget: Budget, watch: Watch = lambda _: None) -> None:
@@ -143,6 +145,9 @@ class TuningSession:
         except FailedError as error:
             progress.skipped = str(error)
             return []
+        except TuningError:
+            self._lost = True
+            raise
         progress.default_seconds = default.seconds
         return measured
 
@@ -188,7 +193,7 @@ class TuningSession:
 
     def _decide(self, progress: Progress) -> None:
         """Measure the best candidates again beside the default and write down what to use: at worst the default."""
-        if not progress.undecided:
+        if not progress.undecided or self._lost:
             return
         task = progress.task
         good = sorted((r for r in progress.trials_of if not r.failure), key=lambda record: record.ratio)

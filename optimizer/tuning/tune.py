@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import targets
 from optimizer.compile import CompileOptions, plan_model
-from optimizer.errors import TuningError
 from optimizer.progress import Watcher
+from optimizer.runtime.device_server import Description
 from optimizer.runtime.threads import resolve_thread_count
+from optimizer.tuning import devices
 from optimizer.tuning.log import TuningLog
 from optimizer.tuning.pool import BenchPool
 from optimizer.tuning.records import origin_of
 from optimizer.tuning.session import Budget, Progress, TuningSession
 from optimizer.tuning.tasks import Sizes, tasks_of
-from targets.execution import how_executed
 
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """How to tune: `log` is the folder of all targets' logs, `sizes` the symbolic dimensions to measure at."""
+    """How to tune: `log` is the folder of all targets' logs, `sizes` the symbolic dimensions to measure at.
+
+    `device` is "host", "emulator" or "rpc:KEY@HOST:PORT" (`optimizer.tuning.devices`).
+    """
 
     log: Path
     budget: Budget
     sizes: Sizes
     threads: int | None = None
+    device: str = "host"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Where the search of each task ended, on what; `refused` says which devices were given up, and why.
+
+    An emulated device's figures are in no log: they only show that candidates build and compute right.
+    """
+
+    progress: tuple[Progress, ...]
+    machine: Description
+    devices: int
+    refused: tuple[str, ...]
 
 
 def tune_model(
@@ -35,24 +54,32 @@ def tune_model(
     tuning: TuneOptions,
     watcher: Watcher | None = None,
     watch: Callable[[Sequence[Progress]], None] = lambda _: None,
-) -> tuple[Progress, ...]:
-    """Search the schedules of a model on this machine and return where the search of each task ended.
+) -> Tuned:
+    """Search the schedules of a model by measurements and return where the search ended.
 
-    Raises TuningError where this machine cannot execute the target or nothing could be measured.
+    Raises TuningError where nothing can execute the target or nothing could be measured.
     """
     target = options.target
-    if target.device != "cpu" or how_executed(target) != "native":
-        raise TuningError(
-            f"this machine cannot measure {target.name}: times under an emulator say nothing, and schedules of GPUs "
-            "have no space yet; tune on a machine of that kind"
-        )
-    threads = resolve_thread_count(tuning.threads)
-    _, plan = plan_model(model, replace(options, tuning_log=None), watcher)
-    tasks = tasks_of(plan.lowered, tuning.sizes)
-    log = TuningLog(tuning.log, target.name)
-    siblings = [TuningLog(tuning.log, sibling.name) for sibling in targets.siblings(target)]
-    seeds = [record for sibling in siblings for record in sibling.read().records]
-    with BenchPool(target, threads) as pool:
-        session = TuningSession(tasks, pool, log, origin_of(target, threads), seeds)
-        session.run(tuning.budget, watch)
-    return tuple(session.progress)
+    with devices.opened(tuning.device, target) as chosen:
+        threads = resolve_thread_count(tuning.threads) if chosen.address is None else tuning.threads
+        _, plan = plan_model(model, replace(options, tuning_log=None), watcher)
+        tasks = tasks_of(plan.lowered, tuning.sizes)
+        with BenchPool(target, threads, chosen.count, chosen.address) as pool:
+            machine = pool.open()
+            with _log_for(machine, tuning.log, target.name) as log:
+                siblings = [TuningLog(tuning.log, sibling.name) for sibling in targets.siblings(target)]
+                seeds = [record for sibling in siblings for record in sibling.read().records]
+                origin = origin_of(target, machine.cpu, threads or machine.threads)
+                session = TuningSession(tasks, pool, log, origin, seeds)
+                session.run(tuning.budget, watch)
+            return Tuned(tuple(session.progress), machine, pool.size, tuple(pool.refused))
+
+
+@contextmanager
+def _log_for(machine: Description, root: Path, target: str) -> Iterator[TuningLog]:
+    """Yield the log of a target, or one that is thrown away where times mean nothing."""
+    if not machine.emulated:
+        yield TuningLog(root, target)
+        return
+    with tempfile.TemporaryDirectory(prefix="optimizer-emulated-") as folder:
+        yield TuningLog(Path(folder), target)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from optimizer.tuning import fleet
 from tests.cli.conftest import Finished
 
 Optimizer = Callable[..., Finished]
@@ -53,3 +57,34 @@ def test_a_log_of_no_such_target_names_those_there_are(optimizer: Optimizer, tmp
     done = optimizer("logs", "show", "x86-avx2", "--log", tmp_path)
     assert done.code == 10
     assert "none" in done.err
+
+
+def test_a_model_is_tuned_on_a_fleet(
+    optimizer: Optimizer, perceptron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tornado")
+    monkeypatch.setattr(fleet, "state_file", lambda: tmp_path / "fleet.json")
+    up = optimizer("fleet", "up", "--port", "9400", "--key", "desk")
+    try:
+        assert up.code == 0, up.err
+        tracker = re.search(r"tracker at (\S+)", up.out)
+        assert tracker is not None
+        listed = json.loads(optimizer("fleet", "status", "--json").out)
+        assert [device["key"] for device in listed["devices"]] == ["desk"]
+        assert listed["ended"] == []
+        device = f"rpc:desk@{tracker[1]}"
+        log = tmp_path / "logs"
+        tuned = optimizer("tune", perceptron, "-t", "x86-avx2", "--trials", "1", "--log", log, "--device", device)
+        assert tuned.code == 0, tuned.err
+        assert "1 x " in tuned.out
+        assert json.loads(optimizer("logs", "list", "--log", log, "--json").out)[0]["trials"] == 1
+    finally:
+        down = optimizer("fleet", "down")
+    assert "2 processes ended" in down.out
+
+
+@pytest.mark.parametrize("device", ["phone", "rpc:phone", "rpc:phone@there", "rpc:@127.0.0.1:9190"])
+def test_a_device_that_is_none_is_refused(optimizer: Optimizer, perceptron: Path, device: str) -> None:
+    done = optimizer("tune", perceptron, "-t", "x86-avx2", "--device", device)
+    assert done.code == 10
+    assert "rpc:KEY@HOST:PORT" in done.err

@@ -9,7 +9,8 @@ from tvm import relax
 
 import targets
 from optimizer.lowering import lower
-from optimizer.tuning.pool import FailedError, Measurement
+from optimizer.tuning.pool import Measurement
+from optimizer.tuning.process import FailedError
 from optimizer.tuning.records import Origin, Record, target_digest
 from optimizer.tuning.tasks import Task, tasks_of
 from schedules.family import Parameters, defaults
@@ -34,10 +35,10 @@ RECORD = Record(
 )
 
 
-def matmul_task(rows: int | str = 96, columns: int = 64, inner: int = 48) -> Task:
+def matmul_task(rows: int | str = 96, columns: int = 64, inner: int = 48, target: Target = TARGET) -> Task:
     """Return the task of one matrix product of two inputs."""
     module = graph(relax.op.matmul, (rows, inner), (inner, columns))
-    (task,) = tasks_of(lower(module, TARGET), {"rows": 24})
+    (task,) = tasks_of(lower(module, target), {"rows": 24})
     return task
 
 

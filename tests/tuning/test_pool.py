@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from optimizer.tuning.pool import BenchPool, FailedError
+from optimizer.tuning.pool import BenchPool
+from optimizer.tuning.process import FailedError
 from schedules.family import defaults
 from tests.tuning.examples import TARGET, matmul_task
 
