@@ -3,7 +3,8 @@
 TVM's fusion decides by the kind of an operator; what changes the layout of a product's, a convolution's or a mean's
 result (blocked channels, a window's rows put back in order, axes dropped) always becomes a kernel of its own there.
 Here the merged function is written down and the schedule asked. A call is merged with the one that it reads where
-nothing else reads that, so that no path leaves the two and enters them again.
+nothing else reads that, so that no path leaves the two and enters them again. Every pair of calls of which one reads
+the other is a site.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from dataclasses import dataclass
 
 import tvm
 import tvm.ir
-from tvm import relax, tirx
+from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from optimizer.kernel_nodes import OPERATORS, kernel_name
+from passes.base import PassOutcome, Refusal, Site, require
 from passes.dependencies import Dependencies
-from passes.provenance import Bindings, carry
-from schedules.joining import is_one_kernel, joined
+from passes.provenance import Bindings, carry, union
+from schedules.joining import is_one_kernel, joined, why_apart
 from targets.base import Target
 
 _Reads = tuple[int, ...]
+_Pair = tuple[str, str, _Reads]
 
 
 @dataclass(frozen=True)
@@ -33,32 +36,40 @@ class _Merger:
     arguments: tuple[relax.Expr, ...]
 
 
-def merge_kernels(module: tvm.IRModule, target: Target) -> tvm.IRModule:
-    """Return `module`, fused but not scheduled, with calls in `main` merged until no two make one kernel."""
+def merge_kernels(module: tvm.IRModule, target: Target) -> PassOutcome:
+    """Return `module`, fused but not scheduled, with calls in `main` merged until no two make one kernel.
+
+    The account has all pairs that were merged, and those that were left.
+    """
     if target.device != "cpu":
-        return module
-    known: dict[tuple[str, str, _Reads], tvm.ir.GlobalVar | None] = {}
+        return PassOutcome(module)
+    known: dict[_Pair, tvm.ir.GlobalVar | str] = {}
+    merged: list[Site] = []
     while True:
         finder = _Finder(module, target, known)
         mergers = finder.mergers()
         if not mergers:
-            return module
+            return PassOutcome(module, (*merged, *finder.sites))
+        merged.extend(site for site in finder.sites if site.refusal is None)
         rewriter = _Rewriter(finder.module, mergers)
         function = rewriter.visit_expr(finder.module["main"])
-        merged = tvm.IRModule(dict(finder.module.functions), attrs=module.attrs, global_infos=module.global_infos)
-        merged.update_func(merged.get_global_var("main"), function)
-        module = carry(module, relax.transform.DeadCodeElimination()(merged))
-        known = {key: variable for key, variable in known.items() if variable is None}
+        after = tvm.IRModule(dict(finder.module.functions), attrs=module.attrs, global_infos=module.global_infos)
+        after.update_func(after.get_global_var("main"), function)
+        module = carry(module, relax.transform.DeadCodeElimination()(after))
+        known = {pair: found for pair, found in known.items() if isinstance(found, str)}
 
 
 class _Finder:
-    """Looks for calls to merge; `module` gains the functions that they call."""
+    """Looks for calls to merge and keeps the account; `module` gains the functions that they call.
+
+    `known` has for pairs of functions the one that they are merged to, or the reason why they are not.
+    """
 
     def __init__(
         self,
         module: tvm.IRModule,
         target: Target,
-        known: dict[tuple[str, str, _Reads], tvm.ir.GlobalVar | None],
+        known: dict[_Pair, tvm.ir.GlobalVar | str],
     ) -> None:
         self.module = tvm.IRModule(dict(module.functions), attrs=module.attrs, global_infos=module.global_infos)
         self._target = target
@@ -68,46 +79,56 @@ class _Finder:
         self._written_in_place = {
             argument for value in self._bindings.values.values() for argument in _arguments_in_place(value)
         }
+        self.sites: list[Site] = []
 
     def mergers(self) -> list[_Merger]:
         """Return calls to merge, none of which takes part in another."""
         found: list[_Merger] = []
         taken: set[relax.Var] = set()
-        for variable, value in self._bindings.values.items():
-            call = _tir_call(value)
-            for producer in dict.fromkeys(call[1] if call is not None else ()):
-                if isinstance(producer, relax.Var) and not taken & {variable, producer}:
-                    merger = self._merger(producer, variable)
-                    if merger is not None:
-                        found.append(merger)
-                        taken |= {variable, producer}
+        for reader, value in self._bindings.values.items():
+            for producer in dict.fromkeys(self._bindings.operands[reader]):
+                first, second = _callee(self._bindings.values[producer]), _callee(value)
+                if first is None or second is None or taken & {reader, producer}:
+                    continue
+                nodes = union((self._bindings.nodes(producer), self._bindings.nodes(reader)))
+                try:
+                    found.append(self._merger(producer, reader))
+                except Refusal as refusal:
+                    self.sites.append(Site(reader.name, f"{first} -> {second}: {refusal}", nodes))
+                else:
+                    self.sites.append(Site(reader.name, None, nodes))
+                    taken |= {reader, producer}
         return found
 
-    def _merger(self, producer: relax.Var, reader: relax.Var) -> _Merger | None:
-        if self._dependencies.is_result(producer) or self._bindings.readers.get(producer) != [reader]:
-            return None
+    def _merger(self, producer: relax.Var, reader: relax.Var) -> _Merger:
+        """Return the call that computes both; raises Refusal."""
         first, second = _tir_call(self._bindings.values[producer]), _tir_call(self._bindings.values[reader])
-        if first is None or second is None or not self._dependencies.is_convex([producer, reader]):
-            return None
-        if any(argument in self._written_in_place for argument in first[1]):
-            return None  # the call would move behind the one that writes what it reads
+        if first is None or second is None:
+            raise Refusal("one of them takes a size, has several results, or writes in place")
+        require(not self._dependencies.is_result(producer), "the function returns the first one's result")
+        require(self._bindings.readers.get(producer) == [reader], "another one reads the first one's result")
+        require(self._dependencies.is_convex([producer, reader]), "a path leaves the two and enters them again")
+        # The call would move behind the one that writes what it reads.
+        overwritten = any(argument in self._written_in_place for argument in first[1])
+        require(not overwritten, "the first one reads what another one writes in place")
         reads = tuple(position for position, argument in enumerate(second[1]) if argument.same_as(producer))
-        key = first[0].name_hint, second[0].name_hint, reads
-        if key not in self._known:
-            self._known[key] = self._function(first[0], second[0], reads)
-        function = self._known[key]
-        if function is None:
-            return None
+        pair = first[0].name_hint, second[0].name_hint, reads
+        if pair not in self._known:
+            self._known[pair] = self._function(first[0], second[0], reads)
+        function = self._known[pair]
+        if isinstance(function, str):
+            raise Refusal(function)
         others = [argument for argument in second[1] if not argument.same_as(producer)]
         return _Merger(reader, function, (*first[1], *others))
 
-    def _function(self, first: tvm.ir.GlobalVar, second: tvm.ir.GlobalVar, reads: _Reads) -> tvm.ir.GlobalVar | None:
+    def _function(self, first: tvm.ir.GlobalVar, second: tvm.ir.GlobalVar, reads: _Reads) -> tvm.ir.GlobalVar | str:
+        """Return the function that computes both, or the reason why there is none."""
         functions = self.module[first], self.module[second]
-        if not all(isinstance(function, tirx.PrimFunc) for function in functions):
-            return None
         merged = joined(*functions, reads)
-        if merged is None or not is_one_kernel(merged, self._target):
-            return None
+        if merged is None:
+            return why_apart(*functions)
+        if not is_one_kernel(merged, self._target):
+            return "the schedule needs two kernels for the two"
         operators = tuple(str(name) for function in functions for name in function.attrs.get(OPERATORS, ()))
         variable = tvm.ir.GlobalVar(self._free_name(kernel_name(operators)))
         relax.expr._update_type(variable, merged.ty)
@@ -127,6 +148,13 @@ def _tir_call(value: relax.Expr) -> tuple[tvm.ir.GlobalVar, tuple[relax.Expr, ..
     if len(value.args) != 2 or not isinstance(value.ty, relax.TensorType):
         return None
     return value.args[0], tuple(value.args[1].fields)
+
+
+def _callee(value: relax.Expr) -> str | None:
+    """Return the name of the function that a call calls; None for what is no call of a TIR function."""
+    if not isinstance(value, tvm.ir.Call) or not value.args or not isinstance(value.args[0], tvm.ir.GlobalVar):
+        return None
+    return value.args[0].name_hint
 
 
 def _arguments_in_place(value: relax.Expr) -> list[relax.Expr]:

@@ -16,6 +16,7 @@ import tvm.ir
 from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from passes.base import Site
 from passes.provenance import Bindings, Nodes, annotate, nodes_of, union
 from schedules import KernelReport
 
@@ -36,6 +37,17 @@ def carry_into_groups(before: tvm.IRModule, after: tvm.IRModule) -> tvm.IRModule
     for name, function in _functions(before).items():
         nodes |= _Matching(function, after[name], after).nodes()
     return annotate(after, nodes)
+
+
+def fused_groups(grouped: tvm.IRModule) -> tuple[Site, ...]:
+    """Return a site for each call in the functions of a module after FuseOps whose group has several operators."""
+    return tuple(
+        Site(var.name, None, nodes_of(value))
+        for function in _functions(grouped).values()
+        for var, value in Bindings(function).values.items()
+        if isinstance(value, tvm.ir.Call) and isinstance(value.op, tvm.ir.GlobalVar)
+        if len(_operators(value.op.name_hint, grouped[value.op])) > 1
+    )
 
 
 def _functions(module: tvm.IRModule) -> dict[str, relax.Function]:

@@ -14,10 +14,11 @@ from optimizer.empty_constants import make_empty_constants
 from optimizer.gathers import let_gathers_fuse
 from optimizer.ir_dump import ignore
 from optimizer.kernel_merging import merge_kernels
-from optimizer.kernel_nodes import carry_into_groups, name_kernels, with_calls
+from optimizer.kernel_nodes import carry_into_groups, fused_groups, name_kernels, with_calls
 from optimizer.legalization import LEGALIZATIONS
 from optimizer.shape_heap import lower_shapes
 from optimizer.symbolic_arguments import keep_symbolic_functions_apart
+from passes.base import Site
 from passes.fold_constants import FoldConstants
 from passes.provenance import carry
 from schedules import Decide, KernelReport, by_default, schedule_module
@@ -67,16 +68,29 @@ _FINISH = (
 )
 
 
+# The sites of each step that makes one kernel of several operators, in order.
+Fusion = Mapping[str, tuple[Site, ...]]
+
+
+@dataclass(frozen=True)
+class FusedModule:
+    """A module whose operators are TIR functions without a schedule, and the account of their fusion."""
+
+    module: tvm.IRModule
+    fusion: Fusion
+
+
 @dataclass(frozen=True)
 class LoweredModule:
     """A module whose operators are TIR functions with a schedule, and what schedule each one got.
 
-    `unscheduled` is the module before that.
+    `unscheduled` is the module before that, `fusion` the account of what was fused and what was left apart.
     """
 
     module: tvm.IRModule
     kernels: tuple[KernelReport, ...]
     unscheduled: tvm.IRModule
+    fusion: Fusion
 
 
 def lower(
@@ -89,25 +103,25 @@ def lower(
 
     `after` is called with the name of each step and the module after it; `decide` may replace a schedule's defaults.
     """
-    unscheduled = fuse(module, target, after)
-    scheduled, kernels = schedule_module(unscheduled, target, decide)
+    fused = fuse(module, target, after)
+    scheduled, kernels = schedule_module(fused.module, target, decide)
     after("schedule", scheduled)
-    return LoweredModule(scheduled, with_calls(kernels, scheduled), unscheduled)
+    return LoweredModule(scheduled, with_calls(kernels, scheduled), fused.module, fused.fusion)
 
 
-def fuse(module: tvm.IRModule, target: Target, after: Callable[[str, tvm.IRModule], None] = ignore) -> tvm.IRModule:
+def fuse(module: tvm.IRModule, target: Target, after: Callable[[str, tvm.IRModule], None] = ignore) -> FusedModule:
     """Turn Relax operators into fused TIR functions that read weights as `target` wants them, without schedules."""
     with target.tvm_target():
         module = _run(module, _LEGALIZE, after)
         grouped = carry_into_groups(module, relax.transform.FuseOps()(module))
         after("fuse-operators", grouped)
         module = _run(grouped, _FUSE_TIR, after)
-    module = merge_kernels(name_kernels(grouped, module), target)
-    after("merge-kernels", module)
-    packed, _ = prepack(module, target)
-    module = carry(module, relax.transform.DeadCodeElimination()(packed))
+    merging = merge_kernels(name_kernels(grouped, module), target)
+    after("merge-kernels", merging.module)
+    packed, _ = prepack(merging.module, target)
+    module = carry(merging.module, relax.transform.DeadCodeElimination()(packed))
     after("prepack", module)
-    return module
+    return FusedModule(module, {"fuse-operators": fused_groups(grouped), "merge-kernels": merging.sites})
 
 
 def _run(module: tvm.IRModule, transforms: _Transforms, after: Callable[[str, tvm.IRModule], None]) -> tvm.IRModule:

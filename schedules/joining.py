@@ -51,6 +51,15 @@ def joined(first: tirx.PrimFunc, second: tirx.PrimFunc, reads: Sequence[int]) ->
     return tirx.PrimFunc(parameters, s_tir.SBlockRealize([], True, root), second.ret_type, second.attrs)
 
 
+def why_apart(first: tirx.PrimFunc, second: tirx.PrimFunc) -> str:
+    """Return why `joined` makes no function of two."""
+    if not all(map(_is_static, (first, second))):
+        return "a size is known only at run time, or a function is more than loop nests"
+    if not _reduces(first):
+        return "the first one reduces nothing: only what follows a product, a convolution or a reduction is merged"
+    return "the second one reads the first one's result as something of another shape"
+
+
 def is_one_kernel(function: tirx.PrimFunc, target: Target) -> bool:
     """Return whether a function is scheduled as one product, convolution or reduction that stores whole vectors."""
     staged = parse(function)

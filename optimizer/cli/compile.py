@@ -77,7 +77,7 @@ _EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "decoder" / "model
 )
 @click.option("--gpu-arch", "gpu_architectures", multiple=True, metavar="SM", help="CUDA architecture, such as sm_90.")
 @click.option("--no-certificate", is_flag=True, help="Do not compare the package's outputs with a reference.")
-@click.option("--explain", is_flag=True, help="Say of each pass and site: rewritten, or refused and why.")
+@click.option("--explain", is_flag=True, help="Say of each pass and pair of kernels: rewritten, or refused and why.")
 @click.option("--dump-ir", type=click.Path(path_type=Path), help="Folder for the module after each pass and step.")
 @click.option("--dry-run", is_flag=True, help="Import, rewrite and schedule, but generate and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -28,7 +28,7 @@ def show_plan(source: ModelFile, plan: Plan, destination: Path, *, as_json: bool
         return
     print_facts(f"{destination} (dry run: nothing was written)", _summary_facts(summary))
     if explain:
-        explanation.show(plan.passes)
+        explanation.show(plan.passes, plan.lowered.fusion)
 
 
 def show_result(result: CompileResult, destination: Path, *, as_json: bool, explain: bool = False) -> None:
@@ -46,11 +46,13 @@ def show_result(result: CompileResult, destination: Path, *, as_json: bool, expl
     ]
     print_facts(str(destination), facts)
     if explain:
-        explanation.show(result.plan.passes)
+        explanation.show(result.plan.passes, result.plan.lowered.fusion)
 
 
 def _sites(plan: Plan, asked: bool) -> dict[str, object]:
-    return {"sites": [dataclasses.asdict(site) for site in explain_passes(plan.passes)]} if asked else {}
+    if not asked:
+        return {}
+    return {"sites": [dataclasses.asdict(site) for site in explain_passes(plan.passes, plan.lowered.fusion)]}
 
 
 def _document(result: CompileResult, destination: Path, summary: Summary, step: StepTime) -> dict[str, object]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @click.option("--kernels", is_flag=True, help="List every kernel with the schedule it got and its ONNX nodes.")
-@click.option("--passes", is_flag=True, help="Of a model: say of each pass and site: rewritten, or refused and why.")
+@click.option("--passes", is_flag=True, help="Of a model: as compile --explain for this machine.")
 def command(path: Path, as_json: bool, kernels: bool, passes: bool) -> None:
     """Show what PATH holds, a package or an ONNX model. No code of it is loaded.
 

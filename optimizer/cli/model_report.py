@@ -10,33 +10,34 @@ import onnx
 
 from optimizer.cli import explanation
 from optimizer.cli.console import print_facts, print_json, print_table
+from optimizer.compile import CompileOptions, Plan, find_target, plan_model
 from optimizer.errors import UnsupportedModelError
 from optimizer.frontend.importer import import_model
 from optimizer.frontend.model_file import ModelFile, read_model
 from optimizer.package.manifest import EntryPoint
 from optimizer.report.explanation import explain
 from optimizer.signature import entry_point
-from passes import pipeline
 
 
 def show(path: Path, *, as_json: bool, passes: bool = False) -> None:
     """Print a model's signature, its operators, and what stands in the way of compiling it.
 
-    With `passes`, also the account of the default passes: each site, rewritten or refused and why.
+    With `passes`, also the account of what a compile for this machine does: each site, rewritten or refused and why.
     """
     source = read_model(path)
     operators = Counter(_operator_name(node) for node in source.model.graph.node)
-    records: tuple[pipeline.PassRecord, ...] = ()
+    plan: Plan | None = None
     try:
-        imported = import_model(source.model, base_directory=source.directory)
-        signature, blockers = entry_point(imported), ()
         if passes:
-            _, records = pipeline.run(imported.module, pipeline.parse(pipeline.DEFAULT))
+            _, plan = plan_model(path, CompileOptions(find_target("host")))
+        imported = plan.imported if plan else import_model(source.model, base_directory=source.directory)
+        signature, blockers = entry_point(imported), ()
     except UnsupportedModelError as error:
         signature, blockers = None, error.blockers or (str(error),)
     if as_json:
-        sites = {"sites": [dataclasses.asdict(site) for site in explain(records)]} if passes else {}
-        print_json({**_document(source, operators, signature, [str(blocker) for blocker in blockers]), **sites})
+        sites = explain(plan.passes, plan.lowered.fusion) if plan else ()
+        account = {"sites": [dataclasses.asdict(site) for site in sites]} if passes else {}
+        print_json({**_document(source, operators, signature, [str(blocker) for blocker in blockers]), **account})
         return
     listed = ", ".join(f"{name} x{count}" for name, count in operators.most_common())
     facts = [
@@ -53,8 +54,8 @@ def show(path: Path, *, as_json: bool, passes: bool = False) -> None:
         rows = [("in", spec.name, spec.dtype, str(list(spec.shape))) for spec in signature.inputs]
         rows += [("out", spec.name, spec.dtype, str(list(spec.shape))) for spec in signature.outputs]
         print_table("\nsignature", ("", "name", "dtype", "shape"), rows)
-    if records:
-        explanation.show(records)
+    if plan is not None:
+        explanation.show(plan.passes, plan.lowered.fusion)
 
 
 def _operator_name(node: onnx.NodeProto) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from optimizer.lowering import Fusion
 from passes.pipeline import PassRecord
 
 REWRITTEN = "rewritten"
@@ -25,15 +26,16 @@ class ExplainedSite:
         return self.outcome == REWRITTEN
 
 
-def explain(records: Iterable[PassRecord]) -> tuple[ExplainedSite, ...]:
-    """Return all sites of all passes in order."""
+def explain(records: Iterable[PassRecord], fusion: Fusion) -> tuple[ExplainedSite, ...]:
+    """Return all sites in order: those of the passes, then those of the steps that fuse operators into kernels."""
+    accounts = [(record.item.name, record.outcome.sites) for record in records]
     return tuple(
         ExplainedSite(
-            record.item.name,
+            name,
             site.location,
             REWRITTEN if site.refusal is None else f"refused: {site.refusal}",
             site.nodes,
         )
-        for record in records
-        for site in record.outcome.sites
+        for name, sites in (*accounts, *fusion.items())
+        for site in sites
     )

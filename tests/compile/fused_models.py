@@ -47,7 +47,7 @@ def operators_of(module: tvm.IRModule) -> list[str]:
 
 def kernels_of(module: tvm.IRModule) -> list[str]:
     """Return the names of the kernels that `main` calls once the module is fused for a CPU."""
-    fused = _calls(fuse(module, _TARGET))
+    fused = _calls(fuse(module, _TARGET).module)
     return [call.args[0].name_hint for call in fused if call.op.name == "relax.call_tir"]
 
 

@@ -8,8 +8,9 @@ from onnx.reference import ReferenceEvaluator
 
 from optimizer.compile import CompileOptions, compile_in_memory, find_target
 from optimizer.frontend.importer import import_model
-from optimizer.lowering import lower
+from optimizer.lowering import fuse, lower
 from passes import pipeline
+from passes.base import Site
 
 # A product over channels whose result goes back to blocks of channels, as in ConvNeXt, then a head on pooled features.
 _BLOCK = """
@@ -82,3 +83,49 @@ def test_what_the_function_returns_is_stored(result: str) -> None:
     producer = {"m": "mean", "f": "down"}[result]
     (operators,) = [operators for operators, nodes in calls if producer in nodes]
     assert operators == {"m": "mean", "f": "matmul"}[result]
+
+
+def _account(model: onnx.ModelProto) -> list[Site]:
+    """Return the sites of merging for a CPU with 8 channels to a block."""
+    target = find_target("x86-avx2")
+    passes = pipeline.parse(f"{pipeline.DEFAULT},block-channels{{block={target.layouts.channel_block}}}")
+    module, _ = pipeline.run(import_model(model).module, passes)
+    return list(fuse(module, target).fusion["merge-kernels"])
+
+
+def test_each_pair_of_kernels_is_merged_or_refused_with_a_reason() -> None:
+    account = _account(_model(_BLOCK.replace("c2", "c")))
+    merged = [site.nodes for site in account if site.refusal is None]
+    assert ("mean", "flat") in merged
+    reasons = {site.nodes: site.refusal for site in account if site.refusal is not None}
+    assert len(reasons) == 7
+    assert reasons["mean", "flat", "logits"].endswith(": the schedule needs two kernels for the two")
+    assert reasons["depthwise", "last", "again"].endswith(": another one reads the first one's result")
+
+
+_PAIRS = {
+    "the function returns the first one's result": (
+        "p (float[4,8] x, float[8,8] w) => (float[4,8] a, float[4,8] y) { a = MatMul (x, w)  y = Softmax (a) }"
+    ),
+    "the first one reduces nothing: only what follows a product, a convolution or a reduction is merged": (
+        "p (float[4,8] x, float[8,8] w) => (float[4,8] y) { a = Exp (x)  y = MatMul (a, w) }"
+    ),
+    "a size is known only at run time, or a function is more than loop nests": (
+        "p (float[n,8] x, float[8,8] w) => (float[n,8] y) { a = MatMul (x, w)  y = Softmax (a) }"
+    ),
+}
+
+
+@pytest.mark.parametrize(("reason", "text"), _PAIRS.items(), ids=_PAIRS)
+def test_reasons_for_two_kernels(reason: str, text: str) -> None:
+    (site, *_) = _account(_model(f'<ir_version: 8, opset_import: ["" : 18]> {text}'))
+    assert site.refusal is not None
+    assert site.refusal.split(": ", 1)[1] == reason
+
+
+def test_what_is_fused_before_merging_is_told() -> None:
+    text = '<ir_version: 8, opset_import: ["" : 18]> p (float[4,8] x, float[8,8] w) => (float[4,8] y)'
+    model = _model(f"{text} {{ [product] a = MatMul (x, w)  [active] y = Relu (a) }}")
+    fused = fuse(pipeline.run(import_model(model).module, [])[0], find_target("x86-avx2")).fusion
+    assert [(site.refusal, site.nodes) for site in fused["fuse-operators"]] == [(None, ("product", "active"))]
+    assert fused["merge-kernels"] == ()
