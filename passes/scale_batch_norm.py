@@ -2,7 +2,7 @@
 
 With s = gamma / sqrt(var + epsilon) and t = beta - s * mean, which are constant at inference time:
     conv(batch_norm(x), W) = conv(x, s * W) + sum over the taps and input channels of W * t,
-where the convolution is not padded: padding is zero behind the normalization, and not before it. Elsewhere
+where the convolution is not padded, or t is 0: padding is zero behind the normalization, and not before it. Elsewhere
     batch_norm(x) = x * s + t,
 which, unlike the operator, is fused with what is around it.
 """
@@ -73,6 +73,8 @@ class ScaleBatchNorm(PatternPass[RemainingNormalization]):
         bias = (per_group * shift.reshape(groups, 1, -1, *taps)).sum(axis=tuple(range(2, per_group.ndim)))
         call = match.convolution
         convolution = tvm.ir.Call(call.op, [data, _const(folded, dtype)], call.attrs)
+        if not shift.any():
+            return convolution
         return relax.op.add(convolution, _const(bias.reshape(1, -1, *taps), dtype))
 
 
@@ -84,11 +86,12 @@ def _normalization(expr: relax.Expr, dataflow: Dataflow) -> tvm.ir.Call | None:
 
 
 def _folds_forward(convolution: tvm.ir.Call, normalization: tvm.ir.Call) -> bool:
-    """Return whether the convolution, of constant weights, reads channels of axis 1 and no padding."""
-    unpadded = not any(int(pad) for pad in convolution.attrs.padding)
+    """Return whether the convolution, of constant weights, reads channels of axis 1, and no padding that is shifted."""
     constant = isinstance(convolution.args[1], tvm.ir.GenericConst)
     known = all(isinstance(part, tvm.ir.GenericConst) for part in normalization.args[1:5])
-    return unpadded and constant and known and normalization.attrs.axis == 1 and not normalization.attrs.training
+    if not constant or not known or normalization.attrs.axis != 1 or normalization.attrs.training:
+        return False
+    return not any(int(pad) for pad in convolution.attrs.padding) or not _scale_and_shift(normalization)[1].any()
 
 
 def _scale_and_shift(normalization: tvm.ir.Call) -> tuple[np.ndarray, np.ndarray]:

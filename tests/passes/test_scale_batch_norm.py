@@ -14,6 +14,7 @@ from tests.passes.relax_modules import operators, run
 def _normalized(
     *,
     padding: int = 0,
+    shifted: bool = True,
     groups: int = 1,
     relu: bool = False,
     second_reader: bool = False,
@@ -23,6 +24,8 @@ def _normalized(
     rng = np.random.default_rng(5)
     weights = rng.standard_normal((6, 4 // groups, 3, 3)).astype("float32")
     statistics = [rng.uniform(0.5, 2, 4).astype("float32") for _ in range(4)]
+    if not shifted:
+        statistics[1:3] = [np.zeros(4, "float32")] * 2
     builder = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType((2, 4, 7, 5), "float32"))
     gamma = relax.Var("gamma", relax.TensorType((4,), "float32"))
@@ -48,6 +51,7 @@ def _normalized(
         ({}, ["nn.conv2d", "add"]),
         ({"groups": 2}, ["nn.conv2d", "add"]),
         ({"padding": 1}, ["multiply", "add", "nn.conv2d"]),
+        ({"padding": 1, "shifted": False}, ["nn.conv2d"]),
         ({"relu": True}, ["multiply", "add", "nn.relu", "nn.conv2d"]),
         ({"second_reader": True}, ["multiply", "add", "nn.conv2d", "mean", "add"]),
     ],
