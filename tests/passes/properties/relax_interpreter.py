@@ -26,12 +26,19 @@ class Interpreter:
         self._values: dict[relax.Var, object] = {}
         self._symbols: dict[tirx.Var, tirx.Expr] = {}
 
-    def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return the outputs of `main`, each of the dtype that it is declared with."""
+    def run(self, arguments: Sequence[np.ndarray | tuple[int, ...]]) -> list[np.ndarray]:
+        """Return the outputs of `main`, each of the dtype that it is declared with; a tuple stands for a shape.
+
+        What `main` writes to its inputs in place is written to the arrays, unless arithmetic is `wide`.
+        """
         function = self._module["main"]
-        for parameter, array in zip(function.params, arrays, strict=True):
-            self._bind_symbols(parameter.ty, array.shape)
-            self._values[parameter] = self._widened(array)
+        for parameter, argument in zip(function.params, arguments, strict=True):
+            if isinstance(argument, tuple):
+                self._bind_symbols(parameter.ty.values, argument)
+                self._values[parameter] = argument
+            else:
+                self._bind_symbols(parameter.ty.shape.values, argument.shape)
+                self._values[parameter] = self._widened(argument)
         with np.errstate(all="ignore"):
             for block in function.body.blocks:
                 for binding in block.bindings:
@@ -49,8 +56,8 @@ class Interpreter:
             assert value.dtype == dtype, f"the value is {value.dtype}, its type says {dtype}"
         return value
 
-    def _bind_symbols(self, kind: relax.TensorType, shape: Sequence[int]) -> None:
-        for dimension, extent in zip(kind.shape.values, shape, strict=True):
+    def _bind_symbols(self, dimensions: Sequence[tirx.Expr], shape: Sequence[int]) -> None:
+        for dimension, extent in zip(dimensions, shape, strict=True):
             if isinstance(dimension, tirx.Var):
                 self._symbols[dimension] = tirx.IntImm("int64", extent)
 
@@ -81,6 +88,8 @@ class Interpreter:
         name = call.op.name.removeprefix("relax.")
         if name == "call_tir":
             return self._call_tir(call)
+        if name == "call_tir_inplace":
+            return self._call_in_place(call)
         operands = [self._evaluate(operand) for operand in call.args]
         if name == "astype":
             return self._cast(operands[0], str(call.attrs.dtype))
@@ -111,6 +120,15 @@ class Interpreter:
         function = _compiled(self._module[call.args[0]])["compiled"]
         function(*(tvm.runtime.tensor(value) if isinstance(value, np.ndarray) else value for value in arrays), output)
         return self._widened(output.numpy())
+
+    def _call_in_place(self, call: tvm.ir.Call) -> np.ndarray:
+        """Run a function that writes to the first of its operands, and return that."""
+        written, *others = (self._evaluate(operand) for operand in call.args[1].fields)
+        buffer = tvm.runtime.tensor(written)
+        given = (tvm.runtime.tensor(np.ascontiguousarray(v)) if isinstance(v, np.ndarray) else v for v in others)
+        _compiled(self._module[call.args[0]])["compiled"](buffer, *given)
+        written[...] = buffer.numpy()
+        return written
 
     def _cast(self, array: np.ndarray, dtype: str) -> np.ndarray:
         return self._widened(array.astype(numpy_dtype(dtype)))

@@ -6,7 +6,6 @@ finds is printed as ONNX text; shrunk, it goes to `counterexamples/`, whose file
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,7 @@ import onnx.shape_inference
 import pytest
 import tvm
 import tvm.ir
-from hypothesis import HealthCheck, Phase, given, reject, settings
+from hypothesis import given, reject
 from hypothesis import strategies as st
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
@@ -32,28 +31,15 @@ from passes.base import Pass
 from passes.block_channels import BlockChannels
 from passes.convert_precision import ConvertPrecision
 from passes.fold_constants import FoldConstants
+from tests.passes.properties.budget import budget
 from tests.passes.properties.onnx_graphs import Generated
 from tests.passes.properties.onnx_models import CONVOLUTIONAL, models
 from tests.passes.properties.relax_interpreter import Interpreter
 
-_EXAMPLES = int(os.environ.get("OPTIMIZER_PROPERTY_EXAMPLES", "0"))
 # Passes that keep values: the others change the arithmetic on purpose.
 KEEPING = (*pipeline.DEFAULT.split(","), "fold-norm-scales")
 TWINS = ("renamed", "identities", "widened", "reordered")
 COUNTEREXAMPLES = sorted((Path(__file__).parent / "counterexamples").glob("*.onnxtxt"))
-
-
-def budget(examples: int) -> settings:
-    """Return a fixed budget, the same examples every time; a random session where the environment asks for one."""
-    slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-    return settings(
-        max_examples=_EXAMPLES or examples,
-        derandomize=not _EXAMPLES,
-        database=None,
-        deadline=None,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=slow,
-    )
 
 
 @cache
