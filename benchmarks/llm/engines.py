@@ -145,13 +145,15 @@ class Reads(DecoderEngine):
     def __init__(self, decoder: Decoder, threads: int, context: int) -> None:
         import tvm  # noqa: PLC0415
 
-        from benchmarks.peak import read  # noqa: PLC0415
         from optimizer.compile import find_target  # noqa: PLC0415
         from optimizer.runtime.threads import use_threads  # noqa: PLC0415
+        from optimizer.tuning.peak import read  # noqa: PLC0415
 
         use_threads(threads)
-        function, self._arguments = read(decoder.weight_bytes, threads)
-        self._entry = tvm.compile(function, target=find_target("host").tvm_target())["main"]
+        target = find_target("host")
+        function, arguments = read(target, decoder.weight_bytes, threads)
+        self._arguments = [tvm.runtime.tensor(array) for array in arguments]
+        self._entry = tvm.compile(function, target=target.tvm_target())["main"]
 
     def version(self) -> str:
         return ""

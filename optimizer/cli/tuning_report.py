@@ -18,7 +18,7 @@ from optimizer.compile import CompileOptions
 from optimizer.tuning.session import Progress
 from optimizer.tuning.tune import Tuned, TuneOptions, tune_model
 
-_COLUMNS = ("task", "calls", "default", "best", "speed-up", "trials", "failed")
+_COLUMNS = ("task", "calls", "default", "best", "speed-up", "GFLOP/s", "of peak", "trials", "failed")
 # Lines of the live table, the heaviest tasks first.
 _MOST_ROWS = 20
 # Without a terminal: a line at most this often.
@@ -135,13 +135,22 @@ def _rows(progress: Sequence[Progress]) -> list[tuple[str, ...]]:
             task.task.description,
             str(task.task.calls),
             seconds_text(task.default_seconds),
-            seconds_text(task.default_seconds * task.ratio),
+            seconds_text(task.best_seconds),
             f"{1 / task.ratio:.2f}",
+            *_rates(task),
             str(task.trials),
             ", ".join(f"{count} {reason}" for reason, count in task.failures.items()) or task.skipped,
         )
         for task in ordered
     ]
+
+
+def _rates(task: Progress) -> tuple[str, str]:
+    """Return GFLOP/s and the fraction of the machine's peak, of a task that sums: others only move what they read."""
+    if not (task.task.operations and task.best_seconds):
+        return "", ""
+    fraction = f"{task.least_seconds / task.best_seconds:.0%}" if task.least_seconds else ""
+    return f"{task.task.operations / task.best_seconds / 1e9:.1f}", fraction
 
 
 def _document(task: Progress) -> dict[str, object]:
@@ -152,6 +161,8 @@ def _document(task: Progress) -> dict[str, object]:
         "calls": task.task.calls,
         "default_seconds": task.default_seconds,
         "ratio": task.ratio,
+        "operations": task.task.operations,
+        "least_seconds": task.least_seconds,
         "trials": task.trials,
         "failures": task.failures,
         "skipped": task.skipped,

@@ -19,6 +19,7 @@ from optimizer.package.dtypes import numpy_dtype
 from optimizer.runtime.device_server import Description
 from optimizer.tuning import machines
 from optimizer.tuning.machines import Address, Health, LostError, Machine, RemoteMachine, ThisMachine
+from optimizer.tuning.peak import Peaks
 from optimizer.tuning.tasks import Argument
 from schedules.family import Parameters
 from targets.base import Target
@@ -45,6 +46,13 @@ class CheckHealth:
 
 
 @dataclass(frozen=True)
+class MeasurePeaks:
+    """Measure what the machine does at best with so many threads."""
+
+    threads: int
+
+
+@dataclass(frozen=True)
 class SetTask:
     """Forget the last task; from now on build candidates for `function` (TVM's JSON) and call them with `arguments`."""
 
@@ -68,8 +76,8 @@ class Time:
     rounds: int
 
 
-Command = Lease | CheckHealth | SetTask | Build | Time
-Answer = None | int | list[list[float]] | Description | Health
+Command = Lease | CheckHealth | MeasurePeaks | SetTask | Build | Time
+Answer = None | int | list[list[float]] | Description | Health | Peaks
 
 
 class CandidateError(Exception):
@@ -120,6 +128,8 @@ class _Bench:
         match command:
             case CheckHealth():
                 return machines.reference_health(self._machine, self._target)
+            case MeasurePeaks():
+                return machines.measured_peaks(self._machine, self._target, command.threads)
             case SetTask():
                 self._task = _TaskBench(command, self._target, self._machine)
                 return None

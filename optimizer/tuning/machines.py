@@ -6,6 +6,7 @@ Builds are always local. A device is one that a tracker lends to whoever asks fo
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,9 +20,12 @@ from optimizer.errors import TuningError
 from optimizer.json_records import decode, parse
 from optimizer.runtime.device_server import DESCRIBE, USE_THREADS, Description
 from optimizer.runtime.threads import use_threads
+from optimizer.tuning import peak
+from optimizer.tuning.peak import Peaks
 from optimizer.tuning.tracker import wait_for_free
 from schedules import schedule_function
 from schedules.family import Parameters
+from schedules.intrin.integer_dot import integer_dot
 from targets.base import Target
 from targets.linking import Executable, export_library
 
@@ -30,6 +34,10 @@ _SECONDS_UNTIL_FREE = 8.0
 _REFERENCE_SIZE = 256
 _REFERENCE_ROUNDS = 7
 _REFERENCE_CALLS = 10
+# Some milliseconds of multiply-adds; more bytes than the caches hold.
+_PEAK_OPERATIONS = 400_000_000
+_PEAK_BYTES = 256 << 20
+_PEAK_ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -125,8 +133,11 @@ class RemoteMachine:
 
 def build(function: tvm.tirx.PrimFunc, target: Target, parameters: Parameters | None) -> Executable:
     """Return `function` with the schedule that `parameters` choose (None: the default), compiled, as "main"."""
-    scheduled, _ = schedule_function(function, target, parameters)
-    module = tvm.IRModule({"main": scheduled.with_attr("global_symbol", "main")})
+    return _compiled(schedule_function(function, target, parameters)[0], target)
+
+
+def _compiled(function: tvm.tirx.PrimFunc, target: Target) -> Executable:
+    module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
     with code_generation.options(target):
         return tvm.compile(module, target.tvm_target(), tir_pipeline=code_generation.pipeline(target))
 
@@ -155,3 +166,24 @@ def reference_health(machine: Machine, target: Target) -> Health:
     exact = np.array_equal(arguments[-1].numpy(), expected)
     evaluator = module.time_evaluator("main", machine.cpu, number=_REFERENCE_CALLS, repeat=_REFERENCE_ROUNDS)
     return Health(min(evaluator(*arguments).results), exact)
+
+
+def measured_peaks(machine: Machine, target: Target, threads: int) -> Peaks:
+    """Return what the machine reaches with so many threads; takes about a second."""
+
+    def rate(make: Callable[[Target, int, int], peak.Work], work: int) -> float:
+        function, arrays = make(target, work, threads)
+        module = machine.load(_compiled(function, target))
+        arguments = [tvm.runtime.tensor(array, machine.cpu) for array in arrays]
+        evaluator = module.time_evaluator("main", machine.cpu, number=1, repeat=_PEAK_ROUNDS)
+        return work / min(evaluator(*arguments).results)
+
+    cached = threads * target.caches.level2 // 2
+    integer = integer_dot(target, bits=4) is not None
+    return Peaks(
+        rate(peak.multiply_add, _PEAK_OPERATIONS * threads),
+        rate(peak.integer_multiply_add, _PEAK_OPERATIONS * threads) if integer else 0.0,
+        rate(peak.read, _PEAK_BYTES),
+        rate(peak.copy, cached),
+        cached,
+    )

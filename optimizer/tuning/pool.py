@@ -14,7 +14,8 @@ import numpy as np
 from optimizer.errors import TuningError
 from optimizer.runtime.device_server import Description
 from optimizer.tuning.machines import Address, LostError
-from optimizer.tuning.process import BenchProcess, FailedError, Times
+from optimizer.tuning.peak import Peaks
+from optimizer.tuning.process import BenchProcess, DiedError, FailedError, Times
 from optimizer.tuning.tasks import Task
 from schedules.family import Parameters
 from targets.base import Target
@@ -90,6 +91,14 @@ class BenchPool:
         if self._devices:
             self._check_health()
         return described[0]
+
+    def measure_peaks(self, threads: int) -> Peaks | None:
+        """Return what one of the machines does at best, None where that cannot be measured."""
+        try:
+            return self._processes[0].measure_peaks(threads)
+        except (DiedError, FailedError):
+            self._processes[0].stop()
+            return None
 
     def _check_health(self) -> None:
         # One after the other, in case several share a machine.

@@ -11,8 +11,9 @@ from typing import TypeVar, cast
 import tvm
 
 from optimizer.runtime.device_server import Description
-from optimizer.tuning.bench import Build, CheckHealth, Command, Lease, SetTask, Time, serve
+from optimizer.tuning.bench import Build, CheckHealth, Command, Lease, MeasurePeaks, SetTask, Time, serve
 from optimizer.tuning.machines import Address, Health, LostError
+from optimizer.tuning.peak import Peaks
 from optimizer.tuning.tasks import Task
 from schedules.family import Parameters, defaults
 from targets.base import Target
@@ -82,6 +83,10 @@ class BenchProcess:
                 f"{self._address}: the reference kernel takes {health.seconds * 1e3:.2f} ms, "
                 f"over the limit of {self.slowest * 1e3:.2f} ms"
             )
+
+    def measure_peaks(self, threads: int) -> Peaks:
+        """Return what the machine does at best; raises DiedError or FailedError."""
+        return cast("Peaks", self._ask(MeasurePeaks(threads), BUILD_SECONDS))
 
     def begin(self, task: Task) -> None:
         """Build the default schedule of a task, unless that was done; raises FailedError where that fails."""

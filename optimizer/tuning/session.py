@@ -29,9 +29,13 @@ LEAST_GAIN = 0.02
 
 @dataclass
 class Progress:
-    """Where the search of one task stands; `ratio` is the best over the default's time so far."""
+    """Where the search of one task stands; `ratio` is the best over the default's time so far.
+
+    `least_seconds` is what the machine's peak allows at best, 0 where that is not known.
+    """
 
     task: Task
+    least_seconds: float = 0.0
     default_seconds: float = 0.0
     ratio: float = 1.0
     trials: int = 0
@@ -46,7 +50,12 @@ class Progress:
     @property
     def weight(self) -> float:
         """Return the task's seconds of a step under the best parameters so far."""
-        return self.task.calls * self.default_seconds * self.ratio
+        return self.task.calls * self.best_seconds
+
+    @property
+    def best_seconds(self) -> float:
+        """Return the seconds of a call under the best parameters so far."""
+        return self.default_seconds * self.ratio
 
     @property
     def exhausted(self) -> bool:

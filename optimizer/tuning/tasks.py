@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import tvm
 import tvm.ir
 from tvm import relax, sym, tirx
-from tvm.ir import Expr
+from tvm.ir import Expr, Var
 
 from optimizer.lowering import LoweredModule
 from optimizer.package.dtypes import ITEM_BYTES
 from optimizer.report.inputs import default_size
 from schedules import KernelReport
 from schedules.family import Space
+from schedules.loops import Extent
 from schedules.stages import Stage, parse, substitute, variables_of
 
 Sizes = Mapping[str, int]
@@ -35,6 +36,7 @@ class Task:
     """A workload with the space of its schedule.
 
     `arguments` are those of one call, the `outputs` last ones written by it; `calls` says how often a step makes it.
+    `operations` are those of the sums of one call, two to a term, of 8-bit integers where `integer`.
     """
 
     workload: str
@@ -46,6 +48,8 @@ class Task:
     outputs: int
     calls: int
     description: str
+    operations: int
+    integer: bool
 
     @property
     def bytes(self) -> int:
@@ -93,16 +97,21 @@ def _task(report: KernelReport, function: tirx.PrimFunc, call: tvm.ir.Call, call
     results = list(result.fields) if isinstance(result, tvm.ir.TupleType) else [result]
     operands = [_operand(argument, sizes) for argument in call.args[1].fields]
     outputs = [_tensor(kind, sizes) for kind in results]
+    arguments = (*operands, *outputs)
+    sums = _sums(function)
+    values = _values_of(function, arguments)
     return Task(
         report.workload,
         report.family,
         report.version,
         report.space,
         function,
-        (*operands, *outputs),
+        arguments,
         len(outputs),
         calls,
         describe(report, function),
+        sum(2 * math.prod(_number(axis.extent, values) for axis in stage.axes) for stage in sums),
+        any(_reads_integers(stage) for stage in sums),
     )
 
 
@@ -122,9 +131,39 @@ def _evaluate(extent: Expr, sizes: Sizes) -> int:
         variable: tirx.const(sizes.get(variable.name, default_size(variable.name)), "int64")
         for variable in variables_of(extent)
     }
+    return _number(extent, values)
+
+
+def _number(extent: Extent, values: Mapping[Var, Expr]) -> int:
+    if isinstance(extent, int):
+        return extent
     simplified = sym.Analyzer().simplify(substitute(extent, values))
     assert isinstance(simplified, tirx.IntImm), f"{extent} does not become a number"
     return int(simplified)
+
+
+def _sums(function: tirx.PrimFunc) -> list[Stage]:
+    """Return the reductions of a function."""
+    staged = parse(function)
+    stages = staged.stages if staged is not None else ()
+    return [stage for stage in stages if isinstance(stage, Stage) and stage.is_reduction]
+
+
+def _values_of(function: tirx.PrimFunc, arguments: Sequence[Argument]) -> dict[Var, Expr]:
+    """Return the sizes that a function's symbols have in a call with `arguments`."""
+    values: dict[Var, Expr] = {}
+    for parameter, argument in zip(function.params, arguments, strict=True):
+        if argument.scalar is not None:
+            values[parameter] = tirx.const(argument.scalar, argument.dtype)
+            continue
+        for extent, size in zip(parameter.shape, argument.shape, strict=True):
+            if isinstance(extent, Var):
+                values[extent] = tirx.const(size, str(extent.ty.dtype))
+    return values
+
+
+def _reads_integers(stage: Stage) -> bool:
+    return any(str(load.source.dtype) == "int8" for load in stage.loads())
 
 
 def describe(report: KernelReport, function: tirx.PrimFunc) -> str:

@@ -15,6 +15,7 @@ from optimizer.runtime.device_server import Description
 from optimizer.runtime.threads import resolve_thread_count
 from optimizer.tuning import devices
 from optimizer.tuning.log import TuningLog
+from optimizer.tuning.peak import Peaks
 from optimizer.tuning.pool import BenchPool
 from optimizer.tuning.records import origin_of
 from optimizer.tuning.session import Budget, Progress, TuningSession
@@ -71,8 +72,17 @@ def tune_model(
                 seeds = [record for sibling in siblings for record in sibling.read().records]
                 origin = origin_of(target, machine.cpu, threads or machine.threads)
                 session = TuningSession(tasks, pool, log, origin, seeds)
+                _note_peaks(session.progress, None if machine.emulated else pool.measure_peaks(origin.threads))
                 session.run(tuning.budget, watch)
             return Tuned(tuple(session.progress), machine, pool.size, tuple(pool.refused))
+
+
+def _note_peaks(progress: Sequence[Progress], peaks: Peaks | None) -> None:
+    if peaks is None:
+        return
+    for each in progress:
+        task = each.task
+        each.least_seconds = peaks.least_seconds(task.operations, task.bytes, integer=task.integer)
 
 
 @contextmanager

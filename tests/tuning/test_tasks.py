@@ -45,3 +45,9 @@ def test_other_sizes_are_another_workload_with_other_features() -> None:
     small, large = matmul_task(96), matmul_task(97)
     assert small.workload != large.workload
     assert features_of(small) != features_of(large)
+
+
+def test_operations_are_those_of_one_call_at_its_sizes() -> None:
+    assert matmul_task(96, 64, 48).operations == 2 * 96 * 64 * 48
+    assert matmul_task("rows", 64, 48).operations == 2 * 24 * 64 * 48
+    assert not matmul_task().integer

@@ -1,0 +1,165 @@
+"""What a machine does at best: kernels that multiply and add in registers, copy, or read, and do nothing of use.
+
+The time of as much of their work as a kernel has is the least that it can take.
+"""
+
+# TVMScript writes shapes where types stand.
+# pyright: reportInvalidTypeForm=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import tvm
+from numpy.typing import NDArray
+from tvm.script import tirx as T  # noqa: N812 - as TVM writes it
+
+from schedules.intrin.integer_dot import integer_dot
+from targets.base import Target
+
+# Independent chains of multiply-adds: more than latency (4 cycles) times two units, fewer than the 32 registers.
+_CHAINS = 24
+
+
+Array = NDArray[np.generic]
+Work = tuple[tvm.tirx.PrimFunc, list[Array]]
+
+
+def multiply_add(target: Target, work: int, threads: int) -> Work:
+    """Return a function of `work` floating-point operations, two to a multiply-add, in fp32, and its arguments."""
+    lanes, chains = target.vector_lanes(32), _CHAINS
+    steps = max(1, work // (2 * lanes * chains * threads))
+
+    @T.prim_func(s_tir=True)
+    def spin(factors: T.Buffer((lanes * 2,), "float32"), sums: T.Buffer((threads, chains, lanes), "float32")) -> None:
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        with T.sblock("root"):
+            for thread in T.parallel(threads):
+                with T.sblock("thread"):
+                    owner = T.axis.spatial(threads, thread)
+                    total = T.sblock_alloc_buffer((chains, lanes), "float32", scope="local")
+                    for chain in T.unroll(chains):
+                        total[chain, T.ramp(0, 1, lanes)] = T.broadcast(T.float32(0), lanes)
+                    for _ in range(steps):
+                        for chain in T.unroll(chains):
+                            total[chain, T.ramp(0, 1, lanes)] = (
+                                total[chain, T.ramp(0, 1, lanes)] * factors[T.ramp(0, 1, lanes)]
+                                + factors[T.ramp(lanes, 1, lanes)]
+                            )
+                    for chain in T.unroll(chains):
+                        sums[owner, chain, T.ramp(0, 1, lanes)] = total[chain, T.ramp(0, 1, lanes)]
+
+    return spin, [_filled(lanes * 2), _filled(threads, chains, lanes)]
+
+
+def integer_multiply_add(target: Target, work: int, threads: int) -> Work:
+    """Return a function of `work` operations of 8 bits, two to a multiply-add, by the target's integer dot product."""
+    dot = integer_dot(target, bits=4)
+    if dot is None:
+        raise LookupError(f"{target.name} has no integer dot product")
+    start = dot.start(tvm.tirx.const(0, "int32"))[0]
+    kind, lanes, chains = str(start.ty.dtype).split("x", maxsplit=1)[0], int(start.ty.dtype.lanes), _CHAINS
+    steps = max(1, work // (2 * dot.lanes * dot.reduction * chains * threads))
+
+    def added(total: tvm.ir.Expr, codes: tvm.ir.Expr, activations: tvm.ir.Expr) -> tvm.ir.Expr:
+        return dot.accumulate([total], codes, activations)[0]
+
+    @T.prim_func(s_tir=True)
+    def spin(
+        codes: T.Buffer((dot.lanes,), "int32"),
+        activations: T.Buffer((1,), "int32"),
+        sums: T.Buffer((threads, chains, lanes), kind),
+    ) -> None:
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        with T.sblock("root"):
+            for thread in T.parallel(threads):
+                with T.sblock("thread"):
+                    owner = T.axis.spatial(threads, thread)
+                    total = T.sblock_alloc_buffer((chains, lanes), kind, scope="local")
+                    for chain in T.unroll(chains):
+                        total[chain, T.ramp(0, 1, lanes)] = start
+                    for _ in range(steps):
+                        for chain in T.unroll(chains):
+                            total[chain, T.ramp(0, 1, lanes)] = added(
+                                total[chain, T.ramp(0, 1, lanes)], codes[T.ramp(0, 1, dot.lanes)], activations[0]
+                            )
+                    for chain in T.unroll(chains):
+                        sums[owner, chain, T.ramp(0, 1, lanes)] = total[chain, T.ramp(0, 1, lanes)]
+
+    ones = [np.full(size, 0x01010101, np.int32) for size in (dot.lanes, 1)]
+    return spin, [*ones, np.zeros((threads, chains, lanes), kind)]
+
+
+def copy(target: Target, work: int, threads: int) -> Work:
+    """Return a function that reads half of `work` bytes and writes the other half."""
+    lanes = target.vector_lanes(32)
+    vectors = max(1, work // (2 * 4 * lanes * threads))
+
+    @T.prim_func(s_tir=True)
+    def copy_all(
+        source: T.Buffer((threads, vectors, lanes), "float32"), result: T.Buffer((threads, vectors, lanes), "float32")
+    ) -> None:
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        with T.sblock("root"):
+            for thread in T.parallel(threads):
+                for vector in range(vectors):
+                    with T.sblock("copy"):
+                        owner, place = T.axis.remap("SS", [thread, vector])
+                        result[owner, place, T.ramp(0, 1, lanes)] = source[owner, place, T.ramp(0, 1, lanes)]
+
+    return copy_all, [_filled(threads, vectors, lanes), _filled(threads, vectors, lanes)]
+
+
+def read(target: Target, work: int, threads: int) -> Work:
+    """Return a function that reads `work` bytes, and its arguments."""
+    lanes, chains = target.vector_lanes(32), _CHAINS
+    steps = max(1, work // (4 * lanes * chains * threads))
+
+    @T.prim_func(s_tir=True)
+    def read_all(
+        source: T.Buffer((threads, steps, chains, lanes), "float32"),
+        sums: T.Buffer((threads, chains, lanes), "float32"),
+    ) -> None:
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        with T.sblock("root"):
+            for thread in T.parallel(threads):
+                with T.sblock("thread"):
+                    owner = T.axis.spatial(threads, thread)
+                    total = T.sblock_alloc_buffer((chains, lanes), "float32", scope="local")
+                    for chain in T.unroll(chains):
+                        total[chain, T.ramp(0, 1, lanes)] = T.broadcast(T.float32(0), lanes)
+                    for step in range(steps):
+                        for chain in T.unroll(chains):
+                            total[chain, T.ramp(0, 1, lanes)] = (
+                                total[chain, T.ramp(0, 1, lanes)] + source[owner, step, chain, T.ramp(0, 1, lanes)]
+                            )
+                    for chain in T.unroll(chains):
+                        sums[owner, chain, T.ramp(0, 1, lanes)] = total[chain, T.ramp(0, 1, lanes)]
+
+    return read_all, [_filled(threads, steps, chains, lanes), _filled(threads, chains, lanes)]
+
+
+def _filled(*shape: int) -> Array:
+    return np.full(shape, 0.5, np.float32)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What a machine reached: operations a second in fp32 and of 8-bit integers (0: none), bytes a second.
+
+    `memory` is of reads from beyond the caches, `cache` of copies within the second-level ones, whose capacity over all
+    threads is `cache_bytes`.
+    """
+
+    operations: float
+    integer_operations: float
+    memory: float
+    cache: float
+    cache_bytes: int
+
+    def least_seconds(self, operations: int, moved: int, *, integer: bool) -> float:
+        """Return what a kernel of so many operations on `moved` bytes takes at least (0: not known)."""
+        peak = self.integer_operations if integer else self.operations
+        bandwidth = self.cache if moved <= self.cache_bytes else self.memory
+        return max(operations / peak if peak else 0.0, moved / bandwidth)

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import pytest
+
+from optimizer.tuning.machines import ThisMachine, measured_peaks
+from optimizer.tuning.peak import Peaks
+from tests.tuning.examples import TARGET
+
+_PEAKS = Peaks(operations=1e11, integer_operations=4e11, memory=4e10, cache=2e11, cache_bytes=1 << 20)
+
+
+def test_a_kernel_takes_as_long_as_its_sums_or_its_bytes() -> None:
+    assert _PEAKS.least_seconds(10**9, 1000, integer=False) == pytest.approx(1e-2)
+    assert _PEAKS.least_seconds(10**9, 1000, integer=True) == pytest.approx(2.5e-3)
+    assert _PEAKS.least_seconds(10**3, 4 * 10**8, integer=False) == pytest.approx(1e-2)
+
+
+def test_bytes_that_fit_the_caches_move_faster() -> None:
+    assert _PEAKS.least_seconds(0, 1 << 20, integer=False) == pytest.approx((1 << 20) / 2e11)
+
+
+def test_every_peak_of_this_machine_is_measured() -> None:
+    peaks = measured_peaks(ThisMachine(1), TARGET, 1)
+    assert min(peaks.operations, peaks.integer_operations, peaks.memory, peaks.cache) > 0
