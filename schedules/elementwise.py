@@ -10,8 +10,8 @@ from tvm.ir import Expr
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import AxisGroup, branches_on, group_axes
-from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width
-from schedules.loops import Extent, index, loop, parallel, product, quotient, remainder, store, tiles, unflatten, vector
+from schedules.family import Choice, Kernel, Parameters, Space, is_large, parallel_if_large, vector_width
+from schedules.loops import Extent, index, loop, product, quotient, remainder, store, tiles, unflatten, vector
 from schedules.segments import Segment, segments
 from schedules.stages import Stage, sequence
 from targets.base import Target
@@ -79,16 +79,15 @@ class Elementwise:
 
         if not groups:
             return element([])
-        large = is_large(product([axis.extent for axis in stage.spatial]))
+        work = product([axis.extent for axis in stage.spatial])
         outer_extents = [group.extent for group in groups[:-1]]
         inner = groups[-1].extent
         if outer_extents:
-            return parallel(
-                product(outer_extents),
-                lambda task: whole_row(unflatten(task, outer_extents)),
-                large,
+            return parallel_if_large(
+                product(outer_extents), work, lambda task: whole_row(unflatten(task, outer_extents))
             )
-        return split_row(inner, parameters["chunk"] if large else 0, lambda start, extent: row([], start, extent))
+        chunk = parameters["chunk"] if is_large(work) else 0
+        return split_row(inner, chunk, lambda start, extent: row([], start, extent))
 
 
 def vector_tiles(extent: Extent, lanes: int, element: Callable[[Expr], Stmt]) -> Stmt:
@@ -105,7 +104,8 @@ def split_row(extent: Extent, chunk: int, row: Callable[[Expr, Extent], Stmt]) -
     count, rest = quotient(extent, chunk), remainder(extent, chunk)
     statements = []
     if not (isinstance(count, int) and count == 0):
-        statements.append(parallel(count, lambda task: row(task * chunk, chunk)))
+        work = count * index(chunk) if not isinstance(count, int) else count * chunk
+        statements.append(parallel_if_large(count, work, lambda task: row(task * chunk, chunk)))
     if not (isinstance(rest, int) and rest == 0):
         statements.append(row(index(0) + count * chunk, rest))
     return statements[0] if len(statements) == 1 else tirx.SeqStmt(statements)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from tvm.ir import Var
+from tvm import tirx
+from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.loops import Extent, product
+from schedules.loops import Extent, index, parallel, product
 from schedules.stages import Stage
 from targets.base import Target
 
@@ -73,6 +74,17 @@ def defaults(space: Space) -> dict[str, int]:
 def is_large(work: Extent) -> bool:
     """Return whether `work` element operations are worth more than one thread; symbolic work is."""
     return not isinstance(work, int) or work >= PARALLEL_THRESHOLD
+
+
+def parallel_if_large(extent: Extent, work: Extent, body: Callable[[Expr], Stmt]) -> Stmt:
+    """Return a loop on all threads where its `work` is large; where that is symbolic, the code chooses as it runs.
+
+    `body` may be asked for twice, and returns buffers of its own each time.
+    """
+    if isinstance(work, int):
+        return parallel(extent, body, is_large(work))
+    alone = parallel(extent, body, enabled=False)
+    return tirx.IfThenElse(index(work) >= index(PARALLEL_THRESHOLD), parallel(extent, body), alone)
 
 
 def work_of(stage: Stage) -> Extent:

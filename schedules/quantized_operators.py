@@ -18,6 +18,8 @@ from schedules.weight_layout import WeightLayout
 
 ACTIVATION_GROUP = 32
 ACTIVATION_LEVELS = 127
+# The largest |x| of a group below which 127 / |x| is no number of 32 bits.
+SMALLEST_QUANTIZED = 1e-36
 # Reads one element of a tensor or buffer.
 Read = Callable[..., Expr]
 
@@ -87,21 +89,26 @@ class QuantizedProduct:
 def quantize_rows(x: te.Tensor) -> list[te.Tensor]:
     """Return int8 codes [..., G, group], float32 scales [..., G] and int32 sums of codes [..., G] of x [..., G, group].
 
-    scale = max |x| / 127 of each group; a group of zeros has the scale 0.
+    scale = max |x| / 127 of each group; a group of zeros has the scale 0. Codes are x * (127 / max |x|), rounded: one
+    division a group.
     """
     *leading, group = x.shape
+    levels = tirx.const(float(ACTIVATION_LEVELS), "float32")
 
     def element(*at: Expr) -> Expr:
         return tirx.Cast("float32", x(*at))
 
     def code(*at: Expr) -> Expr:
-        scale = scales(*at[:-1])
-        divisor = tirx.Select(scale > tirx.const(0.0, "float32"), scale, tirx.const(1.0, "float32"))
-        return tirx.Cast("int8", te.nearbyint(element(*at) / divisor))
+        return tirx.Cast("int8", te.nearbyint(element(*at) * inverses(*at[:-1])))
+
+    def inverse(*at: Expr) -> Expr:
+        # Of numbers whose inverse overflows every code is 0, as they are of zeros.
+        limit = tirx.const(SMALLEST_QUANTIZED, "float32")
+        return tirx.Select(largest(*at) > limit, levels / tirx.max(largest(*at), limit), tirx.const(0.0, "float32"))
 
     place, step = (te.reduce_axis((index(0), index(int(group))), name) for name in ("place", "step"))
     largest = te.compute(leading, lambda *at: te.max(tirx.abs(element(*at, place)), axis=place), name="largest")
-    levels = tirx.const(float(ACTIVATION_LEVELS), "float32")
+    inverses = te.compute(leading, inverse, name="inverses")
     scales = te.compute(leading, lambda *at: largest(*at) / levels, name="scales")
     codes = te.compute(x.shape, code, name="codes")
     sums = te.compute(leading, lambda *at: te.sum(tirx.Cast("int32", codes(*at, step)), axis=step), name="sums")

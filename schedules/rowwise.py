@@ -16,7 +16,7 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.access import AxisGroup, as_int, branches_on, group_axes
 from schedules.elementwise import vector_tiles
-from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
+from schedules.family import Choice, Kernel, Parameters, Space, parallel_if_large, vector_width, work_of
 from schedules.loops import (
     Extent,
     ceiling,
@@ -25,7 +25,6 @@ from schedules.loops import (
     local,
     loop,
     nest,
-    parallel,
     product,
     store,
     unflatten,
@@ -39,6 +38,9 @@ from targets.base import Target
 
 TASKS_PER_CORE = 4
 SYMBOLIC_ROWS_PER_TASK = 4
+# The work of a row that takes as long as the division that finds its place, and what a row may grow to.
+SHORT_ROW = 64
+LONGEST_ROW = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +63,7 @@ class Rowwise:
         leading = shared_leading(kernel.stages)
         if not kernel.private or not leading or not any(stage.is_reduction for stage in kernel.stages):
             return None
-        return RowwiseAnalysis(kernel.stages, leading, kernel.private)
+        return RowwiseAnalysis(kernel.stages, _long_rows(kernel.stages, leading), kernel.private)
 
     def space(self, target: Target, analysis: RowwiseAnalysis) -> Space:
         """Return how many registers one vector statement spans."""
@@ -70,26 +72,52 @@ class Rowwise:
     def apply(self, analysis: RowwiseAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the parallel loop over rows."""
         extents = [_extent(extent) for extent in analysis.stages[0].output.shape[: analysis.leading]]
-        rows = [_RowBuffer.of(buffer, analysis.leading) for buffer in analysis.private]
-        total = [work_of(stage) for stage in analysis.stages]
-        large = any(is_large(work) for work in total)
         lanes = max(vector_width(target, stage) for stage in analysis.stages) * parameters["vectors"]
 
         count = product(extents)
         chunk = _rows_per_task(count, target)
 
-        def row(number: Expr) -> Stmt:
+        def row(number: Expr, buffers: Sequence[_RowBuffer]) -> Stmt:
             position = unflatten(number, extents)
-            return sequence([_step(stage, analysis.leading, rows, position, lanes) for stage in analysis.stages])
+            return sequence([_step(stage, analysis.leading, buffers, position, lanes) for stage in analysis.stages])
 
         def task(number: Expr) -> Stmt:
+            buffers = [_RowBuffer.of(buffer, analysis.leading) for buffer in analysis.private]
             start = number * chunk
             rest = (
                 index(chunk) if isinstance(count, int) and count % chunk == 0 else tirx.min(index(chunk), count - start)
             )
-            return with_local([row.local for row in rows], [loop(as_extent(rest), lambda i: row(start + i))])
+            rows = loop(as_extent(rest), lambda i: row(start + i, buffers))
+            return with_local([each.local for each in buffers], [rows])
 
-        return parallel(ceiling(count, chunk), task, large)
+        return parallel_if_large(ceiling(count, chunk), _most_work(analysis.stages), task)
+
+
+def _most_work(stages: Sequence[Stage]) -> Extent:
+    """Return the work of the largest stage; of those of symbolic size the first, which has a row's elements, too."""
+    amounts = [work_of(stage) for stage in stages]
+    constant = [amount for amount in amounts if isinstance(amount, int)]
+    return max(constant) if len(constant) == len(amounts) else next(a for a in amounts if not isinstance(a, int))
+
+
+def _long_rows(stages: Sequence[Stage], leading: int) -> int:
+    """Return how many leading dimensions to walk: rows that take less than finding them are walked together."""
+    while leading > 1:
+        extent, longest = (
+            as_int(stages[0].output.shape[leading - 1]),
+            max(_row_work(stage, leading) for stage in stages),
+        )
+        if extent is None or longest > SHORT_ROW or extent * longest > LONGEST_ROW:
+            break
+        leading -= 1
+    return leading
+
+
+def _row_work(stage: Stage, leading: int) -> float:
+    """Return the work of a stage for one row, infinite where it is symbolic."""
+    walked = bind(stage.indices[:leading], stage.indices[:leading])
+    work = product([axis.extent for axis in stage.axes if axis.variable not in walked])
+    return work if isinstance(work, int) else float("inf")
 
 
 def _rows_per_task(count: Extent, target: Target) -> int:

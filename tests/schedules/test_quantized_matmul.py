@@ -59,8 +59,9 @@ def expected(x: np.ndarray, matrix: QuantizedMatrix) -> np.ndarray:
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, depth - x.shape[-1])]).reshape(
         *x.shape[:-1], depth // group, group
     )
-    scales = np.abs(padded).max(-1, keepdims=True) / np.float32(127)
-    rounded = np.rint(padded / np.where(scales > 0, scales, 1)) * scales.astype(np.float64)
+    largest = np.abs(padded).max(-1, keepdims=True)
+    inverses = np.where(largest > 0, np.float32(127) / np.where(largest > 0, largest, 1), 0)
+    rounded = np.rint(padded * inverses) * (largest / np.float32(127)).astype(np.float64)
     return rounded.reshape(*x.shape[:-1], depth)[..., : x.shape[-1]] @ matrix.dequantized().T.astype(np.float64)
 
 
