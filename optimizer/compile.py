@@ -69,7 +69,8 @@ class CompileOptions:
     def notation(self) -> str:
         """Return all passes: those of the graph, and those that the other options ask for."""
         # Before constants are folded, which would turn integers into floats.
-        steps = [f"rewrite-kv-cache{{dtype={self.kv_cache_dtype}}}"] if self.kv_cache == "in-place" else []
+        in_place = [f"rewrite-kv-cache{{dtype={self.kv_cache_dtype}}}", "leave-out-rows"]
+        steps = in_place if self.kv_cache == "in-place" else []
         steps += [f"pack-quantized-weights{{target={self.target.name},activations={self.activations}}}", self.passes]
         if self.weights in WEIGHT_BITS:
             choices = {

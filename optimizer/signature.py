@@ -14,6 +14,7 @@ from optimizer.frontend.importer import ImportedModel
 from optimizer.package.manifest import CacheRecord, EntryPoint, SymbolRange, TensorSpec
 from optimizer.weights import ENTRY
 from passes.defined_dimensions import defined_dimensions
+from passes.leave_out_rows import shortened_outputs
 from passes.rewrite_kv_cache import caches_of
 
 _NARROW_NAMES: dict[int, str] = {TensorProto.INT4: "int4", TensorProto.UINT4: "uint4"}
@@ -32,7 +33,8 @@ def entry_point(model: ImportedModel, rewritten: tvm.IRModule | None = None) -> 
     writer.declare_no_more()
     outputs = writer.specs(model.output_names, _result_types(function), model.narrow_outputs)
     caches = () if rewritten is None else _caches(rewritten[ENTRY], inputs, outputs)
-    return EntryPoint(ENTRY, inputs, outputs, writer.symbols(), caches)
+    shortened = () if rewritten is None else _shortened(rewritten[ENTRY], outputs, caches)
+    return EntryPoint(ENTRY, inputs, outputs, writer.symbols(), caches, shortened)
 
 
 def _caches(
@@ -49,6 +51,15 @@ def _caches(
         dtype = str(function.params[cache.parameter].ty.dtype.dtype)
         records.append(CacheRecord(past.name, present.name, dtype, shape, cache.axis, length, total))
     return tuple(records)
+
+
+def _shortened(
+    function: relax.Function, outputs: Sequence[TensorSpec], caches: Sequence[CacheRecord]
+) -> tuple[str, ...]:
+    """Return the outputs whose first rows can be left out."""
+    present = {cache.present for cache in caches}
+    returned = [spec.name for spec in outputs if spec.name not in present]
+    return tuple(returned[position] for position in shortened_outputs(function))
 
 
 def _result_types(function: relax.Function) -> list[relax.TensorType]:

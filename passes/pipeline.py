@@ -29,6 +29,7 @@ _PASSES = {
     "fold-constants": ("passes.fold_constants", "FoldConstants"),
     "fold-norm-scales": ("passes.fold_norm_scales", "FoldNormScales"),
     "fuse-attention": ("passes.fuse_attention", "FuseAttention"),
+    "leave-out-rows": ("passes.leave_out_rows", "LeaveOutRows"),
     "recognize-activations": ("passes.recognize_activations", "RecognizeActivations"),
     "recognize-normalization": ("passes.recognize_normalization", "RecognizeNormalization"),
     "recognize-softmax": ("passes.recognize_softmax", "RecognizeSoftmax"),

@@ -103,10 +103,8 @@ def _most_work(stages: Sequence[Stage]) -> Extent:
 def _long_rows(stages: Sequence[Stage], leading: int) -> int:
     """Return how many leading dimensions to walk: rows that take less than finding them are walked together."""
     while leading > 1:
-        extent, longest = (
-            as_int(stages[0].output.shape[leading - 1]),
-            max(_row_work(stage, leading) for stage in stages),
-        )
+        extent = as_int(stages[0].output.shape[leading - 1])
+        longest = max(_row_work(stage, leading) for stage in stages)
         if extent is None or longest > SHORT_ROW or extent * longest > LONGEST_ROW:
             break
         leading -= 1

@@ -16,7 +16,7 @@ from optimizer.package import dimensions
 from optimizer.package.dtypes import ITEM_BYTES
 
 FORMAT = "optimizer-package"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 DIGEST_NAME = "manifest.sha256"
 MAX_MANIFEST_BYTES = 16 << 20
@@ -124,7 +124,9 @@ class EntryPoint:
     """A function of the package.
 
     Its arguments are the `inputs` in order, with buffers in place of those that are a cache, then, if there are caches,
-    a shape of their lengths, one for each symbol, and at last a tuple of all weights.
+    a shape of their lengths, one for each symbol, and at last a tuple of all weights. `shortened` are the outputs whose
+    first rows along axis 1 the code leaves out, as many as the last number of that shape says; where there are no such
+    outputs the shape has no such number.
     """
 
     name: str
@@ -132,6 +134,7 @@ class EntryPoint:
     outputs: tuple[TensorSpec, ...]
     symbols: tuple[SymbolRange, ...]
     caches: tuple[CacheRecord, ...] = ()
+    shortened: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         results = ", ".join(map(str, self.outputs))
@@ -341,6 +344,10 @@ def _check_entry_points(entry_points: tuple[EntryPoint, ...]) -> None:
         _require_unique((cache.present for cache in entry.caches), f"cache of {entry.name}")
         for cache in entry.caches:
             _check_cache(cache, entry, symbols)
+        if unknown := set(entry.shortened) - {spec.name for spec in entry.outputs}:
+            raise _malformed(f"{entry.name} has no output {', '.join(sorted(unknown))} to shorten")
+        if entry.shortened and not entry.caches:
+            raise _malformed(f"{entry.name} has outputs to shorten, and no caches")
 
 
 def _check_symbols(entry: EntryPoint) -> None:

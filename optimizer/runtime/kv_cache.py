@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import tvm_ffi
@@ -90,17 +91,20 @@ def allocate(record: CacheRecord, sizes: Mapping[str, int], room: int, device: D
     return tensors.allocate(tuple(shape), record.dtype, device)
 
 
-def lengths_argument(entry: EntryPoint, lengths: Mapping[str, int]) -> object:
-    """Return the lengths as the code takes them: each symbol's once, in the order of the caches."""
+def lengths_argument(entry: EntryPoint, lengths: Mapping[str, int], skipped: int = 0) -> object:
+    """Return the lengths as the code takes them: each symbol's once, in the order of the caches.
+
+    `skipped` rows of shortened outputs are left out.
+    """
     symbols = dict.fromkeys(record.length for record in entry.caches)
-    return tvm_ffi.Shape(tuple(lengths[symbol] for symbol in symbols))
+    return tvm_ffi.Shape((*(lengths[symbol] for symbol in symbols), *((skipped,) if entry.shortened else ())))
 
 
 def without_past(entry: EntryPoint) -> EntryPoint:
     """Return the entry point with the inputs that are no caches alone."""
     caches = {record.past for record in entry.caches}
     inputs = tuple(spec for spec in entry.inputs if spec.name not in caches)
-    return EntryPoint(entry.name, inputs, entry.outputs, entry.symbols, entry.caches)
+    return replace(entry, inputs=inputs)
 
 
 def buffers_of_past(

@@ -154,11 +154,12 @@ class Entry:
         """Return an empty cache for `append`, with room for `capacity` tokens, or for as many as there will be."""
         return KeyValueCache(self.signature, self._model.device, capacity=capacity, sizes=sizes)
 
-    def append(self, inputs: Mapping[str, Input], cache: KeyValueCache) -> dict[str, Tensor]:
+    def append(self, inputs: Mapping[str, Input], cache: KeyValueCache, skipped: int = 0) -> dict[str, Tensor]:
         """Run the function on new tokens, append what it remembers of them to `cache`, and return the other outputs.
 
-        `inputs` are those that are no caches. Raises InputMismatchError as a call does, and OptionError where the cache
-        is full; the cache stays as it was.
+        `inputs` are those that are no caches. The first `skipped` rows of outputs that can be shortened are not
+        computed: those before the tokens whose logits are asked for. Raises InputMismatchError as a call does, and
+        OptionError where the cache is full; the cache stays as it was.
         """
         given = self._tensors(self._without_past, inputs)
         known = {record.length: cache.length for record in self.signature.caches}
@@ -166,7 +167,7 @@ class Entry:
         values = bind_symbols(self._without_past, shapes, known)
         total = kv_cache.total_tokens(self.signature.caches, values)
         cache.reserve(total)
-        results = self._call({**given, **cache.buffers}, values)
+        results = self._call({**given, **cache.buffers}, values, skipped)
         cache.length = total
         present = {record.present for record in self.signature.caches}
         names = [spec.name for spec in self.signature.outputs if spec.name not in present]
@@ -177,11 +178,11 @@ class Entry:
         check_names(signature, inputs)
         return {spec.name: self._tensor(spec, inputs[spec.name]) for spec in signature.inputs}
 
-    def _call(self, given: Mapping[str, Tensor], values: Mapping[str, int]) -> list[Tensor]:
+    def _call(self, given: Mapping[str, Tensor], values: Mapping[str, int], skipped: int = 0) -> list[Tensor]:
         """Call the code with inputs and buffers by name, and the values of symbols; return what it returns."""
         arguments: list[object] = [given[spec.name] for spec in self.signature.inputs]
         if self.signature.caches:
-            arguments.append(kv_cache.lengths_argument(self.signature, values))
+            arguments.append(kv_cache.lengths_argument(self.signature, values, skipped))
         if self._takes_weights:
             arguments.append(self._model.weights)
         with self._model.lock:

@@ -128,7 +128,7 @@ def test_arbitrary_bytes_are_refused(text: bytes) -> None:
         b'{"format": "optimizer-package", "format": "optimizer-package"}',
         b'{"format": "optimizer-package", "format_version": NaN}',
         b'{"format": "optimizer-package", "format_version": true}',
-        b'{"format": "optimizer-package", "format_version": 3}',
+        b'{"format": "optimizer-package", "format_version": 4}',
         b"\xff\xfe",
         b"",
     ],
@@ -139,10 +139,10 @@ def test_hostile_documents_are_refused(text: bytes) -> None:
         Manifest.from_json(text)
 
 
-@pytest.mark.parametrize("version", [2, 4])
+@pytest.mark.parametrize("version", [3, 5])
 def test_another_format_version_says_what_to_do(draft: Manifest, version: int) -> None:
     document = json.loads(draft.to_json()) | {"format_version": version}
-    message = f"has format version {version}, this version reads 3; compile the model again"
+    message = f"has format version {version}, this version reads 4; compile the model again"
     with pytest.raises(PackageError, match=message):
         Manifest.from_json(json.dumps(document).encode())
 

@@ -87,4 +87,4 @@ class DecoderSession:
     def _step(self, inputs: dict[str, Input], count: int) -> dict[str, Tensor]:
         if isinstance(self._cache, ReturnedCache):
             return self._cache.append(inputs, count)
-        return self._entry.append(inputs, self._cache)
+        return self._entry.append(inputs, self._cache, skipped=count - 1)

@@ -122,3 +122,17 @@ def test_a_call_leaves_the_given_past_alone_and_returns_the_present(decoder: Com
         present = outputs[name.replace("past_key_values", "present")]
         assert present.shape == (1, 2, 9, 32)
         np.testing.assert_array_equal(present[:, :, :5], array)
+
+
+def test_rows_left_out_are_not_returned_and_change_no_other(decoder: CompiledModel) -> None:
+    entry = decoder.entry("main")
+
+    def logits(skipped: int) -> np.ndarray:
+        tokens, mask = np.array([_TOKENS]), np.ones((1, 11), np.int64)
+        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": np.arange(11)[None]}
+        return host_view(entry.append(inputs, entry.new_cache(capacity=16), skipped)["logits"], "float32")
+
+    whole, last = logits(0), logits(8)
+    assert entry.signature.shortened == ("logits",)
+    assert last.shape == (1, 3, whole.shape[2])
+    np.testing.assert_allclose(last, whole[:, 8:], atol=_TOLERANCE)
