@@ -52,7 +52,7 @@ class Matmul:
     """Register-tiled contraction of two operands."""
 
     name = "matmul"
-    version = 1
+    version = 2
 
     def takes(self, kernel: Kernel, target: Target) -> MatmulAnalysis | None:
         """Return the analysis of a reduction in which each operand lacks an axis that the other has."""
@@ -177,7 +177,7 @@ def _tile(
         width = min(width, -(-columns // lanes) * lanes)
     extent: Extent = analysis.rows.extent if analysis.rows is not None else 1
     if isinstance(extent, int):
-        row_block = min(row_block, -(-extent // rows) * rows)
+        row_block = _even_block(extent, row_block, rows)
     return tiling.Tile(
         stage=analysis.stage,
         epilogue=analysis.epilogue,
@@ -193,6 +193,12 @@ def _tile(
         parallel=is_large(work_of(analysis.stage)),
         ahead=analysis.operand if panel is None else None,
     )
+
+
+def _even_block(extent: int, most: int, rows: int) -> int:
+    """Return the rows of equal blocks, as few as hold `extent` rows by at most `most`, in whole tiles of `rows`."""
+    blocks = -(-extent // most)
+    return -(-extent // (blocks * rows)) * rows
 
 
 def register_tile(target: Target) -> tuple[int, int]:

@@ -40,6 +40,9 @@ from schedules.stages import Stage, replace_loads, sequence, substitute, with_va
 
 # With fewer tiles of rows in a task its columns come from memory all the time, which hardware foresees.
 FEWEST_TILES_TO_FETCH = 4
+# Parts of the columns that are computed one after the other, all rows of each. Threads take contiguous ranges of tasks:
+# so what is left of the rows, whose tasks are shorter, spreads over all ranges.
+COLUMN_GROUPS = 4
 CACHE_LINE = 64
 # Code for the columns of one width that begin at an offset.
 Columns = Callable[[Expr, int], Stmt]
@@ -103,22 +106,34 @@ def _in_whole_vectors(tile: Tile, body: Columns) -> Columns:
 
 
 def _tasks(tile: Tile, columns: Extent, choose: Callable[[Expr, Columns], Stmt]) -> Stmt:
-    """Return the parallel loop over outer axes, column tiles and blocks of rows."""
+    """Return the parallel loop over outer axes, groups of column tiles, blocks of rows and tiles of a group."""
     outer = [group.extent for group in tile.outer]
+    groups, together = _column_groups(columns)
     rows = tile.row_extent
     if isinstance(rows, int):
         blocks: Extent = -(-rows // tile.row_block)
     else:
         blocks = tirx.floordiv(rows + (tile.row_block - 1), tirx.const(tile.row_block, "int64"))
 
+    extents = [*outer, groups, blocks, together]
+
     def task(number: Expr) -> Stmt:
-        *outside, block, column = unflatten(number, [*outer, blocks, columns])
+        *outside, part, block, position = unflatten(number, extents)
+        column = part * together + position
         point: dict[Var, Expr] = {}
         for group, position in zip(tile.outer, outside, strict=True):
             point.update(group.point(position))
         return choose(column, lambda base, width: _block(tile, point, base, width, block))
 
-    return parallel(product([*outer, blocks, columns]), task, tile.parallel)
+    return parallel(product(extents), task, tile.parallel)
+
+
+def _column_groups(columns: Extent) -> tuple[int, Extent]:
+    """Return how many groups of how many column tiles: equal ones, at least COLUMN_GROUPS where there are as many."""
+    if not isinstance(columns, int) or columns < COLUMN_GROUPS:
+        return 1, columns
+    groups = next(count for count in range(COLUMN_GROUPS, columns + 1) if columns % count == 0)
+    return groups, columns // groups
 
 
 def _block(tile: Tile, point: Mapping[Var, Expr], base: Expr, width: int, block: Expr) -> Stmt:
