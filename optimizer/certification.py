@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import onnx
 from numpy.typing import NDArray
 
 import targets
 from optimizer import reference
 from optimizer.certificate import certify
 from optimizer.errors import CertificateError, IncompatibleMachineError, PackageError
-from optimizer.frontend.importer import import_model
+from optimizer.frontend.importer import ImportedModel, import_model
 from optimizer.frontend.model_file import ModelFile, read_model
 from optimizer.package import open_package
 from optimizer.package.manifest import Certificate, Manifest
 from optimizer.runtime import load
 from optimizer.runtime.array_files import read_arrays, write_arrays
+from optimizer.signature import entry_point
 from passes import pipeline
 from passes.base import Pass
 from passes.convert_precision import ConvertPrecision
@@ -60,7 +62,7 @@ def plan_certification(source: ModelFile, plan: Plan, options: CompileOptions) -
             source.model,
             run_with(package, options.target),
             path=source.path,
-            shapes=options.shapes,
+            shapes={**_fixed_shapes(source.model, plan.imported), **options.shapes},
             precision=_precision(record.item for record in plan.passes),
             activations=_activations(record.item for record in plan.passes if record.outcome.rewritten),
             dequantized=reference.lazily_dequantized(plan.imported, [record.item for record in plan.passes]),
@@ -68,6 +70,21 @@ def plan_certification(source: ModelFile, plan: Plan, options: CompileOptions) -
         )
 
     return Certification(check, execution)
+
+
+def _fixed_shapes(model: onnx.ModelProto, imported: ImportedModel) -> dict[str, list[int | str]]:
+    """Return the shapes of inputs of which the import found a size that the model leaves open."""
+    open_sizes = {
+        value.name: [not dimension.HasField("dim_value") for dimension in value.type.tensor_type.shape.dim]
+        for value in model.graph.input
+    }
+    return {
+        spec.name: list(spec.shape)
+        for spec in entry_point(imported).inputs
+        if any(
+            is_open and isinstance(size, int) for is_open, size in zip(open_sizes[spec.name], spec.shape, strict=True)
+        )
+    }
 
 
 def _natively(package: Path, target: Target) -> Callable[[Arrays], Arrays]:  # noqa: ARG001 -- one signature for both

@@ -49,7 +49,7 @@ class CompileOptions:
     quantized weights compute in `activations` ("int8", "float", or "auto": as the target does best). `tuning_log` is
     the folder of the logs that decide schedules, None for the target's defaults alone.
     `kv_cache` says whether caches of decoders are appended to "in-place", or "returned" with every step, and
-    `kv_cache_dtype` what those in place hold: "fp32", "fp16", "bf16", or the type of the model's input.
+    `kv_cache_dtype` what those in place hold: "fp32", "fp16", "bf16", "int8", "int4", or the type of the model's input.
     """
 
     target: Target
@@ -69,7 +69,8 @@ class CompileOptions:
     def notation(self) -> str:
         """Return all passes: those of the graph, and those that the other options ask for."""
         # Before constants are folded, which would turn integers into floats.
-        in_place = [f"rewrite-kv-cache{{dtype={self.kv_cache_dtype}}}", "leave-out-rows"]
+        can_fail = str(self.target.device == "cpu").lower()
+        in_place = [f"rewrite-kv-cache{{dtype={self.kv_cache_dtype},can_fail={can_fail}}}", "leave-out-rows"]
         steps = in_place if self.kv_cache == "in-place" else []
         steps += [f"pack-quantized-weights{{target={self.target.name},activations={self.activations}}}", self.passes]
         if self.weights in WEIGHT_BITS:

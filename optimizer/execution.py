@@ -37,10 +37,10 @@ def function(
             results = _listed(main(*given.values(), *trailing))
         else:
             values = bind_symbols(entry, {name: tensor.shape for name, tensor in given.items()})
-            buffers = kv_cache.buffers_of_past(entry, given, values, device)
-            lengths = kv_cache.lengths_argument(entry, values)
-            returned = _listed(main(*{**given, **buffers}.values(), lengths, *trailing))
-            results = kv_cache.outputs_with_present(entry, returned, buffers, device)
+            steps = kv_cache.steps_of_past(entry, values)
+            buffers = kv_cache.buffers_of_past(entry, given, values, steps, device)
+            returned = _listed(main(*kv_cache.arguments(entry, given, buffers, values, steps), *trailing))
+            results = kv_cache.outputs_with_present(entry, returned, buffers, values, steps, device)
         return {
             name: to_numpy(value, str(value.dtype)) for name, value in zip(model.output_names, results, strict=True)
         }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from optimizer.frontend.model_file import ModelFile
 from optimizer.package import Manifest
 from optimizer.package.manifest import (
+    CacheRecord,
     EntryPoint,
     KernelRecord,
     Library,
@@ -73,8 +74,16 @@ def weight_scheme(plan: Plan) -> str:
 
 def kv_cache_scheme(entry: EntryPoint) -> str:
     """Return how keys and values are kept between steps, "none" where the caller keeps them."""
-    dtypes = Counter(cache.dtype for cache in entry.caches)
+    dtypes = Counter(_stored_as(cache) for cache in entry.caches)
     return "; ".join(f"{count} tensors in place as {dtype}" for dtype, count in dtypes.items()) or "none"
+
+
+def _stored_as(cache: CacheRecord) -> str:
+    pages = cache.pages
+    if pages is None:
+        return cache.dtype
+    scales = "channel" if pages.by_channel else "token"
+    return f"int{pages.bits} by {scales} (pages of {pages.tokens}, the newest {pages.recent} or more {cache.dtype})"
 
 
 def requirements(target: Target) -> Requirements:

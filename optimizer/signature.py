@@ -11,11 +11,12 @@ from tvm import relax, tirx
 
 from optimizer.frontend.dimensions import simplified
 from optimizer.frontend.importer import ImportedModel
-from optimizer.package.manifest import CacheRecord, EntryPoint, SymbolRange, TensorSpec
+from optimizer.package.manifest import CachePages, CacheRecord, EntryPoint, SymbolRange, TensorSpec
 from optimizer.weights import ENTRY
 from passes.defined_dimensions import defined_dimensions
 from passes.leave_out_rows import shortened_outputs
-from passes.rewrite_kv_cache import caches_of
+from passes.rewrite_kv_cache import Cache, caches_of
+from schedules.cache_pages import PAGE, RECENT
 
 _NARROW_NAMES: dict[int, str] = {TensorProto.INT4: "int4", TensorProto.UINT4: "uint4"}
 _BINARY = {tirx.Add: "+", tirx.Sub: "-", tirx.Mul: "*", tirx.FloorDiv: "//", tirx.FloorMod: "%"}
@@ -43,13 +44,18 @@ def _caches(
     """Return the records of a rewritten function's caches; `inputs` and `outputs` are those that it had before."""
     capacities: dict[str, str] = {}
     records: list[CacheRecord] = []
+    scales_and_recent = 0
     for cache in caches_of(function):
         past, present = inputs[cache.parameter], outputs[cache.output]
         length, total = str(past.shape[cache.axis]), str(present.shape[cache.axis])
         capacity = capacities.setdefault(length, f"capacity_{len(capacities)}")
         shape = (*past.shape[: cache.axis], capacity, *past.shape[cache.axis + 1 :])
-        dtype = str(function.params[cache.parameter].ty.dtype.dtype)
-        records.append(CacheRecord(past.name, present.name, dtype, shape, cache.axis, length, total))
+        floats = function.params[cache.parameter]
+        if cache.pages is not None:
+            scales_and_recent += 2
+            floats = function.params[len(inputs) + scales_and_recent - 1]
+        dtype, pages = str(floats.ty.dtype.dtype), _pages(cache)
+        records.append(CacheRecord(past.name, present.name, dtype, shape, cache.axis, length, total, pages))
     return tuple(records)
 
 
@@ -60,6 +66,10 @@ def _shortened(
     present = {cache.present for cache in caches}
     returned = [spec.name for spec in outputs if spec.name not in present]
     return tuple(returned[position] for position in shortened_outputs(function))
+
+
+def _pages(cache: Cache) -> CachePages | None:
+    return None if cache.pages is None else CachePages(cache.pages.bits, cache.pages.by_channel, PAGE, RECENT)
 
 
 def _result_types(function: relax.Function) -> list[relax.TensorType]:

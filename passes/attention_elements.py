@@ -12,7 +12,7 @@ from tvm import relax, sym, te, tirx
 from passes.base import Dataflow
 from passes.tensor_types import shape_of
 from passes.views import Element, Index, behind_view, broadcast, position
-from schedules.stages import substitute, variables_of
+from schedules.stages import Stage, bind, parse, replace_loads, substitute, variables_of
 
 # Values of the symbols and axes that an element is written in, and the tensors that it reads.
 Substitution = Mapping[tvm.ir.Var, tvm.ir.Expr]
@@ -89,14 +89,44 @@ class Elements:
             expr = relax.op.permute_dims(expr, [*range(rank - 2), rank - 1, rank - 2])
             positions = [*positions[:-2], positions[-1], positions[-2]]
         self.mentioned += positions
-        number = next((n for n, other in enumerate(self.tensors) if other.same_as(expr)), len(self.tensors))
-        if number == len(self.tensors):
-            self.tensors.append(expr)
+        number = self._number_of(expr)
 
         def load(tensors: Sequence[te.Tensor], values: Substitution) -> tvm.ir.Expr:
             return tensors[number](*(substitute(place, values) for place in positions))
 
         return load
+
+    def read_through(self, call: tvm.ir.Call, function: tirx.PrimFunc, indices: tuple[Index, ...]) -> Value:
+        """Return the element that a call of `function`, which computes each element on its own, would store."""
+        staged = parse(function)
+        assert staged is not None
+        (stage,) = staged.stages
+        assert isinstance(stage, Stage)
+        numbers: list[tuple[tvm.ir.Var, int]] = []
+        values = bind(stage.indices, Element(call, indices).positions())
+        for parameter, argument in zip(function.params, call.args[1].fields, strict=False):
+            if isinstance(argument.ty, relax.TensorType):
+                numbers.append((parameter, self._number_of(argument)))
+            else:
+                values[parameter] = argument
+        value = substitute(stage.value, values)
+        self.mentioned += values.values()
+
+        def read(tensors: Sequence[te.Tensor], at: Substitution) -> tvm.ir.Expr:
+            def load(own: tvm.ir.TensorLoad) -> tvm.ir.Expr:
+                number = next(number for parameter, number in numbers if parameter.same_as(own.source))
+                return tensors[number](*own.indices)
+
+            return replace_loads(substitute(value, at), load)
+
+        return read
+
+    def _number_of(self, tensor: relax.Expr) -> int:
+        """Return the place of a tensor among those that are read."""
+        number = next((n for n, other in enumerate(self.tensors) if other.same_as(tensor)), len(self.tensors))
+        if number == len(self.tensors):
+            self.tensors.append(tensor)
+        return number
 
     def _is_to_be_turned(self, positions: Sequence[tvm.ir.Expr]) -> bool:
         if len(positions) < 2 or self.key is None or not positions[-1].same_as(self.key):

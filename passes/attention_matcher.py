@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import tvm
 import tvm.ir
 from tvm import relax, tirx
 
@@ -11,6 +12,7 @@ from passes.attention_elements import ELEMENTWISE, Elements, Value
 from passes.base import Dataflow, Refusal
 from passes.tensor_types import dtype_of, is_one, shape_of
 from passes.views import Digit, Element, Index, behind_view, broadcast, whole
+from schedules.cache_pages import READS_PAGES
 
 FLOAT = "float32"
 NARROW = ("float16", "bfloat16")
@@ -42,8 +44,9 @@ class Attention:
 class Matcher:
     """Follows one attention from its second product up."""
 
-    def __init__(self, dataflow: Dataflow) -> None:
+    def __init__(self, dataflow: Dataflow, module: tvm.IRModule) -> None:
         self._dataflow = dataflow
+        self._module = module
         self._zero_if_empty = False
         self._parts: list[relax.Expr] = []
 
@@ -214,6 +217,9 @@ class Matcher:
             if viewed is not None:
                 element = viewed
                 continue
+            reader = self._reader_of_pages(element.tensor)
+            if reader is not None:
+                return elements.read_through(*reader, element.indices), scale
             widened = self._dataflow.call(element.tensor, "relax.astype")
             if widened is not None and dtype_of(widened) == FLOAT and dtype_of(widened.args[0]) in NARROW:
                 element = Element(widened.args[0], element.indices)
@@ -224,6 +230,13 @@ class Matcher:
                 return elements.read(element.tensor, element.indices), scale
             scale = scale * factor if call.op.name == "relax.multiply" else scale / factor
             element = Element(call.args[0], element.indices)
+
+    def _reader_of_pages(self, expr: relax.Expr) -> tuple[tvm.ir.Call, tirx.PrimFunc] | None:
+        """Return the call that reads a quantized cache, and the function that it calls."""
+        call = self._dataflow.call(expr, "relax.call_tir")
+        if call is None or READS_PAGES not in (self._module[call.args[0]].attrs or {}):
+            return None
+        return call, self._module[call.args[0]]
 
     def _number(self, expr: relax.Expr) -> float | None:
         constant = self._dataflow.producer(expr)

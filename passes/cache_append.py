@@ -21,7 +21,7 @@ def append_function(buffer: relax.TensorType, new: relax.TensorType, axis: int) 
 
     The new elements are rounded to the type of the buffer.
     """
-    target, source = _parameters(buffer, new)
+    target, source = parameters([buffer, new], ("buffer", "new"))
     length = tirx.Var("length", "int64")
     loops = [tirx.Var(f"i{n}", "int64") for n in range(new.ndim)]
     axes = [
@@ -38,7 +38,7 @@ def append_function(buffer: relax.TensorType, new: relax.TensorType, axis: int) 
     body = s_tir.SBlockRealize(loops, True, s_tir.SBlock(axes, reads, writes, "append", body))
     for variable, each in zip(reversed(loops), reversed(axes), strict=True):
         body = tirx.For(variable, tirx.IntImm("int64", 0), each.dom.extent, tirx.ForKind.SERIAL, body)
-    return _function([target, source, length], body)
+    return whole_function([target, source, length], body)
 
 
 def append_by_row_function(buffer: relax.TensorType, new: relax.TensorType, counts: str) -> tirx.PrimFunc:
@@ -46,7 +46,7 @@ def append_by_row_function(buffer: relax.TensorType, new: relax.TensorType, coun
 
     What follows up to `total` becomes zeros. `counts` is the dtype of the counts; nothing is stored beyond `total`.
     """
-    target, source = _parameters(buffer, new)
+    target, source = parameters([buffer, new], ("buffer", "new"))
     starts = tirx.decl_buffer([target.shape[ROW]], counts, "counts")
     total = tirx.Var("total", "int64")
     rows, heads, added, channels = source.shape
@@ -71,10 +71,10 @@ def append_by_row_function(buffer: relax.TensorType, new: relax.TensorType, coun
         return tirx.SeqStmt([loop(added, copy), loop(tirx.max(total - after, index(0)), clear)])
 
     body = loop(rows, lambda r: loop(heads, lambda h: row(r, h)))
-    return _function([target, source, starts, total], body)
+    return whole_function([target, source, starts, total], body)
 
 
-def _parameters(*types: relax.TensorType) -> list[tirx.Var]:
+def parameters(types: Sequence[relax.TensorType], names: Sequence[str]) -> list[tirx.Var]:
     """Return the buffers of a function: equal symbols in the types are equal symbols of its own."""
     symbols: dict[tirx.Var, tirx.Var] = {}
 
@@ -87,13 +87,14 @@ def _parameters(*types: relax.TensorType) -> list[tirx.Var]:
 
     return [
         tirx.decl_buffer([own(extent) for extent in kind.shape.values], str(kind.dtype.dtype), name)
-        for kind, name in zip(types, ("buffer", "new"), strict=True)
+        for kind, name in zip(types, names, strict=True)
     ]
 
 
-def _function(parameters: Sequence[tirx.Var], body: tirx.Stmt) -> tirx.PrimFunc:
+def whole_function(parameters: Sequence[tirx.Var], body: tirx.Stmt) -> tirx.PrimFunc:
+    """Return the function of some parameters with a body that is not to be scheduled."""
     root = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", body))
     return tirx.PrimFunc(list(parameters), root).with_attrs({"tirx.noalias": True, "s_tir": True})
 
 
-__all__ = ["APPENDS_BY_ROW", "append_by_row_function", "append_function"]
+__all__ = ["APPENDS_BY_ROW", "append_by_row_function", "append_function", "parameters", "whole_function"]

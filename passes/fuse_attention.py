@@ -96,7 +96,7 @@ class _Rewriter(PyExprMutator):
         product = self._product_behind(binding.var, binding.value)
         if product is not None:
             try:
-                attention = Matcher(self._dataflow).match(binding.var, product)
+                attention = Matcher(self._dataflow, self.builder_.get()).match(binding.var, product)
             except Refusal as refusal:
                 self._sites.append(Site(binding.var.name, str(refusal), self._dataflow.nodes(product, binding.value)))
             else:

@@ -29,9 +29,12 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from passes.base import Dataflow, Pass, PassOutcome, Refusal, Site, require
 from passes.cache_append import APPENDS_BY_ROW, TOKENS, append_by_row_function, append_function
+from passes.cache_pages import append_to_pages, read_pages
+from passes.cache_readers import summed_axes
 from passes.defined_dimensions import defined_dimensions, without_unused_dimensions
 from passes.pipeline import PassOptionError
 from passes.tensor_types import shape_of
+from schedules.cache_pages import READS_PAGES, SCALE_DTYPE, CachePages
 
 ATTRIBUTE = "kv_caches"
 """The attribute of a rewritten function: the numbers of each `Cache`. The lengths that come after the inputs, and the
@@ -40,15 +43,34 @@ LENGTHS = "cache_lengths"
 MODEL = "model"
 FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """The float types of caches, by the names that the command line has for them."""
+BITS = {"int8": 8, "int4": 4}
+"""The types of quantized caches (`schedules/cache_pages.py`), and how many bits a code has."""
+TYPES = (MODEL, *FLOATS, *BITS)
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache of a function: which input it was and which of the outputs, and the axis that tokens lie along."""
+    """A cache of a function: which input it was and which of the outputs, and the axis that tokens lie along.
+
+    A quantized one has `pages`. Its codes take the place of the input; its scales and recent tokens come after all
+    inputs, in the order of the caches.
+    """
 
     parameter: int
     output: int
     axis: int
+    pages: CachePages | None = None
+
+    def record(self) -> list[int]:
+        """Return the numbers that `caches_of` reads."""
+        numbers = [self.parameter, self.output, self.axis]
+        return numbers if self.pages is None else [*numbers, self.pages.bits, int(self.pages.by_channel)]
+
+    @staticmethod
+    def from_record(numbers: Sequence[int]) -> Cache:
+        """Return the cache that `record` describes."""
+        parameter, output, axis, *layout = (int(number) for number in numbers)
+        return Cache(parameter, output, axis, CachePages(layout[0], bool(layout[1])) if layout else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,15 +107,17 @@ class RewriteKvCache(Pass):
     GroupQueryAttention does, nobody else reads it, and the function returns the result. The function then takes buffers
     in place of these inputs and one more argument, the number of tokens in them, and does not return these outputs.
     What is concatenated may be a cast of the input, and the output a cast of the result. `dtype` is what the buffers
-    hold: fp32, fp16, bf16, or the type of the model's input.
+    hold: fp32, fp16, bf16, or the type of the model's input; or int8 or int4 with scales, keys by channel and values by
+    token, and the newest tokens as they are. `can_fail` says that code can stop with an error, as on a CPU.
     """
 
     name: ClassVar[str] = "rewrite-kv-cache"
     dtype: str = MODEL
+    can_fail: bool = True
 
     def __post_init__(self) -> None:
-        if self.dtype not in (MODEL, *FLOATS):
-            raise PassOptionError(f"a cache cannot hold '{self.dtype}'; choose one of {', '.join((MODEL, *FLOATS))}")
+        if self.dtype not in TYPES:
+            raise PassOptionError(f"a cache cannot hold '{self.dtype}'; choose one of {', '.join(TYPES)}")
 
     def run(self, module: tvm.IRModule) -> PassOutcome:
         """Rewrite `main`."""
@@ -101,10 +125,10 @@ class RewriteKvCache(Pass):
         function = None if entry is None else module[entry]
         if not isinstance(function, relax.Function):
             return PassOutcome(module)
-        appends, sites = _appends(module, function)
+        appends, sites = _appends(module, function, BITS.get(self.dtype))
         if not appends:
             return PassOutcome(module, sites)
-        rewriter = _Rewriter(module, function, appends, FLOATS.get(self.dtype))
+        rewriter = _Rewriter(module, function, appends, FLOATS.get(self.dtype), self.can_fail)
         rewriter.builder_.update_func(entry, without_unused_dimensions(rewriter.rewritten()))
         return PassOutcome(relax.transform.DeadCodeElimination()(rewriter.builder_.get()), sites)
 
@@ -114,11 +138,16 @@ def caches_of(function: relax.Function) -> tuple[Cache, ...]:
     attributes = function.attrs
     if attributes is None or ATTRIBUTE not in attributes:
         return ()
-    return tuple(Cache(*(int(number) for number in record)) for record in attributes[ATTRIBUTE])
+    return tuple(Cache.from_record(record) for record in attributes[ATTRIBUTE])
 
 
-def _appends(module: tvm.IRModule, function: relax.Function) -> tuple[list[_Append], tuple[Site, ...]]:
-    """Return the caches that can be rewritten, and the account of all that look like one."""
+def _appends(
+    module: tvm.IRModule, function: relax.Function, bits: int | None
+) -> tuple[list[_Append], tuple[Site, ...]]:
+    """Return the caches that can be rewritten, and the account of all that look like one.
+
+    They are to have codes of `bits`, if that is given.
+    """
     dataflow = Dataflow(function)
     outputs = _outputs(function, dataflow)
     dimensions = defined_dimensions(function)
@@ -133,6 +162,8 @@ def _appends(module: tvm.IRModule, function: relax.Function) -> tuple[list[_Appe
             nodes = dataflow.nodes(binding.value)
             try:
                 append = _checked(binding, extension, parameters, dataflow, outputs)
+                if bits is not None:
+                    append = replace(append, cache=_quantized(append, bits, function, dataflow))
                 found.append(replace(append, total=dimensions.get(append.total, append.total)))
             except Refusal as refusal:
                 sites.append(Site(binding.var.name, str(refusal), nodes))
@@ -200,6 +231,15 @@ def _checked(
     return _Append(cache, past, length, new, extension.counts, binding.var, result[axis])
 
 
+def _quantized(append: _Append, bits: int, function: relax.Function, dataflow: Dataflow) -> Cache:
+    """Return an append's cache with the layout that fits what reads it; refuses one that is neither keys nor values."""
+    ndim, axis = append.past.ty.ndim, append.cache.axis
+    require(ndim == 4 and axis == TOKENS, "only [batch, heads, tokens, channels] can be quantized")
+    summed = summed_axes(function, dataflow, append.present)
+    require(summed in ({axis}, {ndim - 1}), "it is read neither as keys nor as values alone")
+    return replace(append.cache, pages=CachePages(bits, by_channel=summed == {ndim - 1}))
+
+
 def _uncast(output: relax.Expr, dataflow: Dataflow) -> relax.Expr:
     cast = dataflow.call(output, "relax.astype")
     return output if cast is None else dataflow.producer(cast.args[0])
@@ -210,30 +250,51 @@ class _Rewriter(PyExprMutator):
     """Replaces parameters by buffers, concatenations by appending to them, and leaves out what lies in them."""
 
     def __init__(
-        self, module: tvm.IRModule, function: relax.Function, appends: Sequence[_Append], dtype: str | None
+        self,
+        module: tvm.IRModule,
+        function: relax.Function,
+        appends: Sequence[_Append],
+        dtype: str | None,
+        can_fail: bool,
     ) -> None:
         super().__init__(module)
         self._function = function
+        self._can_fail = can_fail
         self._by_present = {append.present: append for append in appends}
         self._appends = appends
         self._result = function.body.body
         self._functions: list[tuple[tirx.PrimFunc, tvm.ir.GlobalVar]] = []
-        self._lengths = list(dict.fromkeys(append.length for append in appends))
-        capacities = {length: tirx.Var(f"capacity_{n}", "int64") for n, length in enumerate(self._lengths)}
+        lengths = list(dict.fromkeys(append.length for append in appends))
+        paged = [length for length in lengths if any(a.cache.pages and a.length.same_as(length) for a in appends)]
+        self._quantized = {length: _symbols(n, "before", "quantized") for n, length in enumerate(paged)}
+        self._lengths = [*lengths, *(symbol for pair in self._quantized.values() for symbol in pair)]
+        capacities = {length: tirx.Var(f"capacity_{n}", "int64") for n, length in enumerate(lengths)}
+        rooms = {length: _symbols(n, "codes", "pages", "scales", "recent") for n, length in enumerate(paged)}
         self._buffers: dict[relax.Var, relax.Var] = {}
+        self._parts: dict[relax.Var, tuple[relax.Var, relax.Var]] = {}
         for append in appends:
-            shape = list(append.past.ty.shape.values)
-            shape[append.cache.axis] = capacities[append.length]
-            kind = relax.TensorType(shape, dtype or append.past.ty.dtype)
-            self._buffers[append.past] = relax.Var(append.past.name, kind)
+            name, kind, length = append.past.name, append.past.ty, append.length
+            if append.cache.pages is None:
+                shape = list(kind.shape.values)
+                shape[append.cache.axis] = capacities[length]
+                self._buffers[append.past] = relax.Var(name, relax.TensorType(shape, dtype or kind.dtype))
+            else:
+                kinds = _page_types(append, rooms[length])
+                self._buffers[append.past] = relax.Var(name, kinds[0])
+                self._parts[append.past] = (
+                    relax.Var(f"{name}_scales", kinds[1]),
+                    relax.Var(f"{name}_recent", kinds[2]),
+                )
 
     def rewritten(self) -> relax.Function:
         """Return the function with buffers."""
         old = self._function
         lengths = relax.Var(LENGTHS, relax.ShapeType(self._lengths))
-        parameters = [*(self._buffers.get(parameter, parameter) for parameter in old.params), lengths]
+        inputs = [self._buffers.get(parameter, parameter) for parameter in old.params]
+        parts = [part for append in self._appends for part in self._parts.get(append.past, ())]
+        parameters = [*inputs, *parts, lengths]
         body = self.visit_expr(old.body)
-        records = [[a.cache.parameter, a.cache.output, a.cache.axis] for a in self._appends]
+        records = [append.cache.record() for append in self._appends]
         function = relax.Function(parameters, body, body.ty, old.is_pure, old.attrs)
         return function.with_attr(ATTRIBUTE, records)
 
@@ -264,6 +325,8 @@ class _Rewriter(PyExprMutator):
     def _appended(self, append: _Append) -> relax.Expr:
         """Return the tokens in use of the buffer after appending to it."""
         buffer, new = self._buffers[append.past], self.visit_expr(append.new)
+        if append.cache.pages is not None:
+            return self._appended_to_pages(append, append.cache.pages, new)
         if append.counts is None:
             function = append_function(buffer.ty, new.ty, append.cache.axis)
             arguments = [buffer, new, relax.prim_value(append.length)]
@@ -277,6 +340,30 @@ class _Rewriter(PyExprMutator):
         dtype = append.present.ty.dtype.dtype
         return used if buffer.ty.dtype.dtype == dtype else relax.op.astype(self.builder_.emit(used), dtype)
 
+    def _appended_to_pages(self, append: _Append, pages: CachePages, new: relax.Expr) -> relax.Expr:
+        """Return the tokens in use after appending to pages, as floats."""
+        buffers = [self._buffers[append.past], *self._parts[append.past]]
+        kinds = [buffer.ty for buffer in buffers]
+        counts = None if append.counts is None else self.visit_expr(append.counts)
+        rows = None if counts is None else str(counts.ty.dtype.dtype)
+        function = append_to_pages(pages, kinds, new.ty, rows, self._can_fail)
+        before, quantized = self._quantized[append.length]
+        numbers = [relax.prim_value(each) for each in (append.length, before, quantized, append.total)]
+        arguments = relax.Tuple([*buffers, new, *([] if counts is None else [counts]), *numbers])
+        call = relax.op.call_tir_inplace(self._variable_of(function), arguments, [0, 1, 2], kinds)
+        after = self.builder_.emit(call, f"{append.past.name}_appended")
+        stored = [self.builder_.emit(relax.TupleGetItem(after, place)) for place in range(len(buffers))]
+        floats = self.builder_.call_te(
+            read_pages(pages),
+            *stored,
+            quantized,
+            append.total,
+            primfunc_name_hint="read_cache",
+            primfunc_attrs={READS_PAGES: [pages.bits, int(pages.by_channel)]},
+        )
+        dtype = append.present.ty.dtype.dtype
+        return floats if dtype == "float32" else relax.op.astype(self.builder_.emit(floats), dtype)
+
     def _variable_of(self, function: tirx.PrimFunc) -> tvm.ir.GlobalVar:
         for other, variable in self._functions:
             if tvm_ffi.structural_equal(other, function):
@@ -286,4 +373,21 @@ class _Rewriter(PyExprMutator):
         return variable
 
 
-__all__ = ["ATTRIBUTE", "Cache", "RewriteKvCache", "caches_of"]
+def _symbols(number: int, *names: str) -> tuple[tirx.Var, ...]:
+    return tuple(tirx.Var(f"{name}_{number}", "int64") for name in names)
+
+
+def _page_types(append: _Append, rooms: Sequence[tirx.Var]) -> list[relax.TensorType]:
+    """Return the types of a quantized cache's codes, scales and recent tokens."""
+    batch, heads, _, channels = append.past.ty.shape.values
+    codes, pages, scales, recent = rooms
+    by_channel = append.cache.pages is not None and append.cache.pages.by_channel
+    places = [pages, 2, channels] if by_channel else [scales, 2]
+    return [
+        relax.TensorType([batch, heads, codes, channels], "uint8"),
+        relax.TensorType([batch, heads, *places], SCALE_DTYPE),
+        relax.TensorType([batch, heads, recent, channels], append.present.ty.dtype),
+    ]
+
+
+__all__ = ["ATTRIBUTE", "BITS", "FLOATS", "Cache", "RewriteKvCache", "caches_of"]

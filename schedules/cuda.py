@@ -31,7 +31,7 @@ def schedule_function(function: tirx.PrimFunc, target: Target, name: str) -> tup
     reasons = []
     gpu = target.tvm_target()
     with gpu:
-        for family, rule in RULES.items():
+        for family, rule in RULES.items() if _has_blocks(function) else ():
             try:
                 schedule = rule().apply(function, gpu, False)
             except ScheduleError as error:
@@ -43,6 +43,13 @@ def schedule_function(function: tirx.PrimFunc, target: Target, name: str) -> tup
     reasons.append("no rule binds its loops to threads")
     scheduled = function if _calls_host(function) else _on_one_thread(function)
     return scheduled.with_attr(SCHEDULED, True), KernelReport(name, "opaque", reason="; ".join(reasons))
+
+
+def _has_blocks(function: tirx.PrimFunc) -> bool:
+    """Return whether there are blocks below the root, without which no rule has anything to go by."""
+    found: list[s_tir.SBlock] = []
+    tvm_ffi.structural_walk(function.body, (s_tir.SBlock, found.append))
+    return len(found) > 1
 
 
 def _top_level(function: tirx.PrimFunc) -> list[Stmt]:

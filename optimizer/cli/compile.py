@@ -70,7 +70,7 @@ _EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "decoder" / "model
 )
 @click.option(
     "--kv-cache-dtype",
-    type=click.Choice(["model", "fp32", "fp16", "bf16"]),
+    type=click.Choice(["model", "fp32", "fp16", "bf16", "int8", "int4"]),
     default="model",
     show_default=True,
     help="What the buffers of keys and values hold; model: the type of the model's inputs.",

@@ -97,12 +97,27 @@ class SymbolRange:
 
 
 @dataclass(frozen=True)
+class CachePages:
+    """How a cache is quantized: codes of `bits` in pages of `tokens`, each with a scale and a minimum.
+
+    Those are of each channel of a page, or of each token. At least the newest `recent` tokens are floats.
+    """
+
+    bits: int
+    by_channel: bool
+    tokens: int
+    recent: int
+
+
+@dataclass(frozen=True)
 class CacheRecord:
     """A key-value cache that the code appends to in place: the input and the output that it is for the model's user.
 
     The code takes a buffer in place of the input `past`, and does not return the output `present`. `dtype` and `shape`
     are the buffer's; tokens lie along `axis`, whose size is the symbol of the capacity. `length` is the symbol of the
-    tokens that are in it before a call, `total` those after it, an expression of the entry point's symbols.
+    tokens that are in it before a call, `total` those after it, an expression of the entry point's symbols. Where there
+    are `pages`, the code takes three tensors that make up such a buffer: codes in place of the input, scales and
+    recent tokens of `dtype` after all inputs (`schedules/cache_pages.py`).
     """
 
     past: str
@@ -112,6 +127,7 @@ class CacheRecord:
     axis: int
     length: str
     total: str
+    pages: CachePages | None = None
 
     @property
     def capacity(self) -> str:
@@ -385,6 +401,11 @@ def _check_cache(cache: CacheRecord, entry: EntryPoint, symbols: set[str]) -> No
     if cache.capacity in symbols or not _IDENTIFIER.fullmatch(cache.capacity) or cache.length not in symbols:
         raise _malformed(f"the length or the capacity of the cache of {cache.past!r:.80} is no symbol of its own")
     _check_spec(TensorSpec(cache.past, cache.dtype, (*cache.shape, cache.total)), symbols | {cache.capacity})
+    pages = cache.pages
+    if pages is not None and (pages.bits not in (4, 8) or pages.tokens < 2 or pages.tokens % 2 or pages.recent < 0):
+        raise _malformed(f"the pages of the cache of {cache.past!r:.80} are of no known form")
+    if pages is not None and (len(cache.shape) != 4 or cache.axis != 2):
+        raise _malformed(f"the cache of {cache.past!r:.80} has pages and is not [batch, heads, tokens, channels]")
 
 
 def _check_tensor(name: str, dtype: str, rank: int) -> None:

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import tvm_ffi
 
 from optimizer.errors import OptionError
 from optimizer.package import dimensions
-from optimizer.package.dtypes import ITEM_BYTES
-from optimizer.package.manifest import CacheRecord, EntryPoint, TensorSpec
-from optimizer.runtime import tensors
+from optimizer.package.manifest import CachePages, CacheRecord, EntryPoint, TensorSpec
+from optimizer.runtime import cache_pages, tensors
+from optimizer.runtime.cache_buffers import CacheBuffers, Held, Room
 from optimizer.runtime.tensors import Device, Tensor
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Array = NDArray[np.generic]
 
 SMALLEST_CAPACITY = 256
 """Tokens that a cache without a bound has room for at first; it doubles when it is full."""
+SMALLEST_RECENT = 128
+"""Tokens that a quantized cache has room for as floats, unless a step reads more."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How many tokens are codes `before` a step, and how many the step makes `quantized`."""
+
+    before: int
+    quantized: int
 
 
 class KeyValueCache:
@@ -31,6 +33,7 @@ class KeyValueCache:
 
     Memory for all of `capacity` is reserved at once, and taken by the operating system as tokens arrive. Without a
     `capacity` the buffers grow. `sizes` are the other symbolic dimensions of the buffers, 1 where they are not given.
+    The first `quantized` tokens are codes, in the caches that have those.
     """
 
     def __init__(
@@ -39,65 +42,110 @@ class KeyValueCache:
         self._entry = entry
         self._device = device
         self._sizes = dict(sizes or {})
+        self._pages: CachePages | None = pages_of(entry)
         self.capacity: int | None = capacity
         self.length: int = 0
-        self._room = SMALLEST_CAPACITY if capacity is None else capacity
-        self.buffers: dict[str, Tensor] = self._allocated(self._room)
+        self.quantized: int = 0
+        self._room = Room(SMALLEST_CAPACITY if capacity is None else capacity, SMALLEST_RECENT)
+        self.buffers: dict[str, CacheBuffers] = self._allocated(self._room)
 
     @property
     def bytes(self) -> int:
         """Return the size of all buffers."""
-        records = {record.past: record for record in self._entry.caches}
-        return sum(math.prod(t.shape) * ITEM_BYTES[records[name].dtype] for name, t in self.buffers.items())
+        return sum(buffers.bytes for buffers in self.buffers.values())
 
-    def reserve(self, total: int) -> None:
-        """Make room for `total` tokens; raises OptionError where that is more than the capacity."""
+    def reserve(self, total: int) -> Steps:
+        """Make room for `total` tokens, and return how many are codes before and in the step that brings them.
+
+        Raises OptionError where that is more than the capacity.
+        """
         if self.capacity is not None and total > self.capacity:
             raise OptionError(
                 f"{self.length} tokens are read and {total - self.length} more do not fit a context of "
                 f"{self.capacity}; shorten the prompt, rewind the session, or raise the capacity"
             )
-        if total > self._room:
-            self._room = max(total, 2 * self._room)
-            self._move_to(self._allocated(self._room))
+        before = self.quantized
+        quantized = before if self._pages is None else cache_pages.settled(self.length, before, self._pages)
+        recent = max(SMALLEST_RECENT, self.length - before, total - quantized)
+        room = self._room
+        if total > room.tokens:
+            room = Room(max(total, 2 * room.tokens), room.recent)
+        if self._pages is not None and not recent <= room.recent <= max(2 * recent, SMALLEST_RECENT):
+            room = Room(room.tokens, recent)
+        if room != self._room:
+            self._move_to(self._allocated(room))
+            self._room = room
+        return Steps(before, quantized)
+
+    def commit(self, total: int, steps: Steps) -> None:
+        """Take note of a step that was done."""
+        self.length, self.quantized = total, steps.quantized
 
     def rewind(self, length: int) -> None:
         """Keep the first `length` tokens, which may not be more than there are."""
-        self.length = length
+        kept = Held(length, self.quantized)
+        if self._pages is not None and length < self.quantized:
+            kept = Held(length, length // self._pages.tokens * self._pages.tokens)
+        for buffers in self.buffers.values():
+            buffers.requantize(Held(self.length, self.quantized), kept)
+        self.length, self.quantized = kept.tokens, kept.quantized
 
     def fork(self) -> KeyValueCache:
         """Return a cache of its own with the same tokens."""
         other = KeyValueCache(self._entry, self._device, capacity=self.capacity, sizes=self._sizes)
-        other.reserve(self.length)
-        other.buffers, own = self.buffers, other.buffers
-        other.length = self.length
-        other._move_to(own)
+        other._room = self._room
+        other.buffers = other._allocated(self._room)
+        other.length, other.quantized = self.length, self.quantized
+        for name, buffers in other.buffers.items():
+            buffers.copy_from(self.buffers[name], Held(self.length, self.quantized))
         return other
 
-    def _allocated(self, room: int) -> dict[str, Tensor]:
-        return {record.past: allocate(record, self._sizes, room, self._device) for record in self._entry.caches}
+    def _allocated(self, room: Room) -> dict[str, CacheBuffers]:
+        return {record.past: CacheBuffers(record, self._sizes, room, self._device) for record in self._entry.caches}
 
-    def _move_to(self, buffers: dict[str, Tensor]) -> None:
-        for record in self._entry.caches:
-            kept = _tokens(tensors.host_view(self.buffers[record.past], record.dtype), record.axis, self.length)
-            _write(buffers[record.past], kept, record)
+    def _move_to(self, buffers: dict[str, CacheBuffers]) -> None:
+        for name, each in buffers.items():
+            each.copy_from(self.buffers[name], Held(self.length, self.quantized))
         self.buffers = buffers
 
 
-def allocate(record: CacheRecord, sizes: Mapping[str, int], room: int, device: Device) -> Tensor:
-    """Return a buffer for `room` tokens, whose content is not defined."""
-    shape = [dim if isinstance(dim, int) else _size(dim, sizes) for dim in record.shape]
-    shape[record.axis] = room
-    return tensors.allocate(tuple(shape), record.dtype, device)
+def pages_of(entry: EntryPoint) -> CachePages | None:
+    """Return the layout of the entry point's quantized caches, one of them for all, or None."""
+    return next((record.pages for record in entry.caches if record.pages is not None), None)
 
 
-def lengths_argument(entry: EntryPoint, lengths: Mapping[str, int], skipped: int = 0) -> object:
-    """Return the lengths as the code takes them: each symbol's once, in the order of the caches.
+def arguments(
+    entry: EntryPoint,
+    given: Mapping[str, Tensor],
+    buffers: Mapping[str, CacheBuffers],
+    lengths: Mapping[str, int],
+    steps: Mapping[str, Steps],
+    skipped: int = 0,
+) -> list[object]:
+    """Return what the code takes: inputs, with buffers in the place of caches; the buffers' other parts; numbers.
 
-    `skipped` rows of shortened outputs are left out.
+    The numbers are each symbol's length, in the order of the caches, `steps` of those with quantized caches, and how
+    many rows of shortened outputs are `skipped`.
     """
+    result: list[object] = [
+        buffers[spec.name].tensors[0] if spec.name in buffers else given[spec.name] for spec in entry.inputs
+    ]
+    if not entry.caches:
+        return result
+    result += [part for record in entry.caches for part in buffers[record.past].tensors[1:]]
     symbols = dict.fromkeys(record.length for record in entry.caches)
-    return tvm_ffi.Shape((*(lengths[symbol] for symbol in symbols), *((skipped,) if entry.shortened else ())))
+    paged = dict.fromkeys(record.length for record in entry.caches if record.pages is not None)
+    counts = [number for symbol in paged for number in (steps[symbol].before, steps[symbol].quantized)]
+    result.append(
+        tvm_ffi.Shape((*(lengths[symbol] for symbol in symbols), *counts, *((skipped,) if entry.shortened else ())))
+    )
+    return result
+
+
+def argument_count(entry: EntryPoint) -> int:
+    """Return how many arguments the code takes, but for the weights."""
+    parts = sum(2 for record in entry.caches if record.pages is not None)
+    return len(entry.inputs) + parts + bool(entry.caches)
 
 
 def without_past(entry: EntryPoint) -> EntryPoint:
@@ -107,22 +155,42 @@ def without_past(entry: EntryPoint) -> EntryPoint:
     return replace(entry, inputs=inputs)
 
 
+def steps_of_past(entry: EntryPoint, values: Mapping[str, int]) -> dict[str, Steps]:
+    """Return how many tokens of what is given as past become codes: whole pages, as in a session."""
+    steps: dict[str, Steps] = {}
+    for record in entry.caches:
+        if record.pages is not None:
+            count = cache_pages.settled(values[record.length], 0, record.pages)
+            steps[record.length] = Steps(count, count)
+    return steps
+
+
 def buffers_of_past(
-    entry: EntryPoint, past: Mapping[str, Tensor], values: Mapping[str, int], device: Device
-) -> dict[str, Tensor]:
+    entry: EntryPoint,
+    past: Mapping[str, Tensor],
+    values: Mapping[str, int],
+    steps: Mapping[str, Steps],
+    device: Device,
+) -> dict[str, CacheBuffers]:
     """Return buffers with what was given as past in them, and room for the new tokens and no more."""
-    buffers: dict[str, Tensor] = {}
+    result: dict[str, CacheBuffers] = {}
     specs = {spec.name: spec for spec in entry.inputs}
     for record in entry.caches:
-        total = dimensions.evaluate(record.total, values)
-        buffer = allocate(record, values, total, device)
-        _write(buffer, tensors.host_view(past[record.past], specs[record.past].dtype), record)
-        buffers[record.past] = buffer
-    return buffers
+        length, total = values[record.length], dimensions.evaluate(record.total, values)
+        held = Held(length, steps[record.length].before if record.pages is not None else 0)
+        buffers = CacheBuffers(record, values, Room(total, max(total, length) - held.quantized), device)
+        buffers.store(tensors.host_view(past[record.past], specs[record.past].dtype), held)
+        result[record.past] = buffers
+    return result
 
 
 def outputs_with_present(
-    entry: EntryPoint, results: Sequence[Tensor], buffers: Mapping[str, Tensor], device: Device
+    entry: EntryPoint,
+    results: Sequence[Tensor],
+    buffers: Mapping[str, CacheBuffers],
+    values: Mapping[str, int],
+    steps: Mapping[str, Steps],
+    device: Device,
 ) -> list[Tensor]:
     """Return all outputs in order: what the code returned, and the buffers in the place of caches."""
     present = {record.present: record for record in entry.caches}
@@ -130,7 +198,12 @@ def outputs_with_present(
     outputs: list[Tensor] = []
     for spec in entry.outputs:
         record = present.get(spec.name)
-        outputs.append(next(returned) if record is None else _as_declared(buffers[record.past], record, spec, device))
+        if record is None:
+            outputs.append(next(returned))
+            continue
+        quantized = steps[record.length].quantized if record.pages is not None else 0
+        held = Held(dimensions.evaluate(record.total, values), quantized)
+        outputs.append(_as_declared(buffers[record.past], held, spec, device))
     return outputs
 
 
@@ -144,25 +217,9 @@ def total_tokens(records: Iterable[CacheRecord], values: Mapping[str, int]) -> i
     return max(dimensions.evaluate(record.total, values) for record in records)
 
 
-def _as_declared(buffer: Tensor, record: CacheRecord, spec: TensorSpec, device: Device) -> Tensor:
-    if record.dtype == spec.dtype:
-        return buffer
-    values = tensors.host_view(buffer, record.dtype)
-    tensor = tensors.from_numpy(values.astype(tensors.numpy_dtype(spec.dtype)), spec.dtype)
+def _as_declared(buffers: CacheBuffers, held: Held, spec: TensorSpec, device: Device) -> Tensor:
+    record = buffers.record
+    if record.pages is None and record.dtype == spec.dtype:
+        return buffers.tensors[0]
+    tensor = tensors.from_numpy(buffers.read(held).astype(tensors.numpy_dtype(spec.dtype)), spec.dtype)
     return tensor if tensor.device == device else tensors.on_device(tensor, device)
-
-
-def _size(dim: str, sizes: Mapping[str, int]) -> int:
-    symbols = dimensions.symbols(dim)
-    return dimensions.evaluate(dim, {symbol: sizes.get(symbol, 1) for symbol in symbols})
-
-
-def _tokens(array: Array, axis: int, count: int) -> Array:
-    return array[(slice(None),) * axis + (slice(count),)]
-
-
-def _write(buffer: Tensor, tokens: Array, record: CacheRecord) -> None:
-    """Store `tokens` as the first ones of a buffer."""
-    target = tensors.host_view(buffer, record.dtype)
-    _tokens(target, record.axis, tokens.shape[record.axis])[...] = tokens
-    tensors.write_back(buffer, target)

@@ -140,9 +140,10 @@ class Entry:
         given = self._tensors(self.signature, inputs)
         values = bind_symbols(self.signature, {name: tensor.shape for name, tensor in given.items()})
         device = self._model.device
-        buffers = kv_cache.buffers_of_past(self.signature, given, values, device)
-        results = self._call({**given, **buffers}, values)
-        results = kv_cache.outputs_with_present(self.signature, results, buffers, device)
+        steps = kv_cache.steps_of_past(self.signature, values)
+        buffers = kv_cache.buffers_of_past(self.signature, given, values, steps, device)
+        results = self._call(kv_cache.arguments(self.signature, given, buffers, values, steps))
+        results = kv_cache.outputs_with_present(self.signature, results, buffers, values, steps, device)
         specs = self.signature.outputs
         if outputs == "numpy":
             return {
@@ -166,9 +167,10 @@ class Entry:
         shapes = {name: tensor.shape for name, tensor in given.items()}
         values = bind_symbols(self._without_past, shapes, known)
         total = kv_cache.total_tokens(self.signature.caches, values)
-        cache.reserve(total)
-        results = self._call({**given, **cache.buffers}, values, skipped)
-        cache.length = total
+        counts = cache.reserve(total)
+        steps = dict.fromkeys(known, counts)
+        results = self._call(kv_cache.arguments(self.signature, given, cache.buffers, values, steps, skipped))
+        cache.commit(total, counts)
         present = {record.present for record in self.signature.caches}
         names = [spec.name for spec in self.signature.outputs if spec.name not in present]
         return dict(zip(names, results, strict=True))
@@ -178,11 +180,8 @@ class Entry:
         check_names(signature, inputs)
         return {spec.name: self._tensor(spec, inputs[spec.name]) for spec in signature.inputs}
 
-    def _call(self, given: Mapping[str, Tensor], values: Mapping[str, int], skipped: int = 0) -> list[Tensor]:
-        """Call the code with inputs and buffers by name, and the values of symbols; return what it returns."""
-        arguments: list[object] = [given[spec.name] for spec in self.signature.inputs]
-        if self.signature.caches:
-            arguments.append(kv_cache.lengths_argument(self.signature, values, skipped))
+    def _call(self, arguments: list[object]) -> list[Tensor]:
+        """Call the code with its arguments but the weights, and return what it returns."""
         if self._takes_weights:
             arguments.append(self._model.weights)
         with self._model.lock:
@@ -251,7 +250,7 @@ def _resolve(machine: Machine, entry: EntryPoint, path: Path) -> tuple[Function,
         arity = int(machine["get_function_arity"](entry.name))
     except (AttributeError, ValueError, RuntimeError) as error:
         raise PackageError(f"{path}: the library has no function '{entry.name}'; build the package again") from error
-    count = len(entry.inputs) + bool(entry.caches)
+    count = kv_cache.argument_count(entry)
     if arity not in (count, count + 1):
         raise PackageError(f"{path}: '{entry.name}' takes {arity} arguments, which its manifest contradicts")
     return cast("Function", machine[entry.name]), arity > count

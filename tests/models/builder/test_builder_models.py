@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from optimizer.compile import CompileOptions, compile_in_memory, find_target
+from optimizer.compile import CompileOptions, compile_in_memory, compile_model, find_target
 from optimizer.execution import Runner
 
 FAMILIES = tuple(path.stem for path in sorted(Path(__file__).parent.glob("*.onnx")))
@@ -70,3 +70,10 @@ def test_int8_activations_change_the_distribution_little() -> None:
 def log_softmax(values: np.ndarray) -> np.ndarray:
     shifted = values.astype(np.float64) - values.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def test_the_size_of_a_head_that_a_model_leaves_open_is_known_to_its_certificate(tmp_path: Path) -> None:
+    options = CompileOptions(find_target("host"), kv_cache_dtype="int4")
+    certificate = compile_model(FOLDER / "llama3.onnx", tmp_path / "llama3.opt", options).manifest.certificate
+    assert certificate is not None
+    assert all(output.ok for output in certificate.outputs)

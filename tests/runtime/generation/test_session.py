@@ -101,7 +101,7 @@ def test_a_step_reads_nothing_beyond_the_tokens_in_use(decoder: CompiledModel) -
     entry = decoder.entry("main")
     cache = entry.new_cache(capacity=64)
     for record in entry.signature.caches:
-        host_view(cache.buffers[record.past], record.dtype)[...] = np.nan
+        host_view(cache.buffers[record.past].tensors[0], record.dtype)[...] = np.nan
     for start, end in ((0, 3), (3, 4), (4, 20)):
         tokens = np.arange(start, end)[None]
         inputs = {"input_ids": tokens, "attention_mask": np.ones((1, end), np.int64), "position_ids": tokens}

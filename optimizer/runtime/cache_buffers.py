@@ -1,0 +1,120 @@
+"""The memory of one cache: a buffer of floats, or of codes with their scales and the newest tokens as floats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optimizer.package import dimensions
+from optimizer.package.dtypes import ITEM_BYTES
+from optimizer.package.manifest import CacheRecord
+from optimizer.runtime import cache_pages, tensors
+from optimizer.runtime.tensors import Device, Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many tokens a cache can hold: `tokens` in all, `recent` of them as floats where the others are codes."""
+
+    tokens: int
+    recent: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """How many tokens a cache holds: `tokens` in all, the first `quantized` of them as codes where it has those."""
+
+    tokens: int
+    quantized: int
+
+
+class CacheBuffers:
+    """The tensors of a cache as the code takes them: the first in place of the input, the others after all inputs."""
+
+    def __init__(self, record: CacheRecord, sizes: Mapping[str, int], room: Room, device: Device) -> None:
+        """Reserve memory, whose content is not defined; `sizes` are the symbolic dimensions but the capacity."""
+        self.record = record
+        shape = [dim if isinstance(dim, int) else _size(dim, sizes) for dim in record.shape]
+        shape[record.axis] = room.tokens
+        if record.pages is None:
+            self.tensors: tuple[Tensor, ...] = (tensors.allocate(tuple(shape), record.dtype, device),)
+        else:
+            pages = record.pages
+            whole = -(-max(room.tokens, 1) // pages.tokens) * pages.tokens
+            places = cache_pages.shapes(whole, room.recent, pages, tuple(shape))
+            kinds = ("uint8", "float16", record.dtype)
+            self.tensors = tuple(tensors.allocate(*each, device) for each in zip(places, kinds, strict=True))
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of the memory that is reserved."""
+        return sum(math.prod(tensor.shape) * ITEM_BYTES[str(tensor.dtype)] for tensor in self.tensors)
+
+    def copy_from(self, other: CacheBuffers, held: Held) -> None:
+        """Take over the tokens that other buffers hold."""
+        for place, count in enumerate(self._counts(held)):
+            self._write(place, other._first(place, count))
+
+    def store(self, tokens: Array, held: Held) -> None:
+        """Store the first tokens, as many as are `held`."""
+        pages = self.record.pages
+        if pages is None:
+            self._write(0, tokens)
+            return
+        split = held.quantized
+        codes, scales = cache_pages.quantized(tokens[:, :, :split].astype(np.float32), pages)
+        for place, part in enumerate((codes, scales, tokens[:, :, split:])):
+            self._write(place, part)
+
+    def read(self, held: Held) -> Array:
+        """Return the tokens that are `held`, in the type of the buffer of floats."""
+        parts = [self._first(place, count) for place, count in enumerate(self._counts(held))]
+        if self.record.pages is None:
+            return parts[0]
+        codes, scales, recent = parts
+        older = cache_pages.dequantized(codes, scales, self.record.pages)
+        return np.concatenate([older.astype(recent.dtype), recent], self.record.axis)
+
+    def requantize(self, held: Held, kept: Held) -> None:
+        """Keep fewer tokens and fewer codes: what was a code and is none any more becomes a float."""
+        if self.record.pages is not None and kept.quantized < held.quantized:
+            tokens = self.read(Held(held.quantized, held.quantized))
+            self._write(2, tokens[:, :, kept.quantized : kept.tokens])
+
+    def _counts(self, held: Held) -> tuple[int, ...]:
+        """Return how much of each tensor's token axis is in use."""
+        pages = self.record.pages
+        return (
+            (held.tokens,)
+            if pages is None
+            else (*cache_pages.rows(held.quantized, pages), held.tokens - held.quantized)
+        )
+
+    def _first(self, place: int, count: int) -> Array:
+        tensor = self.tensors[place]
+        return _tokens(tensors.host_view(tensor, str(tensor.dtype)), self.record.axis, count)
+
+    def _write(self, place: int, values: Array) -> None:
+        """Store the first tokens of a tensor."""
+        tensor, axis = self.tensors[place], self.record.axis
+        target = tensors.host_view(tensor, str(tensor.dtype))
+        _tokens(target, axis, values.shape[axis])[...] = values
+        tensors.write_back(tensor, target)
+
+
+def _size(dim: str, sizes: Mapping[str, int]) -> int:
+    symbols = dimensions.symbols(dim)
+    return dimensions.evaluate(dim, {symbol: sizes.get(symbol, 1) for symbol in symbols})
+
+
+def _tokens(array: Array, axis: int, count: int) -> Array:
+    return array[(slice(None),) * axis + (slice(count),)]

@@ -1,0 +1,148 @@
+"""Sessions whose caches hold fewer bits than the model computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optimizer.compile import CompileOptions, compile_model, find_target
+from optimizer.package.manifest import CachePages
+from optimizer.runtime import load
+from optimizer.runtime.cache_buffers import Held
+from optimizer.runtime.generation import DecoderSession
+from optimizer.runtime.model import CompiledModel
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_MODEL = Path(__file__).parents[3] / "examples" / "decoder" / "model.onnx"
+# Of the largest logit. What rounding keys and values does to it goes through three layers: some units of the type's
+# roundoff for floats; for codes, whose largest error is half a step of 1 / 255 or 1 / 15 of a range, less.
+_TOLERANCE = {"bf16": 8 * 2.0**-8, "int8": 2 / 255, "int4": 1 / 15}
+_SCHEMES = {
+    "bf16": "6 tensors in place as bfloat16",
+    "int8": "3 tensors in place as int8 by channel (pages of 32, the newest 32 or more float32); "
+    "3 tensors in place as int8 by token (pages of 32, the newest 32 or more float32)",
+    "int4": "3 tensors in place as int4 by channel (pages of 32, the newest 32 or more float32); "
+    "3 tensors in place as int4 by token (pages of 32, the newest 32 or more float32)",
+}
+
+
+@pytest.fixture(scope="module", params=list(_TOLERANCE))
+def narrow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, CompiledModel]:
+    """Return a type of cache and the bundled decoder with it."""
+    package = tmp_path_factory.mktemp("decoder") / "decoder.opt"
+    options = CompileOptions(find_target("host"), kv_cache_dtype=request.param)
+    compile_model(_MODEL, package, options, certify=False)
+    return request.param, load(package)
+
+
+def _tokens(length: int) -> list[int]:
+    return np.random.default_rng(length).integers(0, 2048, length).tolist()
+
+
+def _logits(model: CompiledModel, chunks: Sequence[Sequence[int]]) -> NDArray[np.floating]:
+    session = DecoderSession(model)
+    return [session.append(chunk) for chunk in chunks][-1]
+
+
+def _require_close(actual: NDArray[np.floating], expected: NDArray[np.floating], dtype: str) -> None:
+    np.testing.assert_allclose(actual, expected, atol=_TOLERANCE[dtype] * np.abs(expected).max())
+
+
+def test_the_manifest_says_what_the_cache_holds(narrow: tuple[str, CompiledModel]) -> None:
+    dtype, model = narrow
+    assert model.manifest.kv_cache_scheme == _SCHEMES[dtype]
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(data=st.data(), length=st.integers(1, 250))
+def test_every_chunking_gives_the_logits_of_the_model_that_returns_its_cache(
+    narrow: tuple[str, CompiledModel], returning_decoder: CompiledModel, data: st.DataObject, length: int
+) -> None:
+    dtype, model = narrow
+    tokens = _tokens(length)
+    cuts = sorted(data.draw(st.sets(st.integers(1, length), max_size=12)) | {length})
+    chunks = [tokens[start:end] for start, end in zip([0, *cuts[:-1]], cuts, strict=True)]
+    _require_close(_logits(model, chunks), _logits(returning_decoder, [tokens]), dtype)
+
+
+def test_a_prompt_token_by_token_is_within_the_tolerance(
+    narrow: tuple[str, CompiledModel], returning_decoder: CompiledModel
+) -> None:
+    dtype, model = narrow
+    tokens = _tokens(180)
+    _require_close(_logits(model, [[token] for token in tokens]), _logits(returning_decoder, [tokens]), dtype)
+
+
+@pytest.mark.parametrize("length", [0, 20, 75, 170])
+def test_a_session_cut_back_goes_on_as_if_the_rest_was_never_read(
+    narrow: tuple[str, CompiledModel], returning_decoder: CompiledModel, length: int
+) -> None:
+    dtype, model = narrow
+    tokens = _tokens(181)
+    session = DecoderSession(model)
+    for start in range(0, 180, 12):
+        session.append(tokens[start : start + 12])
+    other = session.fork()
+    session.rewind(length)
+    _require_close(session.append(tokens[length:]), _logits(returning_decoder, [tokens]), dtype)
+    _require_close(other.append(tokens[180:]), _logits(returning_decoder, [tokens]), dtype)
+
+
+def test_cutting_back_among_the_newest_tokens_loses_nothing(narrow: tuple[str, CompiledModel]) -> None:
+    _, model = narrow
+    tokens = _tokens(160)
+    session = DecoderSession(model)
+    session.append(tokens[:150])
+    logits = session.append(tokens[150:])
+    session.rewind(150)
+    np.testing.assert_array_equal(session.append(tokens[150:]), logits)
+
+
+def test_compiled_code_stores_what_was_read_to_half_a_step(
+    narrow: tuple[str, CompiledModel], decoder: CompiledModel
+) -> None:
+    tokens, caches = np.arange(100)[None], []
+    for model in (narrow[1], decoder):
+        entry = model.entry("main")
+        caches.append(entry.new_cache())
+        for start, end in ((0, 97), (97, 100)):
+            inputs = {
+                "input_ids": tokens[:, start:end],
+                "attention_mask": np.ones((1, end), np.int64),
+                "position_ids": tokens[:, start:end],
+            }
+            entry.append(inputs, caches[-1])
+    cache, exact = caches
+    assert cache.quantized == (0 if narrow[0] == "bf16" else 64)
+    # The first layer's keys and values are the same in both; what follows differs by what was read before.
+    for name in ("past_key_values.0.key", "past_key_values.0.value"):
+        actual = cache.buffers[name].read(Held(100, cache.quantized)).astype(np.float32)
+        expected = exact.buffers[name].read(Held(100, 0)).astype(np.float32)
+        pages = cache.buffers[name].record.pages or CachePages(8, True, 1, 0)
+        range_ = np.ptp(expected, axis=(2, 3), keepdims=True)
+        step = 2 * range_ * 2.0**-8 if narrow[0] == "bf16" else range_ / (2**pages.bits - 1)
+        assert (np.abs(actual - expected) <= 0.51 * step).all()
+
+
+def test_codes_take_less_memory_than_floats(narrow: tuple[str, CompiledModel], decoder: CompiledModel) -> None:
+    sizes = [DecoderSession(model, capacity=8192).cache_bytes for model in (narrow[1], decoder)]
+    # Of 32 bits: 16; 8 and, of head sizes of 32, 1 for scales; 4 and 1; and the newest 128 tokens as they are.
+    most = {"bf16": 0.5, "int8": 9 / 32 + 1 / 64, "int4": 5 / 32 + 1 / 64}[narrow[0]]
+    assert sizes[0] <= most * sizes[1]
+
+
+def test_a_long_prompt_leaves_no_room_behind(narrow: tuple[str, CompiledModel]) -> None:
+    session = DecoderSession(narrow[1], capacity=2048)
+    reserved = session.cache_bytes
+    session.append(_tokens(1500))
+    session.append([1])
+    session.append([2])
+    assert session.cache_bytes == reserved
