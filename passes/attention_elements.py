@@ -1,4 +1,8 @@
-"""Elements of Relax expressions as TIR: what attention does to a score, evaluated where the score is computed."""
+"""Elements of Relax expressions as TIR: what attention does to a score, evaluated where the score is computed.
+
+Values of 16-bit floats are widened to fp32, and what is computed of them stays fp32. Only a cast to 16 bits of what is
+no score is kept, as a rounding: a mask's lowest fp32 number is minus infinity in fp16.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,9 @@ from schedules.stages import Stage, bind, parse, replace_loads, substitute, vari
 # Values of the symbols and axes that an element is written in, and the tensors that it reads.
 Substitution = Mapping[tvm.ir.Var, tvm.ir.Expr]
 Value = Callable[[Sequence[te.Tensor], Substitution], tvm.ir.Expr]
+
+FLOAT = "float32"
+NARROW = ("float16", "bfloat16")
 
 # Deeper expressions are stored rather than evaluated for every score.
 MOST_OPERATIONS = 24
@@ -60,6 +67,7 @@ class Elements:
     turned: Sequence[tvm.ir.Var] = ()
     tensors: list[relax.Expr] = field(default_factory=list)
     operations: int = 0
+    scores: int = 0
     mentioned: list[tvm.ir.Expr] = field(default_factory=list)
 
     def symbols(self, axes: Sequence[tvm.ir.Var], extents: Sequence[tvm.ir.Expr]) -> list[tvm.ir.Var]:
@@ -72,6 +80,7 @@ class Elements:
         """Return the value of the element of `expr` at `indices`: evaluated where that is cheap, read elsewhere."""
         given = self.special(expr, indices)
         if given is not None:
+            self.scores += 1
             return given
         mark = len(self.tensors), self.operations
         evaluated = self._evaluated(expr, indices)
@@ -92,7 +101,7 @@ class Elements:
         number = self._number_of(expr)
 
         def load(tensors: Sequence[te.Tensor], values: Substitution) -> tvm.ir.Expr:
-            return tensors[number](*(substitute(place, values) for place in positions))
+            return _widened(tensors[number](*(substitute(place, values) for place in positions)))
 
         return load
 
@@ -146,16 +155,17 @@ class Elements:
         if name == "relax.arange":
             return self._arange(producer, indices)
         if name in _CREATION:
-            dtype = str(expr.ty.dtype)
+            dtype = _computed_in(str(expr.ty.dtype.dtype))
             return lambda tensors, values: tirx.const(_CREATION[name], dtype)
         if name not in ELEMENTWISE:
             return None
         self.operations += 1
+        scores = self.scores
         operands = [self._operand(argument, indices) for argument in producer.args]
         if any(operand is None for operand in operands):
             return None
         parts = [operand for operand in operands if operand is not None]
-        combine = _combination(producer)
+        combine = _combination(producer, of_scores=self.scores > scores)
         return lambda tensors, values: combine(*(part(tensors, values) for part in parts))
 
     def _arange(self, call: tvm.ir.Call, indices: tuple[Index, ...]) -> Value | None:
@@ -172,11 +182,13 @@ class Elements:
         return None if shape is None else self.value(expr, tuple(broadcast(indices, shape)))
 
 
-def _combination(call: tvm.ir.Call) -> Callable[..., tvm.ir.Expr]:
+def _combination(call: tvm.ir.Call, *, of_scores: bool) -> Callable[..., tvm.ir.Expr]:
     name = call.op.name
     if name == "relax.astype":
         dtype = str(call.attrs.dtype)
-        return lambda value: value.astype(dtype)
+        if dtype in NARROW and of_scores:
+            return lambda value: value.astype(FLOAT)
+        return lambda value: _widened(value.astype(dtype))
     if name == "relax.where":
         return tirx.Select
     if name in _UNARY:
@@ -184,10 +196,18 @@ def _combination(call: tvm.ir.Call) -> Callable[..., tvm.ir.Expr]:
     return _BINARY[name]
 
 
+def _computed_in(dtype: str) -> str:
+    return FLOAT if dtype in NARROW else dtype
+
+
+def _widened(value: tvm.ir.Expr) -> tvm.ir.Expr:
+    return value.astype(FLOAT) if str(value.ty.dtype) in NARROW else value
+
+
 def _constant(constant: tvm.ir.GenericConst) -> Value | None:
     """Return the value of a constant of which all elements are one number; None for others, which are read."""
     array = constant.value.numpy()
     if array.size != 1 and not (array.size and np.ptp(array.astype(np.float64)) == 0 and array.size <= 1 << 16):
         return None
-    number, dtype = array.reshape(-1)[0].item(), str(array.dtype)
+    number, dtype = array.reshape(-1)[0].item(), _computed_in(str(array.dtype))
     return lambda tensors, values: tirx.const(number, dtype)

@@ -8,14 +8,14 @@ import tvm
 import tvm.ir
 from tvm import relax, tirx
 
-from passes.attention_elements import ELEMENTWISE, Elements, Value
+from passes.attention_elements import ELEMENTWISE, FLOAT, NARROW, Elements, Value
 from passes.base import Dataflow, Refusal
 from passes.tensor_types import dtype_of, is_one, shape_of
 from passes.views import Digit, Element, Index, behind_view, broadcast, whole
 from schedules.cache_pages import READS_PAGES
 
-FLOAT = "float32"
-NARROW = ("float16", "bfloat16")
+# What attention of these types computes in fp32: only operands and results are rounded to them.
+COMPUTED = (FLOAT, *NARROW)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +23,8 @@ class Attention:
     """An attention over `axes`, those of the result, `key` and `depth`; `column` is the result's axis of values.
 
     `query`, `keys` and `values` are elements of the operands, which are all among `tensors`; `logit` is what the
-    softmax is taken of, and finds the score behind the tensors. `symbols` are the symbolic sizes that occur,
-    `parts` the products and the softmax.
+    softmax is taken of, and finds the score behind the tensors. All three are fp32; `dtype` is that of the result.
+    `symbols` are the symbolic sizes that occur, `parts` the products and the softmax.
     """
 
     axes: tuple[Digit, ...]
@@ -39,6 +39,7 @@ class Attention:
     symbols: tuple[tvm.ir.Var, ...]
     zero_if_empty: bool
     parts: tuple[relax.Expr, ...]
+    dtype: str
 
 
 class Matcher:
@@ -121,6 +122,7 @@ class Matcher:
         return Attention(
             axes, column, key, depth, query, keys, values[0], logit, tuple(elements.tensors),
             tuple(elements.symbols(own, extents)), self._zero_if_empty, tuple(self._parts),
+            dtype_of(self._parts[0]) or FLOAT,
         )  # fmt: skip
 
     def _call(self, expr: relax.Expr, *operators: str) -> tvm.ir.Call:
@@ -132,6 +134,10 @@ class Matcher:
         """Return the element of `goal` that an element of its view `expr` is."""
         element = Element(expr, indices)
         while not element.tensor.same_as(goal):
+            rounded = self._dataflow.call(element.tensor, "relax.astype")
+            if rounded is not None:
+                element = Element(rounded.args[0], element.indices)
+                continue
             viewed = behind_view(element, self._dataflow)
             if viewed is None:
                 raise Refusal("the result is rearranged in a way that cannot be followed")
@@ -167,7 +173,7 @@ class Matcher:
             if call.op.name == "relax.nn.softmax":
                 if int(call.attrs.axis) % len(element.indices) != len(element.indices) - 1:
                     raise Refusal("the softmax is not over the last axis")
-                if dtype_of(call) != FLOAT:
+                if dtype_of(call) not in COMPUTED:
                     raise Refusal(f"the softmax computes in {dtype_of(call)}")
                 self._require_one_reader(source, "what the softmax normalizes has")
                 return source, element.indices
@@ -226,7 +232,7 @@ class Matcher:
                 continue
             call = self._dataflow.call(element.tensor, "relax.multiply", "relax.divide")
             factor = None if call is None else self._number(call.args[1])
-            if call is None or factor is None or dtype_of(call) != FLOAT:
+            if call is None or factor is None or dtype_of(call) not in COMPUTED:
                 return elements.read(element.tensor, element.indices), scale
             scale = scale * factor if call.op.name == "relax.multiply" else scale / factor
             element = Element(call.args[0], element.indices)
@@ -254,6 +260,6 @@ def _known_shape(expr: relax.Expr) -> tuple[tvm.ir.Expr, ...]:
     shape = shape_of(expr)
     if shape is None or len(shape) < 2:
         raise Refusal("a shape is not known, or of less than two dimensions")
-    if dtype_of(expr) != FLOAT:
+    if dtype_of(expr) not in COMPUTED:
         raise Refusal(f"the products are of {dtype_of(expr)}")
     return shape

@@ -20,9 +20,10 @@ import tvm.ir
 from tvm import relax, te, tirx
 from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
 
-from passes.attention_elements import Substitution, Value
-from passes.attention_matcher import FLOAT, Attention, Matcher
+from passes.attention_elements import FLOAT, NARROW, Substitution, Value
+from passes.attention_matcher import Attention, Matcher
 from passes.base import Dataflow, Pass, PassOutcome, Refusal, Site
+from passes.tensor_types import dtype_of
 from passes.views import Digit
 from schedules.stages import substitute
 
@@ -31,8 +32,8 @@ from schedules.stages import substitute
 class FuseAttention(Pass):
     """Make one function of two products with a softmax between them.
 
-    Fires when the products compute in fp32, the keys' axis is the one that the softmax normalizes and the second
-    product adds up, and nobody else reads what lies between the products.
+    Fires when the products are of fp32, or of fp16 or bf16, which are computed in fp32, the keys' axis is the one that
+    the softmax normalizes and the second product adds up, and nobody else reads what lies between the products.
     """
 
     name: ClassVar[str] = "fuse-attention"
@@ -45,6 +46,17 @@ class FuseAttention(Pass):
             if isinstance(function, relax.Function):
                 rewriter.builder_.update_func(variable, rewriter.rewritten(function))
         return PassOutcome(relax.transform.DeadCodeElimination()(rewriter.builder_.get()), tuple(sites))
+
+
+# What the result of an attention is bound to, in place of the product itself.
+_ENDS = ("relax.permute_dims", "relax.astype")
+
+
+def _is_end(value: tvm.ir.Call) -> bool:
+    """Return whether a call is a transposition, or a rounding to 16-bit floats."""
+    if not isinstance(value.op, tvm.ir.Op) or value.op.name not in _ENDS:
+        return False
+    return value.op.name == "relax.permute_dims" or dtype_of(value) in NARROW
 
 
 @visitor
@@ -106,16 +118,16 @@ class _Rewriter(PyExprMutator):
         super().visit_var_binding_(binding)
 
     def _product_behind(self, variable: relax.Var, value: relax.Expr) -> relax.Var | None:
-        """Return the product that `variable` is, seen through views, if there is no further transposition behind it."""
-        if not isinstance(value, tvm.ir.Call) or not isinstance(value.op, tvm.ir.Op):
+        """Return the product that `variable` is, behind views and a rounding, if no more of these stand behind it."""
+        if not isinstance(value, tvm.ir.Call) or self._goes_on(variable):
             return None
-        if value.op.name == "relax.matmul":
-            return None if self._transposed_later(variable) else variable
-        if value.op.name != "relax.permute_dims" or self._transposed_later(variable):
+        if self._dataflow.call(value, "relax.matmul") is not None:
+            return variable
+        if not _is_end(value):
             return None
         source = value.args[0]
         while isinstance(source, relax.Var) and self._dataflow.read_once(source):
-            call = self._dataflow.call(source, "relax.matmul", "relax.reshape", "relax.permute_dims")
+            call = self._dataflow.call(source, "relax.matmul", "relax.reshape", *_ENDS)
             if call is None:
                 return None
             if call.op.name == "relax.matmul":
@@ -123,14 +135,14 @@ class _Rewriter(PyExprMutator):
             source = call.args[0]
         return None
 
-    def _transposed_later(self, variable: relax.Var) -> bool:
+    def _goes_on(self, variable: relax.Var) -> bool:
+        """Return whether a transposition or rounding of `variable`, behind reshapes, is all that reads it."""
         readers = self._readers.get(variable, [])
         while len(readers) == 1:
             value = self._values[readers[0]]
             if isinstance(value, tvm.ir.Call):
-                name = value.op.name if isinstance(value.op, tvm.ir.Op) else ""
-                if name != "relax.reshape":
-                    return name == "relax.permute_dims"
+                if self._dataflow.call(value, "relax.reshape") is None:
+                    return _is_end(value)
             elif not isinstance(value, relax.Var):
                 return False
             readers = self._readers.get(readers[0], [])
@@ -192,4 +204,7 @@ def _computed(attention: Attention, tensors: Sequence[te.Tensor], symbols: Subst
         value = attention.values(tensors, at(row, key=member.var, column=p[place])).astype(FLOAT)
         return te.sum(probabilities(*row, member) * value, axis=member)
 
-    return te.compute([extent(axis) for axis in attention.axes], weighted, "attention")
+    result = te.compute([extent(axis) for axis in attention.axes], weighted, "attention")
+    if attention.dtype == FLOAT:
+        return result
+    return te.compute(result.shape, lambda *p: result(*p).astype(attention.dtype), "rounded")

@@ -63,8 +63,10 @@ class _Matcher:
     """Follows the stages from the last one up."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
-        self.last = stages[-1]
-        self.producers = list(stages[:-1])
+        self.output = stages[-1].output
+        rounded = _rounded(stages[-1], stages[-2])
+        self.last = stages[-2] if rounded else stages[-1]
+        self.producers = list(stages[:-2] if rounded else stages[:-1])
 
     def match(self) -> AttentionAnalysis | None:
         try:
@@ -118,7 +120,7 @@ class _Matcher:
         outer = tuple(axis for axis in self.last.spatial if axis is not columns[0] and axis is not lane)
         return AttentionAnalysis(
             outer, lane, key, depth, columns[0], query, keys, values, score, logit, zero_if_empty,
-            self.last.output, self.last.indices,
+            self.output, self.last.indices,
         )  # fmt: skip
 
     def _producer(self, buffer: Var) -> Stage:
@@ -166,6 +168,15 @@ class _Matcher:
         assert reducer is not None
         point = {**bind(stage.indices, result.indices), axis.variable: key.variable}
         _require(bool(tvm_ffi.structural_equal(substitute(reducer.term, point), term)))
+
+
+def _rounded(last: Stage, before: Stage) -> bool:
+    """Return whether the last stage only casts each result of the one before."""
+    value = last.value
+    if last.is_reduction or not isinstance(value, tirx.Cast) or not isinstance(value.value, TensorLoad):
+        return False
+    load = value.value
+    return load.source.same_as(before.output) and bool(tvm_ffi.structural_equal(list(load.indices), list(last.indices)))
 
 
 def _require(condition: bool) -> None:

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tvm
@@ -14,6 +15,7 @@ from tvm.relax import op
 from passes.base import Site
 from passes.fuse_attention import FuseAttention
 from passes.provenance import annotate
+from passes.tensor_types import numpy_dtype
 from tests.passes.graph import assert_kept, graph
 from tests.passes.properties.relax_interpreter import Interpreter
 from tests.passes.relax_modules import operators, run
@@ -120,9 +122,9 @@ def _masked(
 def _arrays(form: Form, batch: int, queries: int, keys: int) -> list[np.ndarray]:
     rng = np.random.default_rng([batch, queries, keys])
     shapes = [(batch, queries, form.heads * form.size), *[(batch, keys, form.groups * form.size)] * 2]
-    arrays = [rng.standard_normal(shape).astype(form.dtype) for shape in shapes]
+    arrays = [rng.standard_normal(shape).astype(numpy_dtype(form.dtype)) for shape in shapes]
     if form.mask == "added":
-        arrays.append(rng.standard_normal((batch, 1, queries, keys)).astype(form.dtype))
+        arrays.append(rng.standard_normal((batch, 1, queries, keys)).astype(numpy_dtype(form.dtype)))
     if form.mask == "chosen":
         allowed = rng.random((batch, 1, 1, keys)) < 0.7
         allowed[..., 0] = True
@@ -163,6 +165,59 @@ def test_heads_merged_with_the_batch_are_told_apart_again() -> None:
     np.testing.assert_allclose(run(outcome.module, *arrays), run(module, *arrays), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "form",
+    [Form(mask="added", guarded=True), Form(scaling="operands", heads=4), Form(mask="causal", scaling="divided")],
+)
+def test_attention_of_16_bits_rounds_its_result_alone(form: Form, dtype: str) -> None:
+    form = replace(form, dtype=dtype)
+    module = _attention(form, 2, "s", 7)
+    outcome = FuseAttention().run(module)
+    assert [site.refusal for site in outcome.sites] == [None]
+    assert "relax.nn.softmax" not in operators(outcome.module)
+    arrays = _arrays(form, 2, 5, 7)
+    (exact,) = Interpreter(module, wide=True).run(arrays)
+    (result,) = Interpreter(outcome.module).run(arrays)
+    assert result.dtype == numpy_dtype(dtype)
+    half_a_step = np.abs(exact) * float(ml_dtypes.finfo(numpy_dtype(dtype)).eps) / 2
+    assert (np.abs(result.astype("float64") - exact) <= half_a_step + 1e-5).all()
+
+
+def test_products_of_16_bits_with_wide_sums_and_roundings_between_them_are_one_function() -> None:
+    def body(q, k, v):
+        scores = op.astype(op.matmul(q, op.permute_dims(k), out_dtype="float32"), "float16")
+        scores = op.astype(op.multiply(scores, relax.const(0.5, "float16")), "float32")
+        weights = op.astype(op.nn.softmax(scores), "float16")
+        return op.reshape(op.astype(op.matmul(weights, v, out_dtype="float32"), "float16"), (2, 9))
+
+    module = graph(body, (6, 4), (5, 4), (5, 3), dtype="float16")
+    outcome = FuseAttention().run(module)
+    assert operators(outcome.module) == ["relax.call_tir", "relax.reshape"]
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(shape).astype("float16") for shape in ((6, 4), (5, 4), (5, 3))]
+    (expected,), (result,) = (Interpreter(each).run(arrays) for each in (module, outcome.module))
+    np.testing.assert_allclose(result, expected, rtol=4e-3, atol=4e-3)  # the unfused one rounds the weights too
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_a_mask_cast_to_16_bits_hides_as_much_as_that_holds(narrow: bool) -> None:
+    dtype = "float16" if narrow else "float32"
+
+    def body(q, k, v, seen):
+        mask = op.where(seen, relax.const(0.0), relax.const(LOWEST))
+        return op.matmul(op.nn.softmax(op.add(_scores(q, k), op.astype(mask, dtype))), v)
+
+    module = graph(body, (2, 4), (3, 4), (3, 2), (2, 3), dtype=[dtype, dtype, dtype, "bool"])
+    outcome = FuseAttention().run(module)
+    assert "relax.nn.softmax" not in operators(outcome.module)
+    arrays = [np.random.default_rng(0).standard_normal(shape).astype(dtype) for shape in ((2, 4), (3, 4), (3, 2))]
+    seen = np.array([[True, False, True], [False, False, False]])
+    (result,) = Interpreter(outcome.module).run([*arrays, seen])
+    # Minus infinity everywhere is no distribution; the lowest number of fp32 everywhere is the uniform one.
+    assert np.isnan(result).any(axis=1).tolist() == [False, narrow]
+
+
 @pytest.mark.parametrize("sizes", [(5, 7), ("s", "t")])
 def test_biases_that_grow_with_the_distance_are_not_stored(sizes: tuple[int | str, int | str]) -> None:
     form = Form(heads=4, groups=2, mask="linear")
@@ -197,7 +252,7 @@ def test_one_product_of_queries_keys_and_values_is_read_in_place() -> None:
     [
         (Form(axis=2), 7, "the softmax is not over the last axis"),
         (Form(second_reader=True), 7, "the probabilities have another reader"),
-        (Form(dtype="float16"), 7, "the products are of float16"),
+        (Form(dtype="float64"), 7, "the products are of float64"),
         (Form(), 1, "there is one key or one column of values only"),
     ],
 )

@@ -264,6 +264,7 @@ _PLAIN: Mapping[str, Callable[..., np.ndarray]] = {
 }  # fmt: skip
 _OPERATORS: Mapping[str, Callable[..., np.ndarray]] = {
     **{name: _plain(function) for name, function in _PLAIN.items()},
+    "arange": lambda call, *bounds: np.arange(*bounds),
     "concat": lambda call, fields: np.concatenate(fields, int(call.attrs.axis)),
     "full": lambda call, shape, value: np.full(shape, value),
     "zeros": lambda call, shape: np.zeros(shape),
