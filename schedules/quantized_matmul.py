@@ -16,7 +16,7 @@ from tvm import sym, tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import AxisGroup, as_int, group_axes
+from schedules.access import AxisGroup, as_int, group_axes, occurs
 from schedules.epilogue import Epilogue
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
 from schedules.intrin.integer_dot import IntegerDot, integer_dot
@@ -126,16 +126,17 @@ def _register_tile(target: Target, analysis: QuantizedMatmulAnalysis) -> tuple[i
 
 def _operands(stage: Stage) -> Operands | None:
     """Return the reads of a stage by their types: int8 codes, float scales and int32 sums of rows, packed weights."""
+    column = stage.spatial[-1].variable
     reads: list[TensorLoad] = []
     for each in stage.loads():
         if not any(tvm_ffi.structural_equal(each, other) for other in reads):
             reads.append(each)
-    packed = [each for each in reads if str(each.source.dtype) == "uint8" and _is_blocked(each)]
+    packed = [each for each in reads if str(each.source.dtype) == "uint8" and _is_of_weights(each, column)]
     codes = [each for each in reads if str(each.source.dtype) == "int8"]
     sums = [each for each in reads if str(each.source.dtype) == "int32"]
     floats = [each for each in reads if str(each.source.dtype).startswith(("float", "bfloat"))]
-    of_weights = [each for each in floats if _is_blocked(each)]
-    scales = [each for each in floats if not _is_blocked(each)]
+    of_weights = [each for each in floats if _is_of_weights(each, column)]
+    scales = [each for each in floats if not _is_of_weights(each, column)]
     if len(codes) != 1 or len(sums) != 1 or len(scales) != 1 or not packed:
         return None
     # Reads stand in the order of the term: codes, zero points, scales.
@@ -145,9 +146,9 @@ def _operands(stage: Stage) -> Operands | None:
     return Operands(codes[0], scales[0], sums[0], weights[0], weights[-1], weights[1] if len(weights) == 3 else None)
 
 
-def _is_blocked(read: TensorLoad) -> bool:
-    """Return whether a read is of weights: [block, step or group, lane]."""
-    return len(read.source.shape) == 3 and isinstance(read.indices[0], tirx.FloorDiv | tirx.IntImm)
+def _is_of_weights(read: TensorLoad, column: Var) -> bool:
+    """Return whether a read is of weights, [block, step or group, lane], which other outputs read elsewhere."""
+    return len(read.source.shape) == 3 and any(occurs(position, column) for position in read.indices)
 
 
 def _product_of(operands: Operands, target: Target) -> QuantizedProduct | None:

@@ -106,6 +106,16 @@ def test_symbolic_rows_share_one_kernel(scheme: Scheme) -> None:
         np.testing.assert_allclose(actual, expected(x, matrix), rtol=1e-4, atol=2e-2)
 
 
+def test_a_batch_of_one_is_no_operand_of_weights() -> None:
+    rng = np.random.default_rng(4)
+    matrix = quantize(rng.standard_normal((48, 96)).astype(np.float32), Scheme())
+    use = WeightUse.of("host", "int8", 4)
+    x = rng.standard_normal((1, 3, 96)).astype(np.float32)
+    actual, families = run(product_module((1, tirx.Var("sequence", "int64"), 96), matrix, use), use.target, x)
+    assert "quantized-matmul" in families
+    np.testing.assert_allclose(actual, expected(x, matrix), rtol=1e-4, atol=2e-2)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gathered_rows_are_the_dequantized_ones(bits: int) -> None:
     matrix = quantize(np.random.default_rng(2).standard_normal((37, 64)).astype(np.float32), Scheme(bits=bits))
