@@ -29,7 +29,7 @@ def main() -> None:
     decoder = DECODERS[decoder_name]
     try:
         engine = ENGINES[name](decoder, int(threads), int(context))
-        engine.start(_prompt(_SHORT_PROMPT, decoder.vocabulary))
+        engine.start(prompt_of(_SHORT_PROMPT, decoder.vocabulary))
         version = engine.version()
     except Exception as error:  # whatever an engine fails with is a row of the table
         print(json.dumps({"error": f"{type(error).__name__}: {error}"[:200]}), file=answers)
@@ -37,7 +37,7 @@ def main() -> None:
     print(json.dumps({"version": version}), file=answers)
     for line in sys.stdin:
         command = json.loads(line)
-        prompt = _prompt(command["prompt"], decoder.vocabulary)
+        prompt = prompt_of(command["prompt"], decoder.vocabulary)
         start = time.perf_counter()
         engine.start(prompt)
         middle = time.perf_counter()
@@ -48,7 +48,7 @@ def main() -> None:
         print(json.dumps(answer), file=answers)
 
 
-def _prompt(length: int, vocabulary: int) -> list[int]:
+def prompt_of(length: int, vocabulary: int) -> list[int]:
     """Return tokens from all over the vocabulary, the same ones at every call."""
     return [3 + (7919 * number) % (vocabulary - 3) for number in range(length)]
 

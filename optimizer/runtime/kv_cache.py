@@ -59,11 +59,7 @@ class KeyValueCache:
 
         Raises OptionError where that is more than the capacity.
         """
-        if self.capacity is not None and total > self.capacity:
-            raise OptionError(
-                f"{self.length} tokens are read and {total - self.length} more do not fit a context of "
-                f"{self.capacity}; shorten the prompt, rewind the session, or raise the capacity"
-            )
+        require_room(self.capacity, self.length, total - self.length)
         before = self.quantized
         quantized = before if self._pages is None else cache_pages.settled(self.length, before, self._pages)
         recent = max(SMALLEST_RECENT, self.length - before, total - quantized)
@@ -107,6 +103,15 @@ class KeyValueCache:
         for name, each in buffers.items():
             each.copy_from(self.buffers[name], Held(self.length, self.quantized))
         self.buffers = buffers
+
+
+def require_room(capacity: int | None, length: int, more: int) -> None:
+    """Raise OptionError where a context that holds `length` tokens has no room for `more`."""
+    if capacity is not None and length + more > capacity:
+        raise OptionError(
+            f"{length} tokens are read and {more} more do not fit a context of {capacity}; "
+            "shorten the prompt, rewind the session, or raise the capacity"
+        )
 
 
 def pages_of(entry: EntryPoint) -> CachePages | None:

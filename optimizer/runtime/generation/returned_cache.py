@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from optimizer.errors import OptionError
 from optimizer.package.dtypes import numpy_dtype
 from optimizer.runtime.generation.roles import CacheTensor
+from optimizer.runtime.kv_cache import require_room
 from optimizer.runtime.tensors import Tensor, to_numpy
 
 if TYPE_CHECKING:
@@ -39,11 +39,7 @@ class ReturnedCache:
 
     def append(self, inputs: Mapping[str, Input], count: int) -> dict[str, Tensor]:
         """Run the model on `count` new tokens and keep what it returns of them; raises OptionError for too many."""
-        if self.capacity is not None and self.length + count > self.capacity:
-            raise OptionError(
-                f"{self.length} tokens are read and {count} more do not fit a context of {self.capacity}; "
-                "shorten the prompt, rewind the session, or raise the capacity"
-            )
+        require_room(self.capacity, self.length, count)
         outputs = self._model({**inputs, **self._values}, outputs="dlpack")
         self._values = {part.past: outputs.pop(part.present) for part in self._parts}
         self.length += count

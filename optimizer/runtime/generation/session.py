@@ -10,6 +10,7 @@ import numpy as np
 from optimizer.errors import OptionError
 from optimizer.runtime.generation.returned_cache import ReturnedCache
 from optimizer.runtime.generation.roles import DecoderRoles, roles_of
+from optimizer.runtime.kv_cache import require_room
 from optimizer.runtime.tensors import host_view
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from optimizer.runtime.tensors import Tensor
 
     Logits = NDArray[np.floating]
+
+
+MOST_AT_ONCE = 512
+"""Tokens of a prompt that one call reads where the cache is appended to in place: enough for products to run at full
+speed, few enough for what lies between them to stay small beside the weights."""
 
 
 class DecoderSession:
@@ -55,9 +61,19 @@ class DecoderSession:
 
         Raises OptionError for no tokens, and where the text would exceed the capacity; the session stays as it was.
         """
-        past, count = len(self.tokens), len(tokens)
-        if not count:
+        if not tokens:
             raise OptionError("there are no tokens to read; give at least one (the model's beginning-of-text token)")
+        require_room(self.capacity, len(self.tokens), len(tokens))
+        if isinstance(self._cache, ReturnedCache):
+            return self._read(tokens)
+        *chunks, last = (tokens[start : start + MOST_AT_ONCE] for start in range(0, len(tokens), MOST_AT_ONCE))
+        for chunk in chunks:
+            self._read(chunk)
+        return self._read(last)
+
+    def _read(self, tokens: Sequence[int]) -> Logits:
+        """Read tokens by one call of the code and return the logits that follow the last of them."""
+        past, count = len(self.tokens), len(tokens)
         inputs: dict[str, Input] = {self._roles.tokens.name: np.asarray([tokens], np.int64)}
         if self._roles.mask is not None:
             inputs[self._roles.mask.name] = np.ones((1, past + count), np.int64)
