@@ -23,6 +23,7 @@ _VIEWS = (
     "relax.expand_dims",
     "relax.squeeze",
     "relax.broadcast_to",
+    "relax.tile",
     "relax.strided_slice",
     "relax.take",
 )
@@ -187,6 +188,21 @@ def _broadcast(view: _View) -> list[Index] | None:
     return broadcast(view.indices, view.shape)
 
 
+def _tile(view: _View) -> list[Index] | None:
+    """The number of a copy is no part of the position in it."""
+    repeats = [1] * len(view.indices)
+    given = [int(count) for count in view.call.attrs.repeats]
+    repeats[len(repeats) - len(given) :] = given
+    inserted = len(view.indices) - len(view.shape)
+    result: list[Index] = []
+    for index, count, extent in zip(view.indices[inserted:], repeats[inserted:], view.shape, strict=True):
+        parts = [(), index] if count == 1 else regrouped(index, (_int64(count), extent))
+        if parts is None:
+            return None
+        result.append(parts[1])
+    return result
+
+
 def _slice(view: _View) -> list[Index] | None:
     axes, begin, *others = (_integers(argument) for argument in view.call.args[1:])
     strides = others[1] if len(others) > 1 else [1] * len(axes or ())
@@ -222,6 +238,7 @@ _RULES = {
     "relax.expand_dims": _expand,
     "relax.squeeze": _squeeze,
     "relax.broadcast_to": _broadcast,
+    "relax.tile": _tile,
     "relax.strided_slice": _slice,
     "relax.take": _take,
 }

@@ -156,3 +156,45 @@ def test_computed_angles_are_shared_by_all_rotary_embeddings() -> None:
     kernels = kernels_of(rewritten(model(text, _ROTATION)))
     assert kernels[:-2] == ["cast_multiply_concatenate", "cos", "sin"]
     assert kernels[-1] == kernels[-2]
+
+
+_WEIGHT = np.linspace(-1, 1, 64 * 32, dtype="float32").reshape(64, 32)
+_FOLDED_CONSTANTS = {
+    "w": _WEIGHT, "scale": np.float32(0.01), "zero": np.int8(3), "turned": np.array([32, 64]),
+    "from": np.array([0]), "one": np.array([1]), "end": np.array([2**62]), "int32_max": np.array([2**31 - 1]),
+    "width": np.array([32]), "split": np.array([0, 8, 4]), "merged": np.array([0, -1]), "whole": np.array([4, 32]),
+    "number": np.float32(1.5),
+}  # fmt: skip
+_X32, _X64 = "float[n,32] x", "float[n,64] x"
+_FOLDED = {
+    "quantized and dequantized weights": (
+        _X64, "q = QuantizeLinear(w, scale, zero)  d = DequantizeLinear(q, scale, zero)  y = MatMul(x, d)", ["matmul"],
+    ),
+    "a transposed weight": (_X32, "t = Transpose<perm=[1,0]>(w)  y = MatMul(x, t)", ["matmul"]),
+    "a reshaped weight": (_X32, "t = Reshape(w, turned)  y = MatMul(x, t)", ["matmul"]),
+    "slices of everything": (
+        _X32, "t = Slice(x, from, end, one)  u = Slice(t, from, int32_max, from)  v = Slice(u, from, width, one)"
+        " y = Exp(v)", ["exp"],
+    ),
+    "a chain of reshapes": (_X32, "t = Reshape(x, split)  u = Reshape(t, merged)  y = Exp(u)", ["exp"]),
+    "an expanded number": ("float[4,32] x", "c = Expand(number, whole)  y = Add(x, c)", ["add"]),
+    "a cast up and down": (_X32, "c = Cast<to=11>(x)  d = Cast<to=1>(c)  y = Exp(d)", ["exp"]),
+    "transposes around a function": (
+        "float[n,3,4,5] x",
+        "t = Transpose<perm=[0,2,3,1]>(x)  r = Relu(t)  u = Transpose<perm=[0,3,1,2]>(r)  y = Exp(u)",
+        ["nn.relu", "exp"],
+    ),
+    "an identity and dead code": (_X32, "i = Identity(x)  z = Exp(i)  y = Exp(i)", ["exp"]),
+    "a slice of a part": (_X32, "t = Slice(x, one, end, one)  y = Exp(t)", ["strided_slice", "exp"]),
+    "a rounding cast": (_X32, "c = Cast<to=10>(x)  d = Cast<to=1>(c)  y = Exp(d)", ["astype", "astype", "exp"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("operand", "body", "left"), _FOLDED.values(), ids=_FOLDED)
+def test_what_is_left_of_constants_and_of_operators_that_change_nothing(
+    operand: str, body: str, left: list[str]
+) -> None:
+    shape = ",".join(f"d{axis}" for axis in range(operand.count(",") + 1))
+    text = f"g ({operand}) => (float[{shape}] y) {{ {body} }}"
+    given = model(text, _FOLDED_CONSTANTS)
+    assert [name.removeprefix("relax.") for name in operators_of(rewritten(given))] == left

@@ -34,6 +34,7 @@ class Form:
     scaling: str = "product"
     mask: str = "none"
     merged: bool = False
+    tiled: bool = False
     guarded: bool = False
     second_reader: bool = False
     axis: int = -1
@@ -63,7 +64,8 @@ def _attention(form: Form, batch: int, queries: int | str, keys: int | str) -> t
                 _heads(emit, x, (batch, n, count, d)) for x, n, count in zip(inputs, (s, t, t), (h, g, g), strict=True)
             )
             if g != h:
-                k, v = (_repeated(emit, x, (batch, g, h // g, t, d)) for x in (k, v))
+                repeated = _tiled if form.tiled else _repeated
+                k, v = (repeated(emit, x, (batch, g, h // g, t, d)) for x in (k, v))
             scale = relax.const(d**-0.5, form.dtype)
             root = relax.const(d**-0.25, form.dtype)
             if form.scaling == "operands":
@@ -95,6 +97,11 @@ def _attention(form: Form, batch: int, queries: int | str, keys: int | str) -> t
 def _repeated(emit: Emit, x: relax.Expr, shape: tuple[int | tirx.Var, ...]) -> relax.Expr:
     b, g, r, t, d = shape
     return emit(op.reshape(emit(op.broadcast_to(emit(op.expand_dims(x, [2])), (b, g, r, t, d))), (b, g * r, t, d)))
+
+
+def _tiled(emit: Emit, x: relax.Expr, shape: tuple[int | tirx.Var, ...]) -> relax.Expr:
+    b, g, r, t, d = shape
+    return emit(op.reshape(emit(op.tile(emit(op.expand_dims(x, [2])), (1, 1, r, 1, 1))), (b, g * r, t, d)))
 
 
 def _masked(
@@ -139,6 +146,7 @@ FORMS = st.builds(
     size=st.sampled_from([2, 5]),
     scaling=st.sampled_from(["product", "divided", "operands"]),
     mask=st.sampled_from(["none", "added", "chosen", "causal"]),
+    tiled=st.booleans(),
     guarded=st.booleans(),
 )
 

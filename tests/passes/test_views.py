@@ -73,6 +73,14 @@ _VIEWS = {
     "an axis dropped": (lambda x: op.squeeze(x, [-2]), lambda x: x[:, 0], (2, 1, 3)),
     "ones dropped": (op.squeeze, lambda x: x[0, :, 0], (1, 3, 1, 2)),
     "a broadcast": (lambda x: op.broadcast_to(x, (2, 3, 4)), lambda x: np.broadcast_to(x, (2, 3, 4)), (3, 1)),
+    "copies of one": (
+        lambda x: op.tile(op.expand_dims(x, [1]), (1, 2, 1)),
+        lambda x: np.stack([x, x], 1),
+        ("n", 4),
+    ),
+    "copies of several": (lambda x: op.tile(x, (2, 3)), lambda x: np.tile(x, (2, 3)), (2, 4)),
+    "copies of the last axes": (lambda x: op.tile(x, (2,)), lambda x: np.tile(x, (2,)), ("n", 4)),
+    "copies along a new axis": (lambda x: op.tile(x, (3, 1)), lambda x: np.tile(x, (3, 1)), (4,)),
     "a slice": (lambda x: op.strided_slice(x, [1], [1], [3]), lambda x: x[:, 1:3], (2, 4)),
     "a slice of blocks": (
         lambda x: op.reshape(op.strided_slice(x, [1], [4], [8]), (2, 2, 2)),
@@ -122,6 +130,7 @@ def test_an_element_of_a_view_is_found_where_it_lies(body, expected, shape) -> N
         (_part(1, 2, 0), (5, 2)),
         (_part(1, 2, 0), ("n", 2)),
         (op.exp, (4, 2)),
+        (lambda x: op.tile(x, (2, 1)), ("n", 2)),
     ],
 )
 def test_what_is_no_such_view_is_not_followed(body, shape) -> None:
