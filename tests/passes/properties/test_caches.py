@@ -16,7 +16,8 @@ from tests.passes.properties.onnx_decoders import decoders
 from tests.passes.properties.onnx_graphs import Generated
 from tests.passes.properties.relax_interpreter import Interpreter
 
-ROOM = 3
+# As many tokens as are ever put behind others: any of the inputs may be a cache, the longer one too.
+ROOM = 5
 
 
 def _in_buffers(module: tvm.IRModule, arrays: list[np.ndarray]) -> tuple[list, list[np.ndarray]]:
