@@ -41,6 +41,7 @@ _ENGINES = tuple(dict.fromkeys([*ENGINES, "peak", *llm.ENGINES]))
 @click.option("--model", "models", multiple=True, help="Only this model (or models such as conv*); may be repeated.")
 @click.option("--exporter", "exporters", multiple=True, type=click.Choice(EXPORTERS), help="Only of these exporters.")
 @click.option("--engine", "engines", multiple=True, type=click.Choice(_ENGINES), help="Only these engines.")
+@click.option("--batch", default=1, show_default=True, help="How many inputs the models take at once.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of every engine; default: one per physical core.")
 @click.option("--rounds", default=5, show_default=True, help="How often all engines take their turn.")
 @click.option("--trials", multiple=True, type=click.IntRange(1), help="Table tuning: after how many trials to look.")
@@ -53,6 +54,7 @@ def main(
     models: tuple[str, ...],
     exporters: tuple[Exporter, ...],
     engines: tuple[str, ...],
+    batch: int,
     threads: int | None,
     rounds: int,
     trials: tuple[int, ...],
@@ -86,12 +88,12 @@ def main(
             click.echo(line)
         return
     if table == "tuning":
-        _print_tuning(subjects(table, models, exporters, Path()), trials or tuning.TRIALS, threads, rounds)
+        _print_tuning(subjects(table, models, exporters, Path(), batch), trials or tuning.TRIALS, threads, rounds)
         return
     click.echo(f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}")
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="optimizer-bench-") as folder:
-        for subject in subjects(table, models, exporters, Path(folder)):
+        for subject in subjects(table, models, exporters, Path(folder), batch):
             for line, fails in _lines(subject, engines or TABLES[table].engines, threads, rounds):
                 click.echo(line)
                 failed += [subject.label] if fails else []

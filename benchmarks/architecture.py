@@ -6,7 +6,7 @@ This module needs neither torch nor transformers; `benchmarks.export` does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -54,6 +54,11 @@ class Variant:
     settings: Settings
     inputs: tuple[Input, ...]
     cases: Mapping[str, Dimensions]
+
+    def with_batch(self, batch: int) -> Variant:
+        """Return the variant with `batch` inputs at once where it has one."""
+        inputs = (replace(spec, dims=(batch, *spec.dims[1:])) if spec.dims[0] == 1 else spec for spec in self.inputs)
+        return replace(self, inputs=tuple(inputs))
 
     def draw(self, case: str) -> dict[str, Array]:
         """Return random inputs of the case called `case`, by name; the same on every call."""

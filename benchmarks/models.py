@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.architecture import EXPORTERS, Array, Exporter
+from benchmarks.architecture import EXPORTERS, Array, Exporter, Variant
 from benchmarks.architectures import ARCHITECTURES
 
 FULL_SIZE = {row.full_name: row for row in ARCHITECTURES.values() if row.full is not None}
@@ -27,30 +27,34 @@ def cache_folder() -> Path:
     return root / "models"
 
 
-def model_path(name: str, exporter: Exporter = "dynamo") -> Path:
+def model_path(name: str, exporter: Exporter = "dynamo", batch: int = 1) -> Path:
     """Return where the full-size model called `name` (a key of `FULL_SIZE`) is kept, whether or not it exists yet."""
-    return cache_folder() / f"{name}_{exporter}.onnx"
+    several = f"_batch{batch}" if batch > 1 else ""
+    return cache_folder() / f"{name}_{exporter}{several}.onnx"
 
 
-def cases_of(name: str) -> dict[str, dict[str, Array]]:
+def cases_of(name: str, batch: int = 1) -> dict[str, dict[str, Array]]:
     """Return the inputs that the full-size model called `name` is run on, by case."""
-    full = FULL_SIZE[name].full
-    assert full is not None
+    full = _variant(name, batch)
     return {case: full.draw(case) for case in full.cases}
 
 
-def make(name: str, exporter: Exporter) -> Path:
+def _variant(name: str, batch: int) -> Variant:
+    full = FULL_SIZE[name].full
+    assert full is not None
+    return full if batch == 1 else full.with_batch(batch)
+
+
+def make(name: str, exporter: Exporter, batch: int = 1) -> Path:
     """Export the full-size model called `name` into the cache; the files appear only when complete."""
     from benchmarks.export import build, export  # noqa: PLC0415 (needs torch)
 
     architecture = FULL_SIZE[name]
-    assert architecture.full is not None
-    path = model_path(name, exporter)
+    full = _variant(name, batch)
+    path = model_path(name, exporter, batch)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
-        export(
-            build(architecture, architecture.full), architecture, architecture.full, exporter, Path(folder) / path.name
-        )
+        export(build(architecture, full), architecture, full, exporter, Path(folder) / path.name)
         for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights, if apart, before the model
             file.replace(path.with_name(file.name))
     return path
@@ -61,16 +65,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the full-size models that the benchmarks run.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(FULL_SIZE)}")
     parser.add_argument("--exporter", choices=EXPORTERS, default="dynamo")
+    parser.add_argument("--batch", type=int, default=1, help="how many images or texts at once; default: 1")
     parser.add_argument("--force", action="store_true", help="make again what is there already")
     arguments = parser.parse_args()
     names = arguments.names or list(FULL_SIZE)
     if unknown := sorted(set(names) - set(FULL_SIZE)):
         parser.error(f"no model is called {', '.join(unknown)}; there are {', '.join(FULL_SIZE)}")
-    missing = [name for name in names if arguments.force or not model_path(name, arguments.exporter).exists()]
+    exporter, batch = arguments.exporter, arguments.batch
+    missing = [name for name in names if arguments.force or not model_path(name, exporter, batch).exists()]
     if missing and not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
         sys.exit(f"benchmarks.models: exporting models needs torch and transformers: pip install {REQUIREMENTS}")
     for name in names:
-        path = make(name, arguments.exporter) if name in missing else model_path(name, arguments.exporter)
+        path = make(name, exporter, batch) if name in missing else model_path(name, exporter, batch)
         size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
         print(f"{path}: {size / 1e6:.1f} MB", flush=True)
 

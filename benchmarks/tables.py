@@ -48,10 +48,12 @@ TABLES: Mapping[str, Table] = {
 }
 
 
-def subjects(table: str, only: Sequence[str], exporters: Sequence[Exporter], folder: Path) -> Iterator[Subject]:
+def subjects(
+    table: str, only: Sequence[str], exporters: Sequence[Exporter], folder: Path, batch: int = 1
+) -> Iterator[Subject]:
     """Yield the models of a table whose names match one of the patterns in `only`, or all if there are none.
 
-    Single kernels are written to `folder`; they take no notice of `exporters`.
+    Single kernels are written to `folder`; they take no notice of `exporters` and `batch`.
     """
 
     def wanted(name: str) -> bool:
@@ -66,9 +68,9 @@ def subjects(table: str, only: Sequence[str], exporters: Sequence[Exporter], fol
     several = len(exporters or TABLES[table].exporters) > 1
     for name in filter(wanted, TABLES[table].models):
         for exporter in exporters or TABLES[table].exporters:
-            make = f"python -m benchmarks.models {name} --exporter {exporter}"
+            make = f"python -m benchmarks.models {name} --exporter {exporter} --batch {batch}"
             label = f"{name} {exporter}" if several else name
-            yield Subject(label, model_path(name, exporter), cases_of(name), make)
+            yield Subject(label, model_path(name, exporter, batch), cases_of(name, batch), make)
 
 
 def _random_inputs(model: Path) -> dict[str, np.ndarray]:

@@ -23,12 +23,14 @@ Match = TypeVar("Match")
 class Site:
     """A place where a pass looked: `refusal` is None if it was rewritten, else the reason why not.
 
-    `location` is the variable bound there, `nodes` are the ONNX nodes that what was found there came from.
+    `location` is the variable bound there, `nodes` are the ONNX nodes that what was found there came from. `choice`
+    says which form of several it got, and why.
     """
 
     location: str
     refusal: str | None = None
     nodes: Nodes = ()
+    choice: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ A vector register then holds one position of a block of channels, so that a conv
 to match, as vectors and the image as it lies: no gathers, and no copy for padding. The layout spreads from convolutions
 through what treats channels alike (arithmetic, activations, pooling, means over the image, concatenation of whole
 blocks); where something else reads a blocked tensor, it is converted back. Channels past the last one of a partial
-block hold anything and are never read. Values do not change but for the order of summation.
+block hold anything and are never read. Values do not change but for the order of summation, and the error of Winograd's
+transforms where these are chosen (`passes.winograd`).
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from tvm import relax, te
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from passes import blocked_operators
-from passes.base import Pass, PassOutcome, Refusal, Site
+from passes.base import Pass, PassOutcome, Refusal, Site, require
 from passes.blocked_operators import Geometry
 from passes.provenance import nodes_of
+from passes.winograd import choose_tile, pack_winograd
+from schedules.winograd_structure import winograd
+from schedules.winograd_transforms import TAPS
 
 _CONVOLUTIONS = {"relax.nn.conv1d": 1, "relax.nn.conv2d": 2, "relax.nn.conv3d": 3}
 _PLAIN_LAYOUTS = ("NCW", "NCHW", "NCDHW", "OIW", "OIHW", "OIDHW")
@@ -47,15 +51,19 @@ _POOLINGS = {"relax.nn.max_pool2d": relax.op.nn.max_pool2d, "relax.nn.avg_pool2d
 
 @dataclass(frozen=True)
 class BlockChannels(Pass):
-    """Give convolutions of fp32 with constant weights, and what lies between them, blocks of `block` channels."""
+    """Give convolutions of fp32 with constant weights, and what lies between them, blocks of `block` channels.
+
+    Where it pays, 3x3 filters are computed by Winograd's F(m, 3) with m up to `winograd`: 2, 4, or 0 for none.
+    """
 
     name: ClassVar[str] = "block-channels"
     block: int = 16
+    winograd: int = 4
 
     def run(self, module: tvm.IRModule) -> PassOutcome:
         """Rewrite all Relax functions of the module."""
         sites: list[Site] = []
-        rewriter = _Blocker(module, self.block, sites)
+        rewriter = _Blocker(module, self.block, self.winograd, sites)
         for variable, function in module.functions_items():
             if isinstance(function, relax.Function):
                 rewriter.builder_.update_func(variable, rewriter.visit_expr(function))
@@ -79,9 +87,10 @@ class _Blocked:
 class _Blocker(PyExprMutator):
     """Walks the bindings in order; `_blocked` holds what has a blocked form, `_plain` what was converted back."""
 
-    def __init__(self, module: tvm.IRModule, block: int, sites: list[Site]) -> None:
+    def __init__(self, module: tvm.IRModule, block: int, largest_tile: int, sites: list[Site]) -> None:
         super().__init__(module)
         self._block = block
+        self._largest_tile = largest_tile
         self._name = ""
         self._sites = sites
         self._blocked: dict[relax.Var, _Blocked] = {}
@@ -126,11 +135,11 @@ class _Blocker(PyExprMutator):
         name = call.op.name
         if name in _CONVOLUTIONS:
             try:
-                result = self._convolution(call)
+                result, choice = self._convolution(call)
             except Refusal as refusal:
                 self._sites.append(Site(binding.var.name, str(refusal), nodes_of(call)))
                 return None
-            self._sites.append(Site(binding.var.name, None, nodes_of(call)))
+            self._sites.append(Site(binding.var.name, None, nodes_of(call), choice))
             return result
         if name == "relax.concat":
             return self._concatenation(call)
@@ -153,8 +162,8 @@ class _Blocker(PyExprMutator):
     def _is_blocked(self, expr: relax.Expr) -> bool:
         return isinstance(expr, relax.Var) and expr in self._blocked
 
-    def _convolution(self, call: tvm.ir.Call) -> _Blocked:
-        """Return a convolution in blocked form; raises Refusal."""
+    def _convolution(self, call: tvm.ir.Call) -> tuple[_Blocked, str]:
+        """Return a convolution in blocked form, and how it is computed; raises Refusal."""
         geometry = _check_convolution(call)
         values, block = call.args[1].value.numpy(), self._block
         outputs, per_group = values.shape[:2]
@@ -165,16 +174,36 @@ class _Blocker(PyExprMutator):
             if outputs != channels:
                 raise Refusal(f"a depthwise convolution with {outputs // channels} outputs a channel")
             packed = blocked_operators.pack_depthwise(values, block)
-            return self._computed(call, lambda x, w: blocked_operators.depthwise(x, w, geometry), packed)
+            return self._computed(call, lambda x, w: blocked_operators.depthwise(x, w, geometry), packed), ""
         if groups > 1 and (per_group % block or outputs // groups % block):
             raise Refusal(f"groups of {per_group} to {outputs // groups} channels are not whole blocks of {block}")
         if 2 * outputs < block and not self._is_blocked(data):
             raise Refusal(f"{outputs} output channels would leave most of a block of {block} empty")
         if channels < block and max(values.shape[2:]) > 1 and not self._is_blocked(data):
             packed = blocked_operators.pack_shallow(values, block)
-            return self._computed(call, lambda x, w: blocked_operators.shallow(x, w, geometry), packed, plain=True)
-        packed = blocked_operators.pack_dense(values, block)
-        return self._computed(call, lambda x, w: blocked_operators.dense(x, w, channels, groups, geometry), packed)
+            return self._computed(call, lambda x, w: blocked_operators.shallow(x, w, geometry), packed, plain=True), ""
+        try:
+            require(groups == 1, "its channels are in groups")
+            return self._filtered(call, values, geometry)
+        except Refusal as refusal:
+            packed = blocked_operators.pack_dense(values, block)
+            result = self._computed(
+                call, lambda x, w: blocked_operators.dense(x, w, channels, groups, geometry), packed
+            )
+            return result, f"directly: {refusal}"
+
+    def _filtered(self, call: tvm.ir.Call, values: np.ndarray, geometry: Geometry) -> tuple[_Blocked, str]:
+        """Return a convolution by Winograd's minimal filtering, and which; raises Refusal."""
+        require(self._largest_tile > 0, "Winograd's filtering is switched off")
+        batch, _, *image = call.ty.shape.values
+        require(len(image) == 2, "it has not two spatial dimensions")
+        size = int(image[0]), int(image[1])
+        tile = choose_tile(values.shape, size, _static(batch) or 1, geometry, self._largest_tile)
+        before = geometry.pads_begin[0], geometry.pads_begin[1]
+        result = self._computed(
+            call, lambda x, w: winograd(x, w, tile, before, size), pack_winograd(values, tile, self._block)
+        )
+        return result, f"by Winograd's F({tile}, {TAPS})"
 
     def _computed(
         self, call: tvm.ir.Call, compute: Callable[..., te.Tensor], packed: np.ndarray, *, plain: bool = False

@@ -66,26 +66,43 @@ def column_extent(analysis: ChannelWindows) -> int:
     return extent
 
 
+def most_columns(target: Target, blocks: int) -> int:
+    """Return the most columns of a tile of `blocks` that multiplies vectors of weights by single elements."""
+    return next(
+        c for c in range(MOST_COLUMNS, 0, -1) if blocks * c + _operands(target, blocks, c) <= _registers(target)
+    )
+
+
+def _operands(target: Target, blocks: int, columns: int) -> int:
+    """Return the registers of what a step multiplies, where LLVM loads the next step's weights early.
+
+    x86 multiplies by an element in memory; Arm by one in a register, so each column needs its own.
+    """
+    return columns + 2 * blocks if target.architecture == "aarch64" else min(blocks, columns) + 1
+
+
+def _registers(target: Target) -> int:
+    return 16 if target.architecture == "x86_64" and target.vector_bits < 512 else 32
+
+
 def _fits(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -> bool:
     """Return whether the tile's sums and what a step multiplies fit the vector registers.
 
-    x86 multiplies by an element in memory; Arm by one in a register, so each column needs its own, and LLVM loads the
-    next channel's weights early where no loop over taps lies between. Where neighbouring columns read the same elements
-    at neighbouring taps of one loop, LLVM keeps these, too.
+    On Arm LLVM loads the next channel's weights early only where no loop over taps lies between. Where neighbouring
+    columns read the same elements at neighbouring taps of one loop, LLVM keeps these, too.
     """
     last = analysis.data.indices[-1]
     if occurs(last, analysis.lane.variable):
         operands = columns + BORDER_OPERANDS
     elif analysis.columns is not None and occurs(last, analysis.columns.inner.variable):
         operands = blocks + 2 * columns
-    elif target.architecture == "aarch64":
+    else:
+        operands = _operands(target, blocks, columns)
         image = analysis.data.indices[2:-1]
         taps = any(occurs(position, axis.variable) for position in image for axis in analysis.stage.reduction)
-        operands = columns + (blocks if taps else 2 * blocks)
-    else:
-        operands = min(blocks, columns) + 1
-    registers = 16 if target.architecture == "x86_64" and target.vector_bits < 512 else 32
-    return blocks * columns + operands <= registers
+        if target.architecture == "aarch64" and taps:
+            operands -= blocks
+    return blocks * columns + operands <= _registers(target)
 
 
 def _tile_sizes(extent: int, size: int) -> list[int]:

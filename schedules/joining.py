@@ -22,6 +22,7 @@ from schedules.reduction import Reduction
 from schedules.registry import FAMILIES
 from schedules.schedule import kernels_of
 from schedules.stages import Axis, Stage, contains, parse, sequence
+from schedules.winograd import Winograd
 from targets.base import Target
 
 
@@ -76,6 +77,8 @@ def _stores_vectors(family: object, kernel: Kernel, target: Target) -> bool:
     if isinstance(family, DirectConvolution):
         windows = direct_convolution.analyse(kernel)
         return windows is not None and _is_contiguous(windows.epilogue, windows.lane, target)
+    if isinstance(family, Winograd):
+        return True
     stage, follows = split_epilogue(kernel)
     if stage is None or follows is None:
         return False

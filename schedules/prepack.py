@@ -16,7 +16,7 @@ from tvm import ir, relax, tirx
 from tvm.ir import Expr, GlobalVar, TensorLoad
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from schedules import direct_convolution
+from schedules import direct_convolution, winograd_structure
 from schedules.access import AxisGroup, as_int
 from schedules.family import Kernel
 from schedules.inline import inline
@@ -119,7 +119,7 @@ def _pack_function(
 def _matmul_of(function: tirx.PrimFunc) -> MatmulAnalysis | None:
     """Return the analysis of the only matmul that reads its column operand straight from a parameter."""
     staged = parse(function)
-    if staged is None:
+    if staged is None or winograd_structure.whole(staged) is not None:
         return None
     found = []
     for kernel in cut(inline(staged)):

@@ -15,9 +15,11 @@ from schedules.quantized_matmul import QuantizedMatmul
 from schedules.reduction import Reduction
 from schedules.rowwise import Rowwise
 from schedules.transpose import Transpose
+from schedules.winograd import Winograd
 
 FAMILIES: tuple[Family[Any], ...] = (
     Attention(),
+    Winograd(),
     DirectConvolution(),
     QuantizedMatmul(),
     Convolution(),

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from optimizer.lowering import Fusion
+from passes.base import Site
 from passes.pipeline import PassRecord
 
 REWRITTEN = "rewritten"
@@ -19,11 +20,7 @@ class ExplainedSite:
     location: str
     outcome: str
     nodes: tuple[str, ...]
-
-    @property
-    def rewritten(self) -> bool:
-        """Return whether the pass rewrote the site."""
-        return self.outcome == REWRITTEN
+    rewritten: bool
 
 
 def explain(records: Iterable[PassRecord], fusion: Fusion) -> tuple[ExplainedSite, ...]:
@@ -33,9 +30,16 @@ def explain(records: Iterable[PassRecord], fusion: Fusion) -> tuple[ExplainedSit
         ExplainedSite(
             name,
             site.location,
-            REWRITTEN if site.refusal is None else f"refused: {site.refusal}",
+            _outcome(site),
             site.nodes,
+            site.refusal is None,
         )
         for name, sites in (*accounts, *fusion.items())
         for site in sites
     )
+
+
+def _outcome(site: Site) -> str:
+    if site.refusal is not None:
+        return f"refused: {site.refusal}"
+    return f"{REWRITTEN} {site.choice}".rstrip()

@@ -1,0 +1,392 @@
+"""Convolutions by Winograd's minimal filtering: transform, products and transform back of some tiles in one task.
+
+A task transforms all channels of its tiles of the image into (m + 2)^2 matrices of tiles by channels, multiplies each
+with the weights of some blocks of output channels, and computes what follows on the tiles transformed back: nothing
+but the result leaves the core's second-level cache. The products are register tiles of blocks of output channels by
+tiles of the image, one vector register each, as in `direct_convolution`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from tvm import tirx
+from tvm.ir import Expr, Var
+from tvm.tirx.stmt import Stmt
+
+from schedules.access import Access, Step, as_int
+from schedules.convolution_tile import most_columns
+from schedules.family import Choice, Kernel, Parameters, Space, is_large
+from schedules.loops import (
+    Extent,
+    index,
+    load,
+    local,
+    loop,
+    parallel,
+    product,
+    store,
+    tile_choice,
+    tiles,
+    unflatten,
+    unrolled,
+    vector,
+    with_local,
+)
+from schedules.stages import sequence
+from schedules.winograd_structure import WinogradAnalysis, analyse
+from schedules.winograd_transforms import Matrix
+from targets.base import Target
+
+FLOAT_BYTES = 4
+# Blocks of output channels in a register tile: each element of the transformed image is loaded once for them.
+BLOCKS = 2
+# A part of the second-level cache for the transformed image; products and weights need the rest.
+IMAGE_SHARE = 2
+# Where channels are divided among tasks, each transforms its tiles again: more than this is not worth a core.
+MOST_PARTS = 4
+
+
+class Winograd:
+    """Tasks of some tiles of the image by some blocks of output channels."""
+
+    name = "winograd"
+    version = 1
+
+    def takes(self, kernel: Kernel, target: Target) -> WinogradAnalysis | None:
+        """Return the analysis of the stages of a Winograd convolution whose blocks are the target's vectors."""
+        analysis = analyse(kernel)
+        if analysis is None or analysis.block != target.vector_lanes(32):
+            return None
+        lane = next((a for a in analysis.epilogue.source.spatial if a.variable.same_as(analysis.axes[-1])), None)
+        written = Access(analysis.epilogue.stage.output, analysis.epilogue.indices)
+        return analysis if lane is not None and written.step(lane) == Step.UNIT else None
+
+    def space(self, target: Target, analysis: WinogradAnalysis) -> Space:
+        """Return the register tile, and the tiles of the image and blocks of channels of one task."""
+        blocks = min(BLOCKS, int(analysis.weights.shape[0]))
+        most = most_columns(target, blocks)
+        count, parts = _task(target, analysis, most)
+        groups = -(-int(analysis.weights.shape[0]) // blocks)
+        return (
+            Choice("blocks", blocks, (1, 2, 3, 4)),
+            Choice("columns", -(-count // -(-count // most)), (4, 6, 7, 12, 13, 14)),
+            Choice("tiles", count, (7, 14, 28, 49, 56)),
+            Choice("task_blocks", -(-groups // parts) * blocks, (2, 4, 8, 16, 32)),
+        )
+
+    def apply(self, analysis: WinogradAnalysis, parameters: Parameters, target: Target) -> Stmt:
+        """Return the loop nest."""
+        return _Emitter(analysis, parameters).statement()
+
+
+def _task(target: Target, analysis: WinogradAnalysis, columns: int) -> tuple[int, int]:
+    """Return how many tiles of the image make a task, and into how many parts its output channels are divided.
+
+    Every core gets a task, and each element of the weights that it loads is used for a register tile of `columns` tiles
+    or more, if possible.
+    """
+    bytes_of_tile = analysis.transforms.window**2 * analysis.channels * FLOAT_BYTES
+    most = max(1, target.caches.level2 // IMAGE_SHARE // bytes_of_tile)
+    rows, across = analysis.tiles
+    total = rows * across
+    groups = -(-int(analysis.weights.shape[0]) // BLOCKS)
+    wanted = max(1, target.cores // (as_int(analysis.data.shape[0]) or 1))
+    parts = 1
+    while total < 3 * columns * wanted // (4 * parts) and parts < min(MOST_PARTS, groups):
+        parts *= 2
+    count = max(-(-wanted // parts), -(-total // most))
+    return -(-total // count), min(parts, groups)
+
+
+@dataclass(frozen=True)
+class _Emitter:
+    """Emission of one convolution under given parameters."""
+
+    analysis: WinogradAnalysis
+    parameters: Parameters
+
+    @cached_property
+    def window(self) -> int:
+        return self.analysis.transforms.window
+
+    @cached_property
+    def output_blocks(self) -> int:
+        return int(self.analysis.weights.shape[0])
+
+    def statement(self) -> Stmt:
+        """Return the parallel loop over images, parts of the output channels, and groups of tiles."""
+        rows, columns = self.analysis.tiles
+        count, blocks = self.parameters["tiles"], self.parameters["task_blocks"]
+        batch = self.analysis.data.shape[0]
+        images: Extent = as_int(batch) or batch
+        extents = [images, -(-self.output_blocks // blocks), -(-rows * columns // count)]
+
+        def task(number: Expr) -> Stmt:
+            image, part, group = unflatten(number, extents)
+
+            def of_tiles(first: Expr, width: int) -> Stmt:
+                return tile_choice(
+                    part, self.output_blocks, blocks, lambda o, n: _Task(self, image, first, width, o, n).statement()
+                )
+
+            return tile_choice(group, rows * columns, count, of_tiles)
+
+        work = product([images, rows * columns, self.window**2, self.analysis.channels, self.output_blocks])
+        return parallel(product(extents), task, is_large(work))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """`width` tiles of an image from number `first` on, by `blocks` blocks of output channels from `output` on."""
+
+    emitter: _Emitter
+    image: Expr
+    first: Expr
+    width: int
+    output: Expr
+    blocks: int
+
+    @cached_property
+    def analysis(self) -> WinogradAnalysis:
+        return self.emitter.analysis
+
+    @cached_property
+    def lanes(self) -> int:
+        return self.analysis.block
+
+    @cached_property
+    def window(self) -> int:
+        return self.analysis.transforms.window
+
+    @cached_property
+    def spectrum(self) -> Var:
+        """The transformed image: [window^2, tiles, channels]."""
+        channels = int(self.analysis.data.shape[1]) * self.lanes
+        return local([self.window**2, self.width, channels], "float32", "spectrum")
+
+    def statement(self) -> Stmt:
+        """Return the transform of all channels, and products and transform back for one group of blocks at a time."""
+        together = min(self.emitter.parameters["blocks"], self.blocks)
+        products = local([self.window**2, together, self.width, self.lanes], "float32", "products")
+
+        def group(first: Expr, count: int) -> Stmt:
+            block = self.output + first
+            return sequence([self._multiply(products, block, count), self._transform_back(products, block, count)])
+
+        return with_local([self.spectrum, products], [self._transform(), tiles(self.blocks, [together], group)])
+
+    def _corner(self, tile: Expr) -> tuple[Expr, Expr]:
+        """Return the first row and column of the result in a tile of the task."""
+        number, columns = self.first + tile, index(self.analysis.tiles[1])
+        size = self.analysis.transforms.tile
+        return tirx.floordiv(number, columns) * size, tirx.floormod(number, columns) * size
+
+    def _transform(self) -> Stmt:
+        """Return the transform of the image's tiles; those at its borders are copied among zeros first."""
+        window, image = self.window, self.analysis.image
+
+        def each(tile: Expr, channels: Expr) -> Stmt:
+            corner = [at - before for at, before in zip(self._corner(tile), self.analysis.before, strict=True)]
+
+            def element(row: Expr, column: Expr, v: Expr) -> Expr:
+                return load(self.analysis.data, [self.image, channels, corner[0] + row, corner[1] + column, v])
+
+            patch = local([window, window, self.lanes], "float32", "patch")
+
+            def copied(row: Expr, column: Expr) -> Stmt:
+                at = zip((corner[0] + row, corner[1] + column), image, strict=True)
+                inside = tirx.all(*[bound for a, extent in at for bound in (a >= 0, a < extent)])
+                zero = tirx.const(0, "float32")
+                return tirx.IfThenElse(
+                    inside,
+                    vector(self.lanes, lambda v: store(patch, element(row, column, v), [row, column, v])),
+                    vector(self.lanes, lambda v: store(patch, zero, [row, column, v])),
+                )
+
+            border = with_local(
+                [patch],
+                [
+                    loop(window, lambda row: loop(window, lambda column: copied(row, column))),
+                    self._transform_tile(tile, channels, lambda row, column, v: load(patch, [row, column, v])),
+                ],
+            )
+            whole = tirx.all(
+                *[bound for a, extent in zip(corner, image, strict=True) for bound in (a >= 0, a + window <= extent)]
+            )
+            return tirx.IfThenElse(whole, self._transform_tile(tile, channels, element), border)
+
+        blocks = int(self.analysis.data.shape[1])
+        return loop(self.width, lambda tile: loop(blocks, lambda channels: each(tile, channels)))
+
+    def _transform_tile(self, tile: Expr, channels: Expr, element: Callable[[Expr, Expr, Expr], Expr]) -> Stmt:
+        window, matrix = self.window, self.analysis.transforms.data
+        half = local([window, window, self.lanes], "float32", "half")
+
+        def columns(column: Expr) -> Stmt:
+            return self._combine(
+                matrix,
+                lambda row, v: element(index(row), column, v),
+                lambda row, value, v: store(half, value, [index(row), column, v]),
+            )
+
+        def rows(row: Expr) -> Stmt:
+            def put(column: int, value: Expr, v: Expr) -> Stmt:
+                return store(self.spectrum, value, [row * window + column, tile, channels * self.lanes + v])
+
+            return self._combine(matrix, lambda column, v: load(half, [row, index(column), v]), put)
+
+        return with_local([half], [loop(window, columns), loop(window, rows)])
+
+    def _combine(
+        self, matrix: Matrix, element: Callable[[int, Expr], Expr], put: Callable[[int, Expr, Expr], Stmt]
+    ) -> Stmt:
+        """Return `put` of each row of `matrix` times the vectors of `element`, which are loaded once."""
+        inputs = local([len(matrix[0]), self.lanes], "float32", "inputs")
+
+        def fetch(number: int) -> Stmt:
+            return vector(self.lanes, lambda v: store(inputs, element(number, v), [index(number), v]))
+
+        def row(number: int) -> Stmt:
+            return vector(
+                self.lanes, lambda v: put(number, combination(matrix, number, lambda i: load(inputs, [index(i), v])), v)
+            )
+
+        used = [i for i in range(len(matrix[0])) if any(coefficients[i] for coefficients in matrix)]
+        return with_local([inputs], [*map(fetch, used), *map(row, range(len(matrix)))])
+
+    def _multiply(self, products: Var, block: Expr, count: int) -> Stmt:
+        """Return the matrix products of `count` blocks of output channels, one frequency after the other."""
+        columns = self.emitter.parameters["columns"]
+
+        def frequency(number: Expr) -> Stmt:
+            return tiles(
+                self.width, [columns], lambda tile, n: self._register_tile(products, block, count, number, tile, n)
+            )
+
+        return loop(self.window**2, frequency)
+
+    def _register_tile(self, products: Var, block: Expr, count: int, frequency: Expr, tile: Expr, columns: int) -> Stmt:
+        lanes = self.lanes
+        sums = local([columns * count * lanes], "float32", "accumulators")
+
+        def cells(element: Callable[[Expr, Expr, Expr], Stmt]) -> Stmt:
+            return unrolled(columns, lambda t: unrolled(count, lambda o: vector(lanes, lambda v: element(t, o, v))))
+
+        def at(t: Expr, o: Expr, v: Expr) -> Expr:
+            return (t * count + o) * lanes + v
+
+        def step(channel: Expr) -> Stmt:
+            def add(t: Expr, o: Expr, v: Expr) -> Stmt:
+                weight = load(self.analysis.weights, [block + o, frequency, channel, v])
+                value = load(sums, [at(t, o, v)]) + load(self.spectrum, [frequency, tile + t, channel]) * weight
+                return store(sums, value, [at(t, o, v)])
+
+            return cells(add)
+
+        return with_local(
+            [sums],
+            [
+                cells(lambda t, o, v: store(sums, tirx.const(0, "float32"), [at(t, o, v)])),
+                loop(self.analysis.channels, step),
+                cells(lambda t, o, v: store(products, load(sums, [at(t, o, v)]), [frequency, o, tile + t, v])),
+            ],
+        )
+
+    def _transform_back(self, products: Var, block: Expr, count: int) -> Stmt:
+        """Return the transform of the products into tiles of the result, and what follows."""
+        window, size, matrix = self.window, self.analysis.transforms.tile, self.analysis.transforms.outputs
+        half = local([size, window, self.lanes], "float32", "half")
+
+        def each(tile: Expr, o: Expr) -> Stmt:
+            corner = self._corner(tile)
+
+            def columns(column: Expr) -> Stmt:
+                return self._combine(
+                    matrix,
+                    lambda row, v: load(products, [index(row * window) + column, o, tile, v]),
+                    lambda row, value, v: store(half, value, [index(row), column, v]),
+                )
+
+            def rows(row: Expr) -> Stmt:
+                return self._result_row(half, row, (corner[0] + row, corner[1]), block + o)
+
+            return with_local([half], [loop(window, columns), loop(size, rows)])
+
+        return loop(self.width, lambda tile: loop(count, lambda o: each(tile, o)))
+
+    def _result_row(self, half: Var, row: Expr, corner: tuple[Expr, Expr], block: Expr) -> Stmt:
+        """Return a row of a tile of the result, as far as it lies inside."""
+        size, matrix = self.analysis.transforms.tile, self.analysis.transforms.outputs
+        result = local([size, self.lanes], "float32", "result")
+        compute = self._combine(
+            matrix,
+            lambda column, v: load(half, [row, index(column), v]),
+            lambda column, value, v: store(result, value, [index(column), v]),
+        )
+
+        def finish(column: int) -> Stmt:
+            def element(v: Expr) -> Stmt:
+                position = [self.image, block, corner[0], corner[1] + column, v]
+                names = zip(self.analysis.axes, position, strict=True)
+                point = {axis: value for axis, value in names if isinstance(axis, Var)}
+                return self.analysis.epilogue.store(load(result, [index(column), v]), point)
+
+            done = vector(self.lanes, element)
+            last = self.analysis.size[1]
+            return tirx.IfThenElse(corner[1] + column < last, done, None) if last % size else done
+
+        rows = self.analysis.size[0]
+        body = with_local([result], [compute, *map(finish, range(size))])
+        return tirx.IfThenElse(corner[0] < rows, body, None) if rows % size else body
+
+
+def combination(matrix: Matrix, row: int, element: Callable[[int], Expr]) -> Expr:
+    """Return a row of `matrix` times the elements.
+
+    The points but 0 and infinity come in pairs of opposite sign. Where two rows differ by the sign of their odd terms,
+    or two columns by that of their odd rows, the sums that they share are written alike, and LLVM computes them once.
+    """
+    coefficients = matrix[row]
+    pairs = _paired_columns(matrix)
+    if pairs:
+        alone = [(c, element(i)) for i, c in enumerate(coefficients) if c and not any(i in pair for pair in pairs)]
+        terms = list(alone)
+        for left, right in pairs:
+            if coefficients[left]:
+                plus = coefficients[left] == coefficients[right]
+                a, b = element(left), element(right)
+                terms.append((coefficients[left], a + b if plus else a - b))
+        return _weighted(terms)
+    even = [(c, element(i)) for i, c in enumerate(coefficients) if c and i % 2 == 0]
+    odd = [(c, element(i)) for i, c in enumerate(coefficients) if c and i % 2 == 1]
+    if not even or not odd:
+        return _weighted(even or odd)
+    if odd[0][0] < 0:
+        return _weighted(even) - _weighted([(-c, value) for c, value in odd])
+    return _weighted(even) + _weighted(odd)
+
+
+def _paired_columns(matrix: Matrix) -> list[tuple[int, int]]:
+    """Return neighbouring columns whose elements differ in nothing but sign."""
+    columns = list(zip(*matrix, strict=True))
+    pairs = []
+    for i in range(len(columns) - 1):
+        same = all(abs(a) == abs(b) for a, b in zip(columns[i], columns[i + 1], strict=True))
+        if same and columns[i] != columns[i + 1] and not any(i in pair for pair in pairs):
+            pairs.append((i, i + 1))
+    return pairs
+
+
+def _weighted(terms: Sequence[tuple[float, Expr]]) -> Expr:
+    total: Expr | None = None
+    for coefficient, value in terms:
+        term = value if abs(coefficient) == 1 else value * tirx.const(abs(coefficient), "float32")
+        if total is None:
+            total = term if coefficient > 0 else -term
+        else:
+            total = total + term if coefficient > 0 else total - term
+    assert total is not None
+    return total

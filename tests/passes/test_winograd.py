@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from optimizer.certificate.tolerance import arithmetic
+from passes.base import Refusal
+from passes.blocked_operators import Geometry
+from passes.winograd import ALLOWANCE, choose_tile, error_growth, pack_winograd
+from schedules.winograd_transforms import SIZES
+
+PLAIN = Geometry((1, 1), (1, 1), (1, 1), (1, 1))
+
+
+def refusal(shape: tuple[int, ...], image: tuple[int, int], geometry: Geometry = PLAIN, largest: int = 4) -> str:
+    with pytest.raises(Refusal) as refused:
+        choose_tile(shape, image, 1, geometry, largest)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "batch", "tile"), [(64, 56, 1, 4), (128, 28, 1, 4), (256, 14, 1, 2), (256, 14, 8, 4)]
+)
+def test_tile_follows_from_the_number_of_tiles(channels: int, size: int, batch: int, tile: int) -> None:
+    assert choose_tile((channels, channels, 3, 3), (size, size), batch, PLAIN, 4) == tile
+
+
+def test_refusals_give_the_reason() -> None:
+    assert "16 tiles, too few" in refusal((512, 512, 3, 3), (7, 7))
+    assert "kernel is 5x5" in refusal((64, 64, 5, 5), (28, 28))
+    assert "strided" in refusal((64, 64, 3, 3), (28, 28), Geometry((2, 2), (1, 1), (1, 1), (1, 1)))
+    assert "times as fast" in refusal((4, 4, 3, 3), (56, 56))
+
+
+def test_largest_tile_is_an_option() -> None:
+    assert choose_tile((64, 64, 3, 3), (56, 56), 1, PLAIN, 2) == 2
+
+
+@pytest.mark.parametrize("tile", SIZES)
+@pytest.mark.parametrize("channels", [8, 64, 512])
+def test_error_of_a_layer_is_within_half_of_the_certificates_tolerance(tile: int, channels: int) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["y"])],
+        "layer",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, channels, 28, 28])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 8, 26, 26])],
+        [onnx.numpy_helper.from_array(np.ones((8, channels, 3, 3), np.float32), "w")],
+    )
+    tolerance = arithmetic(helper.make_model(graph)).tolerance("float32")
+    allowed = ALLOWANCE * (1 + np.sqrt(9 * channels)) * 2.0**-24
+    assert allowed <= tolerance / 2 * (1 + 1e-6)
+    assert error_growth(tile, channels) * 2.0**-24 < allowed
+
+
+def test_packed_weights_are_zero_past_the_last_channel() -> None:
+    weights = np.random.default_rng(0).standard_normal((5, 3, 3, 3)).astype(np.float32)
+    packed = pack_winograd(weights, 2, 8)
+    assert packed.shape == (1, 16, 3, 8)
+    assert not packed[..., 5:].any()
+    np.testing.assert_array_equal(packed[0, 15, :, :5], weights[:, :, 2, 2].T)
