@@ -54,6 +54,7 @@ def cases() -> Iterator[KernelCase]:
         yield _convolutions(f"conv1x1_{channels}_{4 * channels}_{size}", [channels, 4 * channels], size, 1)
     for channels, size in ((96, 56), (192, 28), (576, 14)):
         yield _depthwise(channels, size)
+    yield from _other_convolutions()
     for name, heads, length, head_size in (
         ("bert", 12, 128, 64), ("vit", 12, 197, 64), ("whisper", 6, 1500, 64)
     ):  # fmt: skip
@@ -119,6 +120,65 @@ def _convolutions(name: str, channels: list[int], size: int, kernel: int) -> Ker
     model = _model(nodes, {"x0": shape}, {f"x{_CHAIN}": shape}, weights)
     work = _CHAIN * 2 * channels[0] * channels[1] * kernel**2 * size**2
     return KernelCase(name, model, "compute", work)
+
+
+def _other_convolutions() -> Iterator[KernelCase]:
+    """Return layers that stand alone in networks: the first, those with strides, groups, one or three dimensions."""
+    for channels, kernel, size in ((576, 5, 14), (768, 7, 7), (96, 7, 56)):
+        yield _convolution(f"depthwise{kernel}x{kernel}", channels, channels, (size,) * 2, kernel, groups=channels)
+    for channels, kernel, size in ((96, 3, 112), (240, 5, 28)):
+        yield _convolution(f"depthwise{kernel}x{kernel}", channels, channels, (size,) * 2, kernel, 2, groups=channels)
+    for outputs, kernel, stride in ((64, 7, 2), (32, 3, 2), (768, 16, 16), (96, 4, 4)):
+        padding = 0 if kernel == stride else kernel // 2
+        yield _convolution(f"first{kernel}x{kernel}", 3, outputs, (224, 224), kernel, stride, padding)
+    for channels, size in ((128, 56), (256, 28), (512, 14)):
+        yield _convolution("conv3x3", channels, channels, (size,) * 2, 3, 2)
+        yield _convolution("conv1x1", 2 * channels, 4 * channels, (size,) * 2, 1, 2)
+    for channels, size in ((128, 56), (512, 14)):
+        yield _convolution("conv3x3", channels, channels, (size,) * 2, 3, groups=32)
+    for inputs, outputs, size in ((256, 128, 28), (64, 32, 56)):
+        yield _convolution("transposed2x2", inputs, outputs, (size,) * 2, 2, 2, 0, transposed=True)
+    yield _convolution("conv1d3", 80, 384, (3000,), 3)
+    yield _convolution("conv1d3", 384, 384, (3000,), 3, 2)
+    yield _convolution("conv3d3x3x3", 32, 32, (16, 28, 28), 3)
+
+
+def _convolution(
+    name: str,
+    inputs: int,
+    outputs: int,
+    image: tuple[int, ...],
+    kernel: int,
+    stride: int = 1,
+    padding: int | None = None,
+    groups: int = 1,
+    *,
+    transposed: bool = False,
+) -> KernelCase:
+    """A layer with an activation and, so that the result may stay in any layout, maxima: the input is converted."""
+    rank, padding = len(image), kernel // 2 if padding is None else padding
+    if transposed:
+        size = tuple((extent - 1) * stride + kernel - 2 * padding for extent in image)
+    else:
+        size = tuple((extent + 2 * padding - kernel) // stride + 1 for extent in image)
+    shape = (inputs, outputs // groups) if transposed else (outputs, inputs // groups)
+    weights = {
+        "w": _weights((*shape, *[kernel] * rank), inputs // groups * kernel**rank),
+        "b": np.zeros(outputs, np.float32),
+    }
+    attributes = {"strides": [stride] * rank, "pads": [padding] * 2 * rank, "group": groups}
+    operator = "ConvTranspose" if transposed else "Conv"
+    nodes = [
+        helper.make_node(operator, ["x", "w", "b"], ["c"], **attributes),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("GlobalMaxPool", ["r"], ["y"]),
+    ]
+    model = _model(nodes, {"x": (1, inputs, *image)}, {"y": (1, outputs, *[1] * rank)}, weights)
+    multiplied = math.prod(image if transposed else size) * inputs * outputs // groups * kernel**rank
+    label = f"{name}_{inputs}_{outputs}_{'x'.join(map(str, dict.fromkeys(image)))}_s{stride}"
+    if 1 < groups < inputs:
+        label += f"_g{groups}"
+    return KernelCase(label, model, "compute", 2 * multiplied)
 
 
 def _depthwise(channels: int, size: int) -> KernelCase:

@@ -80,7 +80,10 @@ def test_a_pass_is_described_by_its_class() -> None:
     description = pipeline.describe("block-channels")
     assert description.name == "block-channels"
     assert description.documentation.startswith("Give convolutions of fp32 with constant weights")
-    assert description.options == (pipeline.OptionDescription("block", "int", "16"),)
+    assert description.options == (
+        pipeline.OptionDescription("block", "int", "16"),
+        pipeline.OptionDescription("winograd", "int", "4"),
+    )
 
 
 def test_a_run_records_each_pass_and_calls_back() -> None:
