@@ -62,7 +62,7 @@ class Elementwise:
         def row(outer: list[Expr], start: Extent, extent: Extent) -> Stmt:
             if analysis.conditional:  # a vector condition would be taken apart into lanes; LLVM masks it
                 return loop(extent, lambda i: element([*outer, start + i]))
-            return vector_tiles(extent, lanes, lambda offset: element([*outer, start + offset]))
+            return overlapping_vectors(extent, lanes, lambda offset: element([*outer, start + offset]))
 
         def whole_row(outer: list[Expr]) -> Stmt:
             parts = segments(stage, groups[-1].inner) if analysis.conditional and len(groups[-1].axes) == 1 else []
@@ -75,7 +75,7 @@ class Elementwise:
                 return element([*outer, offset + part.begin], part.stage)
 
             extent = part.end - part.begin
-            return loop(extent, at) if part.conditional else vector_tiles(extent, lanes, at)
+            return loop(extent, at) if part.conditional else overlapping_vectors(extent, lanes, at)
 
         if not groups:
             return element([])
@@ -94,6 +94,19 @@ def vector_tiles(extent: Extent, lanes: int, element: Callable[[Expr], Stmt]) ->
     """Return vectors over [0, extent); a symbolic remainder is left to a scalar loop."""
     sizes = [lanes] if isinstance(extent, int) else [lanes, 1]
     return tiles(extent, sizes, lambda base, width: vector(width, lambda i: element(base + i)))
+
+
+def overlapping_vectors(extent: Extent, lanes: int, element: Callable[[Expr], Stmt]) -> Stmt:
+    """Return vectors over [0, extent); what they leave of a static extent is one that begins in the one before it.
+
+    `element` must store the same whenever it is done. A vector of odd width would be taken apart into several.
+    """
+    rest = extent % lanes if isinstance(extent, int) else 0
+    width = 1 << (rest - 1).bit_length() if rest else 0
+    if not isinstance(extent, int) or not rest or width > extent:
+        return vector_tiles(extent, lanes, element)
+    last = vector(width, lambda i: element(index(extent - width) + i))
+    return sequence([vector_tiles(extent - rest, lanes, element), last]) if extent > rest else last
 
 
 def split_row(extent: Extent, chunk: int, row: Callable[[Expr, Extent], Stmt]) -> Stmt:

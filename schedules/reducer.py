@@ -10,9 +10,8 @@ from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.loops import Extent, index, load, local, loop, quotient, remainder, store, vector, with_local
-from schedules.stages import Stage, loads_of, replace_loads, substitute
+from schedules.stages import Stage, loads_of, replace_loads, sequence, substitute
 
-Step = Callable[[Mapping[Var, Expr], Expr, Expr], Stmt]
 NARROW_FLOATS = ("float16", "bfloat16")
 
 
@@ -107,6 +106,38 @@ def load_lanes(buffer: Var, base: Expr, lanes: int) -> Expr:
     return load(buffer, [base if lanes == 1 else tirx.Ramp(base, index(1), lanes)])
 
 
+@dataclass(frozen=True, eq=False)
+class _Walk:
+    """Part of an axis: `count` vectors of `width` lanes from `start`, of which the first `known` lanes do not count."""
+
+    width: int
+    start: Expr
+    count: Extent
+    known: int = 0
+
+
+def _walks(extent: Extent, lanes: int, most: int) -> list[_Walk]:
+    """Return the parts in which an axis is walked: `most` times `lanes` at once, `lanes`, and what is left.
+
+    What is left of a static axis is one vector that ends where the axis ends, of a symbolic one single elements.
+    """
+    walks: list[_Walk] = []
+    start, rest = index(0), extent
+    for width in dict.fromkeys((lanes_for(extent, lanes, most), lanes_for(extent, lanes, most=1))):
+        count = quotient(rest, width)
+        if isinstance(count, int) and count == 0:
+            continue
+        walks.append(_Walk(width, start, count))
+        start = start + count * width
+        rest = remainder(rest, width)
+    if not isinstance(rest, int):
+        walks.append(_Walk(1, start, rest))
+    elif rest and isinstance(extent, int):
+        width = 1 << (rest - 1).bit_length()
+        walks.append(_Walk(width, index(extent - width), 1, width - rest))
+    return walks
+
+
 def reduce_contiguous(
     stage: Stage,
     reducer: Reducer,
@@ -115,43 +146,45 @@ def reduce_contiguous(
     outer: Callable[[Callable[[Mapping[Var, Expr]], Stmt]], Stmt],
     at: Callable[[Expr], Mapping[Var, Expr]],
     finish: Callable[[Expr], Stmt],
+    before: Callable[[Mapping[Var, Expr]], Stmt] | None = None,
 ) -> Stmt:
     """Return code that reduces one element in lanes along a contiguous axis of `extent`.
 
     `outer(body)` wraps `body` in the loops of the other reduction axes and hands it their values; `at(i)` gives the
-    contiguous axis's; `finish(total)` stores the result. The axis is walked by several registers at once, what is left
-    of it by one, and the rest one by one.
+    contiguous axis's; `finish(total)` stores the result; `before` is done at each point before its term is read. The
+    axis is walked by several registers at once (by `lanes` where there is `before`, which needs registers of its own).
     """
     dtype = accumulator_dtype(stage)
     identity = reducer.identity.astype(dtype)
     assert stage.initial is not None
     buffers: list[Var] = []
     initialize, accumulate_all = [], []
-    total: Expr = index(0)
-    start, rest = index(0), extent
-    for width in dict.fromkeys((lanes_for(extent, lanes), lanes_for(extent, lanes, most=1), 1)):
-        count = quotient(rest, width)
-        if isinstance(count, int) and count == 0:
-            continue
-        buffer = local([width], dtype, f"lanes{width}")
-        first = stage.initial.astype(dtype) if width == 1 else identity
-        initialize.append(vector(width, lambda v, b=buffer, f=first: store(b, f, [v])))
+    total: Expr = stage.initial.astype(dtype)
 
-        def step(values: Mapping[Var, Expr], position: Expr, v: Expr, b: Var = buffer) -> Stmt:
-            term = term_at(stage, reducer, {**values, **at(position + v)})
-            return store(b, reducer.combine(load(b, [v]), term), [v])
+    def steps(walk: _Walk, buffer: Var, values: Mapping[Var, Expr], position: Expr) -> Stmt:
+        def point(lane: Expr) -> Mapping[Var, Expr]:
+            return {**values, **at(position + lane)}
 
-        def walk(
-            values: Mapping[Var, Expr], w: int = width, s: Expr = start, c: Extent = count, f: Step = step
-        ) -> Stmt:
-            return loop(c, lambda i: vector(w, lambda v: f(values, s + i * w, v)))
+        def combine(lane: Expr) -> Stmt:
+            term = term_at(stage, reducer, point(lane))
+            if walk.known:
+                term = tirx.Select(lane >= walk.known, term, identity)
+            return store(buffer, reducer.combine(load(buffer, [lane]), term), [lane])
 
-        accumulate_all.append(outer(walk))
-        folded = fold(reducer, load_lanes(buffer, index(0), width), width)
-        total = folded if not buffers else reducer.combine(total, folded)
+        term = vector(walk.width, combine)
+        if before is None:
+            return term
+        ahead = before
+        return sequence([vector(walk.width, lambda lane: ahead(point(lane))), term])
+
+    for number, walk in enumerate(_walks(extent, lanes, 4 if before is None else 1)):
+        buffer = local([walk.width], dtype, f"lanes{number}")
+        initialize.append(vector(walk.width, lambda lane, b=buffer: store(b, identity, [lane])))
+
+        def walked(values: Mapping[Var, Expr], w: _Walk = walk, b: Var = buffer) -> Stmt:
+            return loop(w.count, lambda i: steps(w, b, values, w.start + i * w.width))
+
+        accumulate_all.append(outer(walked))
+        total = reducer.combine(total, fold(reducer, load_lanes(buffer, index(0), walk.width), walk.width))
         buffers.append(buffer)
-        start = start + count * width
-        rest = remainder(rest, width) if width > 1 else 0
-    if not any(int(buffer.shape[0]) == 1 for buffer in buffers):
-        total = reducer.combine(stage.initial.astype(dtype), total)
     return with_local(buffers, [*initialize, *accumulate_all, finish(total.astype(stage.output.dtype))])

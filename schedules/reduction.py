@@ -123,8 +123,12 @@ def reduce_element(
     lanes: int,
     point: Mapping[Var, Expr],
     finish: Callable[[Expr], Stmt],
+    before: Callable[[Mapping[Var, Expr]], Stmt] | None = None,
 ) -> Stmt:
-    """Return code that computes one element of a reduction at `point` of its spatial axes."""
+    """Return code that computes one element of a reduction at `point` of its spatial axes.
+
+    `before` is done at each point ahead of its term, where the reduction runs in lanes (`along`).
+    """
     if along is None or reducer is None:
         return _serial_element(stage, reduction, point, finish)
     others = [group for group in reduction if group is not along]
@@ -138,7 +142,7 @@ def reduce_element(
 
         return nest([group.extent for group in others], inside)
 
-    return reduce_contiguous(stage, reducer, along.extent, lanes, outer, along.point, finish)
+    return reduce_contiguous(stage, reducer, along.extent, lanes, outer, along.point, finish, before)
 
 
 def _serial_element(

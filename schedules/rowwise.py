@@ -6,7 +6,7 @@ row, so that the row stays in the first-level cache from its first read to its l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import tvm_ffi
@@ -14,8 +14,8 @@ from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import AxisGroup, as_int, branches_on, group_axes
-from schedules.elementwise import vector_tiles
+from schedules.access import AxisGroup, as_int, branches_on, group_axes, same_extent
+from schedules.elementwise import overlapping_vectors
 from schedules.family import Choice, Kernel, Parameters, Space, parallel_if_large, vector_width, work_of
 from schedules.loops import (
     Extent,
@@ -33,6 +33,7 @@ from schedules.loops import (
 from schedules.matmul import walks_in_lanes
 from schedules.reducer import reducer_of
 from schedules.reduction import reduce_element
+from schedules.softmax import simplified
 from schedules.stages import Axis, Stage, as_extent, bind, replace_loads, sequence
 from targets.base import Target
 
@@ -56,14 +57,15 @@ class Rowwise:
     """Rows in parallel, every step of a row in one task, vectors along the row."""
 
     name = "rowwise"
-    version = 1
+    version = 2
 
     def takes(self, kernel: Kernel, target: Target) -> RowwiseAnalysis | None:
         """Return the analysis of a kernel of several stages with leading axes in common."""
         leading = shared_leading(kernel.stages)
         if not kernel.private or not leading or not any(stage.is_reduction for stage in kernel.stages):
             return None
-        return RowwiseAnalysis(kernel.stages, _long_rows(kernel.stages, leading), kernel.private)
+        stages, private = simplified(kernel.stages, kernel.private)
+        return RowwiseAnalysis(stages, _long_rows(stages, leading), private)
 
     def space(self, target: Target, analysis: RowwiseAnalysis) -> Space:
         """Return how many registers one vector statement spans."""
@@ -79,7 +81,12 @@ class Rowwise:
 
         def row(number: Expr, buffers: Sequence[_RowBuffer]) -> Stmt:
             position = unflatten(number, extents)
-            return sequence([_step(stage, analysis.leading, buffers, position, lanes) for stage in analysis.stages])
+            return sequence(
+                [
+                    _step(stage, analysis.leading, buffers, position, lanes, first)
+                    for first, stage in _in_one_walk(analysis.stages, analysis.leading)
+                ]
+            )
 
         def task(number: Expr) -> Stmt:
             buffers = [_RowBuffer.of(buffer, analysis.leading) for buffer in analysis.private]
@@ -169,15 +176,61 @@ def _common_prefix(left: Sequence[Expr], right: Sequence[Expr], most: int) -> in
     return count
 
 
-def _step(stage: Stage, leading: int, rows: Sequence[_RowBuffer], position: Sequence[Expr], lanes: int) -> Stmt:
-    """Return one stage's code for the row at `position`."""
+def _in_one_walk(stages: Sequence[Stage], leading: int) -> list[tuple[Stage | None, Stage]]:
+    """Return the stages, each reduction with the one before it where both can walk along the row together."""
+    steps: list[tuple[Stage | None, Stage]] = []
+    for stage in stages:
+        before = steps[-1] if steps else None
+        if before is not None and before[0] is None and _walks_with(before[1], stage, leading):
+            steps[-1] = (before[1], stage)
+        else:
+            steps.append((None, stage))
+    return steps
+
+
+def _walks_with(first: Stage, stage: Stage, leading: int) -> bool:
+    """Return whether a reduction along the row's only axis reads `first` at its own position alone."""
+    if first.is_reduction or len(stage.reduction) != 1 or len(stage.output.shape) > leading:
+        return False
+    inner = first.indices[leading:]
+    axis = stage.reduction[0]
+    if len(inner) != 1 or not any(inner[0].same_as(own.variable) and _same(own, axis) for own in first.spatial):
+        return False
+    reads = [read for read in stage.loads() if read.source.same_as(first.output)]
+    along = reducer_of(stage) is not None and walks_in_lanes(stage, group_axes(stage.reduction, [stage])[-1])
+    return bool(reads) and along and all(read.indices[-1].same_as(axis.variable) for read in reads)
+
+
+def _same(left: Axis, right: Axis) -> bool:
+    """Return whether two axes have the same extent."""
+    return same_extent(index(left.extent), right.extent)
+
+
+def _step(
+    stage: Stage,
+    leading: int,
+    rows: Sequence[_RowBuffer],
+    position: Sequence[Expr],
+    lanes: int,
+    first: Stage | None = None,
+) -> Stmt:
+    """Return one stage's code for the row at `position`; `first` is one that is computed on the way."""
     point = bind(stage.indices[:leading], position)
     inner = [axis for axis in stage.spatial if axis.variable not in point]
     stage = _in_row(stage, rows)
-    if stage.is_reduction:
+    if not stage.is_reduction:
+        return _map(stage, group_axes(inner, [stage]), point, lanes)
+    if first is None:
         return _reduce(stage, inner, point, lanes)
-    groups = group_axes(inner, [stage])
-    return _map(stage, groups, point, lanes)
+    own = bind(first.indices[:leading], position)
+    walked = first.indices[leading]
+    row = _in_row(first, rows)
+
+    def before(values: Mapping[Var, Expr]) -> Stmt:
+        indices, value = row.at({**own, walked: values[stage.reduction[0].variable]})
+        return store(row.output, value, indices)
+
+    return _reduce(stage, inner, point, lanes, before)
 
 
 def _in_row(stage: Stage, rows: Sequence[_RowBuffer]) -> Stage:
@@ -212,12 +265,18 @@ def _map(stage: Stage, groups: Sequence[AxisGroup], point: Mapping[Var, Expr], l
     def row(outer: list[Expr]) -> Stmt:
         if branches_on(stage.value, last.inner):
             return loop(last.extent, lambda i: element([*outer, i]))
-        return vector_tiles(last.extent, lanes, lambda i: element([*outer, i]))
+        return overlapping_vectors(last.extent, lanes, lambda i: element([*outer, i]))
 
     return nest([group.extent for group in groups[:-1]], row)
 
 
-def _reduce(stage: Stage, inner: Sequence[Axis], point: Mapping[Var, Expr], lanes: int) -> Stmt:
+def _reduce(
+    stage: Stage,
+    inner: Sequence[Axis],
+    point: Mapping[Var, Expr],
+    lanes: int,
+    before: Callable[[Mapping[Var, Expr]], Stmt] | None = None,
+) -> Stmt:
     reduction = tuple(group_axes(stage.reduction, [stage]))
     reducer = reducer_of(stage)
     along = reduction[-1] if reducer is not None and walks_in_lanes(stage, reduction[-1]) else None
@@ -226,7 +285,7 @@ def _reduce(stage: Stage, inner: Sequence[Axis], point: Mapping[Var, Expr], lane
         values = {**point, **{axis.variable: p for axis, p in zip(inner, positions, strict=True)}}
         indices, _ = stage.at(values)
         return reduce_element(
-            stage, reduction, reducer, along, lanes, values, lambda total: store(stage.output, total, indices)
+            stage, reduction, reducer, along, lanes, values, lambda total: store(stage.output, total, indices), before
         )
 
     return nest([axis.extent for axis in inner], one)

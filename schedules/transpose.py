@@ -2,36 +2,36 @@
 
 The output is computed in square tiles; each is first read along the input's contiguous axis into a buffer of the tile's
 size, so that every cache line is read once and whole, and then written along the output's. A whole tile of as many
-vectors as they have lanes is turned in registers.
+vectors as they have lanes is turned in registers. Where tiles do not divide an axis the last one begins earlier and
+computes again what it has in common with the one before it, so that all tiles of axes longer than a tile are whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import AxisGroup, Step, branches_on, group_axes
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
 from schedules.loops import (
-    ceiling,
+    index,
     load,
     local,
     loop,
     parallel,
     product,
     store,
-    tile_choice,
-    tiles,
     unflatten,
     unrolled,
     vector,
     with_local,
 )
 from schedules.matmul import step
-from schedules.stages import Stage, replace_loads, substitute
+from schedules.stages import Stage, replace_loads, sequence, substitute
 from schedules.turn import turn_rows
 from targets.base import Target
 
@@ -56,7 +56,7 @@ class Transpose:
     """Square tiles through a buffer."""
 
     name = "transpose"
-    version = 1
+    version = 2
 
     def takes(self, kernel: Kernel, target: Target) -> TransposeAnalysis | None:
         """Return the analysis of an elementwise stage with a read that is contiguous along another axis."""
@@ -89,23 +89,45 @@ class Transpose:
         across, along = int(analysis.across.extent), int(analysis.along.extent)
         outer = [group.extent for group in analysis.outer]
 
+        strips = max(1, across // strip)
+
         def task(number: Expr) -> Stmt:
-            *outside, position = unflatten(number, [*outer, ceiling(across, strip)])
+            *outside, position = unflatten(number, [*outer, strips])
             point: dict[Var, Expr] = {}
             for group, value in zip(analysis.outer, outside, strict=True):
                 point.update(group.point(value))
 
-            def tile(row: Expr, rows: int, column: Expr, columns: int) -> Stmt:
-                return tiles(
-                    rows, [side], lambda r, count: _tile(analysis, point, (row + r, count), (column, columns), lanes)
-                )
+            def strip_of(start: Expr, rows: int) -> Stmt:
+                def column_of(column: Expr, columns: int) -> Stmt:
+                    return _overlapping(
+                        start,
+                        rows,
+                        side,
+                        lambda row, count: _tile(analysis, point, (row, count), (column, columns), lanes),
+                    )
 
-            def strip_of(row: Expr, rows: int) -> Stmt:
-                return tiles(along, [side], lambda column, columns: tile(row, rows, column, columns))
+                return _overlapping(index(0), along, side, column_of)
 
-            return tile_choice(position, across, strip, strip_of)
+            # The last strip has the rest as well: what overlaps is of one task.
+            last = across - (strips - 1) * strip
+            if last == strip:
+                return strip_of(position * strip, strip)
+            if strips == 1:
+                return strip_of(index(0), last)
+            start = position * strip
+            return tirx.IfThenElse(position < strips - 1, strip_of(start, strip), strip_of(start, last))
 
-        return parallel(product([*outer, ceiling(across, strip)]), task, is_large(work_of(analysis.stage)))
+        return parallel(product([*outer, strips]), task, is_large(work_of(analysis.stage)))
+
+
+def _overlapping(start: Expr, extent: int, side: int, body: Callable[[Expr, int], Stmt]) -> Stmt:
+    """Return tiles of `side` over `extent` positions from `start`; where a rest is left the last one begins earlier."""
+    if extent < side:
+        return body(start, extent)
+    statements = [loop(extent // side, lambda number: body(start + number * side, side))]
+    if extent % side:
+        statements.append(body(start + (extent - side), side))
+    return sequence(statements)
 
 
 def _long(group: AxisGroup) -> bool:

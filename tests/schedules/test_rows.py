@@ -56,6 +56,20 @@ def test_softmax(shape: tuple[int, int], axis: int) -> None:
     np.testing.assert_allclose(got, exponentials / exponentials.sum(axis, keepdims=True), rtol=1e-5)
 
 
+@pytest.mark.parametrize("width", [1, 7, 31, 131])
+def test_softmax_keeps_infinities_and_not_a_numbers(width: int) -> None:
+    x = normal(6, width)
+    x[0, -1], x[1], x[2, 0], x[3, -1], x[4, 0] = -np.inf, -np.inf, np.nan, np.inf, -200
+    got, _ = run(lambda x: op.nn.softmax(x, axis=-1), [x])
+    with np.errstate(invalid="ignore"):
+        shifted = x.astype("float64") - np.maximum(x.max(-1, keepdims=True), np.finfo("float32").min)
+        want = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
+    np.testing.assert_allclose(got[[0, 4, 5]], want[[0, 4, 5]], rtol=1e-5, atol=1e-37)
+    assert np.isnan(got[1:3]).all()
+    assert np.isnan(got[3, -1])
+    assert not got[3, :-1].any()
+
+
 def test_masked_softmax_over_symbolic_lengths() -> None:
     x, mask = normal(2, 3, 5, 37), np.where(integers(2, 1, 5, 37) > 0, 0, -np.inf).astype("float32")
     mask[..., 0] = 0
