@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import onnx
 
-from benchmarks import fusion, tuning
+from benchmarks import arm64, fusion, tuning
 from benchmarks.architecture import EXPORTERS, Exporter
 from benchmarks.comparison import Row, compare
 from benchmarks.engines import ENGINES
@@ -37,7 +37,7 @@ _ENGINES = tuple(dict.fromkeys([*ENGINES, "peak", *llm.ENGINES]))
 
 
 @click.command()
-@click.argument("table", type=click.Choice([*TABLES, "fusion", "llm"]))
+@click.argument("table", type=click.Choice([*TABLES, "fusion", "llm", "arm64"]))
 @click.option("--model", "models", multiple=True, help="Only this model (or models such as conv*); may be repeated.")
 @click.option("--exporter", "exporters", multiple=True, type=click.Choice(EXPORTERS), help="Only of these exporters.")
 @click.option("--engine", "engines", multiple=True, type=click.Choice(_ENGINES), help="Only these engines.")
@@ -68,11 +68,17 @@ def main(
     Ends with exit code 1 if a model is missing, does not compile, or differs from onnxruntime beyond its tolerance.
     The table `fusion` times nothing: it counts the kernels of one step of the other tables' models, and fails where
     they are more than the nodes of onnxruntime's optimized graph. The table `tuning` searches before it measures. The
+    table `arm64` judges the inner loops of kernels for Arm by llvm-mca's models of its cores. The
     table `llm` is of decoders with weights of 4 bits (`python -m benchmarks.llm.models`): tokens/s of a prompt and
     after it, beside llama.cpp and onnxruntime-genai.
     """
     if table == "fusion":
         fusion.main(models)
+        return
+    if table == "arm64":
+        click.echo(f"{datetime.date.today()}, `python -m benchmarks arm64`, {Path(arm64.find_mca()).name}\n")
+        for line in arm64.lines():
+            click.echo(line)
         return
     from optimizer.runtime.machine import default_thread_count  # noqa: PLC0415
 

@@ -12,6 +12,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks import row_kernels
+
 Bound = Literal["compute", "integer", "copy", "read"]
 _FLOAT_BYTES = 4
 # Convolutions stand in chains of this length, as in networks: a layout that only the first and the last one pay for
@@ -62,6 +64,12 @@ def cases() -> Iterator[KernelCase]:
     yield _attention("decode", 32, 1, 4096, 64)
     yield _rows("layer_norm", "LayerNormalization", 2048, 768)
     yield _rows("softmax", "Softmax", 2048, 1024)
+    causal, queries = row_kernels.causal_attention(), 12 * 512
+    yield KernelCase("attention_causal", causal, "compute", 4 * queries * (512 + 1) // 2 * 64)
+    cached = 2 * _FLOAT_BYTES * 8 * 4096 * 64
+    yield KernelCase("attention_decode_grouped", row_kernels.grouped_decode(), "read", cached)
+    for kernel in row_kernels.row_kernels():
+        yield KernelCase(kernel.name, kernel.model(), "copy", kernel.moved)
     yield _transpose((2048, 1024), (1, 0))
     yield _transpose((1, 128, 12, 64), (0, 2, 1, 3))
     yield _transpose((1, 256, 56, 56), (0, 2, 3, 1))

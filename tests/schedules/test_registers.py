@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +10,9 @@ import pytest
 from onnx import helper, numpy_helper
 
 import targets
-from optimizer.compile import CompileOptions, plan_model
-from optimizer.lowering import build
+from benchmarks.inner_loops import multiplying_loops, save_and_compile
 
 Shape = tuple[int, ...]
-MULTIPLY_ADD = re.compile(r"\s(vfn?m(add|sub)\d+ps|fml[as])\s")
-SCALAR_MULTIPLY_ADD = re.compile(r"\s(vfn?m(add|sub)\d+ss|fn?m(add|sub))\s")
-# A vector register stored to the stack or loaded from it.
-SPILL = re.compile(r"mm\d+.*\(%rsp|\(%rsp.*mm\d|\bq\d+\b.*\[sp")
 
 
 def matmul(rows: int, depth: int, columns: int) -> onnx.ModelProto:
@@ -64,25 +57,13 @@ CASES = [
 
 @pytest.mark.parametrize(("kernel", "target"), CASES)
 def test_inner_loops_keep_their_tile_in_registers(kernel: str, target: str, tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    onnx.save(KERNELS[kernel], path)
-    chosen = targets.get(target)
-    _, plan = plan_model(path, CompileOptions(target=chosen))
-    module = build(plan.lifted.module, chosen).mod
-    assembly = "".join(each.inspect_source("asm") for each in module.imports if each.kind == "llvm")
-    loops = [loop for loop in innermost_loops(assembly) if any(map(MULTIPLY_ADD.search, loop))]
+    loops = multiplying_loops(save_and_compile(KERNELS[kernel], targets.get(target), tmp_path))
     assert loops
     for loop in loops:
-        assert not [line for line in loop if SPILL.search(line)]
-        assert not [line for line in loop if SCALAR_MULTIPLY_ADD.search(line)]
+        assert not loop.spills
+        assert not loop.scalar_multiply_adds
 
 
-def innermost_loops(assembly: str) -> Iterator[list[str]]:
-    """Yield the lines between a label and a jump back to it, where no other label lies between."""
-    label, lines = "", list[str]()
-    for line in assembly.splitlines():
-        if match := re.match(r"(\.L\w+):", line):
-            label, lines = match[1], []
-        lines.append(line)
-        if label and re.search(rf"\s(j\w+|b\S*|cbn?z|tbn?z)\s.*{re.escape(label)}$", line):
-            yield list(lines)
+def test_depthwise_kernels_for_arm_load_whole_vectors(tmp_path: Path) -> None:
+    loops = multiplying_loops(save_and_compile(KERNELS["depthwise"], targets.get("arm64"), tmp_path))
+    assert not loops[0].scalar_loads

@@ -65,9 +65,7 @@ def test_softmax_keeps_infinities_and_not_a_numbers(width: int) -> None:
         shifted = x.astype("float64") - np.maximum(x.max(-1, keepdims=True), np.finfo("float32").min)
         want = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
     np.testing.assert_allclose(got[[0, 4, 5]], want[[0, 4, 5]], rtol=1e-5, atol=1e-37)
-    assert np.isnan(got[1:3]).all()
-    assert np.isnan(got[3, -1])
-    assert not got[3, :-1].any()
+    assert np.isnan(got[1:4]).all()
 
 
 def test_masked_softmax_over_symbolic_lengths() -> None:

@@ -1,0 +1,147 @@
+"""Inner loops for Arm judged by a static model of its cores, for where no such core is at hand.
+
+Each kernel is compiled for a target, its hot loop is found in the assembly (the innermost loop with the most
+multiply-adds), and llvm-mca says how many cycles an iteration takes on each core that it has a model of. The peak is
+what the same model says of nothing but multiply-adds of the same kind on registers of their own.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+import targets
+from benchmarks.inner_loops import MULTIPLY_ADD, InnerLoop, multiplying_loops, save_and_compile
+
+# The closest models that LLVM has, and what else they stand for.
+CORES = ("neoverse-n1", "neoverse-n2", "neoverse-v1", "neoverse-v2")
+COLUMNS = ("kernel", "target", "multiply-adds", "instructions", "spills", "scalar loads", *CORES)
+_SMALLEST_LLVM, _LARGEST_LLVM = 16, 30
+_FEATURES = "+neon,+fullfp16,+dotprod,+i8mm,+bf16"
+_ITERATIONS = 200
+# More than the latency (4 cycles) times the pipelines (4) of any of these cores.
+_CHAINS = 20
+
+
+class McaError(Exception):
+    """There is no llvm-mca that knows these cores, or it cannot read a loop."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of the table and the targets that it is compiled for."""
+
+    name: str
+    model: onnx.ModelProto
+    targets: tuple[str, ...] = ("arm64",)
+
+
+def kernels() -> Iterator[Kernel]:
+    """Yield the kernels whose inner loops are judged."""
+    both = ("arm64", "arm64-i8mm")
+    yield Kernel("gemm_128x768x768", _single("MatMul", (128, 768), (768, 768), (128, 768)))
+    yield Kernel("gemm_385x511x767", _single("MatMul", (385, 767), (767, 511), (385, 511)))
+    yield Kernel("pointwise_256_256_14", _convolution(256, 14, 1))
+    yield Kernel("convolution3x3_128_28", _convolution(128, 28, 3))
+    yield Kernel("depthwise3x3_192_28", _convolution(192, 28, 3, group=192))
+    for bits in (8, 4):
+        yield Kernel(f"int{bits}_64x512x2048", _quantized(64, 512, 2048, bits), both)
+
+
+def lines() -> Iterator[str]:
+    """Yield the lines of the table."""
+    mca = find_mca()
+    yield f"| {' | '.join(COLUMNS)} |"
+    yield f"|{'---|' * len(COLUMNS)}"
+    with tempfile.TemporaryDirectory() as folder:
+        for kernel in kernels():
+            for target in kernel.targets:
+                assembly = save_and_compile(kernel.model, targets.get(target), Path(folder))
+                loop = multiplying_loops(assembly)[0]
+                fractions = [f"{fraction_of_peak(mca, loop, core):.0%}" for core in CORES]
+                counts = (loop.multiply_adds, len(loop.instructions), loop.spills, loop.scalar_loads)
+                yield f"| {kernel.name} | {target} | {' | '.join(map(str, counts))} | {' | '.join(fractions)} |"
+
+
+def find_mca() -> str:
+    """Return the newest llvm-mca that is installed."""
+    names = [f"llvm-mca-{version}" for version in range(_LARGEST_LLVM, _SMALLEST_LLVM - 1, -1)]
+    found = next(filter(None, map(shutil.which, [*names, "llvm-mca"])), None)
+    if found is None:
+        raise McaError(
+            f"there is no llvm-mca; install llvm-{_SMALLEST_LLVM} or newer, such as Debian's package llvm-19"
+        )
+    return found
+
+
+def fraction_of_peak(mca: str, loop: InnerLoop, core: str) -> float:
+    """Return the multiply-adds that the loop does in a cycle over those that the core can do at best."""
+    kind = next(match[1] for line in loop.instructions if (match := MULTIPLY_ADD.search(line)))
+    element, vector = ("16b", "4s") if "dot" in kind or "mmla" in kind else ("4s", "4s")
+    best = [f"\t{kind}\tv{number}.{vector}, v30.{element}, v31.{element}" for number in range(_CHAINS)]
+    own = loop.multiply_adds / _cycles(mca, loop.instructions, core)
+    return own / (len(best) / _cycles(mca, best, core))
+
+
+def _cycles(mca: str, instructions: list[str], core: str) -> float:
+    """Return the cycles that an iteration takes when many follow one another."""
+    command = [mca, "-mtriple=aarch64", f"-mcpu={core}", f"-mattr={_FEATURES}", f"-iterations={_ITERATIONS}"]
+    done = subprocess.run(command, input="\n".join(instructions), text=True, capture_output=True, check=False)
+    found = re.search(r"Total Cycles:\s+(\d+)", done.stdout)
+    if found is None:
+        raise McaError(f"{mca} cannot judge a loop for {core}: {done.stderr.strip()}")
+    return int(found[1]) / _ITERATIONS
+
+
+def _convolution(channels: int, size: int, kernel: int, group: int = 1) -> onnx.ModelProto:
+    image = (1, channels, size, size)
+    weights = (channels, channels // group, kernel, kernel)
+    return _single("Conv", image, weights, image, pads=[kernel // 2] * 4, group=group)
+
+
+def _single(
+    operator: str,
+    shape: tuple[int, ...],
+    weights: tuple[int, ...],
+    output: tuple[int, ...],
+    **attributes: int | list[int],
+) -> onnx.ModelProto:
+    node = helper.make_node(operator, ["x", "w"], ["y"])
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+    return _model(node, shape, output, {"w": np.ones(weights, np.float32)})
+
+
+def _quantized(rows: int, outputs: int, inputs: int, bits: int) -> onnx.ModelProto:
+    """A product with weights of some bits in blocks of 32 and int8 activations."""
+    blocks = inputs // 32
+    constants = {
+        "w": np.full((outputs, blocks, 32 * bits // 8), 0x55, np.uint8),
+        "s": np.ones((outputs, blocks), np.float32),
+    }
+    sizes = {"K": inputs, "N": outputs, "bits": bits, "block_size": 32, "accuracy_level": 4}
+    node = helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft")
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in sizes.items())
+    return _model(node, (rows, inputs), (rows, outputs), constants)
+
+
+def _model(
+    node: onnx.NodeProto, shape: tuple[int, ...], output: tuple[int, ...], constants: dict[str, np.ndarray]
+) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        [node],
+        "kernel",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, output)],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)

@@ -1,0 +1,93 @@
+"""Single kernels that memory bounds: activations, reductions, pooling, gathers, sorting; and more attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+Attribute = int | float | str | list[int]
+_FLOAT_BYTES = 4
+_OPSET = 23
+
+
+@dataclass(frozen=True)
+class RowKernel:
+    """One operator on inputs of the given shapes, which `constants` follow, with `outputs` results of one shape."""
+
+    name: str
+    operator: str
+    shapes: tuple[tuple[int, ...], ...]
+    output: tuple[int, ...]
+    constants: tuple[np.ndarray, ...] = ()
+    attributes: dict[str, Attribute] = field(default_factory=dict)
+    outputs: int = 1
+
+    @property
+    def moved(self) -> int:
+        """The least bytes to move: every input once, every output once."""
+        return _FLOAT_BYTES * (sum(map(math.prod, self.shapes)) + self.outputs * math.prod(self.output))
+
+    def model(self) -> onnx.ModelProto:
+        """Return the operator as a model."""
+        names = [f"x{number}" for number in range(len(self.shapes))]
+        constants = {f"c{number}": value for number, value in enumerate(self.constants)}
+        results = [f"y{number}" for number in range(self.outputs)]
+        operands = [*names, *constants]
+        if self.operator == "Resize":
+            operands.insert(1, "")  # the region of interest
+        node = helper.make_node(self.operator, operands, results)
+        node.attribute.extend(helper.make_attribute(key, value) for key, value in self.attributes.items())
+        types = [TensorProto.FLOAT, TensorProto.INT64]  # second outputs are positions
+        graph = helper.make_graph(
+            [node],
+            "kernel",
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in zip(names, self.shapes, strict=True)],
+            [helper.make_tensor_value_info(n, types[i], self.output) for i, n in enumerate(results)],
+            [numpy_helper.from_array(value, name) for name, value in constants.items()],
+        )
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=11)
+
+
+def row_kernels() -> Iterator[RowKernel]:
+    """Yield the kernels."""
+    rows, image = (1024, 1024), (1, 64, 112, 112)
+    scale = np.ones(768, np.float32)
+    yield RowKernel("rms_norm_2048x768", "RMSNormalization", ((2048, 768),), (2048, 768), (scale,), {"axis": -1})
+    for width in (7, 197, 1023, 1025):
+        shape = (2**20 // width, width)
+        yield RowKernel(f"softmax_{shape[0]}x{width}", "Softmax", (shape,), shape, attributes={"axis": -1})
+    for operator in ("Exp", "Tanh", "Erf", "Gelu", "Sigmoid"):
+        yield RowKernel(f"{operator.lower()}_1024x1024", operator, (rows,), rows)
+    for axis, left in ((0, (256, 128)), (1, (64, 128)), (2, (64, 256))):
+        axes = (np.array([axis]),)
+        name = f"sum_64x256x128_axis{axis}"
+        yield RowKernel(name, "ReduceSum", ((64, 256, 128),), left, axes, {"keepdims": 0})
+    window: dict[str, Attribute] = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
+    yield RowKernel("max_pool_64_112", "MaxPool", (image,), (1, 64, 56, 56), attributes=window)
+    yield RowKernel("average_pool_64_112", "AveragePool", (image,), (1, 64, 56, 56), attributes=window)
+    scales = (np.array([1, 1, 2, 2], np.float32),)
+    yield RowKernel("resize_linear_64_56", "Resize", ((1, 64, 56, 56),), image, scales, {"mode": "linear"})
+    yield RowKernel("concat_32_32_112", "Concat", ((1, 32, 112, 112),) * 2, image, attributes={"axis": 1})
+    positions = np.random.default_rng(0).integers(0, 1024, 1024)
+    yield RowKernel("gather_1024_of_1024x1024", "Gather", (rows,), rows, (positions,), {"axis": 0})
+    yield RowKernel("cumsum_1024x1024", "CumSum", (rows,), rows, (np.array(1),))
+    yield RowKernel("top_10_of_64x32000", "TopK", ((64, 32000),), (64, 10), (np.array([10]),), outputs=2)
+    yield RowKernel("sort_64x4096", "TopK", ((64, 4096),), (64, 4096), (np.array([4096]),), outputs=2)
+    yield RowKernel("transpose_1023x1025_10", "Transpose", ((1023, 1025),), (1025, 1023), (), {"perm": [1, 0]})
+
+
+def causal_attention() -> onnx.ModelProto:
+    """Return causal attention of 12 heads of 64 over 512 tokens."""
+    shape = (1, 12, 512, 64)
+    return RowKernel("", "Attention", (shape,) * 3, shape, attributes={"is_causal": 1}).model()
+
+
+def grouped_decode() -> onnx.ModelProto:
+    """Return attention of one token with 32 heads over 4096 tokens of 8 heads."""
+    query, cached = (1, 32, 1, 64), (1, 8, 4096, 64)
+    return RowKernel("", "Attention", (query, cached, cached), query).model()
