@@ -13,6 +13,8 @@ from optimizer.frontend.registry import converter
 from optimizer.frontend.value import TensorValue, Value
 
 _INT64 = "int64"
+# Up to so many elements are kept in order while the others pass by; to sort all of them takes longer beyond.
+_FEW = 64
 _MOST_PASSES = 62  # of a merge sort whose runs double from 1 to the largest int64
 
 
@@ -57,7 +59,7 @@ def top_k(node: Node) -> Result:
         raise node.unsupported(f"k is {count}, but the axis has {extent} elements")
     lines = [product(value.shape[:axis]), extent, product(value.shape[axis + 1 :])]
     data = node.emit(relax.op.reshape(value.expr, lines))
-    order = node.compute(_sorted_positions, data.expr, bool(node.integer("largest", 1)))
+    largest = bool(node.integer("largest", 1))
 
     def first(tensor: te.Tensor, *_: tvm.ir.Expr) -> te.Tensor:
         return te.compute((lines[0], count, lines[2]), tensor, name="first")
@@ -65,10 +67,44 @@ def top_k(node: Node) -> Result:
     def picked(tensor: te.Tensor, positions: te.Tensor) -> te.Tensor:
         return te.compute(positions.shape, lambda i, j, k: tensor(i, positions(i, j, k), k), name="picked")
 
-    indices = node.compute(first, order.expr)
+    if isinstance(count, int) and 0 < count <= _FEW:
+        indices = node.compute(_first_positions, data.expr, count, largest)
+    else:
+        indices = node.compute(first, node.compute(_sorted_positions, data.expr, largest).expr)
     values = node.compute(picked, data.expr, indices.expr)
     shape = [*value.shape[:axis], count, *value.shape[axis + 1 :]]
     return [relax.op.reshape(values.expr, shape), relax.op.reshape(indices.expr, shape)]
+
+
+def _first_positions(data: te.Tensor, count: int, descending: bool) -> te.Tensor:
+    """Return the positions along axis 1 of the `count` elements that `_sorted_positions` has first.
+
+    An element goes to its place among the first ones so far, most often nowhere: one comparison tells.
+    """
+
+    def body(source: tirx.Buffer, order: tirx.Buffer) -> None:
+        before, length, after = source.shape
+        with loops([before, after], parallel=True) as (i, k):
+            values = ir.alloc_buffer((count,), source.dtype, scope="local")
+            state = ir.alloc_buffer((2,), _INT64, scope="local")  # how many there are, and where the next one goes
+            ir.buffer_store(state, tirx.const(0, _INT64), [0])
+            with ir.serial(0, length) as j:
+                value = source[i, j, k]
+                enters = tirx.any(state[0] < count, _precedes(value, values[count - 1], descending))
+                with ir.If(enters), ir.Then():
+                    ir.buffer_store(state, tirx.min(state[0], tirx.const(count - 1, _INT64)), [1])
+                    place = state[1]
+                    above = tirx.max(place - 1, tirx.const(0, _INT64))
+                    with ir.While(tirx.all(place > 0, _precedes(value, values[above], descending))):
+                        ir.buffer_store(values, values[above], [place])
+                        ir.buffer_store(order, order[i, above, k], [i, place, k])
+                        ir.buffer_store(state, place - 1, [1])
+                    ir.buffer_store(values, value, [state[1]])
+                    ir.buffer_store(order, j, [i, state[1], k])
+                    ir.buffer_store(state, tirx.min(state[0] + 1, tirx.const(count, _INT64)), [0])
+
+    before, _, after = data.shape
+    return kernel([data], [(before, count, after)], [_INT64], body, "first_positions")
 
 
 def _sorted_positions(data: te.Tensor, descending: bool) -> te.Tensor:
@@ -79,8 +115,8 @@ def _sorted_positions(data: te.Tensor, descending: bool) -> te.Tensor:
 
     def body(source: tirx.Buffer, order: tirx.Buffer, spare: tirx.Buffer) -> None:
         before, length, after = source.shape
-        left, right = (ir.alloc_buffer((1,), _INT64, scope="local") for _ in range(2))
-        with loops([before, after]) as (i, k):
+        with loops([before, after], parallel=True) as (i, k):
+            left, right = (ir.alloc_buffer((1,), _INT64, scope="local") for _ in range(2))
             with ir.serial(0, length) as j:
                 ir.buffer_store(order, j, [i, j, k])
             with ir.serial(0, _MOST_PASSES) as step:
