@@ -13,7 +13,7 @@ import numpy as np
 import tvm.ir
 from tvm import relax, sym, te, tirx
 
-from passes.base import Dataflow
+from passes.base import Dataflow, require
 from passes.tensor_types import shape_of
 from passes.views import Element, Index, behind_view, broadcast, position
 from schedules.stages import Stage, bind, parse, replace_loads, substitute, variables_of
@@ -77,15 +77,19 @@ class Elements:
         return [variable for variable in dict.fromkeys(found) if variable not in axes]
 
     def value(self, expr: relax.Expr, indices: tuple[Index, ...]) -> Value:
-        """Return the value of the element of `expr` at `indices`: evaluated where that is cheap, read elsewhere."""
+        """Return the value of the element of `expr` at `indices`: evaluated where that is cheap, read elsewhere.
+
+        Raises Refusal where what would be read is made of a score.
+        """
         given = self.special(expr, indices)
         if given is not None:
             self.scores += 1
             return given
-        mark = len(self.tensors), self.operations
+        mark = len(self.tensors), self.operations, self.scores
         evaluated = self._evaluated(expr, indices)
         if evaluated is not None and self.operations <= MOST_OPERATIONS:
             return evaluated
+        require(self.scores == mark[2], "so much is done to a score that it would have to be stored")
         del self.tensors[mark[0] :]
         self.operations = mark[1]
         return self.read(expr, indices)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import tvm
@@ -197,3 +199,33 @@ def test_quantized_weights_are_refused() -> None:
     outcome = FoldNormScales().run(graph(body, (3, 8)))
     assert [site.refusal for site in outcome.sites] == ["the weights of a product are quantized, and take up no scale"]
     assert operators(outcome.module) == ["relax.nn.rms_norm", "relax.call_tir"]
+
+
+def test_a_bias_may_be_the_first_operand() -> None:
+    bias = (_BIAS + _SHIFT.astype("float64") @ _A.astype("float64")).astype("float32")
+
+    def before(x: relax.Expr) -> relax.Expr:
+        return op.add(relax.const(_BIAS), op.matmul(_layer(x), relax.const(_A)))
+
+    def after(x: relax.Expr) -> relax.Expr:
+        return _product(_layer(x, _ONES, _ZEROS), _scaled(_A), bias)
+
+    assert_rewritten(FoldNormScales(), before, after, (3, 8))
+
+
+def test_several_normalizations_are_folded_at_once() -> None:
+    def body(scale: np.ndarray, weights: Sequence[np.ndarray]) -> Body:
+        return lambda x, y: [_product(_rms(x, scale), weights[0]), _product(_rms(y, scale), weights[1])]
+
+    folded = [_scaled(_A), _scaled(_B)]
+    outcome = FoldNormScales().run(graph(body(_SCALE, [_A, _B]), (3, 8), (5, 8)))
+    tvm.ir.assert_structural_equal(outcome.module, graph(body(_ONES, folded), (3, 8), (5, 8)))
+    assert [site.refusal for site in outcome.sites] == [None, None]
+
+
+def test_a_normalization_that_nothing_reads_is_left() -> None:
+    def body(x: relax.Expr) -> relax.Expr:
+        _bound(_rms(x))
+        return op.exp(x)
+
+    assert [site.refusal for site in FoldNormScales().run(graph(body, (3, 8))).sites] == ["nothing reads it"]

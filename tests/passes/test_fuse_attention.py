@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tvm import relax, tirx
 from tvm.relax import op
 
+from passes.attention_elements import MOST_OPERATIONS
 from passes.base import Site
 from passes.fuse_attention import FuseAttention
 from passes.provenance import annotate
@@ -421,3 +423,73 @@ def test_a_product_that_no_softmax_feeds_is_no_site() -> None:
             output = builder.emit_output(op.matmul(op.nn.relu(x), x))
         builder.emit_func_output(output)
     assert FuseAttention().run(builder.get()).sites == ()
+
+
+def _plain() -> tvm.IRModule:
+    return FuseAttention().run(graph(lambda q, k, v: op.matmul(_weights(q, k), v), (5, 4), (6, 4), (6, 3))).module
+
+
+def test_the_steps_are_named_for_what_they_compute() -> None:
+    (function,) = [f for f in _plain().functions.values() if isinstance(f, tirx.PrimFunc)]
+    text = function.script()
+    assert re.findall(r'sblock\("(\w+)"\)', text)[1:] == [
+        "scores", "logits", "largest", "exponentials", "total", "probabilities", "attention",
+    ]  # fmt: skip
+    assert [v.name_hint for v in _plain().get_global_vars() if v.name_hint != "main"] == ["attention"]
+    assert all(f", {loop} in T.grid" in text for loop in ("depth", "key", "term", "member"))
+
+
+@pytest.mark.parametrize(("steps", "fused"), [(MOST_OPERATIONS, True), (MOST_OPERATIONS + 1, False)])
+def test_as_much_is_done_to_a_score_as_the_limit_says(steps: int, fused: bool) -> None:
+    def body(q, k, v):
+        scores = _scores(q, k)
+        for _ in range(steps):
+            scores = op.tanh(scores)
+        return op.matmul(op.nn.softmax(scores), v)
+
+    (site,) = FuseAttention().run(graph(body, (5, 4), (6, 4), (6, 3))).sites
+    assert site.refusal == (None if fused else "so much is done to a score that it would have to be stored")
+
+
+def test_a_bias_of_queries_by_keys_is_handed_over_with_queries_next_to_each_other() -> None:
+    def body(q, k, v, bias):
+        return op.matmul(op.nn.softmax(op.add(_scores(q, k), bias)), v)
+
+    module = FuseAttention().run(graph(body, (5, 4), (6, 4), (6, 3), (5, 6))).module
+    assert operators(module) == ["relax.permute_dims", "relax.call_tir"]
+    module = FuseAttention().run(graph(body, (5, 4), (6, 4), (6, 3), (1, 6))).module
+    assert operators(module) == ["relax.call_tir"]
+
+
+def test_numbers_made_for_scores_of_16_bits_are_wide() -> None:
+    def body(q, k, v):
+        floor = op.negative(op.multiply(op.ones((5, 1), "float16"), relax.const(2.0, "float16")))
+        scores = op.add(op.maximum(_scores(q, k), floor), op.zeros((5, 6), "float16"))
+        return op.matmul(op.nn.softmax(scores), v)
+
+    module = graph(body, (5, 4), (6, 4), (6, 3), dtype="float16")
+    outcome = FuseAttention().run(module)
+    assert operators(outcome.module) == ["relax.call_tir"]
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(shape).astype("float16") for shape in ((5, 4), (6, 4), (6, 3))]
+    (expected,) = Interpreter(module, wide=True).run(arrays)
+    (result,) = Interpreter(outcome.module).run(arrays)
+    np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+def test_a_transposition_behind_another_name_is_the_end(renamed: bool) -> None:
+    builder = relax.BlockBuilder()
+    inputs = [
+        relax.Var(name, relax.TensorType(shape, "float32")) for name, shape in zip("qkv", [(6, 4)] * 3, strict=True)
+    ]
+    with builder.function("main", inputs):
+        with builder.dataflow():
+            q, k, v = inputs
+            product = builder.emit(op.matmul(builder.emit(_weights(q, builder.emit(k))), v))
+            read = builder.emit(product) if renamed else product
+            output = builder.emit_output(op.permute_dims(read))
+        builder.emit_func_output(output)
+    outcome = FuseAttention().run(builder.get())
+    assert [site.location for site in outcome.sites] == [output.name]
+    assert operators(outcome.module) == ["relax.call_tir"]

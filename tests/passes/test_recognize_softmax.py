@@ -105,3 +105,8 @@ def test_maximum_over_another_axis_stays_subtracted() -> None:
         return op.nn.softmax(op.subtract(x, op.max(x, [0], keepdims=True)), 1)
 
     assert_rewritten(RecognizeSoftmax(), body, expected, (4, 4))
+
+
+def test_a_tensor_of_unknown_shape_is_refused() -> None:
+    outcome = assert_kept(RecognizeSoftmax(), lambda x: _softmax(x, 1, maximum=False), 2)
+    assert [site.refusal for site in outcome.sites] == ["the result has another shape than the argument"]
