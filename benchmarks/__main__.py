@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import onnx
 
-from benchmarks import arm64, fusion, tuning
+from benchmarks import arm64, fusion, transfer, tuning
 from benchmarks.architecture import EXPORTERS, Exporter
 from benchmarks.comparison import Row, compare
 from benchmarks.engines import ENGINES
@@ -45,6 +45,7 @@ _ENGINES = tuple(dict.fromkeys([*ENGINES, "peak", *llm.ENGINES]))
 @click.option("--threads", type=click.IntRange(1), help="Threads of every engine; default: one per physical core.")
 @click.option("--rounds", default=5, show_default=True, help="How often all engines take their turn.")
 @click.option("--trials", multiple=True, type=click.IntRange(1), help="Table tuning: after how many trials to look.")
+@click.option("--stock-trials", default=0, help="Table tuning: let TVM's MetaSchedule search, too, so many trials.")
 @click.option("--prompt", default=512, show_default=True, help="Table llm: tokens of the prompt.")
 @click.option("--steps", default=128, show_default=True, help="Table llm: tokens made after it.")
 @click.option("--peers", default=sys.executable, help="Table llm: a Python that has llama_cpp and onnxruntime_genai.")
@@ -58,6 +59,7 @@ def main(
     threads: int | None,
     rounds: int,
     trials: tuple[int, ...],
+    stock_trials: int,
     prompt: int,
     steps: int,
     peers: str,
@@ -67,10 +69,10 @@ def main(
 
     Ends with exit code 1 if a model is missing, does not compile, or differs from onnxruntime beyond its tolerance.
     The table `fusion` times nothing: it counts the kernels of one step of the other tables' models, and fails where
-    they are more than the nodes of onnxruntime's optimized graph. The table `tuning` searches before it measures. The
-    table `arm64` judges the inner loops of kernels for Arm by llvm-mca's models of its cores. The
-    table `llm` is of decoders with weights of 4 bits (`python -m benchmarks.llm.models`): tokens/s of a prompt and
-    after it, beside llama.cpp and onnxruntime-genai.
+    they are more than the nodes of onnxruntime's optimized graph. The table `tuning` searches before it measures;
+    `transfer` searches with the shipped log's cost model and without. The table `arm64` judges the inner loops of
+    kernels for Arm by llvm-mca's models of its cores. The table `llm` is of decoders with weights of 4 bits
+    (`python -m benchmarks.llm.models`): tokens/s of a prompt and after it, beside llama.cpp and onnxruntime-genai.
     """
     if table == "fusion":
         fusion.main(models)
@@ -93,8 +95,10 @@ def main(
         for line in llm.lines(models, engines or tuple(llm.ENGINES), workload, peers, keep=keep):
             click.echo(line)
         return
-    if table == "tuning":
-        _print_tuning(subjects(table, models, exporters, Path(), batch), trials or tuning.TRIALS, threads, rounds)
+    if table in ("tuning", "transfer"):
+        chosen = subjects(table, models, exporters, Path(), batch)
+        for line in _searches(table, chosen, threads, rounds, trials, stock_trials):
+            click.echo(line)
         return
     click.echo(f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}")
     failed: list[str] = []
@@ -107,11 +111,22 @@ def main(
         sys.exit(f"\nfailed: {', '.join(dict.fromkeys(failed))}")
 
 
-def _print_tuning(models: Iterable[Subject], trials: Sequence[int], threads: int, rounds: int) -> None:
-    click.echo(f"| {' | '.join(tuning.COLUMNS)} |\n|{'---|' * len(tuning.COLUMNS)}")
+def _searches(
+    table: str,
+    models: Iterable[Subject],
+    threads: int,
+    rounds: int,
+    trials: Sequence[int],
+    stock_trials: int,
+) -> Iterator[str]:
+    """Yield the lines of a table whose models are tuned first."""
+    columns = tuning.COLUMNS if table == "tuning" else transfer.COLUMNS
+    yield f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
     for subject in models:
-        for line in tuning.lines(subject, trials, threads, rounds):
-            click.echo(line)
+        if table == "tuning":
+            yield from tuning.lines(subject, trials or tuning.TRIALS, threads, rounds, stock_trials=stock_trials)
+        else:
+            yield from transfer.lines(subject, max(trials, default=transfer.TRIALS), threads)
 
 
 def _lines(subject: Subject, engines: Sequence[str], threads: int, rounds: int) -> Iterator[tuple[str, bool]]:

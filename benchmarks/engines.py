@@ -12,8 +12,12 @@ import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from tvm import relax
 
 Arrays = Mapping[str, np.ndarray]
 Cases = Mapping[str, Arrays]
@@ -57,6 +61,7 @@ class Engine:
 
 UNTUNED = "optimizer"
 _TUNED = "optimizer@"
+_META_SCHEDULE = "tvm@"
 
 
 class Optimizer(Engine):
@@ -151,24 +156,22 @@ class OpenVino(Engine):
 
 
 class StockTvm(Engine):
-    """TVM as shipped: its own ONNX importer and `tvm.compile`, nothing tuned."""
+    """TVM as shipped: its own ONNX importer and `tvm.compile`, nothing tuned, or by MetaSchedule's `database`."""
 
     name = "tvm"
+    database: str | None = None
 
     def __init__(self, model: Path, cases: Cases, threads: int) -> None:
         import onnx  # noqa: PLC0415
         import tvm  # noqa: PLC0415
         from tvm import relax  # noqa: PLC0415
-        from tvm.relax.frontend.onnx import from_onnx  # noqa: PLC0415
 
-        from optimizer.compile import find_target  # noqa: PLC0415
         from optimizer.runtime.threads import use_threads  # noqa: PLC0415
 
         use_threads(threads)  # before anything else runs: the pool never grows
         start = time.perf_counter()
         try:
-            module = from_onnx(onnx.load(model))
-            executable = tvm.compile(module, target=find_target("host").tvm_target())
+            executable = self._compiled(model, next(iter(cases.values())))
         except Exception as error:  # TVM's importer refuses in many ways; each is a row of the table
             raise EngineError(f"does not compile: {type(error).__name__}") from error
         self.compile_seconds = time.perf_counter() - start
@@ -178,6 +181,23 @@ class StockTvm(Engine):
             case: [tvm.runtime.tensor(array) for array in inputs.values()] for case, inputs in cases.items()
         }
         self._names = [output.name for output in onnx.load(model, load_external_data=False).graph.output]
+
+    def _compiled(self, model: Path, inputs: Arrays) -> relax.VMExecutable:
+        import onnx  # noqa: PLC0415
+        import tvm  # noqa: PLC0415
+        from tvm import relax  # noqa: PLC0415
+        from tvm.relax.frontend.onnx import from_onnx  # noqa: PLC0415
+
+        from benchmarks.metaschedule import imported  # noqa: PLC0415
+        from optimizer.compile import find_target  # noqa: PLC0415
+
+        target = find_target("host").tvm_target()
+        if self.database is None:
+            return tvm.compile(from_onnx(onnx.load(model)), target=target)
+        with target:
+            module = imported(model, {name: array.shape for name, array in inputs.items()})
+            module = relax.transform.MetaScheduleApplyDatabase(self.database)(module)
+        return tvm.compile(module, target=target)
 
     @staticmethod
     def version() -> str:
@@ -200,10 +220,17 @@ def tuned_engine(log: Path) -> str:
     return f"{_TUNED}{log}"
 
 
+def meta_schedule_engine(database: Path) -> str:
+    """Return the name of the engine that is TVM with what MetaSchedule found."""
+    return f"{_META_SCHEDULE}{database}"
+
+
 def find_engine(name: str) -> type[Engine]:
     """Return the engine called `name`; the machine's peak is one, but only single kernels can be held against it."""
     if name.startswith(_TUNED):
         return type("TunedOptimizer", (Optimizer,), {"log_options": ("--log", name.removeprefix(_TUNED))})
+    if name.startswith(_META_SCHEDULE):
+        return type("TunedTvm", (StockTvm,), {"database": name.removeprefix(_META_SCHEDULE)})
     if name == "peak":
         from benchmarks.peak import Peak  # noqa: PLC0415 - TVM is not to weigh on the other engines' memory
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from benchmarks.models import FULL_SIZE, cases_of, model_path
 
 REFERENCE = "onnxruntime"
 _SEED = 0
+_BUNDLED = "decoder"
+_BUNDLED_PATH = Path(__file__).resolve().parents[1] / "examples" / "decoder" / "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Subject:
-    """One model of a table: the label of its rows, its file, its inputs by case, and the command that makes it."""
+    """One model of a table: the label of its rows, its file, its inputs by case, and the command that makes it.
+
+    `sizes` are those of its symbolic dimensions in the case that is tuned for.
+    """
 
     label: str
     path: Path
     cases: Cases
     made_by: str = ""
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 TABLES: Mapping[str, Table] = {
@@ -43,6 +49,7 @@ TABLES: Mapping[str, Table] = {
     "encoders": Table(("bert_base", "distilbert_base", "whisper_tiny_encoder")),
     "architectures": Table(tuple(FULL_SIZE), EXPORTERS, ("optimizer", REFERENCE)),
     "tuning": Table(("resnet_50", "mobilenet_v2", "bert_base")),
+    "transfer": Table(("efficientnet_b0", "distilbert_base", "vit_base_16")),
     # Stock TVM's unscheduled loops would take the time of all others together.
     "kernels": Table((), engines=("optimizer", REFERENCE, "openvino", "peak")),
 }
@@ -71,6 +78,32 @@ def subjects(
             make = f"python -m benchmarks.models {name} --exporter {exporter} --batch {batch}"
             label = f"{name} {exporter}" if several else name
             yield Subject(label, model_path(name, exporter, batch), cases_of(name, batch), make)
+    if table == "tuning" and wanted(_BUNDLED):
+        yield _bundled_decoder()
+
+
+def _bundled_decoder() -> Subject:
+    """Return the bundled decoder making a token after others, without the rewriting of its cache."""
+    sizes = {"batch": 1, "sequence": 1, "past_sequence": 64}
+    generator = np.random.default_rng(_SEED)
+    declared = onnx.load(_BUNDLED_PATH, load_external_data=False).graph.input
+    inputs: dict[str, np.ndarray] = {}
+    for value in declared:
+        kind = value.type.tensor_type
+        names = [size.dim_param or size.dim_value for size in kind.shape.dim]
+        shape = [_size_of(name, sizes) for name in names]
+        if kind.elem_type == onnx.TensorProto.FLOAT:
+            inputs[value.name] = generator.standard_normal(shape, dtype=np.float32)
+        else:  # tokens, positions and masks
+            inputs[value.name] = np.ones(shape, np.int64)
+    return Subject(_BUNDLED, _BUNDLED_PATH, {"decode": inputs}, sizes=sizes)
+
+
+def _size_of(dimension: str | int, sizes: Mapping[str, int]) -> int:
+    """Return a dimension's size: a number, a symbol, or a sum of symbols."""
+    if isinstance(dimension, int):
+        return dimension
+    return sum(sizes[name.strip()] for name in dimension.split("+"))
 
 
 def _random_inputs(model: Path) -> dict[str, np.ndarray]:

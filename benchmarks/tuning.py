@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.comparison import Row, compare
-from benchmarks.engines import UNTUNED, tuned_engine
+from benchmarks.engines import UNTUNED, meta_schedule_engine, tuned_engine
 from benchmarks.tables import REFERENCE, Subject
 
 PEERS = (REFERENCE, "openvino")
@@ -45,18 +47,30 @@ class TuningFailedError(Exception):
     """`optimizer tune` failed; the message is its last words."""
 
 
-def lines(subject: Subject, trials: Sequence[int], threads: int, rounds: int) -> Iterator[str]:
-    """Yield the rows of one model. Each search goes on where the one of fewer trials ended."""
+def lines(
+    subject: Subject, trials: Sequence[int], threads: int, rounds: int, *, stock_trials: int = 0
+) -> Iterator[str]:
+    """Yield the rows of one model. Each search goes on where the one of fewer trials ended.
+
+    With `stock_trials` TVM's MetaSchedule searches, too, so many trials, at the shapes of the first case.
+    """
     with tempfile.TemporaryDirectory(prefix="optimizer-tuning-") as folder:
         growing = Path(folder) / "log"
         searches: dict[str, Search] = {}
         spent = Search(0, 0, 0.0)
         for count in sorted(trials):
-            found = _tune(subject.path, growing, count, threads)
+            found = _tune(subject, growing, count, threads)
             spent = Search(found.trials, found.failed, spent.seconds + found.seconds)
             log = Path(folder) / str(count)
             shutil.copytree(growing, log)
             searches[tuned_engine(log)] = spent
+        stock = Path(folder) / "metaschedule"
+        stock.mkdir()
+        if stock_trials:
+            try:
+                searches[meta_schedule_engine(stock)] = _tune_stock(subject, stock, stock_trials, threads)
+            except TuningFailedError as error:
+                yield f"| {subject.label} | MetaSchedule | {error} |"
         engines = [UNTUNED, *searches, *PEERS]
         results = compare(subject.path, subject.cases, engines, threads=threads, rounds=rounds, reference=REFERENCE)
         for case, rows in results.items():
@@ -66,8 +80,20 @@ def lines(subject: Subject, trials: Sequence[int], threads: int, rounds: int) ->
                 yield _line(label, row, default.median, searches.get(row.engine))
 
 
-def _tune(model: Path, log: Path, trials: int, threads: int) -> Search:
-    command = ["tune", str(model), "--log", str(log), "--trials", str(trials), "--threads", str(threads), "--json"]
+def _tune(subject: Subject, log: Path, trials: int, threads: int) -> Search:
+    sizes = [option for name, size in subject.sizes.items() for option in ("--dim", f"{name}={size}")]
+    command = [
+        "tune",
+        str(subject.path),
+        *sizes,
+        "--log",
+        str(log),
+        "--trials",
+        str(trials),
+        "--threads",
+        str(threads),
+        "--json",
+    ]
     done = subprocess.run([sys.executable, "-m", "optimizer", *command], capture_output=True, check=False, text=True)
     if done.returncode != 0:
         raise TuningFailedError(done.stderr.strip().splitlines()[-1])
@@ -76,8 +102,25 @@ def _tune(model: Path, log: Path, trials: int, threads: int) -> Search:
     return Search(report["trials"], failed, report["seconds"])
 
 
+def _tune_stock(subject: Subject, folder: Path, trials: int, threads: int) -> Search:
+    inputs = next(iter(subject.cases.values()))
+    cases = folder / "inputs.npz"
+    np.savez(cases, **{f"case/{name}": array for name, array in inputs.items()})  # pyright: ignore[reportArgumentType]
+    command = [str(subject.path), str(cases), str(trials), str(folder), str(threads)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.metaschedule", *command], capture_output=True, check=False, text=True
+    )
+    if done.returncode != 0:
+        raise TuningFailedError(done.stderr.strip().splitlines()[-1])
+    answer = json.loads(done.stdout)
+    if "error" in answer:
+        raise TuningFailedError(answer["error"])
+    return Search(**answer)
+
+
 def _line(label: str, row: Row, default: float, search: Search | None) -> str:
-    name = row.engine if search is None else f"tuned, {search.trials} trials"
+    by = "MetaSchedule" if row.engine.startswith("tvm") else "tuned"
+    name = row.engine if search is None else f"{by}, {search.trials} trials"
     if row.error is not None:
         return f"| {label} | {name} | {row.error} |"
     cost = "| | | | |"
