@@ -100,7 +100,7 @@ class _Finder:
         return {variable: tvm.ir.Call(call.op, [call.args[0], *plain], call.attrs), **replaced}
 
     def _readers(self, variable: relax.Var) -> Sequence[ConstantProduct]:
-        """Return the products that read a normalized value, behind views that keep its last axis."""
+        """Return the products that read a normalized value, behind views and slices that keep its last axis."""
         dependencies, bindings = self._products.dependencies, self._products.bindings
         found: list[ConstantProduct] = []
         pending = [variable]
@@ -119,9 +119,14 @@ class _Finder:
         return found
 
     def _keeps_columns(self, value: relax.Expr) -> bool:
-        call = self._products.dataflow.call(value, *VIEWS) if isinstance(value, tvm.ir.Call) else None
+        dataflow = self._products.dataflow
+        call = dataflow.call(value, *VIEWS, "relax.strided_slice") if isinstance(value, tvm.ir.Call) else None
         before, after = (None, None) if call is None else (shape_of(call.args[0]), shape_of(call))
-        return bool(before) and bool(after) and equal(before[-1], after[-1])
+        if call is None or not before or not after:
+            return False
+        if call.op.name == "relax.strided_slice":
+            return len(before) - 1 not in [int(axis.value) for axis in call.args[1].fields]
+        return equal(before[-1], after[-1])
 
     def _check(self, product: ConstantProduct, call: tvm.ir.Call, *, shifted: bool) -> None:
         dtype = dtype_of(call)

@@ -85,6 +85,15 @@ def test_views_that_keep_the_columns_are_looked_through() -> None:
     )
 
 
+def test_slices_that_keep_the_columns_are_looked_through() -> None:
+    assert_rewritten(
+        FoldNormScales(),
+        lambda x: _product(op.strided_slice(_rms(x), [1], [1], [3]), _A),
+        lambda x: _product(op.strided_slice(_rms(x, _ONES), [1], [1], [3]), _scaled(_A)),
+        (2, "rows", 8),
+    )
+
+
 def test_no_constant_gets_larger() -> None:
     module = graph(lambda x: _product(_layer(x), _A, _BIAS), (3, 8))
     before, after = (
@@ -149,6 +158,8 @@ _COLUMNS_MOVE = "relax.reshape reads the normalized value too, which is no produ
          "relax.matmul reads the normalized value too, which is no product with constant weights"),
         (lambda x: _product(op.reshape(_rms(x), (6, 4)), _RNG.standard_normal((4, 2)).astype("float32")),
          _COLUMNS_MOVE),
+        (lambda x: _product(op.strided_slice(_rms(x), [1], [0], [4]), _A[:4]),
+         "relax.strided_slice reads the normalized value too, which is no product with constant weights"),
         (lambda x: _product(_rms(x, np.full((3, 8), 2, "float32"), (-2, -1)), _A),
          "it is not over the last axis alone"),
         (lambda x: _product(_layer(x), _A), "a product has no bias that could take up the shift"),
