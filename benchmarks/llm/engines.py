@@ -182,6 +182,7 @@ def compile_package(decoder: Decoder) -> float:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / "package"
         command = ["compile", str(decoder.onnx_path), "-o", str(made), "--no-certificate"]
+        command += ["--kv-cache-dtype", "fp16"]  # as llama.cpp's cache is
         subprocess.run([sys.executable, "-m", "optimizer", *command], check=True, stdout=subprocess.DEVNULL)
         shutil.rmtree(target, ignore_errors=True)
         made.rename(target)

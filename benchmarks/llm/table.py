@@ -129,8 +129,8 @@ def _line(name: str, row: DecoderRow, ours: DecoderRow | None, reads: DecoderRow
 
 
 def _bound(decoder: Decoder, workload: Workload) -> float:
-    """Return the bytes that a frugal engine needs: weights, a cache in fp32, and a little."""
-    return 1.1 * decoder.weight_bytes + decoder.cache_bytes(workload.context, 4) + _REST_BYTES
+    """Return the bytes that a frugal engine needs: weights, a cache of 16-bit floats, and a little."""
+    return 1.1 * decoder.weight_bytes + decoder.cache_bytes(workload.context, 2) + _REST_BYTES
 
 
 __all__ = ["ENGINES", "DecoderRow", "Workload", "lines"]

@@ -219,7 +219,8 @@ def returned_count(entry: EntryPoint) -> int:
 
 def total_tokens(records: Iterable[CacheRecord], values: Mapping[str, int]) -> int:
     """Return the most tokens that any cache will hold after a call."""
-    return max(dimensions.evaluate(record.total, values) for record in records)
+    # Most often one expression for all caches: it is evaluated for every token.
+    return max(dimensions.evaluate(total, values) for total in {record.total for record in records})
 
 
 def _as_declared(buffers: CacheBuffers, held: Held, spec: TensorSpec, device: Device) -> Tensor:

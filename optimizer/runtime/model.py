@@ -102,6 +102,8 @@ class Entry:
         self._function = function
         self._takes_weights = takes_weights
         self._without_past = kv_cache.without_past(signature)
+        present = {record.present for record in signature.caches}
+        self._returned_names = [spec.name for spec in signature.outputs if spec.name not in present]
 
     @overload
     def __call__(
@@ -171,9 +173,7 @@ class Entry:
         steps = dict.fromkeys(known, counts)
         results = self._call(kv_cache.arguments(self.signature, given, cache.buffers, values, steps, skipped))
         cache.commit(total, counts)
-        present = {record.present for record in self.signature.caches}
-        names = [spec.name for spec in self.signature.outputs if spec.name not in present]
-        return dict(zip(names, results, strict=True))
+        return dict(zip(self._returned_names, results, strict=True))
 
     def _tensors(self, signature: EntryPoint, inputs: Mapping[str, Input]) -> dict[str, Tensor]:
         """Return the inputs of `signature` in order as tensors on the model's device; checks names and dtypes."""
