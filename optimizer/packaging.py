@@ -81,7 +81,7 @@ def kv_cache_scheme(entry: EntryPoint) -> str:
 def _stored_as(cache: CacheRecord) -> str:
     pages = cache.pages
     if pages is None:
-        return cache.dtype
+        return f"{cache.dtype} in a ring for a window of {cache.window}" if cache.window else cache.dtype
     scales = "channel" if pages.by_channel else "token"
     return f"int{pages.bits} by {scales} (pages of {pages.tokens}, the newest {pages.recent} or more {cache.dtype})"
 

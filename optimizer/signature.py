@@ -42,20 +42,22 @@ def _caches(
     function: relax.Function, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
 ) -> tuple[CacheRecord, ...]:
     """Return the records of a rewritten function's caches; `inputs` and `outputs` are those that it had before."""
-    capacities: dict[str, str] = {}
+    capacities: dict[tuple[str, int], str] = {}
     records: list[CacheRecord] = []
     scales_and_recent = 0
     for cache in caches_of(function):
         past, present = inputs[cache.parameter], outputs[cache.output]
         length, total = str(past.shape[cache.axis]), str(present.shape[cache.axis])
-        capacity = capacities.setdefault(length, f"capacity_{len(capacities)}")
+        capacity = capacities.setdefault((length, cache.window), f"capacity_{len(capacities)}")
         shape = (*past.shape[: cache.axis], capacity, *past.shape[cache.axis + 1 :])
         floats = function.params[cache.parameter]
         if cache.pages is not None:
             scales_and_recent += 2
             floats = function.params[len(inputs) + scales_and_recent - 1]
         dtype, pages = str(floats.ty.dtype.dtype), _pages(cache)
-        records.append(CacheRecord(past.name, present.name, dtype, shape, cache.axis, length, total, pages))
+        records.append(
+            CacheRecord(past.name, present.name, dtype, shape, cache.axis, length, total, pages, cache.window)
+        )
     return tuple(records)
 
 

@@ -12,7 +12,7 @@ from passes.attention_elements import ELEMENTWISE, FLOAT, NARROW, Elements, Valu
 from passes.base import Dataflow, Refusal
 from passes.tensor_types import dtype_of, is_one, shape_of
 from passes.views import Digit, Element, Index, behind_view, broadcast, whole
-from schedules.cache_pages import READS_PAGES
+from schedules.cache_pages import READS_IN_PLACE
 
 # What attention of these types computes in fp32: only operands and results are rounded to them.
 COMPUTED = (FLOAT, *NARROW)
@@ -223,7 +223,7 @@ class Matcher:
             if viewed is not None:
                 element = viewed
                 continue
-            reader = self._reader_of_pages(element.tensor)
+            reader = self._reader_in_place(element.tensor)
             if reader is not None:
                 return elements.read_through(*reader, element.indices), scale
             widened = self._dataflow.call(element.tensor, "relax.astype")
@@ -237,10 +237,10 @@ class Matcher:
             scale = scale * factor if call.op.name == "relax.multiply" else scale / factor
             element = Element(call.args[0], element.indices)
 
-    def _reader_of_pages(self, expr: relax.Expr) -> tuple[tvm.ir.Call, tirx.PrimFunc] | None:
-        """Return the call that reads a quantized cache, and the function that it calls."""
+    def _reader_in_place(self, expr: relax.Expr) -> tuple[tvm.ir.Call, tirx.PrimFunc] | None:
+        """Return the call that reads elements of a cache where they lie, and the function that it calls."""
         call = self._dataflow.call(expr, "relax.call_tir")
-        if call is None or READS_PAGES not in (self._module[call.args[0]].attrs or {}):
+        if call is None or READS_IN_PLACE not in (self._module[call.args[0]].attrs or {}):
             return None
         return call, self._module[call.args[0]]
 

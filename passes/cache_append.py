@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import tvm.ir
-from tvm import relax, s_tir, tirx
+from tvm import relax, s_tir, te, tirx
 
 from schedules.loops import index, load, loop, store
 
@@ -13,6 +13,9 @@ APPENDS_BY_ROW = "appends_by_row"
 """The attribute of a function (past, new, counts) whose result has in each row the first `counts[row]` tokens of the
 past, then the new ones, then zeros, along the axis of tokens; the importer marks those that it makes of
 GroupQueryAttention. Axes are those of `ROW`."""
+WINDOW = "window"
+"""The attribute of such a function, and of one (cache, first) that reads elements of its result from each row's `first`
+token on, where no query sees further back than this number of tokens, itself included."""
 ROW, TOKENS = 0, 2
 
 
@@ -41,10 +44,13 @@ def append_function(buffer: relax.TensorType, new: relax.TensorType, axis: int) 
     return whole_function([target, source, length], body)
 
 
-def append_by_row_function(buffer: relax.TensorType, new: relax.TensorType, counts: str) -> tirx.PrimFunc:
+def append_by_row_function(
+    buffer: relax.TensorType, new: relax.TensorType, counts: str, *, is_ring: bool = False
+) -> tirx.PrimFunc:
     """Return the function (buffer, new, counts, total) that stores `new` in each row from its count on.
 
-    What follows up to `total` becomes zeros. `counts` is the dtype of the counts; nothing is stored beyond `total`.
+    What follows up to `total` becomes zeros. `counts` is the dtype of the counts; nothing is stored beyond `total`. In
+    a ring, tokens that do not fit lie at the beginning again; zeros are stored only where all tokens fit.
     """
     target, source = parameters([buffer, new], ("buffer", "new"))
     starts = tirx.decl_buffer([target.shape[ROW]], counts, "counts")
@@ -52,15 +58,16 @@ def append_by_row_function(buffer: relax.TensorType, new: relax.TensorType, coun
     rows, heads, added, channels = source.shape
 
     def row(row: tvm.ir.Expr, head: tvm.ir.Expr) -> tirx.Stmt:
+        slots = target.shape[TOKENS]
         first = tirx.Cast("int64", load(starts, [row]))
         after = tirx.max(first + added, index(0))
 
         def copy(token: tvm.ir.Expr) -> tirx.Stmt:
             place = first + token
-            dtype = str(target.dtype)
+            dtype, slot = str(target.dtype), tirx.floormod(place, slots) if is_ring else place
             cells = loop(
                 channels,
-                lambda e: store(target, load(source, [row, head, token, e]).astype(dtype), [row, head, place, e]),
+                lambda e: store(target, load(source, [row, head, token, e]).astype(dtype), [row, head, slot, e]),
             )
             return tirx.IfThenElse(tirx.And(place >= index(0), place < total), cells, None)
 
@@ -68,10 +75,23 @@ def append_by_row_function(buffer: relax.TensorType, new: relax.TensorType, coun
             zero = tirx.const(0, str(target.dtype))
             return loop(channels, lambda e: store(target, zero, [row, head, after + token, e]))
 
-        return tirx.SeqStmt([loop(added, copy), loop(tirx.max(total - after, index(0)), clear)])
+        rest = loop(tirx.max(total - after, index(0)), clear)
+        return tirx.SeqStmt([loop(added, copy), tirx.IfThenElse(total <= slots, rest, None) if is_ring else rest])
 
     body = loop(rows, lambda r: loop(heads, lambda h: row(r, h)))
     return whole_function([target, source, starts, total], body)
+
+
+def read_ring(ring: te.Tensor, first: te.Tensor, seen: tvm.ir.Expr) -> te.Tensor:
+    """Return each row's tokens from its `first` one on, `seen` of them, of a ring of tokens."""
+
+    def element(row: tirx.Var, head: tirx.Var, place: tirx.Var, channel: tirx.Var) -> tvm.ir.Expr:
+        slots = ring.shape[TOKENS]
+        start = tirx.floormod(first[row], slots)
+        straight, around = (ring[row, head, place + shift, channel] for shift in (start, start - slots))
+        return tirx.if_then_else(place < slots - start, straight, around)
+
+    return te.compute((ring.shape[0], ring.shape[1], seen, ring.shape[3]), element, "read_ring")
 
 
 def parameters(types: Sequence[relax.TensorType], names: Sequence[str]) -> list[tirx.Var]:
@@ -97,4 +117,12 @@ def whole_function(parameters: Sequence[tirx.Var], body: tirx.Stmt) -> tirx.Prim
     return tirx.PrimFunc(list(parameters), root).with_attrs({"tirx.noalias": True, "s_tir": True})
 
 
-__all__ = ["APPENDS_BY_ROW", "append_by_row_function", "append_function", "parameters", "whole_function"]
+__all__ = [
+    "APPENDS_BY_ROW",
+    "WINDOW",
+    "append_by_row_function",
+    "append_function",
+    "parameters",
+    "read_ring",
+    "whole_function",
+]

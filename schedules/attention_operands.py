@@ -20,17 +20,25 @@ def is_plain(element: Expr) -> bool:
     return isinstance(element, TensorLoad) and str(element.source.dtype) == FLOAT
 
 
-def in_stores(element: Expr, key: Axis, base: Expr, extent: Extent, body: Callable[[Expr, Expr, Extent], Stmt]) -> Stmt:
+def in_stores(
+    element: Expr,
+    key: Axis,
+    point: Mapping[Var, Expr],
+    base: Expr,
+    extent: Extent,
+    body: Callable[[Expr, Expr, Extent], Stmt],
+) -> Stmt:
     """Return `body` for the keys [base, base + extent), given an element, the first key after `base`, and their count.
 
-    Where the element is one expression below some key and another one from there on, the keys are divided there.
+    Where the element is one expression below some key and another one from there on, the keys are divided there. That
+    key may depend on the axes at `point`.
     """
     parts = choice_of(element)
     if parts is None or not isinstance(parts[0], tirx.LT) or not parts[0].a.same_as(key.variable):
         return body(element, index(0), extent)
     condition, below, above = parts
     split = Var("split", INDEX)
-    inside = tirx.max(index(0), tirx.min(index(extent), condition.b - base))
+    inside = tirx.max(index(0), tirx.min(index(extent), substitute(condition.b, point) - base))
     return sequence([tirx.Bind(split, inside), body(below, index(0), split), body(above, split, index(extent) - split)])
 
 
@@ -68,7 +76,7 @@ class Operand:
 
             return loop(count, row)
 
-        return [in_stores(self._element, self._key, base, extent, part)]
+        return [in_stores(self._element, self._key, point, base, extent, part)]
 
     def at(self, point: Mapping[Var, Expr], base: Expr, number: Expr, column: Expr) -> Expr:
         """Return the element of key `base + number` and a place on the axis."""

@@ -289,7 +289,7 @@ def _products(task: _Block, first: int, heads: int) -> Stmt:
     def part(element: Expr, start: Expr, count: Extent) -> Stmt:
         return tiles(count, [KEYS_AT_ONCE, 1], lambda base, keys: some(element, start + base, keys))
 
-    return in_stores(analysis.keys, analysis.key, task.base, task.extent, part)
+    return in_stores(analysis.keys, analysis.key, task.point, task.base, task.extent, part)
 
 
 def _weighted(task: _Block, first: int, heads: int) -> Stmt:
@@ -328,7 +328,7 @@ def _weighted(task: _Block, first: int, heads: int) -> Stmt:
             [sums],
             [
                 each(lambda h, e: store(sums, _ZERO, [h * count + e])),
-                in_stores(analysis.values, analysis.key, task.base, task.extent, part),
+                in_stores(analysis.values, analysis.key, task.point, task.base, task.extent, part),
                 each(keep),
             ],
         )

@@ -22,8 +22,8 @@ RECENT = 32
 SCALE_DTYPE = "float16"
 LARGEST_SCALE = 65504.0
 """The largest finite fp16 number."""
-READS_PAGES = "reads_pages"
-"""The attribute of a function that reads a quantized cache: the numbers of its `CachePages`."""
+READS_IN_PLACE = "reads_in_place"
+"""The attribute of a function each element of which is read from a cache: attention reads the cache in its place."""
 
 
 @dataclass(frozen=True)
@@ -79,4 +79,4 @@ def _int64(value: int) -> Expr:
     return tirx.IntImm("int64", value)
 
 
-__all__ = ["LARGEST_SCALE", "PAGE", "READS_PAGES", "RECENT", "SCALE_DTYPE", "CachePages"]
+__all__ = ["LARGEST_SCALE", "PAGE", "READS_IN_PLACE", "RECENT", "SCALE_DTYPE", "CachePages"]

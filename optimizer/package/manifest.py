@@ -115,9 +115,10 @@ class CacheRecord:
 
     The code takes a buffer in place of the input `past`, and does not return the output `present`. `dtype` and `shape`
     are the buffer's; tokens lie along `axis`, whose size is the symbol of the capacity. `length` is the symbol of the
-    tokens that are in it before a call, `total` those after it, an expression of the entry point's symbols. Where there
-    are `pages`, the code takes three tensors that make up such a buffer: codes in place of the input, scales and
-    recent tokens of `dtype` after all inputs (`schedules/cache_pages.py`).
+    tokens that are in it before a call, `total` those after it, an expression of the entry point's symbols. Of a
+    sliding `window`, the buffer is a ring, where token t lies at t modulo the capacity: at least `window` and the
+    tokens of a call, less one. Where there are `pages`, the code takes three tensors that make up such a buffer: codes
+    in place of the input, scales and recent tokens of `dtype` after all inputs (`schedules/cache_pages.py`).
     """
 
     past: str
@@ -128,6 +129,7 @@ class CacheRecord:
     length: str
     total: str
     pages: CachePages | None = None
+    window: int = 0
 
     @property
     def capacity(self) -> str:

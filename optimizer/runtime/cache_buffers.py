@@ -23,10 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Room:
-    """How many tokens a cache can hold: `tokens` in all, `recent` of them as floats where the others are codes."""
+    """How many tokens a cache can hold: `tokens` in all, `recent` of them as floats where the others are codes.
+
+    A ring has room for its window and a step of `step` tokens, if that is less.
+    """
 
     tokens: int
     recent: int
+    step: int
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class CacheBuffers:
         """Reserve memory, whose content is not defined; `sizes` are the symbolic dimensions but the capacity."""
         self.record = record
         shape = [dim if isinstance(dim, int) else _size(dim, sizes) for dim in record.shape]
-        shape[record.axis] = room.tokens
+        shape[record.axis] = min(room.tokens, record.window + room.step) if record.window else room.tokens
+        self._lost = 0
         if record.pages is None:
             self.tensors: tuple[Tensor, ...] = (tensors.allocate(tuple(shape), record.dtype, device),)
         else:
@@ -61,8 +66,20 @@ class CacheBuffers:
 
     def copy_from(self, other: CacheBuffers, held: Held) -> None:
         """Take over the tokens that other buffers hold."""
+        if self.record.window:
+            self._copy_ring(other, held.tokens)
+            return
         for place, count in enumerate(self._counts(held)):
             self._write(place, other._first(place, count))
+
+    def note(self, tokens: int) -> None:
+        """Take note that a step has brought the cache to some number of tokens."""
+        if self.record.window:
+            self._lost = max(self._lost, tokens - self._slots)
+
+    def least_length(self) -> int:
+        """Return the fewest tokens, but none, that the cache can be cut back to."""
+        return self._lost + self.record.window - 1 if self._lost else 0
 
     def store(self, tokens: Array, held: Held) -> None:
         """Store the first tokens, as many as are `held`."""
@@ -86,9 +103,24 @@ class CacheBuffers:
 
     def requantize(self, held: Held, kept: Held) -> None:
         """Keep fewer tokens and fewer codes: what was a code and is none any more becomes a float."""
+        if not kept.tokens:
+            self._lost = 0
         if self.record.pages is not None and kept.quantized < held.quantized:
             tokens = self.read(Held(held.quantized, held.quantized))
             self._write(2, tokens[:, :, kept.quantized : kept.tokens])
+
+    @property
+    def _slots(self) -> int:
+        return self.tensors[0].shape[self.record.axis]
+
+    def _copy_ring(self, other: CacheBuffers, tokens: int) -> None:
+        """Take over the newest tokens that both rings have room for."""
+        axis = self.record.axis
+        self._lost = max(other._lost, tokens - self._slots)
+        kept = np.arange(max(0, tokens - min(self._slots, other._slots)), tokens)
+        source, target = (tensors.host_view(ring.tensors[0], ring.record.dtype) for ring in (other, self))
+        target[(slice(None),) * axis + (kept % self._slots,)] = source.take(kept % other._slots, axis)
+        tensors.write_back(self.tensors[0], target)
 
     def _counts(self, held: Held) -> tuple[int, ...]:
         """Return how much of each tensor's token axis is in use."""

@@ -16,6 +16,8 @@ from optimizer.runtime.tensors import Device, Tensor
 
 SMALLEST_CAPACITY = 256
 """Tokens that a cache without a bound has room for at first; it doubles when it is full."""
+SMALLEST_STEP = 128
+"""Tokens of a step that rings have room for beside their window, unless a step reads more."""
 SMALLEST_RECENT = 128
 """Tokens that a quantized cache has room for as floats, unless a step reads more."""
 
@@ -46,7 +48,7 @@ class KeyValueCache:
         self.capacity: int | None = capacity
         self.length: int = 0
         self.quantized: int = 0
-        self._room = Room(SMALLEST_CAPACITY if capacity is None else capacity, SMALLEST_RECENT)
+        self._room = Room(SMALLEST_CAPACITY if capacity is None else capacity, SMALLEST_RECENT, SMALLEST_STEP)
         self.buffers: dict[str, CacheBuffers] = self._allocated(self._room)
 
     @property
@@ -65,9 +67,10 @@ class KeyValueCache:
         recent = max(SMALLEST_RECENT, self.length - before, total - quantized)
         room = self._room
         if total > room.tokens:
-            room = Room(max(total, 2 * room.tokens), room.recent)
+            room = replace(room, tokens=max(total, 2 * room.tokens))
         if self._pages is not None and not recent <= room.recent <= max(2 * recent, SMALLEST_RECENT):
-            room = Room(room.tokens, recent)
+            room = replace(room, recent=recent)
+        room = replace(room, step=max(room.step, total - self.length))
         if room != self._room:
             self._move_to(self._allocated(room))
             self._room = room
@@ -76,9 +79,20 @@ class KeyValueCache:
     def commit(self, total: int, steps: Steps) -> None:
         """Take note of a step that was done."""
         self.length, self.quantized = total, steps.quantized
+        for buffers in self.buffers.values():
+            buffers.note(total)
 
     def rewind(self, length: int) -> None:
-        """Keep the first `length` tokens, which may not be more than there are."""
+        """Keep the first `length` tokens, which may not be more than there are.
+
+        Raises OptionError where a ring does not hold the window of tokens before that any more.
+        """
+        least = max((buffers.least_length() for buffers in self.buffers.values()), default=0)
+        if 0 < length < least:
+            raise OptionError(
+                f"the sliding window has moved on and cannot be cut back to {length} tokens; "
+                f"cut back to {least} or more, or to 0 and read the text again"
+            )
         kept = Held(length, self.quantized)
         if self._pages is not None and length < self.quantized:
             kept = Held(length, length // self._pages.tokens * self._pages.tokens)
@@ -183,7 +197,7 @@ def buffers_of_past(
     for record in entry.caches:
         length, total = values[record.length], dimensions.evaluate(record.total, values)
         held = Held(length, steps[record.length].before if record.pages is not None else 0)
-        buffers = CacheBuffers(record, values, Room(total, max(total, length) - held.quantized), device)
+        buffers = CacheBuffers(record, values, Room(total, max(total, length) - held.quantized, total), device)
         buffers.store(tensors.host_view(past[record.past], specs[record.past].dtype), held)
         result[record.past] = buffers
     return result

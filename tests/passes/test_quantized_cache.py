@@ -35,15 +35,17 @@ def test_keys_get_scales_by_channel_and_values_by_token_and_attention_is_fused()
     assert site.refusal is None
 
 
-def test_a_cache_that_is_no_operand_of_attention_is_refused() -> None:
+def test_a_cache_that_is_no_operand_of_attention_keeps_its_floats() -> None:
     text = """
         <ir_version: 8, opset_import: ["" : 17]>
         layer (float[batch,2,past,4] past, float[batch,2,new,4] added)
             => (float[batch,2,total,4] present, float[batch,2,total,4] other)
         { present = Concat <axis = 2> (past, added) other = Neg (present) }
     """
-    (site,) = RewriteKvCache("int8").run(import_model(parser.parse_model(text)).module).sites
-    assert site.refusal == "it is read neither as keys nor as values alone"
+    outcome = RewriteKvCache("int8").run(import_model(parser.parse_model(text)).module)
+    refusals = [site.refusal for site in outcome.sites]
+    assert refusals == [None, "not quantized: it is read neither as keys nor as values alone"]
+    assert [cache.pages for cache in caches_of(outcome.module["main"])] == [None]
 
 
 @pytest.fixture(scope="module", params=list(_BITS))

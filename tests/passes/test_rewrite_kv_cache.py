@@ -225,9 +225,19 @@ def test_the_cache_of_group_query_attention_knows_its_total_from_the_inputs() ->
     assert _calls(outcome.module, "relax.tensor_to_shape") == 0
 
 
-@pytest.fixture(scope="module")
-def grouped() -> tuple:
-    return _both(_GROUPED)
+@pytest.fixture(scope="module", params=["", ", local_window_size = 5"])
+def grouped(request: pytest.FixtureRequest) -> tuple:
+    return _both(_GROUPED.replace("kv_num_heads = 2", f"kv_num_heads = 2{request.param}"))
+
+
+def test_a_window_that_something_else_reads_beyond_is_no_ring() -> None:
+    text = _GROUPED.replace("kv_num_heads = 2", "kv_num_heads = 2, local_window_size = 5")
+    (first, second) = caches_of(_rewritten(text).module["main"])
+    assert (first.window, second.window) == (5, 5)
+    read = text.replace("float[batch,2,t,4] present_value)", "float[batch,2,t,4] present_value, float[b,h,r,c] more)")
+    read = read.rstrip()[:-1] + "    more = Neg (present_value)\n    }"
+    (first, second) = caches_of(_rewritten(read).module["main"])
+    assert (first.window, second.window) == (5, 0)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)

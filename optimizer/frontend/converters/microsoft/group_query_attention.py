@@ -8,12 +8,12 @@ Queries attend to the first `total_sequence_length` positions T of it, as far as
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm import relax, te, tirx
 
 from optimizer.frontend.accumulation import accumulation_dtype
-from optimizer.frontend.dimensions import Dimension, as_expression, provably_equal
+from optimizer.frontend.dimensions import Dimension, as_expression, provably_equal, simplified
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import MICROSOFT, converter
 from optimizer.frontend.rotary import angles_at, rotated
@@ -28,20 +28,26 @@ from optimizer.frontend.scaled_dot_product import (
     visible_keys,
 )
 from optimizer.frontend.value import TensorValue, Value
-from passes.cache_append import APPENDS_BY_ROW
+from passes.cache_append import APPENDS_BY_ROW, WINDOW
+from schedules.cache_pages import READS_IN_PLACE
 
 _REFUSED_INPUTS = {12: "k_scale", 13: "v_scale", 14: "q_norm_weight", 15: "k_norm_weight"}
 
 
 @dataclass(frozen=True)
 class _Step:
-    """Where the new tokens stand: S, T and the cache's length; for each row its past length and its last position."""
+    """Where the new tokens stand: S, T and the cache's length; for each row its past length and its last position.
+
+    Of a sliding window W, `seen` keys from each row's `first` one on are what its queries may see: min(T, W + S - 1).
+    """
 
     length: Dimension
     total: Dimension
     cache: Dimension
     past: Value
     last: Value
+    seen: Dimension
+    first: Value | None = None
 
 
 @converter("GroupQueryAttention", domain=MICROSOFT)
@@ -63,6 +69,7 @@ def group_query_attention(node: Node) -> Result:
     present_key, present_value = (
         _present(node, part, node.optional_input(index), step) for part, index in ((key, 3), (value, 4))
     )
+    step = _within_window(node, step)
     allowed = _allowed(node, step)
     biases: list[Value] = [bias_where(node, allowed, accumulation_dtype(query.dtype))]
     result = attend(
@@ -118,7 +125,34 @@ def _step(node: Node, length: Dimension) -> _Step:
     else:
         sizes = (as_expression(total), as_expression(length))
         past = node.compute(_past_positions, ends.expr, *sizes, primfunc_name_hint="past_positions")
-    return _Step(length, total, _cache_length(node, total), past, ends)
+    return _Step(length, total, _cache_length(node, total), past, ends, total)
+
+
+def _within_window(node: Node, step: _Step) -> _Step:
+    """Return the step with positions counted from the first key that any query of the row may see."""
+    window = _window(node)
+    if window is None:
+        return step
+    reach = as_expression(simplified(step.length + (window - 1)))
+    seen = node.graph.bound_dimension(tirx.min(as_expression(step.total), reach), "seen")
+
+    def first(past: te.Tensor, new: tirx.PrimExpr, keys: tirx.PrimExpr) -> te.Tensor:
+        return te.compute(
+            past.shape, lambda row: tirx.max(past[row] + new - keys, tirx.const(0, "int64")), "first_seen"
+        )
+
+    begin = node.compute(first, step.past.expr, as_expression(step.length), seen, primfunc_name_hint="first_seen")
+    past, last = (
+        node.emit(relax.op.subtract(converted(node, each, "int64").expr, begin.expr)) for each in (step.past, step.last)
+    )
+    return replace(step, past=past, last=last, seen=seen, first=begin)
+
+
+def _window(node: Node) -> int | None:
+    """Return the size of the sliding window if keys beyond it need not be read: if nothing else knows of them."""
+    window = node.integer("local_window_size", -1)
+    alone = not node.has_input(10) and not (node.has_output(3) and node.integer("qk_output", 0))
+    return window if window > 0 and alone and node.integer("causal", 1) and node.has_input(3) else None
 
 
 def _past_positions(last: te.Tensor, total: tirx.PrimExpr, length: tirx.PrimExpr) -> te.Tensor:
@@ -174,7 +208,7 @@ def _present(node: Node, new: Value, past: Value | None, step: _Step) -> TensorV
         *(old, new.expr, step.past.expr),
         as_expression(step.cache),
         primfunc_name_hint="append_to_cache",
-        primfunc_attrs={APPENDS_BY_ROW: True},
+        primfunc_attrs={APPENDS_BY_ROW: True, **({} if _window(node) is None else {WINDOW: _window(node)})},
     )
 
 
@@ -187,22 +221,33 @@ def _padded(data: te.Tensor, length: tirx.PrimExpr) -> te.Tensor:
 
 
 def _in_use(node: Node, present: Value, step: _Step) -> Value:
-    """Return the first T positions of the cache."""
+    """Return the first T positions of the cache, or those that queries of a sliding window may see."""
+    if step.first is not None:
+        attributes = {READS_IN_PLACE: True, WINDOW: _window(node)}
+        arguments = (present.expr, step.first.expr, as_expression(step.seen))
+        return node.compute(_read_window, *arguments, primfunc_name_hint="read_window", primfunc_attrs=attributes)
     if provably_equal(step.total, step.cache):
         return present
     return node.emit(relax.op.strided_slice(present.expr, [2], [0], [step.total], [1], assume_inbound=True))
 
 
+def _read_window(present: te.Tensor, first: te.Tensor, seen: tirx.PrimExpr) -> te.Tensor:
+    def element(row: tirx.Var, head: tirx.Var, place: tirx.Var, channel: tirx.Var) -> tirx.PrimExpr:
+        return present[row, head, place + first[row], channel]
+
+    return te.compute((present.shape[0], present.shape[1], seen, present.shape[3]), element, "read_window")
+
+
 def _allowed(node: Node, step: _Step) -> TensorValue:
-    """Return which keys each query may see: bool [B, 1, S, T]."""
+    """Return which of the keys that are read each query may see: bool [B, 1, S, T]."""
     window = node.integer("local_window_size", -1)
-    place = node.emit(positions(0, step.total))
+    place = node.emit(positions(0, step.seen))
     last = relax.op.reshape(converted(node, step.last, "int64").expr, (step.last.shape[0], 1, 1, 1))
     in_row = node.emit(relax.op.less_equal(place.expr, last))
     if not node.integer("causal", 1):
         return in_row
     before = window - 1 if window > 0 else None
-    causal = visible_keys(node, step.length, step.total, step.past, before=before)
+    causal = visible_keys(node, step.length, step.seen, step.past, before=before)
     return node.emit(relax.op.logical_and(causal.expr, in_row.expr))
 
 

@@ -1,0 +1,67 @@
+"""Caches of a function, as the pass that makes buffers of them notes them, and what it makes them of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tvm.ir
+from tvm import relax, tirx
+
+from schedules.cache_pages import CachePages
+
+ATTRIBUTE = "kv_caches"
+"""The attribute of a rewritten function: the numbers of each `Cache`. The lengths that come after the inputs, and the
+capacities, are in the order of the caches, once for each symbol that was a length."""
+LENGTHS = "cache_lengths"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A cache of a function: which input it was and which of the outputs, and the axis that tokens lie along.
+
+    One of a sliding window is a ring: token t lies at t modulo the buffer's size, which is at least the `window` and
+    the tokens of a step, less one. A quantized one has `pages`. Its codes take the place of the input; its scales and
+    recent tokens come after all inputs, in the order of the caches.
+    """
+
+    parameter: int
+    output: int
+    axis: int
+    pages: CachePages | None = None
+    window: int = 0
+
+    def record(self) -> list[int]:
+        """Return the numbers that `caches_of` reads."""
+        layout = (0, 0) if self.pages is None else (self.pages.bits, int(self.pages.by_channel))
+        return [self.parameter, self.output, self.axis, self.window, *layout]
+
+    @staticmethod
+    def from_record(numbers: Sequence[int]) -> Cache:
+        """Return the cache that `record` describes."""
+        parameter, output, axis, window, bits, by_channel = (int(number) for number in numbers)
+        return Cache(parameter, output, axis, CachePages(bits, bool(by_channel)) if bits else None, window)
+
+
+@dataclass(frozen=True, eq=False)
+class Append:
+    """What a cache of `length` tokens is extended by, and what the result of `total` tokens is bound to.
+
+    `past` is the parameter, from which the extended tensor may be cast.
+    """
+
+    cache: Cache
+    past: relax.Var
+    length: tirx.Var
+    new: relax.Expr
+    counts: relax.Expr | None
+    present: relax.Var
+    total: tvm.ir.Expr
+
+
+def caches_of(function: relax.Function) -> tuple[Cache, ...]:
+    """Return the caches that this pass made buffers of in a function."""
+    attributes = function.attrs
+    if attributes is None or ATTRIBUTE not in attributes:
+        return ()
+    return tuple(Cache.from_record(record) for record in attributes[ATTRIBUTE])
