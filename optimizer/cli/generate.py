@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 makes repetition less likely.")
 @click.option("--seed", default=0, show_default=True, help="Equal seeds give equal texts.")
 @click.option("--max-context", type=click.IntRange(1), help="Tokens at most, prompt included; default: the model's.")
+@click.option("--chunk", type=click.IntRange(1), help="Tokens of the prompt to read at a time; fewer take less memory.")
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path, file_okay=False, exists=True), help="Folder of tokenizer.json."
 )
@@ -38,6 +39,7 @@ def command(
     repetition_penalty: float,
     seed: int,
     max_context: int | None,
+    chunk: int | None,
     tokenizer: Path | None,
     device: str | None,
     threads: int | None,
@@ -47,11 +49,13 @@ def command(
     start = time.perf_counter()
     from optimizer.runtime import load
     from optimizer.runtime.generation import DecoderSession, Sampling, TextGenerator
+    from optimizer.runtime.generation.session import MOST_AT_ONCE
 
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     model = load(package, device=device, threads=threads)
     generator = TextGenerator(model, tokenizer)
-    session = DecoderSession(model, capacity=max_context or generator.settings.capacity)
+    capacity = max_context or generator.settings.capacity
+    session = DecoderSession(model, capacity=capacity, most_at_once=chunk or MOST_AT_ONCE)
     loaded = time.perf_counter() - start
     generation = generator.generate(prompt, sampling, max_new_tokens=max_new_tokens, session=session)
     pieces: list[str] = []

@@ -33,10 +33,11 @@ class DecoderSession:
 
     `capacity` is the largest number of tokens, or None for no bound but memory. Sessions of one model share its weights
     and nothing else. Where the package appends to its cache in place, the session owns the buffers, and a step copies
-    nothing of what was read before. Raises OptionError for a package that is not a decoder with a cache.
+    nothing of what was read before; a longer text is read `most_at_once` tokens at a time. Raises OptionError for a
+    package that is not a decoder with a cache.
     """
 
-    def __init__(self, model: CompiledModel, *, capacity: int | None = None) -> None:
+    def __init__(self, model: CompiledModel, *, capacity: int | None = None, most_at_once: int = MOST_AT_ONCE) -> None:
         self._entry = model.entry("main")
         self._roles: DecoderRoles = roles_of(self._entry.signature)
         self._cache: KeyValueCache | ReturnedCache
@@ -44,6 +45,7 @@ class DecoderSession:
             self._cache = self._entry.new_cache(capacity=capacity)
         else:
             self._cache = ReturnedCache(model, self._roles.cache, capacity=capacity)
+        self._most_at_once = most_at_once
         self.tokens: list[int] = []
 
     @property
@@ -66,7 +68,8 @@ class DecoderSession:
         require_room(self.capacity, len(self.tokens), len(tokens))
         if isinstance(self._cache, ReturnedCache):
             return self._read(tokens)
-        *chunks, last = (tokens[start : start + MOST_AT_ONCE] for start in range(0, len(tokens), MOST_AT_ONCE))
+        most = self._most_at_once
+        *chunks, last = (tokens[start : start + most] for start in range(0, len(tokens), most))
         for chunk in chunks:
             self._read(chunk)
         return self._read(last)
@@ -95,7 +98,7 @@ class DecoderSession:
     def fork(self) -> DecoderSession:
         """Return a session with the same tokens that goes its own way from here."""
         other = object.__new__(DecoderSession)
-        other._entry, other._roles = self._entry, self._roles
+        other._entry, other._roles, other._most_at_once = self._entry, self._roles, self._most_at_once
         other._cache = self._cache.fork()
         other.tokens = list(self.tokens)
         return other

@@ -96,6 +96,15 @@ def test_a_session_cut_back_goes_on_as_if_the_rest_was_never_read(
     _require_close(other.append(tokens[180:]), _logits(returning_decoder, [tokens]), dtype)
 
 
+def test_a_prompt_in_chunks_takes_less_memory_where_caches_are_quantized(narrow: tuple[str, CompiledModel]) -> None:
+    tokens = _tokens(250)
+    sessions = [DecoderSession(narrow[1], capacity=512, most_at_once=most) for most in (250, 40)]
+    first, second = (session.append(tokens) for session in sessions)
+    _require_close(second, first, narrow[0])
+    sizes = [session.cache_bytes for session in sessions]
+    assert sizes[1] == sizes[0] if narrow[0] == "bf16" else sizes[1] < sizes[0]
+
+
 def test_cutting_back_among_the_newest_tokens_loses_nothing(narrow: tuple[str, CompiledModel]) -> None:
     _, model = narrow
     tokens = _tokens(160)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from optimizer.errors import OptionError
 from optimizer.runtime.generation import DecoderSession
-from optimizer.runtime.generation import session as session_module
 from optimizer.runtime.model import CompiledModel
 from optimizer.runtime.tensors import host_view
 
@@ -30,12 +29,9 @@ def test_a_prompt_in_chunks_gives_the_logits_of_a_prompt_at_once(decoder: Compil
     np.testing.assert_allclose(_logits(decoder, chunks), _logits(decoder, [_TOKENS]), atol=_TOLERANCE)
 
 
-def test_a_prompt_longer_than_one_call_reads_gives_the_same_logits(
-    decoder: CompiledModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wanted = _logits(decoder, [_TOKENS])
-    monkeypatch.setattr(session_module, "MOST_AT_ONCE", 4)
-    np.testing.assert_allclose(_logits(decoder, [_TOKENS]), wanted, atol=_TOLERANCE)
+def test_a_prompt_longer_than_one_call_reads_gives_the_same_logits(decoder: CompiledModel) -> None:
+    session = DecoderSession(decoder, most_at_once=4)
+    np.testing.assert_allclose(session.append(_TOKENS), _logits(decoder, [_TOKENS]), atol=_TOLERANCE)
 
 
 def test_a_session_cut_back_goes_on_as_if_the_rest_was_never_read(decoder: CompiledModel) -> None:
