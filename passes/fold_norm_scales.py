@@ -28,6 +28,7 @@ from passes.simplify_shapes import VIEWS
 from passes.tensor_types import constant, constant_of, dtype_of, equal, shape_of
 
 _NORMALIZATIONS = ("relax.nn.layer_norm", "relax.nn.rms_norm")
+_OUT_OF_RANGE = "scaled, a product's weights or bias would leave the range of {}"
 _DTYPES = ("float32", "float64")
 
 
@@ -88,8 +89,7 @@ class _Finder:
         replaced: dict[relax.Var, relax.Expr] = {}
         for product in products:
             self._check(product, call, shifted=bool(shift.any()))
-            weight = _in_range(product.weight.astype(np.float64) * scale[:, None], product.weight.dtype)
-            operands = [product.call.args[0], constant(weight)]
+            operands = [product.call.args[0], constant(_scaled(product.weight, scale))]
             replaced[product.product] = tvm.ir.Call(product.call.op, operands, product.call.attrs)
             if product.bias is not None and shift.any():
                 bias = product.bias.astype(np.float64) + shift @ product.weight.astype(np.float64)
@@ -170,12 +170,24 @@ def _known(part: relax.Expr) -> np.ndarray:
     return array
 
 
+def _scaled(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Return each row of a matrix times its scale, rounded once; raises Refusal where that would be more."""
+    factors = scale.astype(weight.dtype)[:, None]
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        scaled = weight * factors
+    exact = (weight == 0) | (factors == 0)
+    limits = np.finfo(weight.dtype)
+    inside = exact | ((np.abs(scaled) >= limits.tiny) & (np.abs(scaled) <= limits.max))
+    require(bool(inside.all()), _OUT_OF_RANGE.format(weight.dtype.name))
+    return scaled
+
+
 def _in_range(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return values rounded to `dtype`; raises Refusal where that would be more than a rounding."""
     limits = np.finfo(dtype)
     with np.errstate(invalid="ignore"):
         inside = (values == 0) | ((np.abs(values) >= limits.tiny) & (np.abs(values) <= limits.max))
-    require(bool(inside.all()), f"scaled, a product's weights or bias would leave the range of {dtype.name}")
+    require(bool(inside.all()), _OUT_OF_RANGE.format(dtype.name))
     return values.astype(dtype)
 
 
