@@ -3,8 +3,9 @@
 TVM's fusion decides by the kind of an operator; what changes the layout of a product's, a convolution's or a mean's
 result (blocked channels, a window's rows put back in order, axes dropped) always becomes a kernel of its own there.
 Here the merged function is written down and the schedule asked. A call is merged with the one that it reads where
-nothing else reads that, so that no path leaves the two and enters them again. Every pair of calls of which one reads
-the other is a site.
+nothing else reads that, so that no path leaves the two and enters them again. A product and a function of rows
+(normalization, softmax) are merged also where others read the first one's result, mostly a residual sum: the kernel
+returns both. Every pair of calls of which one reads the other is a site.
 """
 
 from __future__ import annotations
@@ -20,20 +21,26 @@ from optimizer.kernel_nodes import OPERATORS, kernel_name
 from passes.base import PassOutcome, Refusal, Site, require
 from passes.dependencies import Dependencies
 from passes.provenance import Bindings, carry, union
-from schedules.joining import is_one_kernel, joined, why_apart
+from schedules.joining import is_normalized_product, joined, why_apart, why_several
 from targets.base import Target
 
 _Reads = tuple[int, ...]
-_Pair = tuple[str, str, _Reads]
+_Pair = tuple[str, str, _Reads, bool]
 
 
 @dataclass(frozen=True)
 class _Merger:
-    """A call of `function` on `arguments` that takes the place of the one that `variable` is bound to."""
+    """A call of `function` on `arguments` that takes the place of those that `producer` and `reader` are bound to.
 
-    variable: relax.Var
+    It is bound where `place`, one of the two, was. It returns the reader's result, or the producer's and the reader's.
+    """
+
+    producer: relax.Var
+    reader: relax.Var
     function: tvm.ir.GlobalVar
     arguments: tuple[relax.Expr, ...]
+    place: relax.Var
+    returns_both: bool
 
 
 def merge_kernels(module: tvm.IRModule, target: Target) -> PassOutcome:
@@ -76,6 +83,8 @@ class _Finder:
         self._known = known
         self._bindings = Bindings(module["main"])
         self._dependencies = Dependencies(module["main"])
+        self._position = {variable: position for position, variable in enumerate(self._bindings.values)}
+        self._block = _blocks(module["main"])
         self._written_in_place = {
             argument for value in self._bindings.values.values() for argument in _arguments_in_place(value)
         }
@@ -105,30 +114,49 @@ class _Finder:
         first, second = _tir_call(self._bindings.values[producer]), _tir_call(self._bindings.values[reader])
         if first is None or second is None:
             raise Refusal("one of them takes a size, has several results, or writes in place")
-        require(not self._dependencies.is_result(producer), "the function returns the first one's result")
-        require(self._bindings.readers.get(producer) == [reader], "another one reads the first one's result")
+        functions = self.module[first[0]], self.module[second[0]]
+        returned = self._dependencies.is_result(producer)
+        both = returned or self._bindings.readers.get(producer) != [reader]
+        if not is_normalized_product(*functions):
+            require(not returned, "the function returns the first one's result")
+            require(not both, "another one reads the first one's result")
         require(self._dependencies.is_convex([producer, reader]), "a path leaves the two and enters them again")
-        # The call would move behind the one that writes what it reads.
-        overwritten = any(argument in self._written_in_place for argument in first[1])
-        require(not overwritten, "the first one reads what another one writes in place")
+        place = self._place(producer, reader) if both else reader
+        moved = first if place is reader else second
+        # The call would move past the one that writes what it reads.
+        overwritten = any(argument in self._written_in_place for argument in moved[1])
+        require(not overwritten, "one of them reads what another one writes in place")
         reads = tuple(position for position, argument in enumerate(second[1]) if argument.same_as(producer))
-        pair = first[0].name_hint, second[0].name_hint, reads
+        pair = first[0].name_hint, second[0].name_hint, reads, both
         if pair not in self._known:
-            self._known[pair] = self._function(first[0], second[0], reads)
+            self._known[pair] = self._function(first[0], second[0], reads, both=both)
         function = self._known[pair]
         if isinstance(function, str):
             raise Refusal(function)
         others = [argument for argument in second[1] if not argument.same_as(producer)]
-        return _Merger(reader, function, (*first[1], *others))
+        return _Merger(producer, reader, function, (*first[1], *others), place, both)
 
-    def _function(self, first: tvm.ir.GlobalVar, second: tvm.ir.GlobalVar, reads: _Reads) -> tvm.ir.GlobalVar | str:
-        """Return the function that computes both, or the reason why there is none."""
+    def _place(self, producer: relax.Var, reader: relax.Var) -> relax.Var:
+        """Return in the place of which of two variables a call that returns both may be bound; raises Refusal."""
+        require(self._block.get(producer, -1) == self._block.get(reader), "they lie in different blocks")
+        others = [operand for operand in self._bindings.operands[reader] if not operand.same_as(producer)]
+        if all(self._position[operand] < self._position[producer] for operand in others):
+            return producer
+        early = any(self._position[other] < self._position[reader] for other in self._bindings.readers[producer])
+        require(not early, "another one reads the first one's result before the second one could be computed")
+        return reader
+
+    def _function(
+        self, first: tvm.ir.GlobalVar, second: tvm.ir.GlobalVar, reads: _Reads, *, both: bool
+    ) -> tvm.ir.GlobalVar | str:
+        """Return the function that computes both (and returns `both`), or the reason why there is none."""
         functions = self.module[first], self.module[second]
-        merged = joined(*functions, reads)
+        merged = joined(*functions, reads, returned=both)
         if merged is None:
             return why_apart(*functions)
-        if not is_one_kernel(merged, self._target):
-            return "the schedule needs two kernels for the two"
+        reason = why_several(merged, self._target)
+        if reason is not None:
+            return reason
         operators = tuple(str(name) for function in functions for name in function.attrs.get(OPERATORS, ()))
         variable = tvm.ir.GlobalVar(self._free_name(kernel_name(operators)))
         relax.expr._update_type(variable, merged.ty)
@@ -139,6 +167,13 @@ class _Finder:
         taken = {variable.name_hint for variable in self.module.get_global_vars()}
         candidates = (name if number == 1 else f"{name}_{number}" for number in range(1, len(taken) + 2))
         return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def _blocks(function: relax.Function) -> dict[relax.Var, int]:
+    """Return the number of the block that binds each variable of a function's outermost scope."""
+    if not isinstance(function.body, relax.SeqExpr):
+        return {}
+    return {binding.var: number for number, block in enumerate(function.body.blocks) for binding in block.bindings}
 
 
 def _tir_call(value: relax.Expr) -> tuple[tvm.ir.GlobalVar, tuple[relax.Expr, ...]] | None:
@@ -170,11 +205,23 @@ class _Rewriter(PyExprMutator):
 
     def __init__(self, module: tvm.IRModule, mergers: list[_Merger]) -> None:
         super().__init__(module)
-        self._mergers = {merger.variable: merger for merger in mergers}
+        self._mergers = {merger.place: merger for merger in mergers}
+        self._bound_together = {
+            variable for merger in mergers if merger.returns_both for variable in (merger.producer, merger.reader)
+        }
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         merger = self._mergers.get(binding.var)
+        if merger is not None and merger.returns_both:
+            kinds = [variable.ty for variable in (merger.producer, merger.reader)]
+            call = relax.call_tir(merger.function, relax.Tuple(list(merger.arguments)), kinds)
+            both = self.builder_.emit(self.visit_expr(call))
+            for position, variable in enumerate((merger.producer, merger.reader)):
+                field = self.builder_.normalize(relax.TupleGetItem(both, position))
+                super().visit_var_binding_(relax.VarBinding(variable, field))
+            return
         if merger is not None:
             call = relax.call_tir(merger.function, relax.Tuple(list(merger.arguments)), binding.value.ty_args[0])
             binding = relax.VarBinding(binding.var, self.builder_.normalize(call))
-        super().visit_var_binding_(binding)
+        if binding.var not in self._bound_together:
+            super().visit_var_binding_(binding)

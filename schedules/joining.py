@@ -6,70 +6,123 @@ function is never stored and read again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import tvm_ffi
 from tvm import s_tir, tirx
-from tvm.ir import Var
+from tvm.ir import Expr, Var
 
-from schedules import direct_convolution, fallback
+from schedules import direct_convolution, fallback, row_parts
 from schedules.access import Access, Step, as_int
 from schedules.direct_convolution import DirectConvolution
 from schedules.epilogue import Epilogue
 from schedules.family import Kernel
 from schedules.matmul import Matmul, split_epilogue
+from schedules.normalized_product import NormalizedProduct
 from schedules.reduction import Reduction
 from schedules.registry import FAMILIES
+from schedules.row_parts import PartedKernel
 from schedules.schedule import kernels_of
-from schedules.stages import Axis, Stage, contains, parse, sequence
+from schedules.stages import Axis, Stage, contains, parse, sequence, substitute
 from schedules.winograd import Winograd
 from targets.base import Target
 
 
-def joined(first: tirx.PrimFunc, second: tirx.PrimFunc, reads: Sequence[int]) -> tirx.PrimFunc | None:
+def joined(
+    first: tirx.PrimFunc, second: tirx.PrimFunc, reads: Sequence[int], *, returned: bool = False
+) -> tirx.PrimFunc | None:
     """Return one function for `second`, whose parameters at positions `reads` are what `first` returns.
 
     Its parameters are those of `first`, then the others of `second`; the result of `first`, its last parameter, is
-    kept inside. None where `first` reduces nothing, for functions of symbolic shapes, and for those that are not loop
-    nests below a root block.
+    kept inside, or `returned`, too, before the result of `second`. None where `first` reduces nothing, and for
+    functions that take more than tensors or are not loop nests below a root block.
     """
-    if not all(map(_is_static, (first, second))) or not _reduces(first):
+    if not all(map(_is_of_loop_nests, (first, second))) or not _reduces(first):
         return None
     first, second = (s_tir.renew_defs(function) for function in (first, second))
     result = first.params[-1]
     given = [second.params[position] for position in reads]
-    if not all(tvm_ffi.structural_equal(result.ty, parameter.ty) for parameter in given):
+    sizes = _sizes(given, result)
+    if sizes is None:
         return None
-
-    def rename(variable: Var) -> Var:
-        return result if contains(given, variable) else variable
-
-    roots = [first.body.block, tvm_ffi.structural_map(second.body, (Var, rename)).block]
+    renamed = {parameter: _resized(parameter, sizes) for parameter in second.params}
+    renamed |= sizes | dict.fromkeys(given, result)
+    roots = [first.body.block, tvm_ffi.structural_map(second.body, (Var, lambda v: renamed.get(v, v))).block]
     body = sequence([statement for root in roots for statement in _statements(root)])
-    inside = [*roots[0].alloc_buffers, result, *roots[1].alloc_buffers]
+    inside = [*roots[0].alloc_buffers, *([] if returned else [result]), *roots[1].alloc_buffers]
     root = s_tir.SBlock([], [], [], "root", body, alloc_buffers=inside)
-    parameters = [*first.params[:-1], *(p for p in second.params if not contains(given, p))]
+    *others, last = (renamed[parameter] for parameter in second.params if not contains(given, parameter))
+    parameters = [*first.params[:-1], *others, *([result] if returned else []), last]
     return tirx.PrimFunc(parameters, s_tir.SBlockRealize([], True, root), second.ret_type, second.attrs)
+
+
+def _sizes(given: Sequence[Var], result: Var) -> dict[Var, Expr] | None:
+    """Return the values of symbols that make tensors of the shape and dtype of `result`; None where there are none."""
+    values: dict[Var, Expr] = {}
+    for tensor in given:
+        if str(tensor.dtype) != str(result.dtype) or len(tensor.shape) != len(result.shape):
+            return None
+        pairs = list(zip(tensor.shape, result.shape, strict=True))
+        for own, size in pairs:
+            if isinstance(own, tirx.Var):
+                values.setdefault(own, size)
+        if not all(tvm_ffi.structural_equal(substitute(own, values), size) for own, size in pairs):
+            return None
+    return values
+
+
+def _resized(buffer: Var, sizes: Mapping[Var, Expr]) -> Var:
+    """Return a buffer with symbols in its shape replaced; itself if it has none of them."""
+    shape = [substitute(extent, sizes) for extent in buffer.shape]
+    if all(new.same_as(old) for new, old in zip(shape, buffer.shape, strict=True)):
+        return buffer
+    return tirx.decl_buffer(shape, str(buffer.dtype), buffer.name)
 
 
 def why_apart(first: tirx.PrimFunc, second: tirx.PrimFunc) -> str:
     """Return why `joined` makes no function of two."""
-    if not all(map(_is_static, (first, second))):
-        return "a size is known only at run time, or a function is more than loop nests"
+    if not all(map(_is_of_loop_nests, (first, second))):
+        return "a function takes the value of a size, or is more than loop nests"
     if not _reduces(first):
         return "the first one reduces nothing: only what follows a product, a convolution or a reduction is merged"
     return "the second one reads the first one's result as something of another shape"
 
 
+def is_normalized_product(first: tirx.PrimFunc, second: tirx.PrimFunc) -> bool:
+    """Return whether one of two functions is a product, and the other one a function of rows."""
+    kinds = [row_parts.kind(staged) for staged in map(parse, (first, second)) if staged is not None]
+    return sorted(map(str, kinds)) == ["product", "rows"]
+
+
 def is_one_kernel(function: tirx.PrimFunc, target: Target) -> bool:
-    """Return whether a function is scheduled as one product, convolution or reduction that stores whole vectors."""
+    """Return whether a function is scheduled as one kernel that stores whole vectors."""
+    return why_several(function, target) is None
+
+
+def why_several(function: tirx.PrimFunc, target: Target) -> str | None:
+    """Return why a function is not scheduled as one kernel that stores whole vectors; None if it is.
+
+    That may be a product, a convolution, a reduction, or a product with functions of rows around it.
+    """
     staged = parse(function)
     kernels = kernels_of(staged) if staged is not None else []
     kernel = kernels[0] if len(kernels) == 1 else None
-    if not isinstance(kernel, Kernel) or any(map(fallback.needs_scalars, kernel.stages)):
-        return False
+    if not _is_static(function) and not isinstance(kernel, PartedKernel):
+        return "a size is known only at run time"
+    if not isinstance(kernel, Kernel):
+        return "the schedule needs two kernels for the two"
+    reasons = [reason for reason in map(fallback.needs_scalars, kernel.stages) if reason]
+    if reasons:
+        return reasons[0]
+    if isinstance(kernel, PartedKernel):
+        contraction = kernel.parts[kernel.product]
+        return NormalizedProduct().refusal(kernel, target) or _why_scattered(Matmul(), contraction, target)
     family = next((family for family in FAMILIES if family.takes(kernel, target) is not None), None)
-    return _stores_vectors(family, kernel, target)
+    return _why_scattered(family, kernel, target)
+
+
+def _why_scattered(family: object, kernel: Kernel, target: Target) -> str | None:
+    return None if _stores_vectors(family, kernel, target) else "the schedule needs two kernels for the two"
 
 
 def _stores_vectors(family: object, kernel: Kernel, target: Target) -> bool:
@@ -94,13 +147,12 @@ def _is_contiguous(follows: Epilogue, lane: Axis, target: Target) -> bool:
     return written.step(lane) == Step.UNIT or (written.block(lane) > 0 and written.block(lane) % lanes == 0)
 
 
+def _is_of_loop_nests(function: tirx.PrimFunc) -> bool:
+    return isinstance(function.body, s_tir.SBlockRealize) and all(map(tirx.is_buffer_var, function.params))
+
+
 def _is_static(function: tirx.PrimFunc) -> bool:
-    if not isinstance(function.body, s_tir.SBlockRealize):
-        return False
-    return all(
-        tirx.is_buffer_var(parameter) and all(as_int(extent) is not None for extent in parameter.shape)
-        for parameter in function.params
-    )
+    return all(as_int(extent) is not None for parameter in function.params for extent in parameter.shape)
 
 
 def _reduces(function: tirx.PrimFunc) -> bool:

@@ -68,7 +68,7 @@ def _is_reduction_with_epilogue(first: Stage | OpaqueStage, second: Stage | Opaq
 def _is_row_run(stages: Sequence[Stage | OpaqueStage]) -> bool:
     """Return whether the stages share leading axes that make enough rows, and the last reads one of the others."""
     run = [stage for stage in stages if isinstance(stage, Stage)]
-    if len(run) != len(stages) or any(stage.is_reduction and _reuses_operands(stage) for stage in run):
+    if len(run) != len(stages) or any(stage.is_reduction and reuses_operands(stage) for stage in run):
         return False
     leading = shared_leading(run)
     if not leading or not any(touches(run[-1], other) for other in run[:-1]):
@@ -78,7 +78,7 @@ def _is_row_run(stages: Sequence[Stage | OpaqueStage]) -> bool:
     return not isinstance(rows, int) or not isinstance(work, int) or rows >= FEW_ROWS or work < LONG_ROW
 
 
-def _reuses_operands(stage: Stage) -> bool:
+def reuses_operands(stage: Stage) -> bool:
     """Return whether the reduction contracts several operands (matmul) or slides over one (convolution, pooling)."""
     if sliding(stage) is not None or channel_windows(None, stage, epilogue.plain(stage)) is not None:
         return True

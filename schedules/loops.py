@@ -51,6 +51,24 @@ def parallel(extent: Extent, body: Callable[[Expr], Stmt], enabled: bool = True)
     return loop(extent, body, tirx.ForKind.PARALLEL if enabled else tirx.ForKind.SERIAL, "task")
 
 
+def region(statements: Sequence[Stmt]) -> Stmt:
+    """Return statements that all threads run in one launch: each its share of every parallel loop among them.
+
+    Parallel loops of equal extent are shared out in the same way, so that iteration `i` of each is of the same thread.
+    What stands outside of them (serial loops around them, conditions) every thread runs.
+    """
+    return _annotated("pragma_parallel_launch_point", sequence(statements))
+
+
+def then_wait(statement: Stmt) -> Stmt:
+    """Return a statement of a region, after which each thread waits until all others have done it, too."""
+    return _annotated("pragma_parallel_barrier_when_finish", statement)
+
+
+def _annotated(key: str, body: Stmt) -> Stmt:
+    return tirx.AttrStmt(tirx.const(0, "int32"), key, tirx.const(1, "int32"), body)
+
+
 def nest(extents: Sequence[Extent], body: Callable[[list[Expr]], Stmt]) -> Stmt:
     """Return serial loops over all `extents`, the last one innermost."""
 

@@ -129,7 +129,7 @@ def _row_block(target: Target, analysis: MatmulAnalysis) -> int:
 def _many_rows(analysis: MatmulAnalysis, parameters: Parameters, target: Target) -> Stmt:
     rows, vectors = parameters["rows"], parameters["vectors"]
     block = max(rows, parameters["row_block"] // rows * rows)
-    return tiling.emit(_tile(analysis, target, (rows, vectors), block, None if analysis.block else analysis.operand))
+    return tiling.emit(tile_of(analysis, target, (rows, vectors), block, None if analysis.block else analysis.operand))
 
 
 def _few_rows(analysis: MatmulAnalysis, target: Target) -> Stmt:
@@ -160,10 +160,10 @@ def _few_rows(analysis: MatmulAnalysis, target: Target) -> Stmt:
         )
     if not isinstance(extent, int) or extent <= rows // 2:
         rows, vectors = rows // 2, 2 * vectors
-    return tiling.emit(_tile(analysis, target, (rows, vectors), 4 * rows, None))
+    return tiling.emit(tile_of(analysis, target, (rows, vectors), 4 * rows, None))
 
 
-def _tile(
+def tile_of(
     analysis: MatmulAnalysis, target: Target, shape: tuple[int, int], row_block: int, panel: TensorLoad | None
 ) -> tiling.Tile:
     """Return a register tile of `shape` rows by vectors, no larger than the output."""

@@ -16,7 +16,7 @@ from tvm import ir, relax, tirx
 from tvm.ir import Expr, GlobalVar, TensorLoad
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from schedules import direct_convolution, winograd_structure
+from schedules import direct_convolution, row_parts, winograd_structure
 from schedules.access import AxisGroup, as_int
 from schedules.family import Kernel
 from schedules.inline import inline
@@ -122,7 +122,8 @@ def _matmul_of(function: tirx.PrimFunc) -> MatmulAnalysis | None:
     if staged is None or winograd_structure.whole(staged) is not None:
         return None
     found = []
-    for kernel in cut(inline(staged)):
+    parted = row_parts.whole(staged)
+    for kernel in cut(inline(staged)) if parted is None else parted.parts:
         if not isinstance(kernel, Kernel) or direct_convolution.analyse(kernel) is not None:
             continue
         analysis = Matmul().analyse(kernel)

@@ -11,6 +11,7 @@ from schedules.direct_convolution import DirectConvolution
 from schedules.elementwise import Elementwise
 from schedules.family import Family
 from schedules.matmul import Matmul
+from schedules.normalized_product import NormalizedProduct
 from schedules.quantized_matmul import QuantizedMatmul
 from schedules.reduction import Reduction
 from schedules.rowwise import Rowwise
@@ -18,6 +19,7 @@ from schedules.transpose import Transpose
 from schedules.winograd import Winograd
 
 FAMILIES: tuple[Family[Any], ...] = (
+    NormalizedProduct(),
     Attention(),
     Winograd(),
     DirectConvolution(),

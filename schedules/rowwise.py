@@ -73,31 +73,44 @@ class Rowwise:
 
     def apply(self, analysis: RowwiseAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the parallel loop over rows."""
-        extents = [_extent(extent) for extent in analysis.stages[0].output.shape[: analysis.leading]]
-        lanes = max(vector_width(target, stage) for stage in analysis.stages) * parameters["vectors"]
+        return all_rows(analysis, parameters["vectors"], target, _most_work(analysis.stages))
 
-        count = product(extents)
-        chunk = _rows_per_task(count, target)
 
-        def row(number: Expr, buffers: Sequence[_RowBuffer]) -> Stmt:
-            position = unflatten(number, extents)
-            return sequence(
-                [
-                    _step(stage, analysis.leading, buffers, position, lanes, first)
-                    for first, stage in _in_one_walk(analysis.stages, analysis.leading)
-                ]
-            )
+def row_extents(analysis: RowwiseAnalysis) -> list[Extent]:
+    """Return the extents of the leading axes, whose product is the number of rows."""
+    return [_extent(extent) for extent in analysis.stages[0].output.shape[: analysis.leading]]
 
-        def task(number: Expr) -> Stmt:
-            buffers = [_RowBuffer.of(buffer, analysis.leading) for buffer in analysis.private]
-            start = number * chunk
-            rest = (
-                index(chunk) if isinstance(count, int) and count % chunk == 0 else tirx.min(index(chunk), count - start)
-            )
-            rows = loop(as_extent(rest), lambda i: row(start + i, buffers))
-            return with_local([each.local for each in buffers], [rows])
 
-        return parallel_if_large(ceiling(count, chunk), _most_work(analysis.stages), task)
+def all_rows(analysis: RowwiseAnalysis, vectors: int, target: Target, work: Extent) -> Stmt:
+    """Return the loop over tasks of several rows each, parallel where `work` is large."""
+    count = product(row_extents(analysis))
+    chunk = _rows_per_task(count, target)
+
+    def task(number: Expr) -> Stmt:
+        start = number * chunk
+        whole = isinstance(count, int) and count % chunk == 0
+        rest = index(chunk) if whole else tirx.min(index(chunk), count - start)
+        return consecutive_rows(analysis, start, as_extent(rest), vectors, target)
+
+    return parallel_if_large(ceiling(count, chunk), work, task)
+
+
+def consecutive_rows(analysis: RowwiseAnalysis, start: Expr, extent: Extent, vectors: int, target: Target) -> Stmt:
+    """Return code for rows [start, start + extent) of the flattened leading axes; a statement spans `vectors`."""
+    extents = row_extents(analysis)
+    buffers = [_RowBuffer.of(buffer, analysis.leading) for buffer in analysis.private]
+    lanes = max(vector_width(target, stage) for stage in analysis.stages) * vectors
+
+    def row(number: Expr) -> Stmt:
+        position = unflatten(number, extents)
+        return sequence(
+            [
+                _step(stage, analysis.leading, buffers, position, lanes, first)
+                for first, stage in _in_one_walk(analysis.stages, analysis.leading)
+            ]
+        )
+
+    return with_local([each.local for each in buffers], [loop(extent, lambda i: row(start + i))])
 
 
 def _most_work(stages: Sequence[Stage]) -> Extent:

@@ -9,7 +9,7 @@ import tvm
 from tvm import tirx
 from tvm.tirx.stmt import Stmt
 
-from schedules import attention_structure, cuda, fallback, winograd_structure
+from schedules import attention_structure, cuda, fallback, row_parts, winograd_structure
 from schedules.family import Kernel, Parameters, defaults, work_of
 from schedules.inline import inline
 from schedules.intrin import vector_math
@@ -96,7 +96,7 @@ def schedule_function(
 
 def kernels_of(staged: StagedFunction) -> list[Kernel | OpaqueStage]:
     """Return the kernels of a function; one that is whole in its family's eyes is not taken apart."""
-    whole = attention_structure.whole(staged) or winograd_structure.whole(staged)
+    whole = attention_structure.whole(staged) or winograd_structure.whole(staged) or row_parts.whole(staged)
     return cut(inline(staged)) if whole is None else [whole]
 
 

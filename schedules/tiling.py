@@ -82,7 +82,7 @@ def emit(tile: Tile) -> Stmt:
         count = -(-columns // tile.width)
 
         def choose(number: Expr, body: Columns) -> Stmt:
-            return tile_choice(number, columns, tile.width, _in_whole_vectors(tile, body))
+            return tile_choice(number, columns, tile.width, in_whole_vectors(tile, body))
 
         return _tasks(tile, count, choose)
     width = tirx.const(tile.width, "int64")
@@ -93,7 +93,7 @@ def emit(tile: Tile) -> Stmt:
     return sequence([full, rest])
 
 
-def _in_whole_vectors(tile: Tile, body: Columns) -> Columns:
+def in_whole_vectors(tile: Tile, body: Columns) -> Columns:
     """Return code that does whole vectors first and then what is left; a vector of 17 lanes is pulled apart by LLVM."""
 
     def columns(base: Expr, width: int) -> Stmt:
@@ -123,7 +123,7 @@ def _tasks(tile: Tile, columns: Extent, choose: Callable[[Expr, Columns], Stmt])
         point: dict[Var, Expr] = {}
         for group, position in zip(tile.outer, outside, strict=True):
             point.update(group.point(position))
-        return choose(column, lambda base, width: _block(tile, point, base, width, block))
+        return choose(column, lambda base, width: block_of_rows(tile, point, base, width, block))
 
     return parallel(product(extents), task, tile.parallel)
 
@@ -136,7 +136,7 @@ def _column_groups(columns: Extent) -> tuple[int, Extent]:
     return groups, columns // groups
 
 
-def _block(tile: Tile, point: Mapping[Var, Expr], base: Expr, width: int, block: Expr) -> Stmt:
+def block_of_rows(tile: Tile, point: Mapping[Var, Expr], base: Expr, width: int, block: Expr) -> Stmt:
     """Return the micro-kernels of one block of rows by `width` columns at `base`."""
     stage, prepare = tile.stage, []
     panels: list[Var] = []

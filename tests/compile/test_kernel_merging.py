@@ -105,13 +105,15 @@ def test_each_pair_of_kernels_is_merged_or_refused_with_a_reason() -> None:
 
 _PAIRS = {
     "the function returns the first one's result": (
-        "p (float[4,8] x, float[8,8] w) => (float[4,8] a, float[4,8] y) { a = MatMul (x, w)  y = Softmax (a) }"
+        "p (float[4,8] x, float[8,8] w) => (float[4,8] a, float[4,8] y) { a = MatMul (x, w)  y = Relu (a) }"
     ),
     "the first one reduces nothing: only what follows a product, a convolution or a reduction is merged": (
         "p (float[4,8] x, float[8,8] w) => (float[4,8] y) { a = Exp (x)  y = MatMul (a, w) }"
     ),
-    "a size is known only at run time, or a function is more than loop nests": (
-        "p (float[n,8] x, float[8,8] w) => (float[n,8] y) { a = MatMul (x, w)  y = Softmax (a) }"
+    "a size is known only at run time": (
+        "p (float[n,8] x, float[8,8] w) => (float[4,n,2] z)"
+        "{ a = MatMul (x, w)  s = Constant <value_ints = [-1, 4, 2]> ()  y = Reshape (a, s)"
+        "  z = Transpose <perm = [1, 0, 2]> (y) }"
     ),
 }
 
@@ -129,3 +131,65 @@ def test_what_is_fused_before_merging_is_told() -> None:
     fused = fuse(pipeline.run(import_model(model).module, [])[0], find_target("x86-avx2")).fusion
     assert [(site.refusal, site.nodes) for site in fused["fuse-operators"]] == [(None, ("product", "active"))]
     assert fused["merge-kernels"] == ()
+
+
+# Two layers as in a transformer whose norms come first, `s` and `t` being the sums that residuals are added to.
+_LAYERS = """
+    <ir_version: 8, opset_import: ["" : 18]>
+    layers (float[ROWS,32] x, float[32,64] w1, float[64,32] w2, float[32,48] w3, float[32] g, float[32] b, float[48] h)
+        => (RESULTS)
+    {
+        [first] n = LayerNormalization (x, g, b)
+        [up] u = MatMul (n, w1)
+        [active] a = Relu (u)
+        [down] d = MatMul (a, w2)
+        [residual] s = Add (d, x)
+        [second] m = LayerNormalization (s, g, b)
+        [value] v = MatMul (m, w3)
+        [bias] i = Add (v, h)
+        [again] o = MatMul (s, w3)
+        [sum] y = Add (o, i)
+    }
+"""
+
+
+def _layers(rows: int, results: str = "float[ROWS,48] y") -> onnx.ModelProto:
+    return _model(_LAYERS.replace("RESULTS", results).replace("ROWS", str(rows)))
+
+
+def test_norms_become_part_of_products() -> None:
+    calls = _calls(_layers(40))
+    assert [operators for operators, _ in calls] == [
+        "layer_norm_matmul_relu",
+        "matmul_add_layer_norm",
+        "matmul",
+        "matmul_add_add",
+    ]
+    assert calls[1][1] == ("down", "residual", "second")
+
+
+def test_a_sum_that_others_read_is_returned_beside_its_norm() -> None:
+    model = _layers(40, "float[ROWS,48] y, float[ROWS,32] s")
+    x = np.random.default_rng(1).standard_normal((40, 32), dtype=np.float32)
+    expected = ReferenceEvaluator(model).run(None, {"x": x})
+    results = compile_in_memory(model, CompileOptions(find_target("host")))({"x": x})
+    for name, values in zip(("y", "s"), expected, strict=True):
+        np.testing.assert_allclose(results[name], np.asarray(values), rtol=1e-4, atol=1e-5)
+
+
+def test_norms_of_unknown_many_rows_become_part_of_products() -> None:
+    text = _LAYERS.replace("RESULTS", "float[n,48] y").replace("ROWS", "n")
+    model = _model(text)
+    assert [operators for operators, _ in _calls(model)] == [operators for operators, _ in _calls(_layers(40))]
+    compiled = compile_in_memory(model, CompileOptions(find_target("host")))
+    for rows in (1, 2, 40):
+        x = np.random.default_rng(1).standard_normal((rows, 32), dtype=np.float32)
+        (expected,) = ReferenceEvaluator(model).run(None, {"x": x})
+        np.testing.assert_allclose(compiled({"x": x})["y"], np.asarray(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_of_one_row_keeps_its_kernel() -> None:
+    reasons = {site.nodes: site.refusal for site in _account(_layers(1))}
+    assert reasons["down", "residual", "second"] == (
+        "matmul_add -> layer_norm: there is one row alone: while a thread normalizes it, the others would wait"
+    )

@@ -1,0 +1,213 @@
+"""Products with the normalizations around them in one launch: layer norm, RMS norm, softmax, before or after.
+
+Where there are rows enough for all cores, each thread owns a share of the rows: it computes all columns of them and
+normalizes them while they lie in its own caches, and no thread waits for another. Each reads all weights, which is why
+it takes many rows. Where there are few, or where their number is unknown, the threads share the columns as in a product
+alone, wait for each other, and then share the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tvm_ffi
+from tvm.ir import Expr
+from tvm.tirx.stmt import Stmt
+
+from schedules import tiling
+from schedules.access import AxisGroup, as_int
+from schedules.convolution import Convolution
+from schedules.direct_convolution import DirectConvolution
+from schedules.family import PARALLEL_THRESHOLD, Choice, Kernel, Parameters, Space, is_large, work_of
+from schedules.loops import Extent, parallel, product, region, then_wait, tile_choice, tiles
+from schedules.matmul import Matmul, MatmulAnalysis, register_tile, tile_of
+from schedules.quantized_matmul import QuantizedMatmul
+from schedules.row_parts import PartedKernel
+from schedules.rowwise import Rowwise, RowwiseAnalysis, all_rows, consecutive_rows, row_extents
+from schedules.stages import contains, loads_of, sequence
+from targets.base import Target
+
+# Rows for each core from which on it gets blocks of rows: with fewer, reading all weights costs more than waiting (with
+# 64 rows for each of two threads products of 3072 x 768 took 9 % longer, Zen 4).
+ROWS_TO_OWN = 128
+# Rows of a block: enough to read weights seldom, few enough that they stay in the second-level cache.
+MOST_ROWS_OF_BLOCK = 128
+
+Part = MatmulAnalysis | RowwiseAnalysis
+
+
+@dataclass(frozen=True, eq=False)
+class NormalizedProductAnalysis:
+    """The parts in order of execution, the product among them.
+
+    `same_rows` says that every part reads of the earlier ones only the row that it computes, so that one thread may
+    compute some rows of all parts.
+    """
+
+    parts: tuple[Part, ...]
+    product: MatmulAnalysis
+    same_rows: bool
+
+
+class NormalizedProduct:
+    """A product and functions of rows in one parallel region."""
+
+    name = "normalized_product"
+    version = 1
+
+    def takes(self, kernel: Kernel, target: Target) -> NormalizedProductAnalysis | None:
+        """Return the analysis of a kernel of parts whose product is a plain one."""
+        if not isinstance(kernel, PartedKernel) or self.refusal(kernel, target) is not None:
+            return None
+        contraction = kernel.parts[kernel.product]
+        taken = [(Matmul() if part is contraction else Rowwise()).takes(part, target) for part in kernel.parts]
+        parts = tuple(part for part in taken if part is not None)
+        analysis = parts[kernel.product]
+        assert len(parts) == len(kernel.parts)
+        assert isinstance(analysis, MatmulAnalysis)
+        return NormalizedProductAnalysis(parts, analysis, _same_rows(parts, analysis))
+
+    def refusal(self, kernel: PartedKernel, target: Target) -> str | None:
+        """Return why the parts are better kernels of their own; None where they make one."""
+        contraction = kernel.parts[kernel.product]
+        others = (DirectConvolution(), QuantizedMatmul(), Convolution())
+        if any(other.takes(contraction, target) for other in others) or Matmul().takes(contraction, target) is None:
+            return "the product is not one of plain matrices"
+        for part in kernel.parts:
+            if part is contraction:
+                continue
+            rows = Rowwise().takes(part, target)
+            if rows is None:
+                return "the normalization is not one of rows"
+            count = product(row_extents(rows))
+            if isinstance(count, int) and count == 1:
+                return "there is one row alone: while a thread normalizes it, the others would wait"
+        return None
+
+    def space(self, target: Target, analysis: NormalizedProductAnalysis) -> Space:
+        """Return the parameters of the product, whether threads own rows, and the vectors of a statement on rows."""
+        return (
+            *Matmul().space(target, analysis.product),
+            Choice("owned_rows", _rows_of_block(target, analysis), (0, 32, 64, 96, 128, 256)),
+            Choice("row_vectors", 2, (1, 2, 4)),
+        )
+
+    def apply(self, analysis: NormalizedProductAnalysis, parameters: Parameters, target: Target) -> Stmt:
+        """Return the region; without one where there is too little work for several threads."""
+        if parameters["owned_rows"] and _may_own(analysis):
+            return _in_blocks_of_rows(analysis, parameters, target)
+        large = is_large(work_of(analysis.product.stage))
+        statements = [
+            Matmul().apply(part, parameters, target)
+            if isinstance(part, MatmulAnalysis)
+            else all_rows(part, parameters["row_vectors"], target, PARALLEL_THRESHOLD if large else 0)
+            for part in analysis.parts
+        ]
+        return region([*map(then_wait, statements[:-1]), statements[-1]]) if large else sequence(statements)
+
+
+def _may_own(analysis: NormalizedProductAnalysis) -> bool:
+    """Return whether a task may compute all parts of some rows: their number is known, and the work large."""
+    contraction = analysis.product
+    static = isinstance(contraction.columns.extent, int) and isinstance(_rows(contraction), int)
+    return analysis.same_rows and static and is_large(work_of(contraction.stage))
+
+
+def _rows_of_block(target: Target, analysis: NormalizedProductAnalysis) -> int:
+    """Return the rows of a task that leave every core equally many; 0 where there are too few."""
+    rows = _rows(analysis.product)
+    if not _may_own(analysis) or not isinstance(rows, int) or rows < target.cores * ROWS_TO_OWN:
+        return 0
+    height, _ = register_tile(target)
+    tasks = target.cores * -(-rows // (target.cores * MOST_ROWS_OF_BLOCK))
+    return -(-rows // (tasks * height)) * height
+
+
+def _rows(analysis: MatmulAnalysis) -> Extent:
+    return 1 if analysis.rows is None else analysis.rows.extent
+
+
+def _same_rows(parts: Sequence[Part], contraction: MatmulAnalysis) -> bool:
+    """Return whether row i of each part needs of the other parts row i alone."""
+    rows, follows = contraction.rows, contraction.epilogue
+    if rows is None or contraction.outer or not isinstance(rows.extent, int):
+        return False
+    for part in parts:
+        if isinstance(part, MatmulAnalysis):
+            continue
+        leading = part.leading
+        made = [stage.output for stage in part.stages]
+        read_before = [load for value in (contraction.stage.value, follows.value) for load in loads_of(value)]
+        read_after = [
+            (load, stage)
+            for stage in part.stages
+            for load in stage.loads()
+            if load.source.same_as(follows.stage.output)
+        ]
+        count = product(row_extents(part))
+        if not isinstance(count, int) or count != rows.extent:
+            return False
+        if not all(_is_row(load.indices, leading, rows) for load in read_before if contains(made, load.source)):
+            return False
+        if read_after and not _is_row(follows.indices, leading, rows):
+            return False
+        if not all(_agree(load.indices[:leading], stage.indices[:leading]) for load, stage in read_after):
+            return False
+    return _read_no_further(parts)
+
+
+def _read_no_further(parts: Sequence[Part]) -> bool:
+    """Return whether no two functions of rows read of each other."""
+    around = [part for part in parts if isinstance(part, RowwiseAnalysis)]
+    return not any(
+        load.source.same_as(other.output)
+        for part in around
+        for stage in part.stages
+        for load in stage.loads()
+        for elsewhere in around
+        if elsewhere is not part
+        for other in elsewhere.stages
+    )
+
+
+def _is_row(indices: Sequence[Expr], leading: int, rows: AxisGroup) -> bool:
+    """Return whether the leading indices are the axes of `rows`, each once and in order, and zeros."""
+    moving = [index for index in indices[:leading] if as_int(index) != 0]
+    return len(moving) == len(rows.axes) and all(
+        index.same_as(axis.variable) for index, axis in zip(moving, rows.axes, strict=True)
+    )
+
+
+def _agree(left: Sequence[Expr], right: Sequence[Expr]) -> bool:
+    return all(tvm_ffi.structural_equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def _in_blocks_of_rows(analysis: NormalizedProductAnalysis, parameters: Parameters, target: Target) -> Stmt:
+    """Return the parallel loop over blocks of rows, of each of which a task computes all parts and all columns."""
+    contraction = analysis.product
+    height = parameters["rows"]
+    block = max(height, parameters["owned_rows"] // height * height)
+    panel = None if contraction.block else contraction.operand
+    tile = tile_of(contraction, target, (height, parameters["vectors"]), block, panel)
+    columns, rows = tile.vector_group.extent, tile.row_extent
+    assert isinstance(columns, int)
+    assert isinstance(rows, int)
+
+    def task(number: Expr) -> Stmt:
+        def of_columns(base: Expr, width: int) -> Stmt:
+            return tiling.block_of_rows(tile, {}, base, width, number)
+
+        def part(analysis: Part) -> Stmt:
+            if isinstance(analysis, MatmulAnalysis):
+                return tiles(columns, [tile.width], tiling.in_whole_vectors(tile, of_columns))
+            return tile_choice(
+                number,
+                rows,
+                tile.row_block,
+                lambda start, count: consecutive_rows(analysis, start, count, parameters["row_vectors"], target),
+            )
+
+        return sequence([part(each) for each in analysis.parts])
+
+    return parallel(-(-rows // tile.row_block), task)

@@ -1,0 +1,97 @@
+"""Functions that are a product and functions of rows around it: the normalization before it, the one after it.
+
+Each part is a kernel of its own in the eyes of its family. The parts hand on whole matrices: what one stores, the next
+reads row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from tvm.ir import Var
+
+from schedules.family import Kernel
+from schedules.inline import inline
+from schedules.kernels import cut, reuses_operands
+from schedules.rowwise import shared_leading
+from schedules.stages import OpaqueStage, Stage, StagedFunction, contains
+
+
+@dataclass(frozen=True, eq=False)
+class PartedKernel(Kernel):
+    """A product, at position `product` of `parts`, and functions of rows before or after it, in order of execution."""
+
+    parts: tuple[Kernel, ...] = ()
+    product: int = 0
+
+
+def whole(staged: StagedFunction) -> PartedKernel | None:
+    """Return a function of one product and functions of rows as one kernel, None for anything else.
+
+    What follows the product one to one is of its part, where it is computed in registers.
+    """
+    stages = [stage for stage in staged.stages if isinstance(stage, Stage)]
+    products = [position for position, stage in enumerate(stages) if stage.is_reduction and reuses_operands(stage)]
+    others = [stage for stage in stages if stage.is_reduction and not reuses_operands(stage)]
+    if len(stages) != len(staged.stages) or len(products) != 1 or not others:
+        return None
+    for first in range(products[0], -1, -1):
+        for last in range(len(stages), products[0], -1):
+            parts = _parts(staged, stages, first, last)
+            if parts is not None:
+                every = tuple(stage for part in parts for stage in part.stages)
+                private = tuple(buffer for part in parts for buffer in part.private)
+                return PartedKernel(every, private, tuple(parts), 1 if first else 0)
+    return None
+
+
+def kind(staged: StagedFunction) -> Literal["product", "rows"] | None:
+    """Return whether a function is a product (with what follows it one to one), or one of rows; None if neither."""
+    stages = [stage for stage in staged.stages if isinstance(stage, Stage)]
+    kernel = _kernel(staged, stages) if len(stages) == len(staged.stages) else None
+    if kernel is None:
+        return None
+    return "product" if _is_product(kernel) else "rows" if _is_of_rows(kernel) else None
+
+
+def _parts(staged: StagedFunction, stages: Sequence[Stage], first: int, last: int) -> list[Kernel] | None:
+    """Return the rows before stage `first`, the product from there to `last`, and the rows after it; None where not."""
+    pieces = [stages[:first], stages[first:last], stages[last:]]
+    parts: list[Kernel] = []
+    for number, piece in enumerate(pieces):
+        if not piece:
+            continue
+        kernel = _kernel(staged, piece)
+        is_part = kernel is not None and (_is_product(kernel) if number == 1 else _is_of_rows(kernel))
+        if kernel is None or not is_part:
+            return None
+        parts.append(kernel)
+    return parts if len(parts) > 1 else None
+
+
+def _kernel(staged: StagedFunction, piece: Sequence[Stage]) -> Kernel | None:
+    """Return some stages of a function as one kernel."""
+    outside = [stage for stage in staged.stages if not any(stage is own for own in piece)]
+    hidden = tuple(buffer for buffer in staged.intermediate if not _occurs(buffer, outside))
+    kernels = cut(inline(replace(staged, stages=tuple(piece), intermediate=hidden)))
+    kernel = kernels[0] if len(kernels) == 1 else None
+    return None if isinstance(kernel, OpaqueStage) else kernel
+
+
+def _occurs(buffer: Var, stages: Sequence[Stage | OpaqueStage]) -> bool:
+    return any(
+        contains(stage.buffers, buffer)
+        if isinstance(stage, OpaqueStage)
+        else stage.output.same_as(buffer) or any(load.source.same_as(buffer) for load in stage.loads())
+        for stage in stages
+    )
+
+
+def _is_product(kernel: Kernel) -> bool:
+    return kernel.stages[0].is_reduction and reuses_operands(kernel.stages[0])
+
+
+def _is_of_rows(kernel: Kernel) -> bool:
+    return bool(kernel.private) and shared_leading(kernel.stages) > 0 and any(s.is_reduction for s in kernel.stages)
