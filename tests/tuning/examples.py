@@ -14,6 +14,7 @@ from optimizer.tuning.process import FailedError
 from optimizer.tuning.records import Origin, Record, target_digest
 from optimizer.tuning.tasks import Task, tasks_of
 from schedules.family import Parameters, defaults
+from schedules.matmul import Matmul
 from targets.base import Target
 from tests.passes.graph import graph
 
@@ -23,7 +24,7 @@ RECORD = Record(
     kind="decision",
     workload="0123456789abcdef",
     family="matmul",
-    version=1,
+    version=Matmul.version,
     description="matmul 8x8 over 8 float32",
     parameters={"rows": 8, "vectors": 2},
     seconds=1e-4,

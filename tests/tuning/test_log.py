@@ -15,7 +15,7 @@ from schedules.family import Choice
 from tests.tuning.examples import ORIGIN, RECORD, TARGET
 
 _SPACE = (Choice("rows", 8, (4, 8)), Choice("vectors", 2, (1, 2)))
-_REPORT = KernelReport("f", "matmul", workload=RECORD.workload, space=_SPACE, version=1)
+_REPORT = KernelReport("f", "matmul", workload=RECORD.workload, space=_SPACE, version=RECORD.version)
 
 
 def _log(folder: Path) -> TuningLog:
@@ -90,7 +90,7 @@ def test_a_decision_applies_to_its_workload() -> None:
     "record",
     [
         replace(RECORD, workload="f" * 16),
-        replace(RECORD, version=2),
+        replace(RECORD, version=RECORD.version + 1),
         replace(RECORD, kind="trial"),
         replace(RECORD, failure="it crashed"),
         replace(RECORD, origin=replace(ORIGIN, target_digest="0" * 12)),

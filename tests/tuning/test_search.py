@@ -76,6 +76,6 @@ def test_the_nearest_workload_gives_the_first_seed() -> None:
     assert nearest_decisions([far, near], "matmul", 1, {"bytes": 10.0}, 2) == [{"rows": 4}, {"rows": 6}]
 
 
-@pytest.mark.parametrize(("family", "version"), [("rowwise", 1), ("matmul", 2)])
+@pytest.mark.parametrize(("family", "version"), [("rowwise", RECORD.version), ("matmul", RECORD.version + 1)])
 def test_other_families_and_versions_give_no_seeds(family: str, version: int) -> None:
     assert nearest_decisions([RECORD], family, version, {}, 2) == []
