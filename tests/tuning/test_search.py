@@ -73,7 +73,7 @@ def test_a_trained_model_ranks() -> None:
 def test_the_nearest_workload_gives_the_first_seed() -> None:
     near = replace(RECORD, features={"bytes": 11.0}, parameters={"rows": 4})
     far = replace(RECORD, features={"bytes": 20.0}, parameters={"rows": 6})
-    assert nearest_decisions([far, near], "matmul", 1, {"bytes": 10.0}, 2) == [{"rows": 4}, {"rows": 6}]
+    assert nearest_decisions([far, near], "matmul", RECORD.version, {"bytes": 10.0}, 2) == [{"rows": 4}, {"rows": 6}]
 
 
 @pytest.mark.parametrize(("family", "version"), [("rowwise", RECORD.version), ("matmul", RECORD.version + 1)])
