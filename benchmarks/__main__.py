@@ -15,7 +15,7 @@ import onnx
 from benchmarks import arm64, fusion, transfer, tuning
 from benchmarks.architecture import EXPORTERS, Exporter
 from benchmarks.comparison import Row, compare
-from benchmarks.engines import ENGINES
+from benchmarks.engines import BF16_ENGINES, ENGINES
 from benchmarks.llm import table as llm
 from benchmarks.tables import REFERENCE, TABLES, Subject, subjects
 from optimizer.certificate.tolerance import arithmetic
@@ -33,7 +33,7 @@ _COLUMNS = (
     "tolerance",
 )
 
-_ENGINES = tuple(dict.fromkeys([*ENGINES, "peak", *llm.ENGINES]))
+_ENGINES = tuple(dict.fromkeys([*ENGINES, *BF16_ENGINES, "peak", *llm.ENGINES]))
 
 
 @click.command()

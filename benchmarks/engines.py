@@ -69,6 +69,7 @@ class Optimizer(Engine):
 
     name = UNTUNED
     log_options: tuple[str, ...] = ("--no-log",)
+    precision: str = "model"
 
     def __init__(self, model: Path, cases: Cases, threads: int) -> None:
         from optimizer.runtime import load  # noqa: PLC0415
@@ -76,6 +77,7 @@ class Optimizer(Engine):
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "package"
             command = ["compile", str(model), "-o", str(package), "--no-certificate", "--json", *self.log_options]
+            command += ["--precision", self.precision]
             # In a process of its own, so that the memory measured is the runtime's.
             done = subprocess.run([sys.executable, "-m", "optimizer", *command], capture_output=True, check=False)
             if done.returncode != 0:
@@ -94,6 +96,13 @@ class Optimizer(Engine):
 
     def outputs(self, case: str) -> dict[str, np.ndarray]:
         return self._model(self._cases[case])
+
+
+class OptimizerBf16(Optimizer):
+    """This project with products of bfloat16, summed in fp32."""
+
+    name = "optimizer-bf16"
+    precision = "bf16"
 
 
 class OnnxRuntime(Engine):
@@ -130,13 +139,18 @@ class OpenVino(Engine):
     """OpenVINO for latency, in fp32 (its default on CPUs with bf16 would be bf16)."""
 
     name = "openvino"
+    precision: str = "f32"
 
     def __init__(self, model: Path, cases: Cases, threads: int) -> None:
         openvino = importlib.import_module("openvino")
 
         core = openvino.Core()
         read = core.read_model(str(model))
-        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": self.precision,
+        }
         start = time.perf_counter()
         self._request = core.compile_model(read, "CPU", settings).create_infer_request()
         self.compile_seconds = time.perf_counter() - start
@@ -153,6 +167,13 @@ class OpenVino(Engine):
     def outputs(self, case: str) -> dict[str, np.ndarray]:
         results = self._request.infer(self._cases[case])
         return {next(iter(port.names)): np.array(value) for port, value in results.items()}
+
+
+class OpenVinoBf16(OpenVino):
+    """OpenVINO as it computes by default on CPUs with bf16."""
+
+    name = "openvino-bf16"
+    precision = "bf16"
 
 
 class StockTvm(Engine):
@@ -213,6 +234,8 @@ class StockTvm(Engine):
 
 
 ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (Optimizer, OnnxRuntime, OpenVino, StockTvm)}
+# Those that round more than the others: for who asks for them.
+BF16_ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (OptimizerBf16, OpenVinoBf16)}
 
 
 def tuned_engine(log: Path) -> str:
@@ -235,4 +258,4 @@ def find_engine(name: str) -> type[Engine]:
         from benchmarks.peak import Peak  # noqa: PLC0415 - TVM is not to weigh on the other engines' memory
 
         return Peak
-    return ENGINES[name]
+    return {**ENGINES, **BF16_ENGINES}[name]

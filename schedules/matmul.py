@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
-from tvm.ir import TensorLoad
+from tvm.ir import Expr, TensorLoad
 from tvm.tirx.stmt import Stmt
 
 from schedules import dot, epilogue, tiling
 from schedules.access import Access, AxisGroup, Step, branches_on, group_axes
 from schedules.epilogue import Epilogue
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
+from schedules.intrin.bf16_dot import PAIR, bf16_dot
 from schedules.loops import Extent, ceiling, product
 from schedules.reducer import reducer_of
 from schedules.stages import Stage
@@ -34,7 +35,8 @@ ROWS_TO_TRANSPOSE = 48
 class MatmulAnalysis:
     """The axes of a contraction: `columns` in lanes, `rows` in registers, and the operand read along the columns.
 
-    `block` is how many columns of the operand lie together where it is packed, 0 where it is not.
+    `block` is how many columns of the operand lie together where it is packed, 0 where it is not, and `pairs` whether
+    two neighbours of K do, as bfloat16.
     """
 
     stage: Stage
@@ -46,6 +48,7 @@ class MatmulAnalysis:
     operand: TensorLoad
     transposed: bool
     block: int
+    pairs: bool = False
 
 
 class Matmul:
@@ -58,6 +61,8 @@ class Matmul:
         """Return the analysis of a reduction in which each operand lacks an axis that the other has."""
         analysis = self.analyse(kernel)
         if analysis is not None and analysis.block % vector_width(target, analysis.stage):
+            return None
+        if analysis is not None and analysis.pairs and bf16_dot(target) is None:
             return None
         return analysis
 
@@ -79,12 +84,14 @@ class Matmul:
         if rows is None and not any(not load.same_as(operand) and reduces(load, reduction) for load in stage.loads()):
             return None
         along = step(operand, columns)
-        block = Access(operand.source, tuple(operand.indices)).block(columns.inner)
+        pairs = is_pair_of(operand, reduction)
+        packed = operand.indices[:-1] if pairs else operand.indices
+        block = Access(operand.source, tuple(packed)).block(columns.inner)
         if along == Step.IRREGULAR and not block:
             return None
         outer = tuple(group for group in groups[:-1] if group is not rows)
         return MatmulAnalysis(
-            stage, follows, outer, rows, columns, tuple(reduction), operand, along == Step.STRIDED, block
+            stage, follows, outer, rows, columns, tuple(reduction), operand, along == Step.STRIDED, block, pairs
         )
 
     def space(self, target: Target, analysis: MatmulAnalysis) -> Space:
@@ -101,6 +108,9 @@ class Matmul:
         """Return the loop nest; two of them, and a choice at run time, where the number of rows is symbolic."""
         enough = parameters["panel_rows"]
         extent: Extent = analysis.rows.extent if analysis.rows is not None else 1
+        dot = bf16_dot(target) if analysis.pairs else None
+        if dot is not None:
+            return dot.imported(_many_rows(analysis, parameters, target))
         if analysis.block:
             return _many_rows(analysis, parameters, target)
         if isinstance(extent, int):
@@ -178,6 +188,7 @@ def tile_of(
     extent: Extent = analysis.rows.extent if analysis.rows is not None else 1
     if isinstance(extent, int):
         row_block = _even_block(extent, row_block, rows)
+    dot = bf16_dot(target) if analysis.pairs else None
     return tiling.Tile(
         stage=analysis.stage,
         epilogue=analysis.epilogue,
@@ -192,6 +203,9 @@ def tile_of(
         panel=panel,
         parallel=is_large(work_of(analysis.stage)),
         ahead=analysis.operand if panel is None else None,
+        pairs=None
+        if dot is None
+        else tiling.Pairs(dot, analysis.operand, other_operand(analysis.stage, analysis.operand)),
     )
 
 
@@ -242,6 +256,37 @@ def depends(load: TensorLoad, group: AxisGroup) -> bool:
 def reduces(load: TensorLoad, reduction: Sequence[AxisGroup]) -> bool:
     """Return whether `load` depends on a reduction axis."""
     return any(depends(load, group) for group in reduction)
+
+
+def other_operand(stage: Stage, operand: TensorLoad) -> TensorLoad:
+    """Return the read of a product of two reads that is not `operand`."""
+    return next(load for load in stage.loads() if not load.same_as(operand))
+
+
+def is_pair_of(operand: TensorLoad, reduction: Sequence[AxisGroup]) -> bool:
+    """Return whether `operand` is read at [..., k // 2, ..., k % 2] along the only axis k of a reduction."""
+    if len(reduction) != 1 or len(reduction[0].axes) != 1 or not operand.indices:
+        return False
+    return Access(operand.source, tuple(operand.indices)).block(reduction[0].inner) == PAIR
+
+
+def takes_pairs(analysis: MatmulAnalysis) -> bool:
+    """Return whether a product adds terms of two bfloat16, an even number, whose rows are contiguous along K."""
+    if len(analysis.reduction) != 1 or len(analysis.stage.loads()) != 2:
+        return False
+    along, reducer = analysis.reduction[0], reducer_of(analysis.stage)
+    other = other_operand(analysis.stage, analysis.operand)
+    if reducer is None or not isinstance(along.extent, int) or along.extent % PAIR or step(other, along) != Step.UNIT:
+        return False
+    term = reducer.term
+    factors = [term.a, term.b] if isinstance(term, tirx.Mul) else []
+    return len(factors) == 2 and all(_widens_bf16(factor) for factor in factors)
+
+
+def _widens_bf16(factor: Expr) -> bool:
+    """Return whether an expression is a read of bfloat16 as fp32."""
+    is_read = isinstance(factor, tirx.Cast) and isinstance(factor.value, TensorLoad)
+    return is_read and str(factor.ty.dtype) == "float32" and str(factor.value.source.dtype) == "bfloat16"
 
 
 def row_group(groups: Sequence[AxisGroup], stage: Stage, operand: TensorLoad) -> AxisGroup | None:

@@ -14,23 +14,41 @@ from schedules.loops import flatten, index
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """How a parameter of a function is packed: the positions of its dimensions in (reduction, columns) order."""
+    """How a parameter of a function is packed: the positions of its dimensions in (reduction, columns) order.
+
+    `group` neighbours of the reduction lie side by side, for instructions that consume them at once.
+    """
 
     parameter: int
     order: tuple[int, ...]
     columns: int
     block: int
+    group: int = 1
 
     def pack(self, values: np.ndarray) -> np.ndarray:
-        """Return `values` as [ceil(N / block)][K][block]."""
+        """Return `values` as [ceil(N / block)][K][block], or [ceil(N / block)][K / group][block][group]."""
         matrix = values.transpose(self.order).reshape(-1, self.columns)
         padded = np.pad(matrix, [(0, 0), (0, -self.columns % self.block)])
-        return np.ascontiguousarray(padded.reshape(len(matrix), -1, self.block).transpose(1, 0, 2))
+        grouped = padded.reshape(-1, self.group, padded.shape[1] // self.block, self.block).transpose(2, 0, 3, 1)
+        return np.ascontiguousarray(grouped).reshape(self.shape(len(matrix)))
+
+    def shape(self, depth: int) -> tuple[int, ...]:
+        """Return the shape of the packed form of a matrix of `depth` rows."""
+        grouped = (-(-self.columns // self.block), depth // self.group, self.block, self.group)
+        return grouped if self.group > 1 else grouped[:-1]
+
+    def place(self, row: Expr, column: Expr) -> list[Expr]:
+        """Return the indices of an element of the matrix in its packed form."""
+        block, group = index(self.block), index(self.group)
+        if self.group == 1:
+            return [tirx.floordiv(column, block), row, tirx.floormod(column, block)]
+        within = [tirx.floormod(column, block), tirx.floormod(row, group)]
+        return [tirx.floordiv(column, block), tirx.floordiv(row, group), *within]
 
     def buffer(self, weight: Var) -> Var:
         """Return the buffer of the packed form of a parameter of static shape."""
         depth = int(np.prod([int(extent) for extent in weight.shape])) // self.columns
-        return tirx.decl_buffer([-(-self.columns // self.block), depth, self.block], str(weight.dtype), weight.name)
+        return tirx.decl_buffer(self.shape(depth), str(weight.dtype), weight.name)
 
 
 def reading_packed(function: tirx.PrimFunc, weight: Var, packing: Packing) -> tirx.PrimFunc:
@@ -44,9 +62,7 @@ def reading_packed(function: tirx.PrimFunc, weight: Var, packing: Packing) -> ti
         if not load.source.same_as(weight):
             return load
         row = flatten([load.indices[d] for d in depth], [shape[d] for d in depth])
-        block = index(packing.block)
-        place = load.indices[column]
-        return tirx.BufferLoad(packed, [tirx.floordiv(place, block), row, tirx.floormod(place, block)])
+        return tirx.BufferLoad(packed, packing.place(row, load.indices[column]))
 
     def region(declared: ir.TensorRegion, mutate: tvm_ffi.StructuralMutator) -> Expr:
         if not declared.source.same_as(weight):

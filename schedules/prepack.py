@@ -1,9 +1,10 @@
 """Constant matmul operands laid out ahead of time as the register tile reads them.
 
 A weight of K x N becomes [ceil(N / block)][K][block] with the target's column block, so that a tile streams it from
-memory in order; columns past N are zeros that nothing reads. The functions that read it are rewritten to index the new
-layout; their schedule recognizes it by its indices. An embedding that is tied to a product is gathered from the
-product's weights. Values do not change.
+memory in order, or [ceil(N / block)][K / 2][block][2] where the target has dot products of pairs of bfloat16; columns
+past N are zeros that nothing reads. The functions that read it are rewritten to index the new layout; their schedule
+recognizes it by its indices. An embedding that is tied to a product is gathered from the product's weights. Values do
+not change.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from schedules import direct_convolution, row_parts, winograd_structure
 from schedules.access import AxisGroup, as_int
 from schedules.family import Kernel
 from schedules.inline import inline
+from schedules.intrin.bf16_dot import PAIR, bf16_dot
 from schedules.kernels import cut
-from schedules.matmul import Matmul, MatmulAnalysis
+from schedules.matmul import Matmul, MatmulAnalysis, takes_pairs
 from schedules.packing import Packing, reading_packed
 from schedules.report import is_scheduled
 from schedules.stages import contains, parse
@@ -91,7 +93,7 @@ class _Prepacker(PyExprMutator):
             self.variants[callee] = None
             function = self.module[callee]
             if isinstance(function, tirx.PrimFunc) and not is_scheduled(function):
-                packed = _pack_function(function, self.target.layouts.column_block, constant)
+                packed = _pack_function(function, self.target, constant)
                 if packed is not None:
                     name = f"{callee.name_hint}_packed"
                     self.variants[callee] = self.builder_.add_func(packed[0], name), packed[1]
@@ -100,7 +102,7 @@ class _Prepacker(PyExprMutator):
 
 
 def _pack_function(
-    function: tirx.PrimFunc, block: int, constant: Sequence[int]
+    function: tirx.PrimFunc, target: Target, constant: Sequence[int]
 ) -> tuple[tirx.PrimFunc, Packing] | None:
     """Return `function` with the weight of its only matmul read in packed layout."""
     analysis = _matmul_of(function)
@@ -112,7 +114,8 @@ def _pack_function(
     columns = analysis.columns.extent
     if parameter not in constant or order is None or not isinstance(columns, int) or len(analysis.columns.axes) != 1:
         return None
-    packing = Packing(parameter, order, columns, block)
+    group = PAIR if bf16_dot(target) is not None and takes_pairs(analysis) else 1
+    packing = Packing(parameter, order, columns, target.layouts.column_block, group)
     return reading_packed(function, read.source, packing), packing
 
 

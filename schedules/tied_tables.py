@@ -7,6 +7,7 @@ packed, and the matrix is stored once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,8 +33,9 @@ class PackedWeight:
     def is_transpose_of(self, table: ir.GenericConst) -> bool:
         """Return whether `table` holds the same numbers with rows and columns swapped."""
         rows, columns = (int(extent) for extent in table.ty.shape.values)
-        blocks, depth, _ = (int(extent) for extent in self.constant.ty.shape.values)
-        if (rows, columns) != (self.packing.columns, depth) or table.ty.dtype != self.original.ty.dtype or not blocks:
+        size = math.prod(int(extent) for extent in self.original.ty.shape.values)
+        depth = size // max(1, self.packing.columns)
+        if (rows, columns) != (self.packing.columns, depth) or table.ty.dtype != self.original.ty.dtype or not size:
             return False
         matrix = self.original.value.numpy().transpose(self.packing.order).reshape(depth, rows)
         return np.array_equal(matrix.T, table.value.numpy())

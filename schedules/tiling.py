@@ -16,6 +16,7 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, AxisGroup, Step
 from schedules.epilogue import Epilogue
+from schedules.intrin.bf16_dot import PAIR, Bf16Dot
 from schedules.loops import (
     Extent,
     cells,
@@ -27,6 +28,7 @@ from schedules.loops import (
     parallel,
     prefetch,
     product,
+    quotient,
     store,
     tile_choice,
     tiles,
@@ -49,11 +51,21 @@ Columns = Callable[[Expr, int], Stmt]
 
 
 @dataclass(frozen=True, eq=False)
+class Pairs:
+    """The operands of a product that an instruction takes two neighbours of the reduction at once of."""
+
+    dot: Bf16Dot
+    weights: TensorLoad
+    activations: TensorLoad
+
+
+@dataclass(frozen=True, eq=False)
 class Tile:
     """How a reduction is cut: `width` elements of `vector_group` by `rows` of `row_group`, `row_block` rows a task.
 
     `panel` is the read that is copied to [reduction][width] in the task before its rows are computed, if any; `ahead`
-    one whose next columns come into the second-level cache while these are computed.
+    one whose next columns come into the second-level cache while these are computed. With `pairs` the sums are of dot
+    products of two terms.
     """
 
     stage: Stage
@@ -69,6 +81,12 @@ class Tile:
     panel: TensorLoad | None
     parallel: bool
     ahead: TensorLoad | None = None
+    pairs: Pairs | None = None
+
+    @property
+    def terms(self) -> int:
+        """How many terms of the reduction one step adds."""
+        return 1 if self.pairs is None else PAIR
 
     @property
     def row_extent(self) -> Extent:
@@ -216,7 +234,9 @@ def _reading_panel(tile: Tile, read: TensorLoad, panel: Var, base: Expr) -> Stag
 def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, width: int, row: Expr, rows: int) -> Stmt:
     """Return `rows` x `width` elements: accumulators in registers, then the epilogue."""
     dtype = accumulator_dtype(tile.stage)
-    registers = local([rows * width], dtype, "accumulators")
+    # Instructions on pairs have no narrower form: lanes past the columns multiply what pads the weights.
+    pitch = width if tile.pairs is None else -(-width // tile.lanes) * tile.lanes
+    registers = local([rows * pitch], dtype, "accumulators")
 
     def at(r: Expr, v: Expr) -> dict[Var, Expr]:
         values = {**point, **tile.vector_group.point(base + v)}
@@ -226,16 +246,18 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
 
     def start(r: Expr, v: Expr) -> Stmt:
         assert tile.stage.initial is not None
-        return store(registers, substitute(tile.stage.initial, at(r, v)).astype(dtype), [r * width + v])
+        return store(registers, substitute(tile.stage.initial, at(r, v)).astype(dtype), [r * pitch + v])
 
     def step(positions: Sequence[Expr]) -> Stmt:
         inner: dict[Var, Expr] = {}
         for group, position in zip(tile.reduction, positions, strict=True):
-            inner.update(group.point(position))
+            inner.update(group.point(position * tile.terms))
+        if tile.pairs is not None:
+            return _dot_pairs(tile.pairs, registers, (rows, pitch), lambda r, v: {**at(r, v), **inner})
 
         def update(r: Expr, v: Expr) -> Stmt:
-            register = load(registers, [r * width + v])
-            return store(registers, accumulate(stage, register, {**at(r, v), **inner}), [r * width + v])
+            register = load(registers, [r * pitch + v])
+            return store(registers, accumulate(stage, register, {**at(r, v), **inner}), [r * pitch + v])
 
         return cells(rows, width, update)
 
@@ -243,14 +265,33 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
     reduce = _fetching_ahead(tile, following, row, step)
     return with_local(
         [registers],
-        [cells(rows, width, start), reduce, _write_back(tile, registers, (rows, width), at)],
+        [cells(rows, pitch, start), reduce, _write_back(tile, registers, (rows, width), pitch, at)],
     )
+
+
+def _dot_pairs(
+    pairs: Pairs,
+    registers: Var,
+    shape: tuple[int, int],
+    at: Callable[[Expr, Expr], Mapping[Var, Expr]],
+) -> Stmt:
+    """Return the step of a tile of `shape` rows by lanes that adds two terms of the reduction to each sum."""
+    rows, pitch = shape
+    lanes = pairs.dot.lanes
+
+    def update(r: Expr, v: int) -> Stmt:
+        place = [tirx.Ramp(r * pitch + v, index(1), lanes)]
+        point = at(r, index(v))
+        weights, activations = substitute(pairs.weights, point), substitute(pairs.activations, point)
+        return store(registers, pairs.dot.accumulate(load(registers, place), weights, activations), place)
+
+    return unrolled(rows, lambda r: sequence([update(r, v) for v in range(0, pitch, lanes)]))
 
 
 def _elements_of_a_line(tile: Tile) -> int:
     """Return how many elements of what is fetched ahead a line of the caches holds."""
     bits = 8 if tile.ahead is None else tile.ahead.source.dtype.bits
-    return max(1, CACHE_LINE * 8 // bits)
+    return max(1, CACHE_LINE * 8 // (bits * tile.terms))
 
 
 def _fetching_ahead(
@@ -262,7 +303,7 @@ def _fetching_ahead(
     unrolled: leaving a loop of a dozen steps is mispredicted every time. `following` are the axes' values at the first
     column of each line.
     """
-    extents = [group.extent for group in tile.reduction]
+    extents = [quotient(group.extent, tile.terms) for group in tile.reduction]
     every = tile.row_block // tile.rows
     if tile.ahead is None or len(extents) != 1 or not isinstance(extents[0], int) or every < FEWEST_TILES_TO_FETCH:
         return nest(extents, step)
@@ -270,7 +311,7 @@ def _fetching_ahead(
     first = tirx.floordiv(tirx.floormod(row, index(tile.row_block)), index(tile.rows)) * -(-depth // every)
 
     def chunk(done: Expr, count: int) -> Stmt:
-        point = tile.reduction[0].point(first + tirx.floordiv(done, index(every)))
+        point = tile.reduction[0].point((first + tirx.floordiv(done, index(every))) * tile.terms)
         lines = [prefetch(substitute(read, {**point, **columns}), cache=2) for columns in following]
         return sequence([*lines, unrolled(count, lambda k: step([done + k]))])
 
@@ -278,13 +319,16 @@ def _fetching_ahead(
 
 
 def _write_back(
-    tile: Tile, registers: Var, shape: tuple[int, int], at: Callable[[Expr, Expr], dict[Var, Expr]]
+    tile: Tile, registers: Var, shape: tuple[int, int], pitch: int, at: Callable[[Expr, Expr], dict[Var, Expr]]
 ) -> Stmt:
-    """Return the stores of a tile of `shape` rows by columns; `at` gives the axes' values at a cell."""
+    """Return the stores of a tile of `shape` rows by columns; `at` gives the axes' values at a cell.
+
+    A row's sums begin `pitch` elements after those of the row before.
+    """
     rows, width = shape
 
     def finish(source: Var, r: Expr, v: Expr) -> Stmt:
-        total = load(source, [r * width + v]).astype(tile.stage.output.dtype)
+        total = load(source, [r * pitch + v]).astype(tile.stage.output.dtype)
         return tile.epilogue.store(total, at(r, v))
 
     written = Access(tile.epilogue.stage.output, tile.epilogue.indices)
@@ -300,7 +344,7 @@ def _write_back(
     if written.step(tile.vector_group.inner) != Step.STRIDED or rows == 1:
         return cells(rows, width, lambda r, v: finish(registers, r, v))
     # The output is contiguous along the rows: the tile goes through memory and is written column by column.
-    spilled = local([rows * width], accumulator_dtype(tile.stage), "spilled")
-    spill = cells(rows, width, lambda r, v: store(spilled, load(registers, [r * width + v]), [r * width + v]))
+    spilled = local([rows * pitch], accumulator_dtype(tile.stage), "spilled")
+    spill = cells(rows, width, lambda r, v: store(spilled, load(registers, [r * pitch + v]), [r * pitch + v]))
     columns = loop(width, lambda v: vector(rows, lambda r: finish(spilled, r, v)))
     return with_local([spilled], [spill, columns])
