@@ -108,9 +108,6 @@ class Matmul:
         """Return the loop nest; two of them, and a choice at run time, where the number of rows is symbolic."""
         enough = parameters["panel_rows"]
         extent: Extent = analysis.rows.extent if analysis.rows is not None else 1
-        dot = bf16_dot(target) if analysis.pairs else None
-        if dot is not None:
-            return dot.imported(_many_rows(analysis, parameters, target))
         if analysis.block:
             return _many_rows(analysis, parameters, target)
         if isinstance(extent, int):

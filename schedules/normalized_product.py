@@ -210,4 +210,4 @@ def _in_blocks_of_rows(analysis: NormalizedProductAnalysis, parameters: Paramete
 
         return sequence([part(each) for each in analysis.parts])
 
-    return parallel(-(-rows // tile.row_block), task)
+    return tiling.with_instructions(tile, parallel(-(-rows // tile.row_block), task))

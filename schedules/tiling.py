@@ -95,6 +95,15 @@ class Tile:
 
 def emit(tile: Tile) -> Stmt:
     """Return the loop nest of `tile`."""
+    return with_instructions(tile, _nest(tile))
+
+
+def with_instructions(tile: Tile, statement: Stmt) -> Stmt:
+    """Return a statement that computes blocks of `tile`, with the functions that their code calls."""
+    return statement if tile.pairs is None else tile.pairs.dot.imported(statement)
+
+
+def _nest(tile: Tile) -> Stmt:
     columns = tile.vector_group.extent
     if isinstance(columns, int):
         count = -(-columns // tile.width)

@@ -73,3 +73,21 @@ def test_activation_stored_as_bf16_is_rounded_once() -> None:
     got = machine["main"](tvm.runtime.tensor(x)).numpy()
     want = np.tanh(x.astype(ml_dtypes.bfloat16).astype("float64") @ weights.astype("float64") + 1)
     np.testing.assert_allclose(got, want, rtol=2.0**-8, atol=1e-5)
+
+
+@pytest.mark.skipif(not HAS_DOT, reason="the machine has no bf16 dot product")
+def test_threads_that_own_rows_have_the_instruction() -> None:
+    rows = 128 * TARGET.cores
+    weights, x = weights_of(64, 64), normal(rows, 64, seed=1)
+    scale, shift = (relax.const(np.full(64, value, np.float32)) for value in (1, 0))
+
+    def normalized(v: relax.Var) -> relax.Expr:
+        return op.nn.layer_norm(layer(weights, v), scale, shift, axes=[-1], epsilon=1e-5)
+
+    lowered = lower(module_of(normalized, [(rows, 64)], ["float32"]), TARGET)
+    assert "normalized_product" in [kernel.family for kernel in lowered.kernels]
+    machine = relax.VirtualMachine(build(lowered.module, TARGET), tvm.cpu())
+    got = machine["main"](tvm.runtime.tensor(x)).numpy()
+    sums = x.astype(ml_dtypes.bfloat16).astype("float64") @ weights.astype("float64") + 1
+    want = (sums - sums.mean(-1, keepdims=True)) / np.sqrt(sums.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
