@@ -27,7 +27,7 @@ from passes.base import Pass
 from passes.convert_precision import ConvertPrecision
 from passes.pack_quantized_weights import PackQuantizedWeights
 from passes.quantize_weights import QuantizeWeights
-from passes.rewrite_kv_cache import FLOATS, RewriteKvCache
+from passes.rewrite_kv_cache import BITS, FLOATS, RewriteKvCache
 from targets.base import Target
 from targets.emulator import Emulator
 from targets.execution import how_executed
@@ -67,6 +67,7 @@ def plan_certification(source: ModelFile, plan: Plan, options: CompileOptions) -
             activations=_activations(record.item for record in plan.passes if record.outcome.rewritten),
             dequantized=reference.lazily_dequantized(plan.imported, [record.item for record in plan.passes]),
             unoptimized=reference.lazily_unoptimized(plan.imported),
+            cache_bits=_cache_bits(record.item for record in plan.passes),
         )
 
     return Certification(check, execution)
@@ -144,6 +145,7 @@ def certify_package(package: Path, manifest: Manifest, model: Path) -> Certifica
         precision=_precision(items),
         activations=_activations(items) if manifest.weight_scheme != "none" else None,
         dequantized=reference.lazily_dequantized(imported, items),
+        cache_bits=_cache_bits(items),
     )
 
 
@@ -156,6 +158,11 @@ def _precision(items: Iterable[Pass]) -> str | None:
         elif isinstance(item, RewriteKvCache) and item.dtype in FLOATS:
             dtypes.add(FLOATS[item.dtype])
     return next((dtype for dtype in ("bfloat16", "float16", "float32") if dtype in dtypes), None)
+
+
+def _cache_bits(items: Iterable[Pass]) -> int | None:
+    """Return how many bits the codes of caches have, or None where caches have none."""
+    return next((BITS[item.dtype] for item in items if isinstance(item, RewriteKvCache) and item.dtype in BITS), None)
 
 
 def _activations(items: Iterable[Pass]) -> str | None:

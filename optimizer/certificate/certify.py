@@ -8,15 +8,18 @@ from pathlib import Path
 
 import onnx
 
-from optimizer.certificate.comparison import Outputs, compare_runs, require_agreement
-from optimizer.certificate.graph_inputs import graph_inputs, settings
+from optimizer.certificate.comparison import Outputs, compare_runs, require_agreement, worst_of
+from optimizer.certificate.graph_inputs import graph_inputs, settings, symbols
 from optimizer.certificate.inputs import Array, make_inputs
 from optimizer.certificate.references import Reference, ReferenceFailedError, ReferenceKind, Runner, references
-from optimizer.certificate.tolerance import arithmetic
+from optimizer.certificate.tolerance import arithmetic, with_codes
 from optimizer.errors import CertificateError, InputMismatchError
 from optimizer.package.manifest import Certificate
 
 SEEDS = (0, 1)
+_PAST_IN_CODES = 101
+"""Tokens of a past that reaches into the codes of a quantized cache: the newest 32 to 63 are floats, and this is prime.
+"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ def certify(
     activations: str | None = None,
     dequantized: Runner | None = None,
     unoptimized: Runner | None = None,
+    cache_bits: int | None = None,
     seeds: Sequence[int] = SEEDS,
 ) -> Certificate:
     """Return the certificate of a compiled model, after one run per seed with other symbol values each.
@@ -48,16 +52,22 @@ def certify(
     `precision` the dtype that it computes in ("float16", "bfloat16"), if coarser than the model's. `activations` is
     "int8" where products round theirs to that. `dequantized` runs the model with the weights that the compile has
     rounded, and is the only reference then: the rounding itself is no error of the package. `unoptimized` runs the
-    imported module and is the last resort where no other reference can run the model.
+    imported module and is the last resort where no other reference can run the model. With caches of codes of
+    `cache_bits`, one more run has a past that reaches into them, if the reference accepts one so long: the values of
+    the symbols in the certificate show it.
     Raises CertificateError with output, error and tolerance when an output differs by more than its tolerance, and when
     no reference accepts the model.
     """
-    kind, version, expected = _reference_runs(model, path, shapes, (dequantized, unoptimized), seeds)
+    sources = (dequantized, unoptimized)
+    kind, version, expected = _reference_runs(model, path, shapes, sources, seeds, reaches_codes=cache_bits is not None)
     pairs = [(each.outputs, _run_package(run, each.inputs)) for each in expected]
-    comparisons = compare_runs(pairs, arithmetic(model, precision, activations))
+    exact = arithmetic(model, precision, activations)
+    comparisons = compare_runs(pairs[: len(seeds)], exact)
+    if cache_bits is not None:
+        comparisons = worst_of((*comparisons, *compare_runs(pairs[len(seeds) :], with_codes(exact, cache_bits))))
     require_agreement(comparisons, f"{kind} {version}")
     settings_used = tuple(each.values for each in expected)
-    return Certificate(kind, version, tuple(seeds), settings_used, comparisons)
+    return Certificate(kind, version, tuple(each.seed for each in expected), settings_used, comparisons)
 
 
 def _run_package(run: Runner, inputs: Mapping[str, Array]) -> Outputs:
@@ -73,6 +83,8 @@ def _reference_runs(
     shapes: Mapping[str, Sequence[int | str]] | None,
     own: tuple[Runner | None, Runner | None],
     seeds: Sequence[int],
+    *,
+    reaches_codes: bool,
 ) -> tuple[ReferenceKind, str, list[ReferenceRun]]:
     """Return kind and version of the first reference that accepts inputs for every seed, and what it gave for them.
 
@@ -85,6 +97,8 @@ def _reference_runs(
             reference = construct()
             kind = reference.kind
             runs = [_accepted(model, reference, shapes, run, seed) for run, seed in enumerate(seeds)]
+            if reaches_codes:
+                runs += _with_long_past(model, reference, shapes, max(seeds, default=-1) + 1)
             return reference.kind, reference.version, runs
         except ReferenceFailedError as error:
             reasons.append(f"{kind}: {(str(error).strip() or 'failed').splitlines()[0]:.300}")
@@ -93,19 +107,32 @@ def _reference_runs(
     )
 
 
+def _with_long_past(
+    model: onnx.ModelProto, reference: Reference, shapes: Mapping[str, Sequence[int | str]] | None, seed: int
+) -> list[ReferenceRun]:
+    """Return a run with a past that reaches into the codes of a cache; none where the reference refuses it."""
+    if "past" not in symbols(graph_inputs(model, shapes)).values():
+        return []
+    try:
+        return [_accepted(model, reference, shapes, 0, seed, _PAST_IN_CODES)]
+    except ReferenceFailedError:
+        return []
+
+
 def _accepted(
     model: onnx.ModelProto,
     reference: Reference,
     shapes: Mapping[str, Sequence[int | str]] | None,
     run: int,
     seed: int,
+    past: int | None = None,
 ) -> ReferenceRun:
     """Return the first run that the reference accepts, over the likely values of the symbols.
 
     Raises ReferenceFailedError with the first refusal when it accepts none.
     """
     refusal: ReferenceFailedError | None = None
-    for values in settings(graph_inputs(model, shapes), run):
+    for values in settings(graph_inputs(model, shapes), run, past):
         inputs = make_inputs(model, seed, values, shapes=shapes, padded=run > 0)
         try:
             return ReferenceRun(seed, values, inputs, reference.run(inputs))

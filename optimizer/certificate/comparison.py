@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +21,22 @@ def compare_runs(runs: Sequence[tuple[Outputs, Outputs]], arithmetic: Arithmetic
 
     Raises CertificateError when outputs are missing or have another dtype or shape.
     """
-    worst: dict[str, OutputComparison] = {}
+    found: list[OutputComparison] = []
     for expected, actual in runs:
         for name, reference in expected.items():
             if name not in actual:
                 raise CertificateError(f"the package has no output '{name}', which the reference has")
-            found = compare(name, reference, actual[name], arithmetic.tolerance(np.asarray(reference).dtype.name))
-            if name not in worst or _badness(found) > _badness(worst[name]):
-                worst[name] = found
+            tolerance = arithmetic.tolerance(np.asarray(reference).dtype.name)
+            found.append(compare(name, reference, actual[name], tolerance))
+    return worst_of(found)
+
+
+def worst_of(comparisons: Iterable[OutputComparison]) -> tuple[OutputComparison, ...]:
+    """Return the worst comparison of each output, which is one that fails if any does."""
+    worst: dict[str, OutputComparison] = {}
+    for each in comparisons:
+        if each.name not in worst or _badness(each) > _badness(worst[each.name]):
+            worst[each.name] = each
     return tuple(worst.values())
 
 

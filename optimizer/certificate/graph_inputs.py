@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 
@@ -87,16 +87,19 @@ def evaluate(dim: int | str, values: Mapping[str, int]) -> int:
     return values[dim] if dim in values else dimensions.evaluate(dim, values)
 
 
-def settings(inputs: Sequence[GraphInput], run: int) -> Iterator[dict[str, int]]:
+def settings(inputs: Sequence[GraphInput], run: int, past: int | None = None) -> Iterator[dict[str, int]]:
     """Yield values for all symbols, the likeliest first; the second and later runs begin with other values.
 
+    `past` is how many tokens lie behind those of the run, if that matters; masks cover them then.
     Meaning is taken from names, as exporters choose them: batch, sequence, past, total (past and sequence together),
     height and width. What has no such name gets a prime of its own.
     """
     atoms = symbols(inputs)
     seen: list[dict[str, int]] = []
     for sizes in _SECOND if run else _FIRST:
-        values = _assign(atoms, sizes)
+        if past is not None and not sizes.total:
+            continue
+        values = _assign(atoms, sizes if past is None else replace(sizes, past=past))
         if values not in seen:
             seen.append(values)
             yield values

@@ -8,14 +8,15 @@ polynomial approximations of exp, tanh and erf and for modest amplification, but
 of the significant digits must agree.
 Integers and booleans must be equal. Only a model that quantizes, and so rounds numbers that may lie on a tie, may be
 one step off in its 8-bit outputs, and has the unit roundoff of an 8-bit grid in its floating-point outputs. So has a
-model compiled to products of int8 activations with quantized weights.
+model compiled to products of int8 activations with quantized weights. Where a run reads keys and values from codes of b
+bits, its outputs have the unit roundoff of a b-bit grid.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 
@@ -54,6 +55,11 @@ class Arithmetic:
         summing = min(_SUMMING_ROUNDOFF, roundoff)
         growth = math.sqrt(self.depth) * (roundoff + math.sqrt(self.terms) * summing)
         return min(_ALLOWANCE * growth, math.sqrt(roundoff))
+
+
+def with_codes(arithmetic: Arithmetic, bits: int) -> Arithmetic:
+    """Return the arithmetic of a run that reads some numbers from codes of `bits`."""
+    return replace(arithmetic, unit_roundoff=max(arithmetic.unit_roundoff, 2.0**-bits))
 
 
 def arithmetic(model: onnx.ModelProto, precision: str | None = None, activations: str | None = None) -> Arithmetic:

@@ -182,3 +182,41 @@ def test_only_quantizing_models_may_be_one_step_off() -> None:
 def test_arithmetic_is_read_from_the_graph() -> None:
     assert arithmetic(linear()) == Arithmetic(depth=2, terms=16, unit_roundoff=2.0**-24, quantizes=False)
     assert arithmetic(linear(), "bfloat16").unit_roundoff == 2.0**-8
+
+
+_CACHE = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (float[batch, 2, past, 4] old, float[batch, 2, new, 4] added) => (float[batch, 2, total, 4] present)
+    { present = Concat <axis = 2> (old, added) }
+"""
+
+
+def _stored_in_codes(error: float) -> Runner:
+    """Return a package that gives back tokens before the newest 64 with an error, of the largest number."""
+
+    def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        present = np.concatenate([inputs["old"], inputs["added"]], 2)
+        present[:, :, :-64] += np.float32(error * np.abs(present).max())
+        return {"present": present}
+
+    return run
+
+
+def test_one_run_has_a_past_that_reaches_into_the_codes_of_a_cache() -> None:
+    subject = parse_model(_CACHE)
+    certificate = certify(subject, _stored_in_codes(1 / 510), cache_bits=8)
+    assert certificate.seeds == (0, 1, 2)
+    assert [values["past"] for values in certificate.settings] == [3, 0, 101]
+    (present,) = certificate.outputs
+    assert 1 / 520 < present.max_relative_error < present.tolerance == 2.0**-4
+    with pytest.raises(CertificateError, match="'present' differs"):
+        certify(subject, _stored_in_codes(1 / 10), cache_bits=8)
+
+
+def test_runs_that_do_not_reach_into_codes_keep_their_tolerance() -> None:
+    with pytest.raises(CertificateError, match="'present' differs"):
+        certify(parse_model(_CACHE), lambda inputs: {"present": right_cache(inputs) * np.float32(1.001)}, cache_bits=8)
+
+
+def right_cache(inputs: Mapping[str, Array]) -> Array:
+    return np.concatenate([inputs["old"], inputs["added"]], 2)
