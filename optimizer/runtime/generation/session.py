@@ -95,6 +95,10 @@ class DecoderSession:
         self._cache.rewind(length)
         del self.tokens[length:]
 
+    def reset(self) -> None:
+        """Forget all tokens, and keep the memory for others."""
+        self.rewind(0)
+
     def fork(self) -> DecoderSession:
         """Return a session with the same tokens that goes its own way from here."""
         other = object.__new__(DecoderSession)

@@ -141,3 +141,13 @@ def test_rows_left_out_are_not_returned_and_change_no_other(decoder: CompiledMod
     assert entry.signature.shortened == ("logits",)
     assert last.shape == (1, 3, whole.shape[2])
     np.testing.assert_allclose(last, whole[:, 8:], atol=_TOLERANCE)
+
+
+def test_a_session_that_is_reset_begins_anew_in_the_same_memory(decoder: CompiledModel) -> None:
+    session = DecoderSession(decoder, capacity=32)
+    first = session.append(_TOKENS)
+    address = [buffers.tensors[0].data_ptr() for buffers in session._cache.buffers.values()]
+    session.reset()
+    assert session.tokens == []
+    np.testing.assert_array_equal(session.append(_TOKENS), first)
+    assert [buffers.tensors[0].data_ptr() for buffers in session._cache.buffers.values()] == address
