@@ -16,6 +16,11 @@ GroupQueryAttention. Axes are those of `ROW`."""
 WINDOW = "window"
 """The attribute of such a function, and of one (cache, first) that reads elements of its result from each row's `first`
 token on, where no query sees further back than this number of tokens, itself included."""
+SCATTERS = "scatters_tokens"
+"""The attribute of a function (cache, new, starts) whose result is the cache with the new tokens in each row from
+`starts[row]` on, along the axis that the attribute says; the importer marks those that it makes of TensorScatter."""
+CIRCULAR = "circular"
+"""The attribute of such a function that says whether tokens beyond the end are written at the beginning."""
 ROW, TOKENS = 0, 2
 
 
@@ -82,6 +87,33 @@ def append_by_row_function(
     return whole_function([target, source, starts, total], body)
 
 
+def scatter_function(
+    buffer: relax.TensorType, new: relax.TensorType, starts: str, axis: int, *, is_circular: bool
+) -> tirx.PrimFunc:
+    """Return the function (buffer, new, starts, total) that stores `new` in each row from its start on along `axis`.
+
+    `starts` is the dtype of the starts. What lies outside the first `total` tokens is not stored, or stored at the
+    beginning again if `is_circular`. The new elements are rounded to the type of the buffer.
+    """
+    target, source = parameters([buffer, new], ("buffer", "new"))
+    firsts = tirx.decl_buffer([target.shape[ROW]], starts, "starts")
+    total = tirx.Var("total", "int64")
+
+    def cell(point: list[tvm.ir.Expr]) -> tirx.Stmt:
+        place = tirx.Cast("int64", load(firsts, [point[ROW]])) + point[axis]
+        slot = tirx.floormod(place, total) if is_circular else place
+        value = load(source, point).astype(str(target.dtype))
+        stored = store(target, value, [*point[:axis], slot, *point[axis + 1 :]])
+        return stored if is_circular else tirx.IfThenElse(tirx.And(place >= index(0), place < total), stored, None)
+
+    def nest(point: list[tvm.ir.Expr]) -> tirx.Stmt:
+        if len(point) == len(source.shape):
+            return cell(point)
+        return loop(source.shape[len(point)], lambda value: nest([*point, value]))
+
+    return whole_function([target, source, firsts, total], nest([]))
+
+
 def read_ring(ring: te.Tensor, first: te.Tensor, seen: tvm.ir.Expr) -> te.Tensor:
     """Return each row's tokens from its `first` one on, `seen` of them, of a ring of tokens."""
 
@@ -119,10 +151,13 @@ def whole_function(parameters: Sequence[tirx.Var], body: tirx.Stmt) -> tirx.Prim
 
 __all__ = [
     "APPENDS_BY_ROW",
+    "CIRCULAR",
+    "SCATTERS",
     "WINDOW",
     "append_by_row_function",
     "append_function",
     "parameters",
     "read_ring",
+    "scatter_function",
     "whole_function",
 ]

@@ -10,7 +10,7 @@ import tvm_ffi
 from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from passes.cache_append import TOKENS, append_by_row_function, append_function, read_ring
+from passes.cache_append import TOKENS, append_by_row_function, append_function, read_ring, scatter_function
 from passes.cache_pages import append_to_pages, read_pages
 from passes.caches import ATTRIBUTE, LENGTHS, Append
 from schedules.cache_pages import READS_IN_PLACE, SCALE_DTYPE, CachePages
@@ -126,6 +126,11 @@ class CacheRewriter(PyExprMutator):
         if append.counts is None:
             function = append_function(buffer.ty, new.ty, append.cache.axis)
             arguments = [buffer, new, relax.prim_value(append.length)]
+        elif append.is_scattered_to:
+            starts = self.visit_expr(append.counts)
+            dtype, circular = str(starts.ty.dtype.dtype), append.is_circular
+            function = scatter_function(buffer.ty, new.ty, dtype, append.cache.axis, is_circular=circular)
+            arguments = [buffer, new, starts, relax.prim_value(append.total)]
         else:
             counts = self.visit_expr(append.counts)
             is_ring = append.cache.window > 0

@@ -47,7 +47,9 @@ class Cache:
 class Append:
     """What a cache of `length` tokens is extended by, and what the result of `total` tokens is bound to.
 
-    `past` is the parameter, from which the extended tensor may be cast.
+    `past` is the parameter, from which the extended tensor may be cast. With `counts`, new tokens lie in each row
+    behind as many. A cache that `is_scattered_to` has room for all tokens from the start, of which `length` and `total`
+    are the number, and is written to anywhere; `is_circular` says that what lies beyond the end is at the beginning.
     """
 
     cache: Cache
@@ -57,6 +59,8 @@ class Append:
     counts: relax.Expr | None
     present: relax.Var
     total: tvm.ir.Expr
+    is_scattered_to: bool = False
+    is_circular: bool = False
 
 
 def caches_of(function: relax.Function) -> tuple[Cache, ...]:

@@ -9,6 +9,8 @@ and no longer returns `present`: who owns the buffer has it. The number of token
 chosen when the package runs.
 
 GroupQueryAttention puts the new tokens of each row behind its own number of tokens, and zeros behind those.
+TensorScatter writes them anywhere in a cache that has room for all tokens from the start: there the number of tokens in
+the buffer is that room, before and after.
 
 What was read of `past` and `present` reads the same numbers: `past` may have no reader but the concatenation, nothing
 writes to the buffer after it, and readers of `present` read its view of the buffer. Where the buffer holds a narrower
@@ -26,7 +28,7 @@ import tvm.ir
 from tvm import relax, tirx
 
 from passes.base import Dataflow, Pass, PassOutcome, Refusal, Site, require
-from passes.cache_append import APPENDS_BY_ROW, TOKENS, WINDOW
+from passes.cache_append import APPENDS_BY_ROW, CIRCULAR, SCATTERS, TOKENS, WINDOW
 from passes.cache_readers import summed_axes
 from passes.cache_rewriter import CacheRewriter
 from passes.caches import Append, Cache, caches_of
@@ -45,12 +47,17 @@ TYPES = (MODEL, *FLOATS, *BITS)
 
 @dataclass(frozen=True, eq=False)
 class _Extension:
-    """A tensor with others put behind it along an axis: in each row behind `counts[row]` tokens, if those are given."""
+    """A tensor with others put behind it along an axis: in each row behind `counts[row]` tokens, if those are given.
+
+    Or, if it `is_scattered_to`, one of the same size with another written into it, in each row from `counts[row]` on.
+    """
 
     past: relax.Var
     added: tuple[relax.Expr, ...]
     axis: int
     counts: relax.Expr | None = None
+    is_scattered_to: bool = False
+    is_circular: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,9 @@ class RewriteKvCache(Pass):
     """Append the keys and values of new tokens to buffers in place, instead of copying the cache.
 
     Fires where an input with a symbolic number of tokens is concatenated with something behind it, or extended as
-    GroupQueryAttention does, nobody else reads it, and the function returns the result. The function then takes buffers
-    in place of these inputs and one more argument, the number of tokens in them, and does not return these outputs.
+    GroupQueryAttention or TensorScatter does, nobody else reads it, and the function returns the result. The function
+    then takes buffers in place of these inputs and one more argument, the number of tokens in them, and does not return
+    these outputs.
     What is concatenated may be a cast of the input, and the output a cast of the result. `dtype` is what the buffers
     hold: fp32, fp16, bf16, or the type of the model's input; or int8 or int4 with scales, keys by channel and values by
     token, and the newest tokens as they are. `can_fail` says that code can stop with an error, as on a CPU.
@@ -96,6 +104,7 @@ def _appends(module: tvm.IRModule, function: relax.Function, bits: int | None) -
     outputs = _outputs(function, dataflow)
     dimensions = defined_dimensions(function)
     parameters = {parameter: index for index, parameter in enumerate(function.params)}
+    rooms: dict[int, tirx.Var] = {}
     found: list[Append] = []
     sites: list[Site] = []
     for block in function.body.blocks:
@@ -106,6 +115,9 @@ def _appends(module: tvm.IRModule, function: relax.Function, bits: int | None) -
             nodes = dataflow.nodes(binding.value)
             try:
                 append = _checked(binding, extension, parameters, dataflow, outputs)
+                if isinstance(append.total, tirx.IntImm):
+                    room = int(append.total.value)
+                    append = replace(append, length=rooms.setdefault(room, tirx.Var("room", "int64")))
             except Refusal as refusal:
                 sites.append(Site(binding.var.name, str(refusal), nodes))
                 continue
@@ -135,11 +147,16 @@ def _extension(module: tvm.IRModule, binding: relax.Binding, dataflow: Dataflow)
         past, *added = call.args[0].fields
         past, axis = _cast_from(past, dataflow), int(call.attrs.axis) % call.ty.ndim
         return _Extension(past, tuple(added), axis) if isinstance(past, relax.Var) else None
-    if name == "relax.call_tir" and APPENDS_BY_ROW in (module[call.args[0]].attrs or {}):
-        past, added, counts = call.args[1].fields
-        past = _cast_from(past, dataflow)
-        return _Extension(past, (added,), TOKENS, counts) if isinstance(past, relax.Var) else None
-    return None
+    attributes = module[call.args[0]].attrs or {} if name == "relax.call_tir" else {}
+    if not (APPENDS_BY_ROW in attributes or SCATTERS in attributes):
+        return None
+    past, added, counts = call.args[1].fields
+    past = _cast_from(past, dataflow)
+    if not isinstance(past, relax.Var):
+        return None
+    if APPENDS_BY_ROW in attributes:
+        return _Extension(past, (added,), TOKENS, counts)
+    return _Extension(past, (added,), int(attributes[SCATTERS]), counts, True, bool(attributes[CIRCULAR]))
 
 
 def _cast_from(expr: relax.Expr, dataflow: Dataflow) -> relax.Expr:
@@ -163,9 +180,10 @@ def _checked(
     assert shape is not None
     assert result is not None
     length = shape[axis]
-    require(isinstance(length, tirx.Var), "the number of tokens in the past is not a symbol")
+    is_number = extension.is_scattered_to and isinstance(length, tirx.IntImm)
+    require(is_number or isinstance(length, tirx.Var), "the number of tokens in the past is not a symbol")
     others = [extent for place, extent in enumerate(shape) if place != axis]
-    require(not any(length.same_as(extent) for extent in others), "the tokens are on two axes")
+    require(is_number or not any(length.same_as(extent) for extent in others), "the tokens are on two axes")
     require(dataflow.read_once(past), "the past has another reader, which would see the new tokens")
     returned = (_uncast(output, dataflow) for output in outputs)
     places = [place for place, output in enumerate(returned) if output.same_as(binding.value)]
@@ -174,7 +192,17 @@ def _checked(
     declared = str(past.ty.dtype.dtype)
     require(str(outputs[places[0]].ty.dtype.dtype) == declared, f"the input is {declared} and the output is not")
     cache = Cache(parameters[past], places[0], axis)
-    return Append(cache, past, length, new, extension.counts, binding.var, result[axis])
+    return Append(
+        cache,
+        past,
+        length,
+        new,
+        extension.counts,
+        binding.var,
+        result[axis],
+        extension.is_scattered_to,
+        extension.is_circular,
+    )
 
 
 def _stored(
@@ -213,6 +241,7 @@ def _window(append: Append, module: tvm.IRModule, function: relax.Function, data
 def _quantized(append: Append, bits: int, function: relax.Function, dataflow: Dataflow) -> Cache:
     """Return an append's cache with the layout that fits what reads it; refuses one that is neither keys nor values."""
     ndim, axis = append.past.ty.ndim, append.cache.axis
+    require(not append.is_scattered_to, "tokens are written anywhere in it, so none are known to be the newest")
     require(ndim == 4 and axis == TOKENS, "only [batch, heads, tokens, channels] can be quantized")
     summed = summed_axes(function, dataflow, append.present)
     require(summed in ({axis}, {ndim - 1}), "it is read neither as keys nor as values alone")

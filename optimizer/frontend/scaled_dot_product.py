@@ -53,7 +53,7 @@ def attend(
 
     `scale` is 1/sqrt(D) by default. `soft_cap` c > 0 maps scores to c * tanh(scores / c). Every `bias` broadcasts to
     the scores and is added to them after the cap. `sink` [H] adds exp(sink) to each softmax denominator.
-    `zero_masked_rows` gives probability 0 to a row whose whole bias is -inf, in place of NaN.
+    `zero_masked_rows` gives probability 0, in place of NaN, to a row whose whole bias is -inf.
     """
     dtype = accumulation_dtype(query.dtype)
     scale = 1.0 / math.sqrt(_static(node, query.shape[3], "head size")) if scale is None else scale
@@ -69,7 +69,7 @@ def attend(
         biased = node.emit(relax.op.add(*node.broadcast_operands(capped, total_bias)))
     probabilities = _softmax(node, biased, sink, softmax_dtype or dtype)
     if zero_masked_rows and total_bias is not None:
-        probabilities = _with_masked_rows_zeroed(node, probabilities, total_bias)
+        probabilities = _with_masked_rows_zeroed(node, probabilities)
     weights = converted(node, probabilities, value.dtype)
     output = converted(node, _grouped_matmul(node, weights, value, accumulation_dtype(value.dtype)), value.dtype)
     return Attention(scaled, capped, biased, probabilities, output)
@@ -213,13 +213,11 @@ def _softmax(node: Node, scores: TensorValue, sink: Value | None, dtype: str) ->
     return node.emit(relax.op.strided_slice(normalized.expr, [3], [0], [columns], [1]))
 
 
-def _with_masked_rows_zeroed(node: Node, probabilities: TensorValue, bias: Value) -> TensorValue:
-    # TVM's max starts from the lowest finite number, which would hide the difference between that number and -inf.
-    open_keys = relax.op.not_equal(bias.expr, relax.const(_NEGATIVE_INFINITY, bias.dtype))
-    any_open = node.emit(relax.op.max(relax.op.astype(open_keys, "int32"), axis=-1, keepdims=True))
-    has_key = node.emit(relax.op.greater(any_open.expr, relax.const(0, "int32")))
+def _with_masked_rows_zeroed(node: Node, probabilities: TensorValue) -> TensorValue:
+    # Softmax is 0 / 0 where every score is -inf; written as exporters write it, the form that attention is known by.
+    empty = node.emit(relax.op.isnan(probabilities.expr))
     zero = relax.const(0.0, probabilities.dtype)
-    return node.emit(relax.op.where(has_key.expr, probabilities.expr, zero))
+    return node.emit(relax.op.where(empty.expr, zero, probabilities.expr))
 
 
 def _static(node: Node, dimension: Dimension, what: str) -> int:

@@ -115,7 +115,9 @@ class CacheRecord:
 
     The code takes a buffer in place of the input `past`, and does not return the output `present`. `dtype` and `shape`
     are the buffer's; tokens lie along `axis`, whose size is the symbol of the capacity. `length` is the symbol of the
-    tokens that are in it before a call, `total` those after it, an expression of the entry point's symbols. Of a
+    tokens that are in it before a call, `total` those after it, an expression of the entry point's symbols. Where both
+    are the same, a symbol or a number, the cache `is_whole`: it has room for all tokens from the start, and other
+    inputs say where the code writes and how far it reads. Of a
     sliding `window`, the buffer is a ring, where token t lies at t modulo the capacity: at least `window` and the
     tokens of a call, less one. Where there are `pages`, the code takes three tensors that make up such a buffer: codes
     in place of the input, scales and recent tokens of `dtype` after all inputs (`schedules/cache_pages.py`).
@@ -130,6 +132,11 @@ class CacheRecord:
     total: str
     pages: CachePages | None = None
     window: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Return whether the cache has as many tokens after a call as before."""
+        return self.length == self.total
 
     @property
     def capacity(self) -> str:
@@ -400,7 +407,8 @@ def _check_cache(cache: CacheRecord, entry: EntryPoint, symbols: set[str]) -> No
         raise _malformed(f"the cache of {cache.past!r:.80} and {cache.present!r:.80} is no input and output")
     if len(past.shape) != len(cache.shape) or not 0 <= cache.axis < len(cache.shape):
         raise _malformed(f"the cache of {cache.past!r:.80} has another rank than the input, or no such axis")
-    if cache.capacity in symbols or not _IDENTIFIER.fullmatch(cache.capacity) or cache.length not in symbols:
+    is_known = cache.length in symbols or (cache.is_whole and cache.length.isdecimal())
+    if cache.capacity in symbols or not _IDENTIFIER.fullmatch(cache.capacity) or not is_known:
         raise _malformed(f"the length or the capacity of the cache of {cache.past!r:.80} is no symbol of its own")
     _check_spec(TensorSpec(cache.past, cache.dtype, (*cache.shape, cache.total)), symbols | {cache.capacity})
     pages = cache.pages

@@ -72,6 +72,11 @@ class CacheBuffers:
         for place, count in enumerate(self._counts(held)):
             self._write(place, other._first(place, count))
 
+    def clear(self) -> None:
+        """Fill a buffer of floats with zeros."""
+        held = Held(self.tensors[0].shape[self.record.axis], 0)
+        self._write(0, np.zeros_like(self.read(held)))
+
     def note(self, tokens: int) -> None:
         """Take note that a step has brought the cache to some number of tokens."""
         if self.record.window:

@@ -35,7 +35,9 @@ class KeyValueCache:
 
     Memory for all of `capacity` is reserved at once, and taken by the operating system as tokens arrive. Without a
     `capacity` the buffers grow. `sizes` are the other symbolic dimensions of the buffers, 1 where they are not given.
-    The first `quantized` tokens are codes, in the caches that have those.
+    The first `quantized` tokens are codes, in the caches that have those. Caches that are whole hold `capacity` tokens
+    from the start, all zeros, and other inputs say which of them are meant. Raises OptionError for such caches without
+    a capacity, or with another one than the model says, or beside caches that grow.
     """
 
     def __init__(
@@ -45,8 +47,11 @@ class KeyValueCache:
         self._device = device
         self._sizes = dict(sizes or {})
         self._pages: CachePages | None = pages_of(entry)
+        self._is_whole: bool = any(record.is_whole for record in entry.caches)
+        if self._is_whole:
+            capacity = _whole_capacity(entry, capacity)
         self.capacity: int | None = capacity
-        self.length: int = 0
+        self.length: int = capacity if self._is_whole and capacity is not None else 0
         self.quantized: int = 0
         self._room = Room(SMALLEST_CAPACITY if capacity is None else capacity, SMALLEST_RECENT, SMALLEST_STEP)
         self.buffers: dict[str, CacheBuffers] = self._allocated(self._room)
@@ -83,10 +88,12 @@ class KeyValueCache:
             buffers.note(total)
 
     def rewind(self, length: int) -> None:
-        """Keep the first `length` tokens, which may not be more than there are.
+        """Keep the first `length` tokens, which may not be more than there are; a whole cache stays as it is.
 
         Raises OptionError where a ring does not hold the window of tokens before that any more.
         """
+        if self._is_whole:
+            return
         least = max((buffers.least_length() for buffers in self.buffers.values()), default=0)
         if 0 < length < least:
             raise OptionError(
@@ -111,12 +118,30 @@ class KeyValueCache:
         return other
 
     def _allocated(self, room: Room) -> dict[str, CacheBuffers]:
-        return {record.past: CacheBuffers(record, self._sizes, room, self._device) for record in self._entry.caches}
+        made = {record.past: CacheBuffers(record, self._sizes, room, self._device) for record in self._entry.caches}
+        if self._is_whole:
+            for buffers in made.values():
+                buffers.clear()
+        return made
 
     def _move_to(self, buffers: dict[str, CacheBuffers]) -> None:
         for name, each in buffers.items():
             each.copy_from(self.buffers[name], Held(self.length, self.quantized))
         self.buffers = buffers
+
+
+def _whole_capacity(entry: EntryPoint, capacity: int | None) -> int:
+    """Return the capacity of caches that are whole."""
+    sizes = {record.length for record in entry.caches}
+    if len(sizes) > 1 or not all(record.is_whole for record in entry.caches):
+        raise OptionError("the package has caches of several kinds or sizes; call it with the past as inputs")
+    (size,) = sizes
+    fixed = int(size) if size.isdecimal() else capacity
+    if fixed is None:
+        raise OptionError("the package's cache does not grow; give its capacity")
+    if capacity not in (None, fixed):
+        raise OptionError(f"the package's cache holds {fixed} tokens and cannot have a capacity of {capacity}")
+    return fixed
 
 
 def require_room(capacity: int | None, length: int, more: int) -> None:
@@ -155,9 +180,8 @@ def arguments(
     symbols = dict.fromkeys(record.length for record in entry.caches)
     paged = dict.fromkeys(record.length for record in entry.caches if record.pages is not None)
     counts = [number for symbol in paged for number in (steps[symbol].before, steps[symbol].quantized)]
-    result.append(
-        tvm_ffi.Shape((*(lengths[symbol] for symbol in symbols), *counts, *((skipped,) if entry.shortened else ())))
-    )
+    numbers = [dimensions.evaluate(symbol, lengths) for symbol in symbols]
+    result.append(tvm_ffi.Shape((*numbers, *counts, *((skipped,) if entry.shortened else ()))))
     return result
 
 
@@ -195,7 +219,7 @@ def buffers_of_past(
     result: dict[str, CacheBuffers] = {}
     specs = {spec.name: spec for spec in entry.inputs}
     for record in entry.caches:
-        length, total = values[record.length], dimensions.evaluate(record.total, values)
+        length, total = (dimensions.evaluate(size, values) for size in (record.length, record.total))
         held = Held(length, steps[record.length].before if record.pages is not None else 0)
         buffers = CacheBuffers(record, values, Room(total, max(total, length) - held.quantized, total), device)
         buffers.store(tensors.host_view(past[record.past], specs[record.past].dtype), held)

@@ -13,6 +13,7 @@ from optimizer.frontend.converters.kernel_loops import copy, kernel, loops
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
 from optimizer.frontend.value import TensorValue
+from passes.cache_append import CIRCULAR, SCATTERS
 
 _COMBINE: dict[str, Callable[[tvm.ir.Expr, tvm.ir.Expr], tvm.ir.Expr]] = {
     "none": lambda old, new: new,
@@ -105,5 +106,7 @@ def tensor_scatter(node: Node) -> Result:
 
         return te.compute(cache.shape, element, name="tensor_scatter")
 
-    starts = [node.expr(2)] if node.has_input(2) else []
-    return node.compute(scattered, node.expr(0), node.expr(1), *starts)
+    if not node.has_input(2):
+        return node.compute(scattered, node.expr(0), node.expr(1))
+    marks = {SCATTERS: axis, CIRCULAR: mode == "circular"}
+    return node.compute(scattered, *(node.expr(index) for index in range(3)), primfunc_attrs=marks)
