@@ -26,6 +26,7 @@ from passes import pipeline
 from passes.base import Pass
 from passes.convert_precision import ConvertPrecision
 from passes.pack_quantized_weights import PackQuantizedWeights
+from passes.quantization.fitted import FITTED_METHODS
 from passes.quantize_weights import QuantizeWeights
 from passes.rewrite_kv_cache import BITS, FLOATS, RewriteKvCache
 from targets.base import Target
@@ -121,8 +122,15 @@ def run_emulated(package: Path, target: Target, inputs: Arrays) -> dict[str, NDA
 def certify_package(package: Path, manifest: Manifest, model: Path) -> Certificate:
     """Compare an existing package with the model that it was compiled from, on this machine.
 
-    Raises PackageError if the model is another one, IncompatibleMachineError if nothing here can execute the package.
+    Raises PackageError if the model is another one or the weights were fitted to observed inputs,
+    IncompatibleMachineError if nothing here can execute the package.
     """
+    items = [pipeline.instance(record.name, record.options) for record in manifest.passes]
+    if any(isinstance(item, QuantizeWeights) and item.method in FITTED_METHODS for item in items):
+        raise PackageError(
+            f"the weights of {package} were fitted to what the compile observed, and the model alone cannot tell them "
+            "again: its numbers were certified when it was written; verify it without --model, or compile again"
+        )
     source = read_model(model)
     if source.digest != manifest.model.sha256:
         raise PackageError(
@@ -135,7 +143,6 @@ def certify_package(package: Path, manifest: Manifest, model: Path) -> Certifica
     if execution == "no":
         raise IncompatibleMachineError(f"this machine cannot execute {target.name}; verify on one that can")
     shapes = {spec.name: list(spec.shape) for spec in manifest.entry_points[0].inputs}
-    items = [pipeline.instance(record.name, record.options) for record in manifest.passes]
     imported = import_model(source.model, shapes=shapes, base_directory=source.directory)
     return certify(
         source.model,

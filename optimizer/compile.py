@@ -23,6 +23,8 @@ from optimizer.lowering import LoweredModule, build, lower
 from optimizer.package import Manifest, Weight, require_replaceable, write_package
 from optimizer.packaging import companions, describe
 from optimizer.progress import Silent, Timeline, Watcher
+from optimizer.quantization.preparation import Calibration, prepared
+from optimizer.quantization.quality import Gate, QualityReport
 from optimizer.runtime.machine import count_physical_cores_by_default
 from optimizer.signature import entry_point
 from optimizer.symbolic_arguments import passed_in_order_of_use
@@ -30,7 +32,9 @@ from optimizer.tuning.log import SHIPPED, Decisions, decisions_for
 from optimizer.weights import LiftedModule, lift_weights
 from passes import pipeline
 from passes.base import Pass
+from passes.quantization.fitted import Exceptions
 from passes.quantization.scheme import SchemeError
+from passes.quantize_weights import QuantizeWeights
 from targets.base import Target
 from targets.linking import export_library
 
@@ -45,9 +49,13 @@ class CompileOptions:
     `precision` "fp16" or "bf16" is for the operands of products and convolutions, whose sums stay fp32; with "fp32" all
     16-bit floats become fp32. Inputs and outputs keep the model's types.
     `dump_ir` is a folder that the module is written to after each pass and each step of lowering.
-    `weights` ("int8", "int4") quantizes constant weights in groups of `weight_group` by `weight_method`; products with
-    quantized weights compute in `activations` ("int8", "float", or "auto": as the target does best). `tuning_log` is
-    the folder of the logs that decide schedules, None for the target's defaults alone.
+    `weights` ("int8", "int4") quantizes constant weights in groups of `weight_group` by `weight_method`, with zero
+    points if `weight_zero_points` (None: if the method wants them) and scales of type `weight_scales`, except those of
+    nodes that a PATTERN=PRECISION of `weights_of` matches. Methods that fit weights, and the limits `max_kl` and
+    `max_flips` on what rounding may change, run the model on the files of `calibration`, or on text that it makes up;
+    matrices get 8 bits, the most sensitive first, until the limits hold. Products with quantized weights compute in
+    `activations` ("int8", "float", or "auto": as the target does best). `tuning_log` is the folder of the logs that
+    decide schedules, None for the target's defaults alone.
     `kv_cache` says whether caches of decoders are appended to "in-place", or "returned" with every step, and
     `kv_cache_dtype` what those in place hold: "fp32", "fp16", "bf16", "int8", "int4", or the type of the model's input.
     """
@@ -64,6 +72,12 @@ class CompileOptions:
     tuning_log: Path | None = SHIPPED
     kv_cache: str = "in-place"
     kv_cache_dtype: str = "model"
+    weight_zero_points: bool | None = None
+    weight_scales: str = "float16"
+    weights_of: tuple[str, ...] = ()
+    calibration: tuple[Path, ...] = ()
+    max_kl: float | None = None
+    max_flips: float | None = None
 
     @property
     def notation(self) -> str:
@@ -77,9 +91,10 @@ class CompileOptions:
             choices = {
                 "bits": WEIGHT_BITS[self.weights],
                 "group": self.weight_group,
-                # HQQ chooses zero points.
-                "symmetric": str(self.weight_method != "hqq").lower(),
+                "symmetric": str(not self._with_zero_points).lower(),
                 "method": self.weight_method,
+                "scales": self.weight_scales,
+                "exceptions": str(Exceptions.of(self.weights_of)),
                 "target": self.target.name,
                 "activations": self.activations,
             }
@@ -93,6 +108,10 @@ class CompileOptions:
         return ",".join(steps)
 
     @property
+    def _with_zero_points(self) -> bool:
+        return self.weight_method == "hqq" if self.weight_zero_points is None else self.weight_zero_points
+
+    @property
     def operand_dtype(self) -> str | None:
         """Return the dtype that products compute with, or None for the model's own."""
         return PRECISIONS.get(self.precision)
@@ -102,7 +121,8 @@ class CompileOptions:
 class Plan:
     """A model up to scheduled TIR: `imported` before the passes, `rewritten` after them, then lowered and lifted.
 
-    `decisions` are those that the tuning log had for the target.
+    `decisions` are those that the tuning log had for the target, `quality` is what rounding weights changed where that
+    was limited.
     """
 
     imported: ImportedModel
@@ -111,6 +131,7 @@ class Plan:
     lowered: LoweredModule
     lifted: LiftedModule
     decisions: Decisions
+    quality: QualityReport | None = None
 
 
 @dataclass(frozen=True)
@@ -197,13 +218,17 @@ def _plan(model: onnx.ModelProto, options: CompileOptions, timeline: Timeline, b
         with timeline.stage("import"):
             imported = import_with(options, model, base_directory)
         dump("import", imported.module)
+        items, quality = parse_passes(options), None
+        if any(isinstance(item, QuantizeWeights) for item in items) or options.calibration:
+            with timeline.stage("fit weights"):
+                items, quality = prepared(items, imported, _calibration(options, base_directory))
         with timeline.stage("passes"):
-            rewritten, records = _run_passes(imported.module, options, dump)
+            rewritten, records = _run_passes(imported.module, items, dump)
         with timeline.stage("lower"):
             decisions = _decisions(options)
             lowered = lower(rewritten, options.target, dump, decisions.decide)
             lifted = lift_weights(lowered.module)
-    return Plan(imported, records, rewritten, lowered, lifted, decisions)
+    return Plan(imported, records, rewritten, lowered, lifted, decisions, quality)
 
 
 def _decisions(options: CompileOptions) -> Decisions:
@@ -228,11 +253,13 @@ def parse_passes(options: CompileOptions) -> tuple[Pass, ...]:
 
 
 def _run_passes(
-    module: tvm.IRModule, options: CompileOptions, dump: Callable[[str, tvm.IRModule], None]
+    module: tvm.IRModule, items: Sequence[Pass], dump: Callable[[str, tvm.IRModule], None]
 ) -> tuple[tvm.IRModule, tuple[pipeline.PassRecord, ...]]:
-    return pipeline.run(
-        module, parse_passes(options), after=lambda record: dump(record.item.name, record.outcome.module)
-    )
+    return pipeline.run(module, items, after=lambda record: dump(record.item.name, record.outcome.module))
+
+
+def _calibration(options: CompileOptions, base_directory: str) -> Calibration:
+    return Calibration(options.calibration, Path(base_directory), Gate(options.max_kl, options.max_flips))
 
 
 def _link(executable: relax.VMExecutable, target: Target, library: Path) -> None:

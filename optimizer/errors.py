@@ -78,6 +78,12 @@ class TuningLogError(OptimizerError):
     exit_code = 12
 
 
+class QualityError(OptimizerError):
+    """Quantized weights change the model's outputs by more than was allowed."""
+
+    exit_code = 13
+
+
 @dataclass(frozen=True)
 class Blocker:
     """One reason why a model cannot be imported, and the node that it stands at."""

@@ -32,20 +32,32 @@ def function(
     trailing = [] if weights is None else [tvm.runtime.convert(list(weights))]
 
     def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        given = {name: tvm.runtime.tensor(np.asarray(inputs[name], order="C"), device) for name in model.input_names}
-        if entry is None or not entry.caches:
-            results = _listed(main(*given.values(), *trailing))
-        else:
-            values = bind_symbols(entry, {name: tensor.shape for name, tensor in given.items()})
-            steps = kv_cache.steps_of_past(entry, values)
-            buffers = kv_cache.buffers_of_past(entry, given, values, steps, device)
-            returned = _listed(main(*kv_cache.arguments(entry, given, buffers, values, steps), *trailing))
-            results = kv_cache.outputs_with_present(entry, returned, buffers, values, steps, device)
+        results = call(main, model, inputs, device, entry, trailing)
         return {
             name: to_numpy(value, str(value.dtype)) for name, value in zip(model.output_names, results, strict=True)
         }
 
     return run
+
+
+def call(
+    main: Callable[..., tvm.runtime.Tensor | Sequence[tvm.runtime.Tensor]],
+    model: ImportedModel,
+    inputs: Mapping[str, np.ndarray],
+    device: tvm.runtime.Device,
+    entry: EntryPoint | None,
+    trailing: Sequence[object],
+) -> list[tvm.runtime.Tensor]:
+    """Return the model's outputs, and what `main` returns after them. `trailing` are arguments after the inputs."""
+    given = {name: tvm.runtime.tensor(np.asarray(inputs[name], order="C"), device) for name in model.input_names}
+    if entry is None or not entry.caches:
+        return _listed(main(*given.values(), *trailing))
+    values = bind_symbols(entry, {name: tensor.shape for name, tensor in given.items()})
+    steps = kv_cache.steps_of_past(entry, values)
+    buffers = kv_cache.buffers_of_past(entry, given, values, steps, device)
+    returned = _listed(main(*kv_cache.arguments(entry, given, buffers, values, steps), *trailing))
+    own = len(entry.outputs) - len(entry.caches)
+    return [*kv_cache.outputs_with_present(entry, returned[:own], buffers, values, steps, device), *returned[own:]]
 
 
 def _listed(result: tvm.runtime.Tensor | Sequence[tvm.runtime.Tensor]) -> list[tvm.runtime.Tensor]:

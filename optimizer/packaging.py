@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +23,7 @@ from optimizer.package.manifest import (
 from optimizer.runtime.generation.roles import TOKENS
 from optimizer.runtime.generation.text import COMPANION_FILES
 from optimizer.signature import entry_point
-from passes.base import Pass
+from passes.base import Pass, options_of
 from passes.pack_quantized_weights import PackQuantizedWeights
 from passes.quantize_weights import QuantizeWeights
 from targets.base import GLIBC_FLOOR, Target
@@ -103,4 +102,4 @@ def requirements(target: Target) -> Requirements:
 
 
 def _options(item: Pass) -> dict[str, bool | int | float | str | None]:
-    return {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
+    return {field.name: getattr(item, field.name) for field in options_of(type(item))}

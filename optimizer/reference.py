@@ -12,6 +12,8 @@ from tvm import relax
 from optimizer import execution
 from optimizer.frontend.importer import ImportedModel
 from optimizer.legalization import LEGALIZATIONS
+from optimizer.package.manifest import EntryPoint
+from optimizer.signature import entry_point
 from passes import pipeline
 from passes.base import Pass
 from passes.pack_quantized_weights import PackQuantizedWeights
@@ -36,19 +38,29 @@ def lazily_dequantized(model: ImportedModel, items: Sequence[Pass]) -> execution
     def build() -> execution.Runner:
         as_floats = [
             replace(item, activations="reference") if isinstance(item, QuantizeWeights | PackQuantizedWeights) else item
-            for item in items
-            if not isinstance(item, RewriteKvCache)  # the reference keeps the model's inputs and outputs
+            for item in with_exact_caches(items)
         ]
         module, _ = pipeline.run(model.module, as_floats)
-        return unoptimized(replace(model, module=module))
+        return unoptimized(replace(model, module=module), entry_point(model, module))
 
     built = cache(build)
     return lambda inputs: built()(inputs)  # noqa: PLW0108 -- built at the first call, not now
 
 
-def unoptimized(model: ImportedModel) -> execution.Runner:
-    """Return a function from named inputs to named outputs that runs the imported module on this machine's CPU."""
+def with_exact_caches(items: Sequence[Pass]) -> list[Pass]:
+    """Return passes whose caches hold what the model's inputs do.
+
+    They are not left out: what is appended to decides which products are combined, and so which matrices there are.
+    """
+    return [replace(item, dtype="model") if isinstance(item, RewriteKvCache) else item for item in items]
+
+
+def unoptimized(model: ImportedModel, entry: EntryPoint | None = None) -> execution.Runner:
+    """Return a function from named inputs to named outputs that runs the imported module on this machine's CPU.
+
+    `entry` is the signature of a module that appends to caches in place.
+    """
     target = tvm.target.Target({"kind": "llvm"})
     module = relax.transform.LegalizeOps(LEGALIZATIONS)(model.module)
     executable = relax.build(module, target, relax_pipeline="default_build")
-    return execution.function(executable, model, tvm.cpu())
+    return execution.function(executable, model, tvm.cpu(), entry=entry)

@@ -24,8 +24,11 @@ def passed_in_order_of_use() -> Iterator[None]:
     """Have TVM pass symbols to the functions it makes in the order of their use.
 
     `tvm.relax.utils` collects them in a set, whose order is that of their addresses: functions that were one the last
-    time would be two this time.
+    time would be two this time. It may be entered again inside.
     """
+    if hasattr(relax.utils, "set"):
+        yield
+        return
     relax.utils.set = _OrderedSet
     try:
         yield

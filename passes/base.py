@@ -46,15 +46,27 @@ class PassOutcome:
         return sum(site.refusal is None for site in self.sites)
 
 
+# Metadata of a field that is no option: what the driver computed for a pass, which no text can say.
+NO_OPTION = {"option": False}
+
+
 @dataclass(frozen=True)
 class Pass(abc.ABC):
-    """A rewriting of Relax modules. Subclasses are frozen dataclasses whose fields are the pass's options."""
+    """A rewriting of Relax modules.
+
+    Subclasses are frozen dataclasses whose fields are the pass's options, but for those with the metadata NO_OPTION.
+    """
 
     name: ClassVar[str]
 
     @abc.abstractmethod
     def run(self, module: tvm.IRModule) -> PassOutcome:
         """Return the rewritten module, well-formed again, and the account of the sites."""
+
+
+def options_of(kind: type[Pass]) -> tuple[dataclasses.Field[object], ...]:
+    """Return the fields of a pass that are its options."""
+    return tuple(field for field in dataclasses.fields(kind) if field.metadata.get("option", True))
 
 
 class Refusal(Exception):

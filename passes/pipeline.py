@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import tvm
 from tvm import relax
 
-from passes.base import Pass, PassOutcome
+from passes.base import Pass, PassOutcome, options_of
 from passes.provenance import carry
 
 # Names to the module and class that hold them, so that listing the passes imports none of them.
@@ -106,8 +106,7 @@ def describe(name: str) -> PassDescription:
     """Return what the pass of a name does and its options, as its class declares them."""
     kind = _kind(name)
     options = tuple(
-        OptionDescription(field.name, type(field.default).__name__, str(field.default))
-        for field in dataclasses.fields(kind)
+        OptionDescription(field.name, type(field.default).__name__, str(field.default)) for field in options_of(kind)
     )
     return PassDescription(name, inspect.cleandoc(kind.__doc__ or ""), options)
 
@@ -122,19 +121,20 @@ def parse(text: str) -> tuple[Pass, ...]:
             raise PassOptionError(
                 f"cannot read the passes '{text}' at '{text[position:]}'; write name,name{{option=value}}"
             )
-        passes.append(_instance(item.group(1), item.group(2) or ""))
+        assignments = (part.partition("=") for part in (item.group(2) or "").split(",") if part.strip())
+        passes.append(_instance(item.group(1), {option.strip(): value.rstrip() for option, _, value in assignments}))
         position = item.end()
     return tuple(passes)
 
 
 def instance(name: str, options: Mapping[str, object]) -> Pass:
     """Return the pass called `name` with typed options, such as a manifest records; raises PassOptionError."""
-    return _instance(name, ",".join(f"{option}={value}" for option, value in options.items()))
+    return _instance(name, {option: str(value) for option, value in options.items()})
 
 
 def notation(item: Pass) -> str:
     """Return a pass as `parse` reads it."""
-    options = ",".join(f"{field.name}={getattr(item, field.name)}" for field in dataclasses.fields(item))
+    options = ",".join(f"{field.name}={getattr(item, field.name)}" for field in options_of(type(item)))
     return f"{item.name}{{{options}}}" if options else item.name
 
 
@@ -155,16 +155,15 @@ def run(
     return module, tuple(records)
 
 
-def _instance(name: str, options: str) -> Pass:
+def _instance(name: str, options: Mapping[str, str]) -> Pass:
     if name not in _PASSES:
         close = difflib.get_close_matches(name, _PASSES, 1)
         hint = f"did you mean '{close[0]}'?" if close else f"the passes are {', '.join(_PASSES)}"
         raise PassOptionError(f"unknown pass '{name}'; {hint}")
     kind = _kind(name)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {field.name: field for field in options_of(kind)}
     values: dict[str, object] = {}
-    for assignment in filter(None, (part.strip() for part in options.split(","))):
-        option, _, value = assignment.partition("=")
+    for option, value in options.items():
         if option not in fields:
             known = f"its options are {', '.join(fields)}" if fields else "it has no options"
             raise PassOptionError(f"pass '{name}' has no option '{option}'; {known}")

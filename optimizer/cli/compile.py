@@ -42,11 +42,35 @@ _EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "decoder" / "model
 )
 @click.option(
     "--weight-method",
-    type=click.Choice(["rtn", "minimum-error", "hqq"]),
+    type=click.Choice(["rtn", "minimum-error", "hqq", "awq", "gptq"]),
     default="rtn",
     show_default=True,
-    help="How scales are chosen: round to nearest, least squared error, HQQ.",
+    help="Round to nearest, least squared error, HQQ; AWQ and GPTQ fit weights to their inputs (--calibration).",
 )
+@click.option(
+    "--weight-zero-points/--no-weight-zero-points", default=None, help="Zero points for groups; by default for HQQ."
+)
+@click.option(
+    "--weight-scales",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    default="float16",
+    show_default=True,
+    help="Type of the groups' scales.",
+)
+@click.option(
+    "--weights-of",
+    multiple=True,
+    metavar="PATTERN=PRECISION",
+    help="Weights of ONNX nodes with such names: int4, int8, or model (not rounded).",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A text, or an .npz of the model's inputs, to fit and judge weights by; by default text the model makes up.",
+)
+@click.option("--max-kl", type=float, help="The most KL divergence of outputs, in nats, that rounding may cause.")
+@click.option("--max-flips", type=float, help="The largest share of likeliest tokens that rounding may change.")
 @click.option(
     "--activations",
     type=click.Choice(["auto", "int8", "float"]),
@@ -91,6 +115,12 @@ def command(
     weights: str,
     weight_group: str,
     weight_method: str,
+    weight_zero_points: bool | None,
+    weight_scales: str,
+    weights_of: tuple[str, ...],
+    calibration: tuple[Path, ...],
+    max_kl: float | None,
+    max_flips: float | None,
     activations: str,
     log: Path | None,
     no_log: bool,
@@ -130,6 +160,12 @@ def command(
         None if no_log else log or SHIPPED,
         kv_cache,
         kv_cache_dtype,
+        weight_zero_points=weight_zero_points,
+        weight_scales=weight_scales,
+        weights_of=weights_of,
+        calibration=calibration,
+        max_kl=max_kl,
+        max_flips=max_flips,
     )
     if tune is not None:
         tune_before(model, options, tune, quiet=as_json)

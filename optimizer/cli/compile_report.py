@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from optimizer.cli import explanation
-from optimizer.cli.console import bytes_text, print_facts, print_json, seconds_text
+from optimizer.cli.console import bytes_text, print_facts, print_json, print_table, seconds_text
 from optimizer.compile import CompileResult, Plan
 from optimizer.frontend.model_file import ModelFile
 from optimizer.package.manifest import Certificate
@@ -23,10 +23,17 @@ def show_plan(source: ModelFile, plan: Plan, destination: Path, *, as_json: bool
     summary = summarize(source.model, plan)
     if as_json:
         print_json(
-            {"dry_run": True, "output": str(destination), **dataclasses.asdict(summary), **_sites(plan, explain)}
+            {
+                "dry_run": True,
+                "output": str(destination),
+                **dataclasses.asdict(summary),
+                **_quality(plan),
+                **_sites(plan, explain),
+            }
         )
         return
     print_facts(f"{destination} (dry run: nothing was written)", _summary_facts(summary))
+    _show_quality(plan)
     if explain:
         explanation.show(plan.passes, plan.lowered.fusion)
 
@@ -36,7 +43,9 @@ def show_result(result: CompileResult, destination: Path, *, as_json: bool, expl
     summary = summarize(result.source.model, result.plan)
     step = step_time(destination, result.manifest)
     if as_json:
-        print_json({**_document(result, destination, summary, step), **_sites(result.plan, explain)})
+        print_json(
+            {**_document(result, destination, summary, step), **_quality(result.plan), **_sites(result.plan, explain)}
+        )
         return
     facts = [
         *_summary_facts(summary),
@@ -45,8 +54,26 @@ def show_result(result: CompileResult, destination: Path, *, as_json: bool, expl
         ("compile time", _stages_text(result)),
     ]
     print_facts(str(destination), facts)
+    _show_quality(result.plan)
     if explain:
         explanation.show(result.plan.passes, result.plan.lowered.fusion)
+
+
+def _quality(plan: Plan) -> dict[str, object]:
+    return {"quality": dataclasses.asdict(plan.quality)} if plan.quality is not None else {}
+
+
+def _show_quality(plan: Plan) -> None:
+    """Print which matrices were given 8 bits to keep the limits, and what each brought."""
+    if plan.quality is None:
+        return
+    before = plan.quality.before
+    rows = [("none", "", f"{before.kl:.5f}", f"{before.flips:.2%}")]
+    rows += [
+        (", ".join(step.nodes) or "unnamed", f"{step.alone:.5f}", f"{step.after.kl:.5f}", f"{step.after.flips:.2%}")
+        for step in plan.quality.raised
+    ]
+    print_table(f"raised to int8, on {plan.quality.source}", ("nodes", "KL alone", "KL after", "flips after"), rows)
 
 
 def _sites(plan: Plan, asked: bool) -> dict[str, object]:

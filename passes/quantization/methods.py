@@ -25,6 +25,7 @@ HQQ_GROWTH = 1.01
 HQQ_STEPS = 20
 
 Parameters = tuple[Array, Array]
+Parts = tuple[NDArray[np.uint8], Array, Array]
 Method = Callable[[Array, Scheme], Parameters]
 
 
@@ -89,21 +90,32 @@ def quantize(matrix: NDArray[np.generic], scheme: Scheme, method: str = "rtn") -
     """
     if method not in METHODS:
         raise SchemeError(f"unknown method '{method}'; choose one of {', '.join(METHODS)}")
+    choose = METHODS[method]
+
+    def quantized(rows: NDArray[np.generic]) -> Parts:
+        groups = in_groups(rows, scheme)
+        scales, zeros = choose(groups, scheme)
+        codes = codes_of(groups, scales, zeros, scheme)
+        return codes.astype(np.uint8).reshape(len(rows), -1), scales, zeros
+
+    return as_matrix(in_row_chunks(matrix, quantized), matrix.shape[1], scheme)
+
+
+def in_row_chunks(matrix: NDArray[np.generic], quantized: Callable[[NDArray[np.generic]], Parts]) -> Parts:
+    """Return what `quantized` gives for rows of a matrix [N, K], some at a time: codes [N, K], the rest [N, G]."""
     rows = max(1, CHUNK_ELEMENTS // max(1, matrix.shape[1]))
-    parts = [_quantize(matrix[first : first + rows], scheme, METHODS[method]) for first in range(0, len(matrix), rows)]
-    codes, scales, zeros = (np.concatenate(each) for each in zip(*parts, strict=True))
+    parts = [quantized(matrix[first : first + rows]) for first in range(0, len(matrix), rows)]
+    codes = np.concatenate([codes for codes, _, _ in parts])
+    return codes, np.concatenate([scales for _, scales, _ in parts]), np.concatenate([zeros for _, _, zeros in parts])
+
+
+def as_matrix(parts: Parts, inputs: int, scheme: Scheme) -> QuantizedMatrix:
+    """Return codes [N, G * group], scales and zero points [N, G] as a quantized matrix of `inputs` columns."""
+    codes, scales, zeros = parts
     whole = scheme.symmetric or np.array_equal(zeros, np.clip(np.rint(zeros), 0, scheme.levels - 1))
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     zero_points = None if scheme.symmetric else zeros.astype(np.uint8 if whole else dtype)
-    group = scheme.group_of(matrix.shape[1])
-    return QuantizedMatrix(scheme.bits, group, matrix.shape[1], codes, scales.astype(dtype), zero_points)
-
-
-def _quantize(matrix: NDArray[np.generic], scheme: Scheme, method: Method) -> tuple[NDArray[np.uint8], Array, Array]:
-    groups = in_groups(matrix, scheme)
-    scales, zeros = method(groups, scheme)
-    codes = codes_of(groups, scales, zeros, scheme)
-    return codes.astype(np.uint8).reshape(len(matrix), -1), scales, zeros
+    return QuantizedMatrix(scheme.bits, scheme.group_of(inputs), inputs, codes, scales.astype(dtype), zero_points)
 
 
 def _squared_error(groups: Array, scales: Array, zeros: Array, scheme: Scheme) -> Array:

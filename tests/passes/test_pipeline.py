@@ -44,7 +44,8 @@ def test_options_reach_the_pass() -> None:
         (
             "quantize-weights{size=1}",
             "pass 'quantize-weights' has no option 'size'; "
-            "its options are bits, group, symmetric, method, scales, target, activations",
+            "its options are bits, group, symmetric, method, scales, target, activations, exceptions, calibration, "
+            "quality",
         ),
         (
             "fold-constants,fuse;",
@@ -69,7 +70,8 @@ def test_several_options_and_spaces_are_read() -> None:
         FoldConstants(),
     )
     assert pipeline.notation(expected) == (
-        "quantize-weights{bits=8,group=64,symmetric=False,method=rtn,scales=float16,target=host,activations=auto}"
+        "quantize-weights{bits=8,group=64,symmetric=False,method=rtn,scales=float16,target=host,activations=auto,"
+        "exceptions=,calibration=,quality=}"
     )
     assert pipeline.notation(FoldConstants()) == "fold-constants"
     assert pipeline.parse("") == ()
@@ -109,3 +111,10 @@ def test_an_ill_formed_result_of_a_pass_is_found_at_once() -> None:
 
     with pytest.raises(ValueError, match="unbound"):
         pipeline.run(graph(op.exp, (2,)), [Unbinding()])
+
+
+def test_what_a_manifest_records_may_hold_any_text() -> None:
+    options = {"method": "rtn", "calibration": "a.txt, b.txt (sha256 1)", "quality": "KL 0.1, 2 {x}=y"}
+    assert pipeline.instance("quantize-weights", options) == QuantizeWeights(
+        calibration="a.txt, b.txt (sha256 1)", quality="KL 0.1, 2 {x}=y"
+    )

@@ -10,12 +10,14 @@ from optimizer.weights import lift_weights
 from passes import pipeline
 from passes.base import Dataflow
 from passes.pack_quantized_weights import PackQuantizedWeights
+from passes.quantization.fitted import Exceptions, FittedMatrix
 from passes.quantization.methods import quantize
 from passes.quantization.scheme import Scheme, SchemeError
-from passes.quantize_weights import QuantizeWeights, product_matrix, table_matrix
+from passes.quantize_weights import QuantizeWeights
 from passes.quantized_weights import WeightUse
+from passes.weight_sites import digest, expose, weight_sites
 from tests.passes.graph import graph
-from tests.passes.relax_modules import operators
+from tests.passes.relax_modules import operators, run
 
 HIDDEN, VOCABULARY = 64, 96
 TARGET = WeightUse.of("host", "auto", 4).target
@@ -115,7 +117,9 @@ def test_options_that_make_no_scheme_are_refused() -> None:
     ):
         QuantizeWeights(target="cuda", activations="int8")
     assert pipeline.instance("quantize-weights", {"bits": 8, "symmetric": False}) == QuantizeWeights(8, symmetric=False)
-    with pytest.raises(SchemeError, match=r"^unknown method 'guess'; choose one of rtn, minimum-error, hqq$"):
+    with pytest.raises(
+        SchemeError, match=r"^unknown method 'guess'; choose one of rtn, minimum-error, hqq, awq, gptq$"
+    ):
         QuantizeWeights(method="guess")
     with pytest.raises(SchemeError, match=r"^activations 'int3'; choose one of auto, int8, float, reference$"):
         QuantizeWeights(activations="int3")
@@ -130,6 +134,66 @@ def test_passes_and_uses_say_what_they_do() -> None:
     assert WeightUse.of("cuda", "auto", 4).activations == "float"
     assert WeightUse.of("arm64-i8mm", "auto", 4).activations == "int8"
     assert WeightUse.of("arm64-i8mm", "reference", 4).activations == "reference"
+
+
+def test_exceptions_are_for_all_that_read_a_matrix() -> None:
+    module = _language_model()
+    sites = weight_sites(module["main"], Dataflow(module["main"]))
+    table = next(site.digest for site in sites if site.gathered)
+    item = QuantizeWeights(target=TARGET.name, exceptions=f"{table}=int8")
+    assert [item.bits_by_digest(sites)[site.digest] for site in sites] == [8, 4, 8, 4]
+    _, weight_bytes = _run(item.run(module).module)
+    scales = VOCABULARY * HIDDEN // 32 * 2
+    assert weight_bytes - 256 * 20 * 4 in (base := VOCABULARY * HIDDEN + HIDDEN * HIDDEN // 2, base + scales)
+    left = QuantizeWeights(target=TARGET.name, exceptions="*=model").run(module)
+    assert {site.refusal for site in left.sites} >= {"left in the model's precision, as asked for"}
+    assert left.rewritten == 0
+    with pytest.raises(SchemeError, match=r"^'head=int3' is not of the form PATTERN=PRECISION with int4, int8 or"):
+        QuantizeWeights(exceptions="head=int3")
+
+
+def test_exceptions_survive_the_notation_of_passes() -> None:
+    text = str(Exceptions.of(["a,b}=c{;*=int8", "/model/lm_head/*=model"]))
+    item = QuantizeWeights(exceptions=text)
+    assert pipeline.parse(pipeline.notation(item)) == (item,)
+    assert item.precisions.bits_of(["a,b}=c{;x"], 4) == 8
+    assert item.precisions.bits_of(["/model/lm_head/MatMul"], 4) == 0
+    assert item.precisions.bits_of(["other"], 4) == 4
+
+
+def test_fitted_matrices_are_taken_and_their_inputs_scaled_in_the_normalization() -> None:
+    rng = np.random.default_rng(2)
+    weights, factors = rng.standard_normal((HIDDEN, 80)).astype(np.float32), rng.uniform(0.5, 2, HIDDEN)
+    factors = factors.astype(np.float32)
+
+    def body(x: relax.Expr) -> relax.Expr:
+        normalized = relax.op.nn.rms_norm(x, relax.const(np.ones(HIDDEN, np.float32)), axes=[-1], epsilon=1e-5)
+        return relax.op.matmul(normalized, relax.const(weights))
+
+    module = graph(body, (2, HIDDEN))
+    matrix = quantize(weights.T / factors, Scheme())
+    fitted = {digest(weights.T): FittedMatrix(matrix, factors)}
+    item = QuantizeWeights(method="gptq", activations="reference", fitted=fitted)
+    rewritten = item.run(module).module
+    assert operators(rewritten) == ["relax.nn.rms_norm", "relax.matmul"]
+    x = rng.standard_normal((2, HIDDEN)).astype(np.float32)
+    normalized = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(run(rewritten, x), normalized * factors @ matrix.dequantized().T, rtol=1e-4, atol=1e-4)
+    with pytest.raises(SchemeError, match=r"^gptq fits weights to inputs, which only a compile observes"):
+        QuantizeWeights(method="gptq").run(module)
+
+
+def test_an_exposed_module_returns_the_operands_of_products() -> None:
+    module = _language_model()
+    exposed = expose(module)
+    assert [site.gathered for site in exposed.sites] == [True, False, False, True]
+    assert len(exposed.operands) == 2
+    executable = relax.build(exposed.module, tvm.target.Target({"kind": "llvm"}))
+    machine = relax.VirtualMachine(executable, tvm.cpu())
+    tokens = tvm.runtime.tensor(np.array([[5, 0, 95]]))
+    results = machine["main"](tokens, *(site.stored.value for site in exposed.parameters))
+    table = next(site.matrix for site in exposed.sites if site.gathered)
+    np.testing.assert_array_equal(results[2].numpy()[0], table[[5, 0, 95]])
 
 
 def _matrix(*shape: int, dtype: str = "float32") -> relax.Expr:
@@ -157,9 +221,10 @@ def _matrix(*shape: int, dtype: str = "float32") -> relax.Expr:
 def test_matrices_of_products(body, shape, dtype: str, expected: tuple[int, int] | None) -> None:
     function = graph(body, shape, dtype=dtype)["main"]
     dataflow = Dataflow(function)
-    found = product_matrix(dataflow.producer(function.body.body), dataflow)
-    assert (None if found is None else found.shape) == expected
-    if found is not None:
+    sites = weight_sites(function, dataflow)
+    assert [site.matrix.shape for site in sites] == ([] if expected is None else [expected])
+    for site in sites:
+        found = site.matrix
         turned = "relax.permute_dims" in operators(graph(body, shape, dtype=dtype))
         plain = np.arange(12).reshape(3, 4) if turned else np.arange(12).reshape(4, 3).T
         np.testing.assert_array_equal(found, plain)
@@ -182,7 +247,7 @@ def test_matrices_of_products(body, shape, dtype: str, expected: tuple[int, int]
 def test_tables_of_gathers(body, dtype: str, taken: bool) -> None:
     function = graph(body, (2,), dtype=dtype)["main"]
     dataflow = Dataflow(function)
-    found = table_matrix(dataflow.producer(function.body.body), dataflow)
-    assert (found is not None) is taken
-    if found is not None:
-        np.testing.assert_array_equal(found, np.arange(12).reshape(4, 3))
+    sites = weight_sites(function, dataflow)
+    assert [site.gathered for site in sites] == [True] * taken
+    for site in sites:
+        np.testing.assert_array_equal(site.matrix, np.arange(12).reshape(4, 3))
