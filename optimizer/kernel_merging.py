@@ -21,7 +21,7 @@ from optimizer.kernel_nodes import OPERATORS, kernel_name
 from passes.base import PassOutcome, Refusal, Site, require
 from passes.dependencies import Dependencies
 from passes.provenance import Bindings, carry, union
-from schedules.joining import is_normalized_product, joined, why_apart, why_several
+from schedules.joining import joined, kind_of, why_apart, why_several
 from targets.base import Target
 
 _Reads = tuple[int, ...]
@@ -88,6 +88,7 @@ class _Finder:
         self._written_in_place = {
             argument for value in self._bindings.values.values() for argument in _arguments_in_place(value)
         }
+        self._kinds: dict[str, str | None] = {}
         self.sites: list[Site] = []
 
     def mergers(self) -> list[_Merger]:
@@ -114,10 +115,9 @@ class _Finder:
         first, second = _tir_call(self._bindings.values[producer]), _tir_call(self._bindings.values[reader])
         if first is None or second is None:
             raise Refusal("one of them takes a size, has several results, or writes in place")
-        functions = self.module[first[0]], self.module[second[0]]
         returned = self._dependencies.is_result(producer)
         both = returned or self._bindings.readers.get(producer) != [reader]
-        if not is_normalized_product(*functions):
+        if {self._kind(first[0]), self._kind(second[0])} != {"product", "rows"}:
             require(not returned, "the function returns the first one's result")
             require(not both, "another one reads the first one's result")
         require(self._dependencies.is_convex([producer, reader]), "a path leaves the two and enters them again")
@@ -135,6 +135,12 @@ class _Finder:
             raise Refusal(function)
         others = [argument for argument in second[1] if not argument.same_as(producer)]
         return _Merger(producer, reader, function, (*first[1], *others), place, both)
+
+    def _kind(self, function: tvm.ir.GlobalVar) -> str | None:
+        """Return `kind_of` a function, found once: layers call the same few."""
+        if function.name_hint not in self._kinds:
+            self._kinds[function.name_hint] = kind_of(self.module[function])
+        return self._kinds[function.name_hint]
 
     def _place(self, producer: relax.Var, reader: relax.Var) -> relax.Var:
         """Return in the place of which of two variables a call that returns both may be bound; raises Refusal."""

@@ -18,6 +18,7 @@ from optimizer.kernel_nodes import carry_into_groups, fused_groups, name_kernels
 from optimizer.legalization import LEGALIZATIONS
 from optimizer.shape_heap import lower_shapes
 from optimizer.symbolic_arguments import keep_symbolic_functions_apart
+from optimizer.weight_checks import trust_weights
 from passes.base import Site
 from passes.fold_constants import FoldConstants
 from passes.provenance import carry
@@ -64,6 +65,7 @@ _FINISH = (
     relax.transform.LowerRuntimeBuiltin,
     relax.transform.ComputePrimValue,
     lambda: lower_shapes,
+    lambda: trust_weights,
     relax.transform.AttachGlobalSymbol,
 )
 

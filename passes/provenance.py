@@ -52,7 +52,8 @@ def annotate(module: tvm.IRModule, nodes: Mapping[relax.Var, Nodes]) -> tvm.IRMo
 def carry(before: tvm.IRModule, after: tvm.IRModule) -> tvm.IRModule:
     """Return `after`, which some rewriting made of `before`, with the nodes of everything that is new in it."""
     old, new = _functions(before), _functions(after)
-    assigned = {name: _carried(Bindings(old[name]), Bindings(new[name])) for name in new if name in old}
+    changed = [name for name in new if name in old and not new[name].same_as(old[name])]
+    assigned = {name: _carried(Bindings(old[name]), Bindings(new[name])) for name in changed}
     return _annotated(after, assigned)
 
 

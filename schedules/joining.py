@@ -7,6 +7,7 @@ function is never stored and read again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import tvm_ffi
 from tvm import s_tir, tirx
@@ -88,10 +89,10 @@ def why_apart(first: tirx.PrimFunc, second: tirx.PrimFunc) -> str:
     return "the second one reads the first one's result as something of another shape"
 
 
-def is_normalized_product(first: tirx.PrimFunc, second: tirx.PrimFunc) -> bool:
-    """Return whether one of two functions is a product, and the other one a function of rows."""
-    kinds = [row_parts.kind(staged) for staged in map(parse, (first, second)) if staged is not None]
-    return sorted(map(str, kinds)) == ["product", "rows"]
+def kind_of(function: tirx.PrimFunc) -> Literal["product", "rows"] | None:
+    """Return whether a function is a product (with what follows it one to one), or one of rows; None if neither."""
+    staged = parse(function)
+    return None if staged is None else row_parts.kind(staged)
 
 
 def is_one_kernel(function: tirx.PrimFunc, target: Target) -> bool:

@@ -10,7 +10,7 @@ from tvm import te, tirx, topi
 import targets
 from optimizer import code_generation
 from schedules import schedule_function
-from schedules.joining import is_normalized_product, joined, why_several
+from schedules.joining import joined, kind_of, why_several
 from schedules.packing import Packing, reading_packed
 
 _HOST = targets.get("host")
@@ -132,8 +132,6 @@ def test_one_row_keeps_its_kernels() -> None:
     assert why_several(function, _HOST) is not None
 
 
-def test_two_products_are_no_product_with_a_norm() -> None:
-    assert is_normalized_product(_product(8, 8, 8), _norm(8, 8))
-    assert is_normalized_product(_norm(8, 8), _product(8, 8, 8))
-    assert not is_normalized_product(_product(8, 8, 8), _product(8, 8, 8))
-    assert not is_normalized_product(_norm(8, 8), _norm(8, 8))
+def test_products_are_told_from_functions_of_rows() -> None:
+    assert kind_of(_product(8, 8, 8)) == "product"
+    assert kind_of(_norm(8, 8)) == "rows"
