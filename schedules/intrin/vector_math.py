@@ -243,59 +243,27 @@ LARGEST_EXPANDED_POWER = 4
 def expand(expression: ir.Node) -> ir.Node:
     """Return an expression or statement with its calls of elementary functions on floats up to 32 bits expanded.
 
-    TVM rounds to bf16 by arithmetic that repeats its operand, and cannot repeat the nested bindings of the expansion: a
-    value that is stored as bf16 gets a name first, and a store that computes in bf16 stays as it is.
+    One that touches bf16 comes back as it is: TVM rounds to bf16 by arithmetic that repeats its operand, and cannot
+    repeat the nested bindings of the expansion.
     """
+
+    def visit(call: ir.Call, mutator: tvm_ffi.StructuralMutator) -> Expr:
+        rewritten = mutator.default_mutate(call)
+        if not isinstance(rewritten, ir.Call) or not isinstance(rewritten.op, ir.Op):
+            return rewritten
+        if rewritten.op.name == "tirx.pow":
+            return _expand_power(rewritten)
+        function = FUNCTIONS.get(rewritten.op.name)
+        dtype = str(rewritten.args[0].ty.dtype) if function is not None else ""
+        if function is None or dtype not in ("float32", "float16"):
+            return rewritten
+        if dtype == "float32":
+            return function(rewritten.args[0])
+        return function(rewritten.args[0].astype("float32")).astype(dtype)
+
     if any(str(buffer.dtype) == "bfloat16" for buffer in buffers_of(expression)):
-        return tvm_ffi.structural_mutate(expression, (tirx.BufferStore, lambda store, _: _expand_store(store)))
-    return tvm_ffi.structural_mutate(expression, (ir.Call, _expand_call))
-
-
-def _expand_store(store: tirx.BufferStore) -> tirx.stmt.Stmt:
-    value = store.value
-    rounds = isinstance(value, tirx.Cast) and str(value.ty.dtype) == "bfloat16" and _is_float32(value.value)
-    exact = value.value if rounds else value
-    if not _is_float32(exact) or _computes_in_bf16(exact):
-        return store
-    expanded = tvm_ffi.structural_mutate(exact, (ir.Call, _expand_call))
-    if not rounds:
-        return tirx.BufferStore(store.buffer, expanded, store.indices)
-    if isinstance(exact, ir.TensorLoad):
-        return store
-    named = Var("exact", exact.ty)
-    rounded = tirx.BufferStore(store.buffer, tirx.Cast("bfloat16", named), store.indices)
-    return tirx.SeqStmt([tirx.Bind(named, expanded), rounded])
-
-
-def _is_float32(value: Expr) -> bool:
-    return str(value.ty.dtype) == "float32"
-
-
-def _computes_in_bf16(value: Expr) -> bool:
-    """Return whether more is done with values of bf16 below `value` than to widen what was read."""
-    found: list[Expr] = []
-
-    def note(cast: tirx.Cast) -> None:
-        if not isinstance(cast.value, ir.TensorLoad) and "bfloat16" in (str(cast.ty.dtype), str(cast.value.ty.dtype)):
-            found.append(cast)
-
-    tvm_ffi.structural_walk(value, (tirx.Cast, note))
-    return bool(found)
-
-
-def _expand_call(call: ir.Call, mutator: tvm_ffi.StructuralMutator) -> Expr:
-    rewritten = mutator.default_mutate(call)
-    if not isinstance(rewritten, ir.Call) or not isinstance(rewritten.op, ir.Op):
-        return rewritten
-    if rewritten.op.name == "tirx.pow":
-        return _expand_power(rewritten)
-    function = FUNCTIONS.get(rewritten.op.name)
-    dtype = str(rewritten.args[0].ty.dtype) if function is not None else ""
-    if function is None or dtype not in ("float32", "float16"):
-        return rewritten
-    if dtype == "float32":
-        return function(rewritten.args[0])
-    return function(rewritten.args[0].astype("float32")).astype(dtype)
+        return expression
+    return tvm_ffi.structural_mutate(expression, (ir.Call, visit))
 
 
 def _expand_power(call: ir.Call) -> Expr:
