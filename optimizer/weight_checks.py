@@ -69,6 +69,3 @@ def _is_of_weights(binding: relax.Binding, weights: relax.Var, fields: set[relax
     if not isinstance(subject, relax.Var) or not (subject.same_as(weights) or subject in fields):
         return False
     return call.op == _KILL or (isinstance(call.op, relax.ExternFunc) and call.op.global_symbol in _CHECKS)
-
-
-__all__ = ["trust_weights"]
