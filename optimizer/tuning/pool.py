@@ -22,6 +22,8 @@ from targets.base import Target
 
 # A device whose reference kernel takes this many times as long as the fastest one's is another machine, or is busy.
 SLOW = 1.5
+# A kernel's first calls are slower: threads of the process that built beside it may still spin.
+DEFAULT_ROUNDS = 5
 
 _Result = TypeVar("_Result")
 _Item = TypeVar("_Item")
@@ -139,7 +141,7 @@ class BenchPool:
             failure = begun[place]
             if failure:
                 return Measurement(failure=failure)
-            times = None if failure is None else self._attempt(lambda: pairs[place][0].time([0], 1), pairs[place][0])
+            times = None if failure is None else self._attempt(lambda: pairs[place][0].time([0], DEFAULT_ROUNDS), pairs[place][0])
             return None if times is None else _measurement(times[0])
 
         return [time(place) for place in range(len(pairs))]
