@@ -141,7 +141,10 @@ class BenchPool:
             failure = begun[place]
             if failure:
                 return Measurement(failure=failure)
-            times = None if failure is None else self._attempt(lambda: pairs[place][0].time([0], DEFAULT_ROUNDS), pairs[place][0])
+            if failure is None:
+                return None
+            process = pairs[place][0]
+            times = self._attempt(lambda: process.time([0], DEFAULT_ROUNDS), process)
             return None if times is None else _measurement(times[0])
 
         return [time(place) for place in range(len(pairs))]
