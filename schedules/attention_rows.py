@@ -2,10 +2,8 @@
 
 What takes the time is reading keys and values, so a task is a block of keys of one head of them, whatever the number of
 heads: it computes the logits, their maximum, the sum of their exponentials and the weighted values for all query heads
-that share the keys. The blocks' results are put together at the end (Dao et al., Flash-Decoding, 2023): with m_b the
-maximum of block b, and m the largest of them,
-    sum_b exp(m_b - m) weighted_b / sum_b exp(m_b - m) total_b
-Lanes run along a head's elements, and along the keys in between.
+that share the keys. The blocks' results are put together at the end. Lanes run along a head's elements, and along the
+keys in between.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import as_int
+from schedules.attention_joining import LOWEST, ZERO, Row, joined
 from schedules.attention_operands import in_stores
 from schedules.attention_structure import AttentionAnalysis
 from schedules.family import is_large
@@ -26,6 +25,7 @@ from schedules.intrin.vector_math import exp_of_nonpositive
 from schedules.loops import (
     Extent,
     ceiling,
+    in_vectors,
     index,
     load,
     local,
@@ -41,23 +41,22 @@ from schedules.loops import (
     vector,
     with_local,
 )
-from schedules.reducer import Reducer, fold, lanes_for, load_lanes
+from schedules.reducer import Reducer, fold, folds, lanes_for, load_lanes, power_of_two
 from schedules.stages import Axis, sequence, substitute, variables_of
 
 FLOAT = "float32"
-LOWEST = -3.4028234663852886e38
-# Products of keys with queries that are summed side by side: enough to hide the latency of a sum.
+# Products of keys with queries that are summed side by side and folded together. Reading more keys at once is slower
+# where they come from memory.
 KEYS_AT_ONCE = 4
 HEADS_AT_ONCE = 4
 
-_ZERO = tirx.const(0.0, FLOAT)
-_SUM = Reducer(lambda a, b: a + b, _ZERO, _ZERO)
-_MAXIMUM = Reducer(tirx.max, _ZERO, tirx.const(LOWEST, FLOAT))
+_SUM = Reducer(lambda a, b: a + b, ZERO, ZERO)
+_MAXIMUM = Reducer(tirx.max, ZERO, tirx.const(LOWEST, FLOAT))
 
 
 @dataclass(frozen=True, eq=False)
 class _Heads:
-    """The axis of heads, of which `count` adjacent ones share keys and values; None where each has its own."""
+    """The axis of which `count` adjacent heads or queries share keys and values; None where each has its own."""
 
     axis: Axis | None
     count: int
@@ -93,8 +92,7 @@ class _Block:
 def emit(analysis: AttentionAnalysis, lanes: int, key_block: int) -> Stmt:
     """Return the parallel loops over blocks of keys, and over their results."""
     heads = _shared_heads(analysis)
-    own = [axis for axis in analysis.outer if axis is not heads.axis]
-    axes = [*own, *([] if analysis.lane is None else [analysis.lane])]
+    axes = [axis for axis in _axes(analysis) if axis is not heads.axis]
     groups = 1 if heads.axis is None else int(heads.axis.extent) // heads.count
     outer = [*(axis.extent for axis in axes), groups]
     keys = analysis.key.extent
@@ -131,7 +129,7 @@ def emit(analysis: AttentionAnalysis, lanes: int, key_block: int) -> Stmt:
         if heads.axis is not None:
             at[heads.axis.variable] = group * heads.count + head
         first = tirx.floordiv(number, index(heads.count)) * blocks
-        return _joined(_Row(analysis, lanes, at, first, head, blocks, **gathered))
+        return joined(Row(analysis, lanes, at, first, head, blocks, **gathered))
 
     work = product([*outer, heads.count, keys, analysis.depth.extent])
     return with_local(
@@ -144,9 +142,17 @@ def emit(analysis: AttentionAnalysis, lanes: int, key_block: int) -> Stmt:
     )
 
 
+def _axes(analysis: AttentionAnalysis) -> list[Axis]:
+    """Return the axes of heads and queries."""
+    return [*analysis.outer, *([] if analysis.lane is None else [analysis.lane])]
+
+
 def _shared_heads(analysis: AttentionAnalysis) -> _Heads:
-    """Return the axis that keys and values depend on only by its quotient by some number of heads, and that number."""
-    for axis in analysis.outer:
+    """Return the axis that keys and values depend on only by its quotient by some number of heads, and that number.
+
+    The heads of a group may also be an axis of their own, on which keys and values do not depend at all.
+    """
+    for axis in _axes(analysis):
         if not isinstance(axis.extent, int):
             continue
         counts = {_quotient_of(expression, axis) for expression in (analysis.keys, analysis.values)}
@@ -174,11 +180,6 @@ def _quotient_of(expression: Expr, axis: Axis) -> int | None:
     return divisors[0] if divisors else as_int(index(axis.extent))
 
 
-def _in_vectors(lanes: int, extent: Extent, element: Callable[[Expr], Stmt]) -> Stmt:
-    sizes = [lanes] if isinstance(extent, int) else [lanes, 1]
-    return tiles(extent, sizes, lambda base, width: vector(width, lambda i: element(base + i)))
-
-
 def _block(task: _Block) -> list[Stmt]:
     """Return the steps of one block of keys."""
     analysis = task.analysis
@@ -189,12 +190,12 @@ def _block(task: _Block) -> list[Stmt]:
             value = task.at(analysis.query, {analysis.depth.variable: d}, head).astype(FLOAT)
             return store(task.query, value, [head, d])
 
-        return _in_vectors(task.lanes, analysis.depth.extent, element)
+        return in_vectors(task.lanes, analysis.depth.extent, element)
 
     in_heads = [(first, min(HEADS_AT_ONCE, count - first)) for first in range(0, count, HEADS_AT_ONCE)]
     return [
         loop(count, copy),
-        *(_products(task, first, heads) for first, heads in in_heads),
+        _products(task),
         loop(count, lambda head: _exponentials(task, head)),
         *(_weighted(task, first, heads) for first, heads in in_heads),
     ]
@@ -215,10 +216,10 @@ def _exponentials(task: _Block, head: Expr) -> Stmt:
 
     return sequence(
         [
-            _in_vectors(task.lanes, task.extent, logit),
+            in_vectors(task.lanes, task.extent, logit),
             *_reduced(task, head, _MAXIMUM),
             store(task.largest, _folded(task, _MAXIMUM), here),
-            _in_vectors(task.lanes, task.extent, exponential),
+            in_vectors(task.lanes, task.extent, exponential),
             *_reduced(task, head, _SUM),
             store(task.total, _folded(task, _SUM), here),
         ]
@@ -244,52 +245,73 @@ def _folded(task: _Block, reducer: Reducer) -> Expr:
     return fold(reducer, load_lanes(task.partial, index(0), task.lanes), task.lanes)
 
 
-def _products(task: _Block, first: int, heads: int) -> Stmt:
-    """Return the products of some heads' queries with the keys: lanes along the depth, some keys at a time."""
+def _products(task: _Block) -> Stmt:
+    """Return the products of all heads' queries with the keys: lanes along the depth, some keys at a time."""
+    analysis, count = task.analysis, task.heads.count
+    in_heads = [(first, min(HEADS_AT_ONCE, count - first)) for first in range(0, count, HEADS_AT_ONCE)]
+
+    def some(element: Expr, start: Expr, keys: int) -> Stmt:
+        return sequence([_products_of(task, element, start, keys, first, heads) for first, heads in in_heads])
+
+    def part(element: Expr, start: Expr, extent: Extent) -> Stmt:
+        return tiles(extent, [KEYS_AT_ONCE, 1], lambda base, keys: some(element, start + base, keys))
+
+    return in_stores(analysis.keys, analysis.key, task.point, task.base, task.extent, part)
+
+
+def _products_of(task: _Block, element: Expr, start: Expr, keys: int, first: int, heads: int) -> Stmt:
+    """Return the products of the queries of `heads` heads with `keys` keys, whose sums stay in registers."""
     analysis = task.analysis
     depth = analysis.depth.extent
     lanes = lanes_for(depth, task.lanes, most=1)
+    sums = local([heads * keys * lanes], FLOAT, "products")
 
-    def some(element: Expr, start: Expr, keys: int) -> Stmt:
-        def term(head: Expr, j: Expr, d: Expr) -> Expr:
-            key = task.at(element, {analysis.key.variable: task.base + j, analysis.depth.variable: d})
-            return key.astype(FLOAT) * load(task.query, [first + head, d])
+    def term(h: Expr, k: Expr, d: Expr) -> Expr:
+        key = task.at(element, {analysis.key.variable: task.base + start + k, analysis.depth.variable: d})
+        return key.astype(FLOAT) * load(task.query, [first + h, d])
 
-        sums, rest = local([heads * keys * lanes], FLOAT, "products"), local([heads * keys], FLOAT, "rest")
+    def each(cell: Callable[[Expr, Expr, Expr], Stmt]) -> Stmt:
+        return unrolled(keys, lambda k: unrolled(heads, lambda h: cell(h, k, (h * keys + k) * lanes)))
 
-        def each(element: Callable[[Expr, Expr, Expr], Stmt]) -> Stmt:
-            return unrolled(keys, lambda k: unrolled(heads, lambda h: element(h, k, h * keys + k)))
+    def add(place: Expr, value: Expr) -> Stmt:
+        return store(sums, load(sums, [place]) + value, [place])
 
-        def step(d: Expr) -> Stmt:
-            def add(h: Expr, k: Expr, place: Expr, v: Expr) -> Stmt:
-                own = place * lanes + v
-                return store(sums, load(sums, [own]) + term(h, start + k, d * lanes + v), [own])
+    def step(d: Expr) -> Stmt:
+        return each(lambda h, k, own: vector(lanes, lambda v: add(own + v, term(h, k, d * lanes + v))))
 
-            return each(lambda h, k, place: vector(lanes, lambda v: add(h, k, place, v)))
+    def left(i: Expr) -> Stmt:
+        d = index(quotient(depth, lanes)) * lanes + i
+        return each(lambda h, k, own: add(own, term(h, k, d)))
 
-        def left(i: Expr) -> Stmt:
-            d = index(quotient(depth, lanes)) * lanes + i
-            return each(lambda h, k, place: store(rest, load(rest, [place]) + term(h, start + k, d), [place]))
+    return with_local(
+        [sums],
+        [
+            each(lambda h, k, own: vector(lanes, lambda v: store(sums, ZERO, [own + v]))),
+            loop(quotient(depth, lanes), step),
+            loop(remainder(depth, lanes), left),
+            *_kept(task, sums, lanes, start, keys, range(first, first + heads)),
+        ],
+    )
 
-        def finish(h: Expr, k: Expr, place: Expr) -> Stmt:
-            total = load(rest, [place]) + fold(_SUM, load_lanes(sums, place * lanes, lanes), lanes)
-            return store(task.weights, total, [first + h, start + k])
 
-        return with_local(
-            [sums, rest],
-            [
-                each(lambda h, k, place: vector(lanes, lambda v: store(sums, _ZERO, [place * lanes + v]))),
-                each(lambda h, k, place: store(rest, _ZERO, [place])),
-                loop(quotient(depth, lanes), step),
-                loop(remainder(depth, lanes), left),
-                each(finish),
-            ],
-        )
-
-    def part(element: Expr, start: Expr, count: Extent) -> Stmt:
-        return tiles(count, [KEYS_AT_ONCE, 1], lambda base, keys: some(element, start + base, keys))
-
-    return in_stores(analysis.keys, analysis.key, task.point, task.base, task.extent, part)
+def _kept(task: _Block, sums: Var, lanes: int, start: Expr, keys: int, heads: range) -> Sequence[Stmt]:
+    """Return the storing of sums [heads][keys], each the fold of `lanes` lanes, as many at a time as a vector holds."""
+    kept: list[Stmt] = []
+    together = min(keys, lanes)  # of one head
+    places = [(head, key) for head in heads for key in range(0, keys, together)]
+    for begin in range(0, len(places), lanes // together):
+        some = places[begin : begin + lanes // together]
+        own = [(head - heads.start) * keys + key + k for head, key in some for k in range(together)]
+        own += [own[-1]] * (power_of_two(len(own)) - len(own))
+        folded = Var("folded", f"{FLOAT}x{len(own)}" if len(own) > 1 else FLOAT)
+        vectors = [load_lanes(sums, index(each * lanes), lanes) for each in own]
+        kept.append(tirx.Bind(folded, folds(_SUM, vectors, lanes)))
+        for number, (head, key) in enumerate(some):
+            part = [number * together + k for k in range(together)]
+            value = folded if len(own) == 1 else tirx.Shuffle([folded], part)
+            place = start + key if together == 1 else tirx.Ramp(start + key, index(1), together)
+            kept.append(store(task.weights, value, [index(head), place]))
+    return kept
 
 
 def _weighted(task: _Block, first: int, heads: int) -> Stmt:
@@ -327,7 +349,7 @@ def _weighted(task: _Block, first: int, heads: int) -> Stmt:
         return with_local(
             [sums],
             [
-                each(lambda h, e: store(sums, _ZERO, [h * count + e])),
+                each(lambda h, e: store(sums, ZERO, [h * count + e])),
                 in_stores(analysis.values, analysis.key, task.point, task.base, task.extent, part),
                 each(keep),
             ],
@@ -335,67 +357,3 @@ def _weighted(task: _Block, first: int, heads: int) -> Stmt:
 
     sizes = [width, task.lanes] if isinstance(extent, int) else [width, task.lanes, 1]
     return tiles(extent, sizes, columns)
-
-
-@dataclass(frozen=True, eq=False)
-class _Row:
-    """The results of `blocks` blocks from `first` for one query of one head, to be put together."""
-
-    analysis: AttentionAnalysis
-    lanes: int
-    point: Mapping[Var, Expr]
-    first: Expr
-    head: Expr
-    blocks: Extent
-    largest: Var
-    total: Var
-    sums: Var
-
-
-def _joined(row: _Row) -> Stmt:
-    """Return the sum of the blocks' results, each shrunken by what its maximum lacks to the largest."""
-    analysis, zero = row.analysis, index(0)
-    columns = analysis.column.extent
-    largest, total, factor = (local([1], FLOAT, name) for name in ("largest", "total", "factor"))
-    sums = local([columns], FLOAT, "sums")
-
-    def of(buffer: Var, block: Expr, *column: Expr) -> Expr:
-        return load(buffer, [row.first + block, row.head, *column])
-
-    def grow(block: Expr) -> Stmt:
-        return store(largest, tirx.max(load(largest, [zero]), of(row.largest, block)), [zero])
-
-    def add(block: Expr) -> Stmt:
-        shrunk = exp_of_nonpositive(of(row.largest, block) - load(largest, [zero]))
-
-        def column(e: Expr) -> Stmt:
-            return store(sums, load(sums, [e]) + load(factor, [zero]) * of(row.sums, block, e), [e])
-
-        return sequence(
-            [
-                store(factor, shrunk, [zero]),
-                store(total, load(total, [zero]) + load(factor, [zero]) * of(row.total, block), [zero]),
-                _in_vectors(row.lanes, columns, column),
-            ]
-        )
-
-    def finish(e: Expr) -> Stmt:
-        value = (load(sums, [e]) * load(factor, [zero])).astype(analysis.output.dtype)
-        indices = [substitute(i, {**row.point, analysis.column.variable: e}) for i in analysis.indices]
-        return store(analysis.output, value, indices)
-
-    inverse = tirx.const(1.0, FLOAT) / load(total, [zero])
-    if analysis.zero_if_empty:
-        inverse = tirx.Select(load(total, [zero]) > _ZERO, inverse, _ZERO)
-    return with_local(
-        [largest, total, factor, sums],
-        [
-            store(largest, tirx.const(LOWEST, FLOAT), [zero]),
-            store(total, _ZERO, [zero]),
-            _in_vectors(row.lanes, columns, lambda e: store(sums, _ZERO, [e])),
-            loop(row.blocks, grow),
-            loop(row.blocks, add),
-            store(factor, inverse, [zero]),
-            _in_vectors(row.lanes, columns, finish),
-        ],
-    )

@@ -10,6 +10,7 @@ from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, Step
+from schedules.attention_joining import LOWEST
 from schedules.attention_mask import any_seen, hides
 from schedules.attention_operands import Operand
 from schedules.attention_structure import AttentionAnalysis
@@ -20,6 +21,7 @@ from schedules.loops import (
     Extent,
     ceiling,
     cells,
+    in_vectors,
     index,
     load,
     local,
@@ -36,7 +38,6 @@ from schedules.stages import Axis, as_extent, loads_of, sequence, substitute
 from schedules.turn import turned
 
 FLOAT = "float32"
-LOWEST = -3.4028234663852886e38
 
 
 @dataclass(frozen=True, eq=False)
@@ -333,12 +334,6 @@ def _weighted(task: _Task, base: Expr, extent: Extent, single: bool) -> Stmt:
     return _in_rows(task.columns, task.rows, tile)
 
 
-def _in_vectors(task: _Task, extent: Extent, element: Callable[[Expr], Stmt]) -> Stmt:
-    """Return `element` for [0, extent) in vectors."""
-    sizes = [task.lanes] if isinstance(extent, int) else [task.lanes, 1]
-    return tiles(extent, sizes, lambda base, width: vector(width, lambda i: element(base + i)))
-
-
 def _write(task: _Task) -> Stmt:
     """Return the division by the sums of exponentials, and the output turned back to rows of queries."""
     analysis, lanes = task.analysis, task.lanes
@@ -376,7 +371,7 @@ def _write(task: _Task) -> Stmt:
             indices = [task.at(i, at) for i in analysis.indices]
             return store(analysis.output, load(rows, [lane, e]).astype(analysis.output.dtype), indices)
 
-        return _in_vectors(task, task.columns, cell)
+        return in_vectors(task.lanes, task.columns, cell)
 
     end = tirx.min(index(task.queries), index(task.lane.extent) - task.start) if task.clamped else index(task.queries)
     count = as_extent(end - task.first)

@@ -167,6 +167,12 @@ def tiles(extent: Extent, sizes: Sequence[int], body: Callable[[Expr, int], Stmt
     return sequence(statements) if statements else tirx.Evaluate(0)
 
 
+def in_vectors(lanes: int, extent: Extent, element: Callable[[Expr], Stmt]) -> Stmt:
+    """Return `element` for [0, extent) in vectors, what a symbolic extent leaves of them one by one."""
+    sizes = [lanes] if isinstance(extent, int) else [lanes, 1]
+    return tiles(extent, sizes, lambda base, width: vector(width, lambda i: element(base + i)))
+
+
 def tile_choice(number: Expr, extent: int, size: int, body: Callable[[Expr, int], Stmt]) -> Stmt:
     """Return the body of tile `number` of [0, extent): a branch to a narrower last one where `size` leaves a rest."""
     full, rest = divmod(extent, size)

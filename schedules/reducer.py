@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -13,6 +13,8 @@ from schedules.loops import Extent, index, load, local, loop, quotient, remainde
 from schedules.stages import Stage, loads_of, replace_loads, sequence, substitute
 
 NARROW_FLOATS = ("float16", "bfloat16")
+# Elements of 32 bits within which every instruction set shuffles cheaply.
+SEGMENT = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,15 +92,58 @@ def lanes_for(extent: Extent, lanes: int, most: int = 4) -> int:
     return lanes * min(most, 1 << ((extent // lanes).bit_length() - 1))
 
 
+def power_of_two(number: int) -> int:
+    """Return the least power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()
+
+
 def fold(reducer: Reducer, vector_value: Expr, lanes: int) -> Expr:
     """Return all lanes of a vector, a power of two of them, combined pairwise into one."""
-    if lanes == 1:
-        return vector_value
-    variable = Var("lanes", vector_value.ty)
-    half = lanes // 2
-    low = tirx.Shuffle([variable], list(range(half)))
-    high = tirx.Shuffle([variable], list(range(half, lanes)))
-    return tirx.Let(variable, vector_value, fold(reducer, reducer.combine(low, high), half))
+    return folds(reducer, [vector_value], lanes) if lanes > 1 else vector_value
+
+
+def folds(reducer: Reducer, vectors: Sequence[Expr], lanes: int) -> Expr:
+    """Return one vector of the folds of some vectors, in their order; their number is a power of two, at most `lanes`.
+
+    Each step makes one vector of two, so that a fold costs about one step instead of log2(lanes). The lanes of one fold
+    lie side by side until they fit the 128 bits within which shuffles are cheapest; from there on folds are paired.
+    """
+    bound: list[tuple[Var, Expr]] = []
+
+    def combined(sources: Sequence[Expr], low: Sequence[int], apart: int) -> Expr:
+        parts = [tirx.Shuffle(list(sources), [lane + offset for lane in low]) for offset in (0, apart)]
+        return bind(reducer.combine(*parts))
+
+    def bind(value: Expr) -> Expr:
+        bound.append((Var("lanes", value.ty), value))
+        return bound[-1][0]
+
+    rest = [bind(vector_value) for vector_value in vectors]
+    width = lanes
+    while width > len(rest):
+        width //= 2
+        rest = [combined([each], range(width), width) for each in rest]
+    segment = min(SEGMENT, width)
+    terms = width
+    while len(rest) > segment:
+        starts = range(0, 2 * width, terms)
+        low = [start + lane for start in starts for lane in range(terms // 2)]
+        distance = segment
+        pairs = [(first, first + distance) for first in range(len(rest)) if first // distance % 2 == 0]
+        rest = [combined([rest[first], rest[second]], low, terms // 2) for first, second in pairs]
+        terms //= 2
+    while len(rest) > 1:
+        low = [
+            source * width + start + lane
+            for start in range(0, width, segment)
+            for source in range(2)
+            for lane in range(0, segment, 2)
+        ]
+        rest = [combined(pair, low, 1) for pair in zip(rest[::2], rest[1::2], strict=True)]
+    result = rest[0]
+    for variable, value in reversed(bound):
+        result = tirx.Let(variable, value, result)
+    return result
 
 
 def load_lanes(buffer: Var, base: Expr, lanes: int) -> Expr:
@@ -133,7 +178,7 @@ def _walks(extent: Extent, lanes: int, most: int) -> list[_Walk]:
     if not isinstance(rest, int):
         walks.append(_Walk(1, start, rest))
     elif rest and isinstance(extent, int):
-        width = 1 << (rest - 1).bit_length()
+        width = power_of_two(rest)
         walks.append(_Walk(width, index(extent - width), 1, width - rest))
     return walks
 
