@@ -1,16 +1,25 @@
-"""GPU targets: TVM's dlight rules, function by function."""
+"""GPU targets: TVM's dlight rules, function by function, with what of them can be chosen as a space to tune."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import tvm
 import tvm_ffi
 from tvm import ir, s_tir, tirx
 from tvm.s_tir import dlight
+from tvm.s_tir.dlight.gpu.base import GPUScheduleRule
 from tvm.s_tir.schedule import ScheduleError
 from tvm.tirx.stmt import Stmt
 
-from schedules.report import SCHEDULED, KernelReport
+from schedules.family import Choice, Parameters, Space, defaults
+from schedules.report import SCHEDULED, Decide, KernelReport
 from schedules.stages import sequence
+from schedules.workload import identity
 from targets.base import Target
+
+VERSION = 1
+"""Counts the changes of what the parameters mean."""
 
 RULES = {
     "matmul": dlight.gpu.Matmul,
@@ -21,28 +30,128 @@ RULES = {
 }
 HOST_CALLS = frozenset({"tirx.tvm_call_packed", "tirx.tvm_call_cpacked", "tirx.call_extern"})
 
+_WITHOUT_TENSOR_CORES = "dlight.do_not_tensorize"
 
-def schedule_function(function: tirx.PrimFunc, target: Target, name: str) -> tuple[tirx.PrimFunc, KernelReport]:
+# Of a product by threads: a block of threads_x by threads_y threads computes tile_x by tile_y results each, and brings
+# tile_k columns of the operands to shared memory at a time, `vector` elements to a load. Defaults are dlight's.
+_TILES: Space = (
+    Choice("threads_x", 8, (4, 8, 16, 32)),
+    Choice("threads_y", 16, (4, 8, 16, 32)),
+    Choice("tile_x", 4, (2, 4, 8)),
+    Choice("tile_y", 4, (2, 4, 8)),
+    Choice("tile_k", 16, (8, 16, 32)),
+    Choice("vector", 2, (1, 2, 4)),
+)
+# Where operands have 16 or 8 bits and no side is short, warps multiply matrices, by dlight's tiles.
+_TENSOR_CORES = Choice("tensor_cores", 1, (0, 1))
+_THREADS = Choice("threads", 1024, (64, 128, 256, 512, 1024))
+
+
+class _TiledMatmul(dlight.gpu.Matmul):
+    """dlight's product with tiles of our choice, dlight's own where there is none."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self._parameters = {**defaults(_TILES), **parameters}
+
+    def get_configs(self, target: tvm.target.Target) -> dlight.gpu.Matmul.Config:
+        """Return the sizes of the tiles."""
+        del target
+        chosen = self._parameters
+        return dlight.gpu.Matmul.Config(
+            block_size_x=chosen["threads_x"],
+            block_size_y=chosen["threads_y"],
+            micro_size_x=chosen["tile_x"],
+            micro_size_y=chosen["tile_y"],
+            micro_size_k=chosen["tile_k"],
+            vector_size=chosen["vector"],
+            storage_align=True,
+        )
+
+
+def schedule_function(
+    function: tirx.PrimFunc,
+    target: Target,
+    name: str,
+    parameters: Parameters | None,
+    decide: Decide,
+) -> tuple[tirx.PrimFunc, KernelReport]:
     """Return `function` with its loops bound to GPU threads, and its report.
 
-    What no rule binds runs on a single thread, in order; a function that calls the host comes back as it is. Both are
+    The first rule that binds them gives the family; `parameters`, or else what `decide` returns, replace its defaults.
+    `parameters` that bind nothing are a ScheduleError; a decision that does not leaves the defaults, and a reason. What
+    no rule binds runs on a single thread, in order; a function that calls the host comes back as it is. Both are
     reported as opaque.
     """
-    reasons = []
-    gpu = target.tvm_target()
-    with gpu:
-        for family, rule in RULES.items() if _has_blocks(function) else ():
-            try:
-                schedule = rule().apply(function, gpu, False)
-            except ScheduleError as error:
-                reasons.append(f"{family}: {str(error).strip().splitlines()[0]}")
-                continue
-            if isinstance(schedule, s_tir.Schedule) and _is_bound(schedule.mod["main"]):
-                scheduled = schedule.mod["main"].with_attr(SCHEDULED, True)
-                return scheduled, KernelReport(name, family, reason="; ".join(reasons))
+    reasons: list[str] = []
+    for family in RULES if _has_blocks(function) else ():
+        scheduled = _bound(function, target, family, {}, reasons)
+        if scheduled is None:
+            continue
+        space = _space(family, scheduled)
+        report = KernelReport(
+            name,
+            family,
+            defaults(space),
+            reason="; ".join(reasons),
+            workload=identity(function),
+            space=space,
+            version=VERSION,
+        )
+        chosen = decide(report) if parameters is None else parameters
+        if chosen is None or chosen == report.parameters:
+            return scheduled.with_attr(SCHEDULED, True), report
+        tuned = _bound(function, target, family, chosen, reasons)
+        if tuned is not None:
+            return tuned.with_attr(SCHEDULED, True), replace(report, parameters=chosen, tuned=True)
+        refusal = f"{family} with {dict(chosen)} binds nothing"
+        if parameters is not None:
+            raise ScheduleError(refusal)
+        return scheduled.with_attr(SCHEDULED, True), replace(report, reason="; ".join((*reasons, refusal)))
     reasons.append("no rule binds its loops to threads")
     scheduled = function if _calls_host(function) else _on_one_thread(function)
     return scheduled.with_attr(SCHEDULED, True), KernelReport(name, "opaque", reason="; ".join(reasons))
+
+
+def _space(family: str, scheduled: tirx.PrimFunc) -> Space:
+    """Return what can be chosen of a rule: tiles of a product, threads of a block, or a later rule in its place."""
+    if family == "matmul":
+        return (_TENSOR_CORES,) if _uses_tensor_cores(scheduled) else _TILES
+    if family == "fallback":
+        return (_THREADS,)
+    place = list(RULES).index(family)
+    return (Choice("rule", place, tuple(range(place, len(RULES)))),)
+
+
+def _uses_tensor_cores(function: tirx.PrimFunc) -> bool:
+    found: list[s_tir.SBlock] = []
+    tvm_ffi.structural_walk(function.body, (s_tir.SBlock, found.append))
+    return any(buffer.scope().startswith("wmma") for block in found for buffer in block.alloc_buffers)
+
+
+def _bound(
+    function: tirx.PrimFunc, target: Target, family: str, parameters: Parameters, reasons: list[str]
+) -> tirx.PrimFunc | None:
+    """Return a function as a rule schedules it, None where it leaves loops unbound; a refusal goes to `reasons`."""
+    gpu = target.tvm_target()
+    if "threads" in parameters:
+        gpu = tvm.target.Target({**gpu.export(), "max_threads_per_block": parameters["threads"]})
+    if parameters.get("tensor_cores") == 0:
+        function = function.with_attr(_WITHOUT_TENSOR_CORES, True)
+    try:
+        with gpu:
+            schedule = _rule(family, parameters).apply(function, gpu, False)
+    except ScheduleError as error:
+        reasons.append(f"{family}: {str(error).strip().splitlines()[0]}")
+        return None
+    if schedule is None or isinstance(schedule, list) or not _is_bound(schedule.mod["main"]):
+        return None
+    return schedule.mod["main"].without_attr(_WITHOUT_TENSOR_CORES)
+
+
+def _rule(family: str, parameters: Parameters) -> GPUScheduleRule:
+    if family == "matmul":
+        return _TiledMatmul(parameters)
+    return list(RULES.values())[parameters["rule"]]() if "rule" in parameters else RULES[family]()
 
 
 def _has_blocks(function: tirx.PrimFunc) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from tvm import tirx
 
-from schedules.family import Space
+from schedules.family import Parameters, Space
 
 # The attribute by which TVM's own passes, too, know a function that needs no schedule.
 SCHEDULED = "tirx.is_scheduled"
@@ -39,3 +39,7 @@ class KernelReport:
     space: Space = ()
     version: int = 0
     tuned: bool = False
+
+
+# Returns the parameters to replace defaults by, or None, from a report whose family, version and space are known.
+Decide = Callable[[KernelReport], Parameters | None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import tvm
@@ -16,13 +15,10 @@ from schedules.intrin import vector_math
 from schedules.kernels import cut
 from schedules.quotients import truncate_quotients
 from schedules.registry import FAMILIES
-from schedules.report import SCHEDULED, KernelReport, is_scheduled
+from schedules.report import SCHEDULED, Decide, KernelReport, is_scheduled
 from schedules.stages import OpaqueStage, StagedFunction, parse, sequence
 from schedules.workload import identity
 from targets.base import Target
-
-# Returns the parameters to replace defaults by, or None, from a report whose family, version and space are known.
-Decide = Callable[[KernelReport], Parameters | None]
 
 
 def by_default(_: KernelReport) -> None:
@@ -40,12 +36,7 @@ def schedule_module(
     scheduled = dict(module.functions_items())
     for variable, function in scheduled.items():
         if isinstance(function, tirx.PrimFunc) and not is_scheduled(function):
-            if target.device == "cuda":
-                scheduled[variable], report = cuda.schedule_function(function, target, variable.name_hint)
-            else:
-                scheduled[variable], report = schedule_function(
-                    function, target, name=variable.name_hint, decide=decide
-                )
+            scheduled[variable], report = schedule_function(function, target, name=variable.name_hint, decide=decide)
             reports.append(report)
     result = tvm.IRModule(scheduled, attrs=module.attrs, global_infos=module.global_infos)
     return result, tuple(reports)
@@ -58,11 +49,13 @@ def schedule_function(
     name: str = "main",
     decide: Decide = by_default,
 ) -> tuple[tirx.PrimFunc, KernelReport]:
-    """Return `function` scheduled for a CPU `target`, and its report.
+    """Return `function` scheduled for `target`, and its report.
 
     `parameters`, or else what `decide` returns, replace the defaults of its main kernel, the one with the most work;
     names that the kernel's family does not have are an error (KeyError).
     """
+    if target.device == "cuda":
+        return cuda.schedule_function(function, target, name, parameters, decide)
     staged = parse(function)
     if staged is None:
         return function.with_attr(SCHEDULED, True), KernelReport(name, "opaque", reason="no loop nests at the top")

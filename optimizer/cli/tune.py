@@ -18,6 +18,7 @@ _DEFAULT_TRIALS = 256
 @click.command(name="tune")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--target", "-t", default="host", show_default=True, help="Hardware target; see `optimizer targets`.")
+@click.option("--gpu-arch", "gpu_architectures", multiple=True, metavar="SM", help="CUDA architecture, as for compile.")
 @click.option("--trials", type=click.IntRange(1), help=f"Measurements over all kernels; {_DEFAULT_TRIALS} by default.")
 @click.option("--minutes", type=click.FloatRange(min=0.01), help="Time to search, instead of trials or beside them.")
 @click.option(
@@ -39,6 +40,7 @@ _DEFAULT_TRIALS = 256
 def command(
     model: Path,
     target: str,
+    gpu_architectures: tuple[str, ...],
     trials: int | None,
     minutes: float | None,
     device: str,
@@ -65,7 +67,7 @@ def command(
     from passes import pipeline
 
     options = CompileOptions(
-        find_target(target),
+        find_target(target, gpu_architectures or None),
         parse_shapes(shapes),
         pipeline.DEFAULT if passes is None else passes,
         precision,

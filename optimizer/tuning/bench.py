@@ -143,8 +143,9 @@ class _Bench:
     def _lease(self, command: Lease) -> Description:
         if command.address is None:
             assert command.threads is not None
-            self._machine = ThisMachine(command.threads)
-            return Description.of_this_machine()
+            here = ThisMachine(self._target, command.threads)
+            self._machine = here
+            return here.describe()
         remote = RemoteMachine(command.address, self._target, command.threads)
         self._machine = remote
         return remote.description
@@ -162,7 +163,7 @@ class _TaskBench:
         self._target = target
         self._machine = machine
         generator = np.random.default_rng(0)
-        self._arguments = [_argument(argument, generator, machine.cpu) for argument in task.arguments]
+        self._arguments = [_argument(argument, generator, machine.device) for argument in task.arguments]
         self._results = [tensor for tensor in self._arguments[-task.outputs :] if not isinstance(tensor, int)]
         self._built: list[tvm.runtime.Module] = []
         self._expected: list[np.ndarray] = []
@@ -200,7 +201,7 @@ class _TaskBench:
         return times
 
     def _evaluate(self, candidate: int, calls: int) -> float:
-        evaluator = self._built[candidate].time_evaluator("main", self._machine.cpu, number=calls, repeat=1)
+        evaluator = self._built[candidate].time_evaluator("main", self._machine.device, number=calls, repeat=1)
         return float(evaluator(*self._arguments).results[0])
 
 

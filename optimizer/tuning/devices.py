@@ -18,6 +18,7 @@ from targets.base import Target
 from targets.emulator import Emulator
 from targets.errors import ToolchainError
 from targets.execution import how_executed
+from targets.gpu import gpus
 
 _SERVER = "optimizer.runtime.device_server"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -37,9 +38,13 @@ def opened(device: str, target: Target) -> Iterator[Devices]:
 
     Raises OptionError for another text, TuningError where nothing there can measure code for `target`.
     """
-    if target.device != "cpu":
-        raise TuningError(f"kernels of {target.name} cannot be tuned: schedules of GPUs have no space yet")
+    if target.device != "cpu" and device != "host":
+        raise TuningError(f"kernels of {target.name} are measured where the GPU is: tune there, with --device host")
     if device == "host":
+        if target.device != "cpu" and not gpus():
+            raise TuningError(
+                f"there is no NVIDIA GPU here to measure kernels of {target.name}; tune where there is one"
+            )
         if how_executed(target) != "native":
             raise TuningError(
                 f"this machine cannot measure {target.name}: times under an emulator say nothing; tune on a machine of "

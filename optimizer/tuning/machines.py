@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +27,8 @@ from schedules import schedule_function
 from schedules.family import Parameters
 from schedules.intrin.integer_dot import integer_dot
 from targets.base import Target
+from targets.device_code import generating_source
+from targets.gpu import gpus
 from targets.linking import Executable, export_library
 
 # A device whose kernel crashed is back within a second or two.
@@ -61,8 +63,8 @@ class Machine(Protocol):
     """Takes what was compiled, and arrays to call it with."""
 
     @property
-    def cpu(self) -> tvm.runtime.Device:
-        """The machine's CPU, where the arrays of its kernels lie."""
+    def device(self) -> tvm.runtime.Device:
+        """What runs the kernels, in whose memory their arrays lie."""
         ...
 
     def load(self, executable: Executable) -> tvm.runtime.Module:
@@ -75,15 +77,26 @@ class Machine(Protocol):
 
 
 class ThisMachine:
-    """The process that measures."""
+    """The process that measures: the CPU with `threads` threads, or the first GPU."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, target: Target, threads: int) -> None:
         use_threads(threads)
-        self.cpu: tvm.runtime.Device = tvm.cpu()
+        self._target = target
+        self.device: tvm.runtime.Device = tvm.cpu() if target.device == "cpu" else tvm.cuda(0)
+
+    def describe(self) -> Description:
+        """Return what this machine is; kernels of a GPU name that as their CPU."""
+        described = Description.of_this_machine()
+        return described if self._target.device == "cpu" else replace(described, cpu=gpus()[0].name)
 
     def load(self, executable: Executable) -> tvm.runtime.Module:
-        """Return the module, linked in memory."""
-        return executable.jit()  # pyright: ignore[reportAttributeAccessIssue] - what tvm.compile returns has it
+        """Return the module, linked in memory, or with device code for this GPU in a file."""
+        if self._target.device == "cpu":
+            return executable.jit()  # pyright: ignore[reportAttributeAccessIssue] - what tvm.compile returns has it
+        with tempfile.TemporaryDirectory(prefix="optimizer-candidate-") as folder:
+            library = Path(folder) / "candidate.so"
+            export_library(executable, self._target, library)
+            return tvm.runtime.load_module(str(library))
 
     def answers(self) -> bool:
         """Return True: if it did not, nothing would."""
@@ -111,7 +124,7 @@ class RemoteMachine:
             self._session.get_function(USE_THREADS)(self.threads)
         except (TuningError, RuntimeError, OSError, ValueError, AttributeError) as error:
             raise LostError(f"{address} lends no device: {error}") from error
-        self.cpu: tvm.runtime.Device = self._session.cpu(0)
+        self.device: tvm.runtime.Device = self._session.cpu(0)
 
     def load(self, executable: Executable) -> tvm.runtime.Module:
         """Return the module, linked here for the target and sent there."""
@@ -138,8 +151,8 @@ def build(function: tvm.tirx.PrimFunc, target: Target, parameters: Parameters | 
 
 def _compiled(function: tvm.tirx.PrimFunc, target: Target) -> Executable:
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
-    with code_generation.options(target):
-        return tvm.compile(module, target.tvm_target(), tir_pipeline=code_generation.pipeline(target))
+    with target.tvm_target() as tvm_target, generating_source(), code_generation.options(target):
+        return tvm.compile(module, tvm_target, tir_pipeline=code_generation.pipeline(target))
 
 
 @dataclass(frozen=True)
@@ -159,12 +172,12 @@ def reference_health(machine: Machine, target: Target) -> Health:
     module = machine.load(build(te.create_prim_func([left, right, product]), target, None))
     generator = np.random.default_rng(0)
     values = [generator.integers(-4, 5, (size, size)).astype(np.float32) for _ in range(2)]
-    arguments = [tvm.runtime.tensor(value, machine.cpu) for value in (*values, np.zeros_like(values[0]))]
+    arguments = [tvm.runtime.tensor(value, machine.device) for value in (*values, np.zeros_like(values[0]))]
     module["main"](*arguments)
     # Of integers: numpy's threads for products of floats would go on spinning beside what is measured next.
     expected = values[0].astype(np.int32) @ values[1].astype(np.int32)
     exact = np.array_equal(arguments[-1].numpy(), expected)
-    evaluator = module.time_evaluator("main", machine.cpu, number=_REFERENCE_CALLS, repeat=_REFERENCE_ROUNDS)
+    evaluator = module.time_evaluator("main", machine.device, number=_REFERENCE_CALLS, repeat=_REFERENCE_ROUNDS)
     return Health(min(evaluator(*arguments).results), exact)
 
 
@@ -174,8 +187,8 @@ def measured_peaks(machine: Machine, target: Target, threads: int) -> Peaks:
     def rate(make: Callable[[Target, int, int], peak.Work], work: int) -> float:
         function, arrays = make(target, work, threads)
         module = machine.load(_compiled(function, target))
-        arguments = [tvm.runtime.tensor(array, machine.cpu) for array in arrays]
-        evaluator = module.time_evaluator("main", machine.cpu, number=1, repeat=_PEAK_ROUNDS)
+        arguments = [tvm.runtime.tensor(array, machine.device) for array in arrays]
+        evaluator = module.time_evaluator("main", machine.device, number=1, repeat=_PEAK_ROUNDS)
         return work / min(evaluator(*arguments).results)
 
     cached = threads * target.caches.level2 // 2

@@ -72,7 +72,8 @@ def tune_model(
                 seeds = [record for sibling in siblings for record in sibling.read().records]
                 origin = origin_of(target, machine.cpu, threads or machine.threads)
                 session = TuningSession(tasks, pool, log, origin, seeds)
-                _note_peaks(session.progress, None if machine.emulated else pool.measure_peaks(origin.threads))
+                if target.device == "cpu" and not machine.emulated:
+                    _note_peaks(session.progress, pool.measure_peaks(origin.threads))
                 session.run(tuning.budget, watch)
             return Tuned(tuple(session.progress), machine, pool.size, tuple(pool.refused))
 

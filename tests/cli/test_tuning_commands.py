@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from optimizer.tuning import fleet
+from targets.gpu import gpus
 from tests.cli.conftest import Finished
 
 Optimizer = Callable[..., Finished]
@@ -36,6 +37,23 @@ def test_a_target_that_cannot_be_measured_here_is_refused(optimizer: Optimizer, 
     done = optimizer("tune", perceptron, "--target", "arm64", "--trials", "2")
     assert done.code == 11
     assert "tune on a machine of that kind" in done.err
+
+
+@pytest.mark.skipif(bool(gpus()), reason="there is an NVIDIA GPU on this machine")
+def test_kernels_of_a_gpu_are_refused_without_one(optimizer: Optimizer, perceptron: Path) -> None:
+    done = optimizer("tune", perceptron, "--target", "cuda", "--trials", "2")
+    assert done.code == 11
+    assert "no NVIDIA GPU here" in done.err
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not gpus(), reason="no NVIDIA GPU on this machine")
+def test_a_model_tuned_on_a_gpu_compiles_from_its_log(optimizer: Optimizer, perceptron: Path, tmp_path: Path) -> None:
+    options = ("-t", "cuda", "--gpu-arch", gpus()[0].architecture, "--log", tmp_path)
+    tuned = optimizer("tune", perceptron, *options, "--trials", "4", "--json")
+    assert tuned.code == 0, tuned.err
+    compiled = optimizer("compile", perceptron, *options, "--dry-run", "--json")
+    assert json.loads(compiled.out)["tuned"]["cuda"] >= 1
 
 
 def test_tuning_without_a_log_is_refused(optimizer: Optimizer, perceptron: Path) -> None:

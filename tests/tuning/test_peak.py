@@ -20,5 +20,5 @@ def test_bytes_that_fit_the_caches_move_faster() -> None:
 
 
 def test_every_peak_of_this_machine_is_measured() -> None:
-    peaks = measured_peaks(ThisMachine(1), TARGET, 1)
+    peaks = measured_peaks(ThisMachine(TARGET, 1), TARGET, 1)
     assert min(peaks.operations, peaks.integer_operations, peaks.memory, peaks.cache) > 0
