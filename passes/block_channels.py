@@ -29,7 +29,8 @@ from schedules.winograd_structure import winograd
 from schedules.winograd_transforms import TAPS
 
 _CONVOLUTIONS = {"relax.nn.conv1d": 1, "relax.nn.conv2d": 2, "relax.nn.conv3d": 3}
-_PLAIN_LAYOUTS = ("NCW", "NCHW", "NCDHW", "OIW", "OIHW", "OIDHW")
+_TRANSPOSED = {"relax.nn.conv1d_transpose": 1, "relax.nn.conv2d_transpose": 2, "relax.nn.conv3d_transpose": 3}
+_PLAIN_LAYOUTS = ("NCW", "NCHW", "NCDHW", "OIW", "OIHW", "OIDHW", "IOW", "IOHW", "IODHW")
 _ELEMENTWISE = frozenset(
     f"relax.{name}"
     for name in [
@@ -133,9 +134,9 @@ class _Blocker(PyExprMutator):
         if not isinstance(call, tvm.ir.Call) or not isinstance(call.op, tvm.ir.Op):
             return None
         name = call.op.name
-        if name in _CONVOLUTIONS:
+        if name in _CONVOLUTIONS or name in _TRANSPOSED:
             try:
-                result, choice = self._convolution(call)
+                result, choice = self._convolution(call) if name in _CONVOLUTIONS else self._transposed(call)
             except Refusal as refusal:
                 self._sites.append(Site(binding.var.name, str(refusal), nodes_of(call)))
                 return None
@@ -191,6 +192,28 @@ class _Blocker(PyExprMutator):
                 call, lambda x, w: blocked_operators.dense(x, w, channels, groups, geometry), packed
             )
             return result, f"directly: {refusal}"
+
+    def _transposed(self, call: tvm.ir.Call) -> tuple[_Blocked, str]:
+        """Return a transposed convolution whose taps do not overlap, as one of a single tap; raises Refusal."""
+        _check_operands(call)
+        attributes, values = call.attrs, call.args[1].value.numpy()
+        kernel = values.shape[2:]
+        apart = tuple(map(int, attributes.strides)) == kernel and {int(step) for step in attributes.dilation} == {1}
+        require(apart, "the taps of neighbouring positions overlap or leave gaps")
+        cropped = any(int(pad) for pad in (*attributes.padding, *attributes.output_padding))
+        require(not cropped, "it crops or extends its result")
+        require(int(attributes.groups) == 1, "its channels are in groups")
+        require(2 * values.shape[1] >= self._block, f"{values.shape[1]} output channels would leave blocks empty")
+        ones, zeros = (1,) * len(kernel), (0,) * len(kernel)
+        products = self._computed(
+            call,
+            lambda x, w: blocked_operators.dense(x, w, len(values), 1, Geometry(ones, ones, zeros, zeros)),
+            blocked_operators.pack_scattered(values, self._block),
+        )
+        image = self.builder_.call_te(
+            lambda x: blocked_operators.scatter(x, kernel), products.var, primfunc_name_hint="scatter"
+        )
+        return _Blocked(self._emit(image), products.shape), "as a product, whose results are put side by side"
 
     def _filtered(self, call: tvm.ir.Call, values: np.ndarray, geometry: Geometry) -> tuple[_Blocked, str]:
         """Return a convolution by Winograd's minimal filtering, and which; raises Refusal."""
@@ -334,6 +357,19 @@ class _Blocker(PyExprMutator):
 
 def _check_convolution(call: tvm.ir.Call) -> Geometry:
     """Return the geometry of a convolution that may be blocked; raises Refusal."""
+    _check_operands(call)
+    rank, attributes = _CONVOLUTIONS[call.op.name], call.attrs
+    pads = [int(pad) for pad in attributes.padding]
+    return Geometry(
+        strides=tuple(map(int, attributes.strides)),
+        dilations=tuple(map(int, attributes.dilation)),
+        pads_begin=tuple(pads[:rank]),
+        pads_end=tuple(pads[rank:]),
+    )
+
+
+def _check_operands(call: tvm.ir.Call) -> None:
+    """Refuse a convolution that is not of fp32 in plain layouts, with constant weights and a known image size."""
     data, weight = call.args
     attributes = call.attrs
     if attributes.data_layout not in _PLAIN_LAYOUTS or attributes.kernel_layout not in _PLAIN_LAYOUTS:
@@ -345,14 +381,6 @@ def _check_convolution(call: tvm.ir.Call) -> Geometry:
         raise Refusal("the weights are not constant")
     if data.ty.shape is None or any(_static(size) is None for size in data.ty.shape.values[1:]):
         raise Refusal("the size of the image is not known at compile time")
-    rank = _CONVOLUTIONS[call.op.name]
-    pads = [int(pad) for pad in attributes.padding]
-    return Geometry(
-        strides=tuple(map(int, attributes.strides)),
-        dilations=tuple(map(int, attributes.dilation)),
-        pads_begin=tuple(pads[:rank]),
-        pads_end=tuple(pads[rank:]),
-    )
 
 
 def _static(size: tvm.ir.Expr) -> int | None:

@@ -5,6 +5,7 @@ Lanes past the last channel hold anything; nothing reads them but what computes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,14 @@ def pack_shallow(weights: np.ndarray, block: int) -> np.ndarray:
 def pack_depthwise(weights: np.ndarray, block: int) -> np.ndarray:
     """Return [C, 1, *K] as [C/block, *K, block], zeros past the last channel."""
     return np.ascontiguousarray(pack_shallow(weights, block)[:, 0])
+
+
+def pack_scattered(weights: np.ndarray, block: int) -> np.ndarray:
+    """Return [I, O, *K] of a transposed convolution as `pack_dense` of one with a tap and outputs [*K, O in blocks]."""
+    inputs, outputs, *kernel = weights.shape
+    padded = np.pad(weights, [(0, 0), (0, -outputs % block), *[(0, 0)] * len(kernel)])
+    by_tap = np.moveaxis(padded, (0, 1), (-1, -2)).reshape(-1, inputs, *[1] * len(kernel))
+    return pack_dense(by_tap, block)
 
 
 def dense(data: te.Tensor, weights: te.Tensor, channels: int, groups: int, geometry: Geometry) -> te.Tensor:
@@ -111,6 +120,23 @@ def depthwise(data: te.Tensor, weights: te.Tensor, geometry: Geometry) -> te.Ten
 
     shape = (data.shape[0], data.shape[1], *_extents(padded, 2, kernel, geometry), weights.shape[-1])
     return te.compute(shape, element, name="conv")
+
+
+def scatter(data: te.Tensor, kernel: Sequence[int]) -> te.Tensor:
+    """Return blocks [N, *kernel x C/block, *positions, block] as an image: each position's taps side by side."""
+    batch, taps_and_blocks, *positions, block = data.shape
+    count = int(taps_and_blocks) // math.prod(kernel)
+
+    def element(n: tirx.Expr, channel: tirx.Expr, *rest: tirx.Expr) -> tirx.Expr:
+        *place, lane = rest
+        tap: tirx.Expr = tirx.const(0, "int64")
+        for at, size in zip(place, kernel, strict=True):
+            tap = tap * size + tirx.floormod(at, size)
+        read = [tirx.floordiv(at, size) for at, size in zip(place, kernel, strict=True)]
+        return data(n, tap * count + channel, *read, lane)
+
+    size = [extent * taps for extent, taps in zip(positions, kernel, strict=True)]
+    return te.compute((batch, count, *size, block), element, name="scatter")
 
 
 def _padded(data: te.Tensor, first: int, geometry: Geometry) -> te.Tensor:

@@ -285,3 +285,33 @@ def test_blocking_twice_changes_nothing_more() -> None:
     twice = BlockChannels(BLOCK).run(once)
     assert twice.sites == ()
     tvm.ir.assert_structural_equal(twice.module, once)
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "batch"), [((8, 16), (2, 2), 1), ((11, 13), (3, 1), "n"), ((5, 8), (4,), 2)]
+)
+def test_transposed_convolution_without_overlap_is_a_product(
+    channels: tuple[int, int], kernel: tuple[int, ...], batch: int | str
+) -> None:
+    transpose = {1: op.nn.conv1d_transpose, 2: op.nn.conv2d_transpose}[len(kernel)]
+    image = normal(2 if batch == "n" else int(batch), channels[0], *(5, 7)[: len(kernel)])
+
+    def body(emit: Emit, x: relax.Var) -> relax.Expr:
+        y = emit(transpose(x, weights(*channels, *kernel), strides=list(kernel)))
+        return emit(op.nn.relu(emit(op.add(y, weights(1, channels[1], *[1] * len(kernel))))))
+
+    outcome = blocked(body, [batch, *image.shape[1:]], image)
+    assert outcome.rewritten == 1
+    assert "scatter" in kernels(outcome.module)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"strides": 1}, "overlap"), ({"strides": 2, "padding": 1}, "crops"), ({"strides": 2, "groups": 2}, "groups")],
+)
+def test_other_transposed_convolutions_are_refused(options: dict[str, int], reason: str) -> None:
+    def body(emit: Emit, x: relax.Var) -> relax.Expr:
+        return emit(op.nn.conv2d_transpose(x, weights(8, 8, 2, 2), **options))
+
+    (site,) = blocked(body, [1, 8, 4, 4], normal(1, 8, 4, 4)).sites
+    assert reason in (site.refusal or "")
