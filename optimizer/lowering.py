@@ -17,6 +17,7 @@ from optimizer.kernel_merging import merge_kernels
 from optimizer.kernel_nodes import carry_into_groups, fused_groups, name_kernels, with_calls
 from optimizer.legalization import LEGALIZATIONS
 from optimizer.shape_heap import lower_shapes
+from optimizer.shared_bindings import share_sizes, share_views
 from optimizer.symbolic_arguments import keep_symbolic_functions_apart
 from optimizer.weight_checks import trust_weights
 from passes.base import Site
@@ -61,10 +62,13 @@ _FINISH = (
     relax.transform.CallTIRRewrite,
     relax.transform.StaticPlanBlockMemory,
     relax.transform.LowerAllocTensor,
+    relax.transform.CanonicalizeBindings,  # names of one tensor, tuples taken apart
+    lambda: share_views,
     relax.transform.KillAfterLastUse,
     relax.transform.LowerRuntimeBuiltin,
     relax.transform.ComputePrimValue,
     lambda: lower_shapes,
+    lambda: share_sizes,
     lambda: trust_weights,
     relax.transform.AttachGlobalSymbol,
 )
