@@ -7,6 +7,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import click
@@ -14,8 +15,9 @@ import onnx
 
 from benchmarks import arm64, fusion, transfer, tuning
 from benchmarks.architecture import EXPORTERS, Exporter
-from benchmarks.comparison import Row, compare
+from benchmarks.comparison import Judge, Row, compare
 from benchmarks.engines import BF16_ENGINES, ENGINES
+from benchmarks.exact import in_float64
 from benchmarks.llm import table as llm
 from benchmarks.tables import REFERENCE, TABLES, Subject, subjects
 from optimizer.certificate.tolerance import arithmetic
@@ -67,7 +69,8 @@ def main(
 ) -> None:
     """Compare this compiler with other engines on the models of TABLE, interleaved in one run.
 
-    Ends with exit code 1 if a model is missing, does not compile, or differs from onnxruntime beyond its tolerance.
+    Ends with exit code 1 if a model is missing, does not compile, or differs from onnxruntime beyond its tolerance
+    (or, where a single kernel does so, from an evaluation in float64).
     The table `fusion` times nothing: it counts the kernels of one step of the other tables' models, and fails where
     they are more than the nodes of onnxruntime's optimized graph. The table `tuning` searches before it measures;
     `transfer` searches with the shipped log's cost model and without. The table `arm64` judges the inner loops of
@@ -137,7 +140,11 @@ def _lines(subject: Subject, engines: Sequence[str], threads: int, rounds: int) 
     model = onnx.load(subject.path, load_external_data=False)
     rounds_activations = any(node.op_type == "MatMulNBits" for node in model.graph.node)
     tolerance = arithmetic(model, activations="int8" if rounds_activations else None).tolerance("float32")
-    results = compare(subject.path, subject.cases, engines, threads=threads, rounds=rounds, reference=REFERENCE)
+    # Whole models would take the reference evaluator hours.
+    judge = Judge(tolerance, partial(in_float64, model)) if subject.is_kernel else None
+    results = compare(
+        subject.path, subject.cases, engines, threads=threads, rounds=rounds, reference=REFERENCE, judge=judge
+    )
     for case, rows in results.items():
         label = f"{subject.label}, {case}" if len(results) > 1 else subject.label
         ours = next((row.median for row in rows if row.engine == "optimizer"), float("nan"))
@@ -154,7 +161,7 @@ def _line(label: str, row: Row, ours: float, tolerance: float) -> str:
     return (
         f"| {label} | {row.engine} {row.version} | {row.median * 1e3:.2f} | ±{row.spread:.0%} "
         f"| {row.median / ours:.2f} | {row.compile_seconds:.1f} | {row.compile_peak_bytes / 1e6:.0f} "
-        f"| {row.resident_bytes / 1e6:.0f} | {row.difference:.1e} | {tolerance:.1e} |"
+        f"| {row.resident_bytes / 1e6:.0f} | {row.difference:.1e}{' to float64' * row.is_exact} | {tolerance:.1e} |"
     )
 
 

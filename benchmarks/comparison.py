@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,11 +20,23 @@ _MOST_CALLS = 2000
 _SETTLE_SECONDS = 0.1
 
 
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Who decides where an engine differs from the reference by more than `tolerance`: exact outputs, if there are."""
+
+    tolerance: float
+    outputs: Callable[[Arrays], Arrays | None]
+
+
 @dataclass
 class Row:
     """Results of one engine on one model: seconds per call, and why there are none if `error` is set.
 
-    `difference` is the largest error of any output, relative to the reference engine's largest magnitude.
+    `difference` is the largest error of any output, relative to the reference's largest magnitude. The reference is
+    an engine, or with `is_exact` an evaluation in float64.
     """
 
     engine: str
@@ -33,6 +45,7 @@ class Row:
     compile_peak_bytes: int = 0
     resident_bytes: int = 0
     difference: float = float("nan")
+    is_exact: bool = False
     seconds: list[float] = field(default_factory=list)
     error: str | None = None
 
@@ -58,10 +71,11 @@ def compare(
     threads: int,
     rounds: int,
     reference: str,
+    judge: Judge | None = None,
 ) -> dict[str, list[Row]]:
     """Time every engine on one model with each case's inputs; returns the rows by case.
 
-    `reference` is the engine that outputs are compared with.
+    `reference` is the engine that outputs are compared with, until `judge` is asked.
     """
     with tempfile.TemporaryDirectory(prefix="optimizer-bench-") as folder:
         inputs_file = Path(folder) / "inputs.npz"
@@ -75,7 +89,8 @@ def compare(
                 loaded[name] = worker.loaded()
                 if loaded[name].error is None:
                     workers[name] = worker
-            return {case: _timed(case, loaded, workers, rounds, Path(folder), reference) for case in cases}
+            judged = {case: _timed(case, loaded, workers, rounds, Path(folder), reference) for case in cases}
+            return {case: _judged(rows, outputs, judge, cases[case]) for case, (rows, outputs) in judged.items()}
         finally:
             for worker in workers.values():
                 worker.close()
@@ -88,15 +103,14 @@ def _timed(
     rounds: int,
     folder: Path,
     reference: str,
-) -> list[Row]:
+) -> tuple[dict[str, Row], Mapping[str, Arrays]]:
     rows = {name: replace(row, seconds=[]) for name, row in loaded.items()}
     counts = {name: _calls_per_round(worker, case) for name, worker in workers.items()}
     for _ in range(rounds):
         for name, worker in workers.items():
             time.sleep(_SETTLE_SECONDS)
             rows[name].seconds += worker.ask({"case": case, "run": counts[name]})["seconds"]
-    _check(case, rows, workers, folder, reference)
-    return list(rows.values())
+    return rows, _check(case, rows, workers, folder, reference)
 
 
 def _calls_per_round(worker: _Worker, case: str) -> int:
@@ -104,7 +118,10 @@ def _calls_per_round(worker: _Worker, case: str) -> int:
     return max(1, min(_MOST_CALLS, int(_ROUND_SECONDS / once)))
 
 
-def _check(case: str, rows: Mapping[str, Row], workers: Mapping[str, _Worker], folder: Path, reference: str) -> None:
+def _check(
+    case: str, rows: Mapping[str, Row], workers: Mapping[str, _Worker], folder: Path, reference: str
+) -> Mapping[str, Arrays]:
+    """Enter what the engines' outputs differ from the reference engine's; returns all outputs."""
     results: dict[str, dict[str, np.ndarray]] = {}
     for number, (name, worker) in enumerate(workers.items()):
         file = folder / f"{number}.npz"
@@ -113,9 +130,25 @@ def _check(case: str, rows: Mapping[str, Row], workers: Mapping[str, _Worker], f
             results[name] = {key: stored[key] for key in stored.files}
     for name, outputs in results.items():
         if reference in results:
-            differences = [_difference(outputs[key], results[reference][key]) for key in outputs]
-            # Unlike Python's own, this maximum is NaN where one of them is.
-            rows[name].difference = float(np.max(differences)) if differences else float("nan")
+            rows[name].difference = _largest_difference(outputs, results[reference])
+    return results
+
+
+def _judged(rows: dict[str, Row], results: Mapping[str, Arrays], judge: Judge | None, inputs: Arrays) -> list[Row]:
+    """Return the rows; where one differs beyond the judge's tolerance, all are compared with what is exact."""
+    found = {name: outputs for name, outputs in results.items() if outputs}
+    disputed = judge is not None and not all(rows[name].difference <= judge.tolerance for name in found)
+    exact = judge.outputs(inputs) if judge is not None and disputed else None
+    if exact is not None:
+        for name, outputs in found.items():
+            rows[name] = replace(rows[name], difference=_largest_difference(outputs, exact), is_exact=True)
+    return list(rows.values())
+
+
+def _largest_difference(found: Arrays, wanted: Arrays) -> float:
+    differences = [_difference(found[key], wanted[key]) for key in found]
+    # Unlike Python's own, this maximum is NaN where one of them is.
+    return float(np.max(differences)) if differences else float("nan")
 
 
 def _difference(found: np.ndarray, wanted: np.ndarray) -> float:

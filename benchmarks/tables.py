@@ -34,7 +34,7 @@ class Table:
 class Subject:
     """One model of a table: the label of its rows, its file, its inputs by case, and the command that makes it.
 
-    `sizes` are those of its symbolic dimensions in the case that is tuned for.
+    `sizes` are those of its symbolic dimensions in the case that is tuned for. A kernel is a model of a few operators.
     """
 
     label: str
@@ -42,6 +42,7 @@ class Subject:
     cases: Cases
     made_by: str = ""
     sizes: Mapping[str, int] = field(default_factory=dict)
+    is_kernel: bool = False
 
 
 TABLES: Mapping[str, Table] = {
@@ -70,7 +71,7 @@ def subjects(
         for case in cases():
             if wanted(case.name):
                 path = case.save(folder)
-                yield Subject(case.name, path, {"random": _random_inputs(path)})
+                yield Subject(case.name, path, {"random": _random_inputs(path)}, is_kernel=True)
         return
     several = len(exporters or TABLES[table].exporters) > 1
     for name in filter(wanted, TABLES[table].models):
