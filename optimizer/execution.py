@@ -55,7 +55,8 @@ def call(
     values = bind_symbols(entry, {name: tensor.shape for name, tensor in given.items()})
     steps = kv_cache.steps_of_past(entry, values)
     buffers = kv_cache.buffers_of_past(entry, given, values, steps, device)
-    returned = _listed(main(*kv_cache.arguments(entry, given, buffers, values, steps), *trailing))
+    caches = kv_cache.tensors_of(entry, buffers)
+    returned = _listed(main(*kv_cache.arguments(entry, given, caches, values, steps), *trailing))
     own = len(entry.outputs) - len(entry.caches)
     return [*kv_cache.outputs_with_present(entry, returned[:own], buffers, values, steps, device), *returned[own:]]
 

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from optimizer.errors import PackageError
@@ -160,6 +161,21 @@ class EntryPoint:
     symbols: tuple[SymbolRange, ...]
     caches: tuple[CacheRecord, ...] = ()
     shortened: tuple[str, ...] = ()
+
+    @cached_property
+    def past_symbols(self) -> tuple[str, ...]:
+        """The symbols of the tokens that caches hold before a call, in the order in which the code takes them."""
+        return tuple(dict.fromkeys(cache.length for cache in self.caches))
+
+    @cached_property
+    def paged_symbols(self) -> tuple[str, ...]:
+        """Those of the `past_symbols` whose caches have pages."""
+        return tuple(dict.fromkeys(cache.length for cache in self.caches if cache.pages is not None))
+
+    @cached_property
+    def cache_totals(self) -> tuple[str, ...]:
+        """The expressions of the tokens that caches hold after a call: most often one for all."""
+        return tuple(dict.fromkeys(cache.total for cache in self.caches))
 
     def __str__(self) -> str:
         results = ", ".join(map(str, self.outputs))

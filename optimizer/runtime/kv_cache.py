@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import tvm_ffi
 
 from optimizer.errors import OptionError
 from optimizer.package import dimensions
-from optimizer.package.manifest import CachePages, CacheRecord, EntryPoint, TensorSpec
+from optimizer.package.manifest import CachePages, EntryPoint, TensorSpec
 from optimizer.runtime import cache_pages, tensors
 from optimizer.runtime.cache_buffers import CacheBuffers, Held, Room
 from optimizer.runtime.tensors import Device, Tensor
@@ -28,6 +28,14 @@ class Steps:
 
     before: int
     quantized: int
+
+
+@dataclass(frozen=True)
+class CacheTensors:
+    """What the code takes of all caches: the tensors that stand in place of inputs by their names, and the others."""
+
+    first: Mapping[str, Tensor]
+    others: Sequence[Tensor]
 
 
 class KeyValueCache:
@@ -55,6 +63,8 @@ class KeyValueCache:
         self.quantized: int = 0
         self._room = Room(SMALLEST_CAPACITY if capacity is None else capacity, SMALLEST_RECENT, SMALLEST_STEP)
         self.buffers: dict[str, CacheBuffers] = self._allocated(self._room)
+        self.tensors: CacheTensors = tensors_of(entry, self.buffers)
+        self._has_rings: bool = any(record.window for record in entry.caches)
 
     @property
     def bytes(self) -> int:
@@ -84,8 +94,9 @@ class KeyValueCache:
     def commit(self, total: int, steps: Steps) -> None:
         """Take note of a step that was done."""
         self.length, self.quantized = total, steps.quantized
-        for buffers in self.buffers.values():
-            buffers.note(total)
+        if self._has_rings:
+            for buffers in self.buffers.values():
+                buffers.note(total)
 
     def rewind(self, length: int) -> None:
         """Keep the first `length` tokens, which may not be more than there are; a whole cache stays as it is.
@@ -111,7 +122,7 @@ class KeyValueCache:
         """Return a cache of its own with the same tokens."""
         other = KeyValueCache(self._entry, self._device, capacity=self.capacity, sizes=self._sizes)
         other._room = self._room
-        other.buffers = other._allocated(self._room)
+        other._use(other._allocated(self._room))
         other.length, other.quantized = self.length, self.quantized
         for name, buffers in other.buffers.items():
             buffers.copy_from(self.buffers[name], Held(self.length, self.quantized))
@@ -127,7 +138,10 @@ class KeyValueCache:
     def _move_to(self, buffers: dict[str, CacheBuffers]) -> None:
         for name, each in buffers.items():
             each.copy_from(self.buffers[name], Held(self.length, self.quantized))
-        self.buffers = buffers
+        self._use(buffers)
+
+    def _use(self, buffers: dict[str, CacheBuffers]) -> None:
+        self.buffers, self.tensors = buffers, tensors_of(self._entry, buffers)
 
 
 def _whole_capacity(entry: EntryPoint, capacity: int | None) -> int:
@@ -158,10 +172,16 @@ def pages_of(entry: EntryPoint) -> CachePages | None:
     return next((record.pages for record in entry.caches if record.pages is not None), None)
 
 
+def tensors_of(entry: EntryPoint, buffers: Mapping[str, CacheBuffers]) -> CacheTensors:
+    """Return the tensors that the code takes of the entry point's caches."""
+    first = {record.past: buffers[record.past].tensors[0] for record in entry.caches}
+    return CacheTensors(first, [part for record in entry.caches for part in buffers[record.past].tensors[1:]])
+
+
 def arguments(
     entry: EntryPoint,
     given: Mapping[str, Tensor],
-    buffers: Mapping[str, CacheBuffers],
+    caches: CacheTensors,
     lengths: Mapping[str, int],
     steps: Mapping[str, Steps],
     skipped: int = 0,
@@ -171,16 +191,13 @@ def arguments(
     The numbers are each symbol's length, in the order of the caches, `steps` of those with quantized caches, and how
     many rows of shortened outputs are `skipped`.
     """
-    result: list[object] = [
-        buffers[spec.name].tensors[0] if spec.name in buffers else given[spec.name] for spec in entry.inputs
-    ]
+    values = {**given, **caches.first}
+    result: list[object] = [values[spec.name] for spec in entry.inputs]
     if not entry.caches:
         return result
-    result += [part for record in entry.caches for part in buffers[record.past].tensors[1:]]
-    symbols = dict.fromkeys(record.length for record in entry.caches)
-    paged = dict.fromkeys(record.length for record in entry.caches if record.pages is not None)
-    counts = [number for symbol in paged for number in (steps[symbol].before, steps[symbol].quantized)]
-    numbers = [dimensions.evaluate(symbol, lengths) for symbol in symbols]
+    result += caches.others
+    counts = [number for symbol in entry.paged_symbols for number in (steps[symbol].before, steps[symbol].quantized)]
+    numbers = [dimensions.evaluate(symbol, lengths) for symbol in entry.past_symbols]
     result.append(tvm_ffi.Shape((*numbers, *counts, *((skipped,) if entry.shortened else ()))))
     return result
 
@@ -255,10 +272,9 @@ def returned_count(entry: EntryPoint) -> int:
     return len(entry.outputs) - len(entry.caches)
 
 
-def total_tokens(records: Iterable[CacheRecord], values: Mapping[str, int]) -> int:
+def total_tokens(entry: EntryPoint, values: Mapping[str, int]) -> int:
     """Return the most tokens that any cache will hold after a call."""
-    # Most often one expression for all caches: it is evaluated for every token.
-    return max(dimensions.evaluate(total, values) for total in {record.total for record in records})
+    return max(dimensions.evaluate(total, values) for total in entry.cache_totals)
 
 
 def _as_declared(buffers: CacheBuffers, held: Held, spec: TensorSpec, device: Device) -> Tensor:

@@ -144,7 +144,8 @@ class Entry:
         device = self._model.device
         steps = kv_cache.steps_of_past(self.signature, values)
         buffers = kv_cache.buffers_of_past(self.signature, given, values, steps, device)
-        results = self._call(kv_cache.arguments(self.signature, given, buffers, values, steps))
+        caches = kv_cache.tensors_of(self.signature, buffers)
+        results = self._call(kv_cache.arguments(self.signature, given, caches, values, steps))
         results = kv_cache.outputs_with_present(self.signature, results, buffers, values, steps, device)
         specs = self.signature.outputs
         if outputs == "numpy":
@@ -165,13 +166,13 @@ class Entry:
         OptionError where the cache is full; the cache stays as it was.
         """
         given = self._tensors(self._without_past, inputs)
-        known = {record.length: cache.length for record in self.signature.caches}
+        known = dict.fromkeys(self.signature.past_symbols, cache.length)
         shapes = {name: tensor.shape for name, tensor in given.items()}
         values = bind_symbols(self._without_past, shapes, known)
-        total = kv_cache.total_tokens(self.signature.caches, values)
+        total = kv_cache.total_tokens(self.signature, values)
         counts = cache.reserve(total)
         steps = dict.fromkeys(known, counts)
-        results = self._call(kv_cache.arguments(self.signature, given, cache.buffers, values, steps, skipped))
+        results = self._call(kv_cache.arguments(self.signature, given, cache.tensors, values, steps, skipped))
         cache.commit(total, counts)
         return dict(zip(self._returned_names, results, strict=True))
 

@@ -84,9 +84,10 @@ class DecoderSession:
             inputs[self._roles.positions.name] = np.arange(past, past + count)[None]
         outputs = self._step(inputs, count)
         self.tokens += tokens
-        # Of a long prompt's logits, which take more memory than anything else, one row is copied.
         logits = host_view(outputs[self._roles.logits.name], self._roles.logits.dtype)
-        return cast("Logits", logits.reshape(-1, logits.shape[-1])[-1].astype(np.float32))
+        rows = logits.reshape(-1, logits.shape[-1])
+        # Of a long prompt's logits, which take more memory than anything else, one row is copied.
+        return cast("Logits", rows[-1].astype(np.float32, copy=len(rows) > 1))
 
     def rewind(self, length: int) -> None:
         """Forget all tokens but the first `length`; raises OptionError for more than were read."""
