@@ -79,6 +79,49 @@ def row_kernels() -> Iterator[RowKernel]:
     yield RowKernel("top_10_of_64x32000", "TopK", ((64, 32000),), (64, 10), (np.array([10]),), outputs=2)
     yield RowKernel("sort_64x4096", "TopK", ((64, 4096),), (64, 4096), (np.array([4096]),), outputs=2)
     yield RowKernel("transpose_1023x1025_10", "Transpose", ((1023, 1025),), (1025, 1023), (), {"perm": [1, 0]})
+    yield RowKernel(
+        "max_pool_480_14_s1", "MaxPool", ((1, 480, 14, 14),), (1, 480, 14, 14), (), {**window, "strides": [1, 1]}
+    )
+    yield RowKernel(
+        "average_pool_2048_8_s1", "AveragePool", ((1, 2048, 8, 8),), (1, 2048, 8, 8), (), {**window, "strides": [1, 1]}
+    )
+    yield RowKernel(
+        "max_pool_512_13_13x13",
+        "MaxPool",
+        ((1, 512, 13, 13),),
+        (1, 512, 13, 13),
+        (),
+        {"kernel_shape": [13, 13], "strides": [1, 1], "pads": [6] * 4},
+    )
+    yield from _beyond_caches()
+
+
+def _beyond_caches() -> Iterator[RowKernel]:
+    """Yield kernels on arrays of 64 MiB, which no cache holds."""
+    rows, wide = (4096, 4096), (16384, 1024)
+    scale = np.ones(1024, np.float32)
+    yield RowKernel("exp_4096x4096", "Exp", (rows,), rows)
+    yield RowKernel("add_4096x4096", "Add", (rows, rows), rows)
+    yield RowKernel("softmax_16384x1024", "Softmax", (wide,), wide, attributes={"axis": -1})
+    yield RowKernel("layer_norm_16384x1024", "LayerNormalization", (wide,), wide, (scale, scale), {"axis": -1})
+    yield RowKernel("rms_norm_16384x1024", "RMSNormalization", (wide,), wide, (scale,), {"axis": -1})
+    yield RowKernel("transpose_4096x4096_10", "Transpose", (rows,), rows, (), {"perm": [1, 0]})
+    yield RowKernel(
+        "transpose_16x1024x16x64_0213",
+        "Transpose",
+        ((16, 1024, 16, 64),),
+        (16, 16, 1024, 64),
+        (),
+        {"perm": [0, 2, 1, 3]},
+    )
+    image, half = (16, 64, 128, 128), (16, 64, 64, 64)
+    window: dict[str, Attribute] = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
+    yield RowKernel("max_pool_16x64_128", "MaxPool", (image,), half, attributes=window)
+    yield RowKernel(
+        "resize_linear_16x64_64", "Resize", (half,), image, (np.array([1, 1, 2, 2], np.float32),), {"mode": "linear"}
+    )
+    yield RowKernel("concat_4096x2048_axis1", "Concat", ((4096, 2048),) * 2, rows, attributes={"axis": 1})
+    yield RowKernel("sum_4096x4096_axis0", "ReduceSum", (rows,), (4096,), (np.array([0]),), {"keepdims": 0})
 
 
 def causal_attention() -> onnx.ModelProto:

@@ -100,12 +100,12 @@ def channel_windows(producer: Stage | None, stage: Stage, follows: Epilogue) -> 
         return None
     padded: tuple[ChannelWindow, ...] = ()
     if producer is not None:
-        source = _unpadded(producer, stage, data)
+        source = unpadded(producer, stage, data)
         if source is None:
             return None
         stage = with_value(stage, replace_loads(stage.value, lambda read: source if read.same_as(data) else None))
         data = source
-    windows = _windows(stage, data)
+    windows = windows_of(stage, data)
     if windows is None:
         return None
     if producer is not None:
@@ -177,7 +177,7 @@ def _run_length(expression: Expr, axis: Axis) -> int:
     return 1
 
 
-def _windows(stage: Stage, data: TensorLoad) -> list[ChannelWindow] | None:
+def windows_of(stage: Stage, data: TensorLoad) -> list[ChannelWindow] | None:
     """Return one window for each dimension with one tap (or input channel); None where it has another form."""
     windows = []
     for position, extent in zip(data.indices, data.source.shape, strict=True):
@@ -222,7 +222,7 @@ def _blocked_depth(stage: Stage, data: TensorLoad, lane: Axis) -> Axis | None:
     return next((axis for axis in stage.reduction if access.block(axis) == lane.extent), None)
 
 
-def _unpadded(producer: Stage, stage: Stage, data: TensorLoad) -> TensorLoad | None:
+def unpadded(producer: Stage, stage: Stage, data: TensorLoad) -> TensorLoad | None:
     """Return the read behind `data` where `producer` pads with what is neutral to the reduction, None otherwise."""
     value = producer.value
     if not data.source.same_as(producer.output):

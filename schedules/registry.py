@@ -12,6 +12,7 @@ from schedules.elementwise import Elementwise
 from schedules.family import Family
 from schedules.matmul import Matmul
 from schedules.normalized_product import NormalizedProduct
+from schedules.pooling import Pooling
 from schedules.quantized_matmul import QuantizedMatmul
 from schedules.reduction import Reduction
 from schedules.rowwise import Rowwise
@@ -24,6 +25,7 @@ FAMILIES: tuple[Family[Any], ...] = (
     Winograd(),
     DirectConvolution(),
     QuantizedMatmul(),
+    Pooling(),
     Convolution(),
     Matmul(),
     Rowwise(),

@@ -84,7 +84,7 @@ def row_extents(analysis: RowwiseAnalysis) -> list[Extent]:
 def all_rows(analysis: RowwiseAnalysis, vectors: int, target: Target, work: Extent) -> Stmt:
     """Return the loop over tasks of several rows each, parallel where `work` is large."""
     count = product(row_extents(analysis))
-    chunk = _rows_per_task(count, target)
+    chunk = rows_per_task(count, target)
 
     def task(number: Expr) -> Stmt:
         start = number * chunk
@@ -138,7 +138,7 @@ def _row_work(stage: Stage, leading: int) -> float:
     return work if isinstance(work, int) else float("inf")
 
 
-def _rows_per_task(count: Extent, target: Target) -> int:
+def rows_per_task(count: Extent, target: Target) -> int:
     """Return how many rows share one set of row buffers: allocating them costs as much as a short row's work."""
     if not isinstance(count, int):
         return SYMBOLIC_ROWS_PER_TASK

@@ -109,16 +109,3 @@ def test_transposed_convolution() -> None:
     want = convolve(dilated, w[:, :, ::-1, ::-1].transpose(1, 0, 2, 3), 1, 1)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=sum_tolerance(36, 1.0))
     assert families == {"convolution"}
-
-
-@pytest.mark.parametrize("size", [(13, 15), (7, 7), (28, 5)])
-def test_pooling(size: tuple[int, int]) -> None:
-    x = normal(2, 5, *size)
-    padded = np.pad(x, [(0, 0), (0, 0), (1, 1), (1, 1)], constant_values=-np.inf)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))[:, :, ::2, ::2]
-    got, _ = run(lambda x: op.nn.max_pool2d(x, (3, 3), (2, 2), (1, 1)), [x])
-    np.testing.assert_array_equal(got, windows.max((-1, -2)))
-    padded = np.where(np.isinf(padded), 0, padded)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))[:, :, ::2, ::2]
-    got, _ = run(lambda x: op.nn.avg_pool2d(x, (3, 3), (2, 2), (1, 1), count_include_pad=True), [x])
-    np.testing.assert_allclose(got, windows.mean((-1, -2)), rtol=1e-6, atol=sum_tolerance(9, 1.0))
