@@ -16,6 +16,7 @@ from schedules.pooling import Pooling
 from schedules.quantized_matmul import QuantizedMatmul
 from schedules.reduction import Reduction
 from schedules.rowwise import Rowwise
+from schedules.static_gather import StaticGather
 from schedules.transpose import Transpose
 from schedules.winograd import Winograd
 
@@ -31,5 +32,6 @@ FAMILIES: tuple[Family[Any], ...] = (
     Rowwise(),
     Reduction(),
     Transpose(),
+    StaticGather(),
     Elementwise(),
 )

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import parser
 from onnx.reference import ReferenceEvaluator
 
+from optimizer.frontend.converters.resampling import NUMPY, Axis, Sampling, known_taps, line_through, source_position
 from optimizer.frontend.importer import import_model
 from tests.frontend.comparison import assert_close, node_model, ours
 
@@ -79,3 +82,32 @@ def test_upsample_repeats_pixels():
     model = node_model("Upsample", {"x": _IMAGE}, ["y"], domain="", opset=7, shapes=_SYMBOLIC, scales=scales)
     expected = np.repeat(np.repeat(_IMAGE, 2, axis=2), 3, axis=3)
     assert_close(ours(model)({"x": _IMAGE}), {"y": expected})
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    length=st.integers(1, 300),
+    output=st.integers(2, 300),
+    coordinates=st.sampled_from(["half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel"]),
+    filter_name=st.sampled_from(["linear", "cubic"]),
+)
+def test_a_line_gives_the_indices_that_it_is_drawn_through(
+    length: int, output: int, coordinates: str, filter_name: str
+) -> None:
+    sampling = Sampling(filter_name, coordinates, "floor", -0.75, False, False)
+    axis = Axis(float(length), float(output), output / length, float(output), 0.0, 1.0)
+    places = np.arange(output)
+    positions = np.asarray(source_position(sampling, axis, places.astype(np.float64), NUMPY))
+    for indices in known_taps(sampling, axis)[0].T:
+        line = line_through(indices, positions, length)
+        if line is not None:
+            quotients = (places * line.numerator + line.offset) // line.denominator
+            np.testing.assert_array_equal(np.clip(quotients, 0, line.last), indices)
+
+
+@pytest.mark.parametrize("output", [28, 112, 113, 224])
+def test_usual_scales_make_lines(output: int) -> None:
+    sampling = Sampling("linear", "half_pixel", "floor", -0.75, False, False)
+    axis = Axis(56.0, float(output), output / 56, float(output), 0.0, 1.0)
+    positions = np.asarray(source_position(sampling, axis, np.arange(output, dtype=np.float64), NUMPY))
+    assert all(line_through(indices, positions, 56) is not None for indices in known_taps(sampling, axis)[0].T)

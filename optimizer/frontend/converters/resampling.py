@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TypeAlias
 
 import numpy as np
@@ -155,23 +156,56 @@ def known_taps(sampling: Sampling, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
     return index.astype(np.int64), weight / np.where(total == 0, 1.0, total)
 
 
+@dataclass(frozen=True)
+class Line:
+    """Indices that grow evenly: floor((numerator * place + offset) / denominator), kept within [0, last]."""
+
+    numerator: int
+    offset: int
+    denominator: int
+    last: int
+
+    def at(self, place: tvm.ir.Expr) -> tvm.ir.Expr:
+        """Return the index at a place as an expression."""
+        quotient = tirx.floordiv(place * self.numerator + self.offset, tirx.const(self.denominator, "int64"))
+        return tirx.max(tirx.min(quotient, tirx.const(self.last, "int64")), tirx.const(0, "int64"))
+
+
+def line_through(indices: np.ndarray, positions: np.ndarray, length: int) -> Line | None:
+    """Return the line that gives exactly `indices`, one for each of `positions` on an axis of `length`, if any does.
+
+    The slope is that of the positions as a fraction; of the offset each index says between which bounds it is.
+    """
+    if len(indices) < 2:
+        return None
+    mean = (float(positions[-1]) - float(positions[0])) / (len(positions) - 1)
+    slope = Fraction(mean).limit_denominator(4 * max(len(positions), length))
+    grown = slope.numerator * np.arange(len(indices))
+    least, most = slope.denominator * indices - grown, slope.denominator * (indices + 1) - 1 - grown
+    lower, upper = least[indices > 0], most[indices < length - 1]
+    low, high = lower.max(initial=np.iinfo(np.int64).min), upper.min(initial=np.iinfo(np.int64).max)
+    if low > high or not (len(lower) or len(upper)):
+        return None
+    return Line(slope.numerator, int(low if len(lower) else high), slope.denominator, length - 1)
+
+
 def computed_taps(
     sampling: Sampling, axis: Axis, output_length: tvm.ir.Expr, taps: tvm.ir.Expr
 ) -> tuple[te.Tensor, te.Tensor]:
-    """Return the same as tensor expressions."""
-    shape = (output_length, taps)
+    """Return the same as tensor expressions, each (taps, output elements)."""
+    shape = (taps, output_length)
     count = taps.astype("float64")
 
     def entry(place: tirx.Var, t: tirx.Var) -> tuple[Number, Number]:
         position = source_position(sampling, axis, place.astype("float64"), TIR)
         return tap(sampling, axis, position, t.astype("float64"), count, TIR)
 
-    indices = te.compute(shape, lambda i, t: tirx.Cast("int64", entry(i, t)[0]), name="indices")
-    weights = te.compute(shape, lambda i, t: entry(i, t)[1], name="weights")
+    indices = te.compute(shape, lambda t, i: tirx.Cast("int64", entry(i, t)[0]), name="indices")
+    weights = te.compute(shape, lambda t, i: entry(i, t)[1], name="weights")
     step = te.reduce_axis((0, taps), "t")
-    totals = te.compute((output_length,), lambda i: te.sum(weights[i, step], axis=step), name="totals")
+    totals = te.compute((output_length,), lambda i: te.sum(weights[step, i], axis=step), name="totals")
     zero, one = tirx.const(0, "float64"), tirx.const(1, "float64")
     normalized = te.compute(
-        shape, lambda i, t: weights[i, t] / tirx.Select(totals[i] == zero, one, totals[i]), name="normalized"
+        shape, lambda t, i: weights[t, i] / tirx.Select(totals[i] == zero, one, totals[i]), name="normalized"
     )
     return indices, normalized

@@ -14,10 +14,12 @@ from optimizer.frontend.converters.resampling import (
     NUMPY,
     TIR,
     Axis,
+    Line,
     Number,
     Sampling,
     computed_taps,
     known_taps,
+    line_through,
     nearest_index,
     source_position,
     stretch,
@@ -242,14 +244,33 @@ def _resampled_by_table(node: Node, data: Value, axis: int, numbers: Axis, sampl
     outside = None
     if sampling.coordinates == "tf_crop_and_resize":
         outside = relax.const((position < 0) | (position > numbers.length - 1))
+    positions, extent = np.asarray(position), int(numbers.length)
     if sampling.filter == "nearest":
         indices = np.asarray(nearest_index(sampling, numbers, position, NUMPY)).astype(np.int64)
-        taken = node.emit(relax.op.take(data.expr, relax.const(indices), axis, mode="clip"))
+        line = line_through(indices, positions, extent)
+        if line is None:
+            taken = node.emit(relax.op.take(data.expr, relax.const(indices), axis, mode="clip"))
+        else:
+            taken = node.compute(lambda tensor: _along(tensor, axis, line, len(indices)), data.expr)
         return taken if outside is None else _extrapolated(node, taken, axis, outside)
     indices, weights = known_taps(sampling, numbers)
-    wide = _FLOAT64 if data.dtype == _FLOAT64 else "float32"
-    result = _weighted(node, data, axis, relax.const(indices), relax.const(weights.astype(wide)))
+    wide = relax.const(weights.astype(_FLOAT64 if data.dtype == _FLOAT64 else "float32").T)
+    lines = [line_through(column, positions, extent) for column in indices.T]
+    known = [line for line in lines if line is not None]
+    if len(known) == len(lines) <= _UNROLLED_TAPS:
+        result = _weighted(node, data, axis, wide, known)
+    else:
+        result = _weighted(node, data, axis, wide, relax.const(indices.T))
     return result if outside is None else _extrapolated(node, result, axis, outside)
+
+
+def _along(tensor: te.Tensor, axis: int, line: Line, length: int) -> te.Tensor:
+    """Return the elements that a line picks from an axis."""
+
+    def element(*place: tirx.Var) -> tvm.ir.Expr:
+        return tensor(*place[:axis], line.at(place[axis]), *place[axis + 1 :])
+
+    return te.compute([*tensor.shape[:axis], length, *tensor.shape[axis + 1 :]], element, name="nearest")
 
 
 def _resampled_at_run_time(
@@ -291,7 +312,7 @@ def _resampled_at_run_time(
         result = node.emit(relax.op.take(data.expr, indices.expr, axis, mode="clip"))
     else:
         indices, weights = _tables(node, sampling, numbers, extent, length, arguments)
-        result = _weighted(node, data, axis, indices.expr, weights.expr)
+        result = _weighted(node, data, axis, weights.expr, indices.expr)
     return result if outside is None else _extrapolated(node, result, axis, outside)
 
 
@@ -322,17 +343,21 @@ def _tables(
     return indices, weights
 
 
-def _weighted(node: Node, data: Value, axis: int, indices: relax.Expr, weights: relax.Expr) -> Value:
-    """Return the sums of samples along an axis by tables of (output elements, taps)."""
+def _weighted(node: Node, data: Value, axis: int, weights: relax.Expr, indices: relax.Expr | Sequence[Line]) -> Value:
+    """Return the sums of samples along an axis by a table of weights (taps, output elements), and one of indices.
+
+    Where lines give the indices, one for each tap, the compiler knows which elements are read.
+    """
     wide = "float32" if data.dtype in HALF_TYPES else data.dtype
 
-    def summed(tensor: te.Tensor, index: te.Tensor, weight: te.Tensor) -> te.Tensor:
-        length, taps = index.shape
+    def summed(tensor: te.Tensor, weight: te.Tensor, *table: te.Tensor) -> te.Tensor:
+        taps, length = weight.shape
 
         def sample(place: tuple[tirx.Var, ...], t: tvm.ir.Expr | int) -> tvm.ir.Expr:
             i = place[axis]
-            value = tensor(*place[:axis], index[i, t], *place[axis + 1 :])
-            return value.astype(wide) * weight[i, t].astype(wide)
+            at = indices[t].at(i) if isinstance(indices, Sequence) and isinstance(t, int) else table[0][t, i]
+            value = tensor(*place[:axis], at, *place[axis + 1 :])
+            return value.astype(wide) * weight[t, i].astype(wide)
 
         shape = [*list(tensor.shape)[:axis], length, *list(tensor.shape)[axis + 1 :]]
         if isinstance(taps, tirx.IntImm) and int(taps) <= _UNROLLED_TAPS:
@@ -347,7 +372,8 @@ def _weighted(node: Node, data: Value, axis: int, indices: relax.Expr, weights: 
         step = te.reduce_axis((0, taps), "t")
         return te.compute(shape, lambda *place: te.sum(sample(place, step.var), axis=step), name="resize")
 
-    return node.cast(node.compute(summed, data.expr, indices, weights), data.dtype)
+    tables = [] if isinstance(indices, Sequence) else [indices]
+    return node.cast(node.compute(summed, data.expr, weights, *tables), data.dtype)
 
 
 def _extrapolated(node: Node, data: Value, axis: int, outside: relax.Expr) -> Value:
