@@ -49,6 +49,9 @@ FLOAT = "float32"
 # where they come from memory.
 KEYS_AT_ONCE = 4
 HEADS_AT_ONCE = 4
+# Vectors of sums in a loop: enough to hide the latency of a sum. With what is added to them they have to fit 16
+# registers: around the loops the compiler keeps the constants of the exponential in the others.
+SUMS_AT_ONCE = 8
 
 _SUM = Reducer(lambda a, b: a + b, ZERO, ZERO)
 _MAXIMUM = Reducer(tirx.max, ZERO, tirx.const(LOWEST, FLOAT))
@@ -253,8 +256,10 @@ def _products(task: _Block) -> Stmt:
     def some(element: Expr, start: Expr, keys: int) -> Stmt:
         return sequence([_products_of(task, element, start, keys, first, heads) for first, heads in in_heads])
 
+    at_once = min(KEYS_AT_ONCE, SUMS_AT_ONCE // min(count, HEADS_AT_ONCE))
+
     def part(element: Expr, start: Expr, extent: Extent) -> Stmt:
-        return tiles(extent, [KEYS_AT_ONCE, 1], lambda base, keys: some(element, start + base, keys))
+        return tiles(extent, [at_once, 1], lambda base, keys: some(element, start + base, keys))
 
     return in_stores(analysis.keys, analysis.key, task.point, task.base, task.extent, part)
 
@@ -318,7 +323,7 @@ def _weighted(task: _Block, first: int, heads: int) -> Stmt:
     """Return the sums of the values, weighted by the exponentials of some heads."""
     analysis = task.analysis
     extent = analysis.column.extent
-    width = 4 * task.lanes
+    width = min(4, SUMS_AT_ONCE // heads) * task.lanes
 
     def columns(start: Expr, count: int) -> Stmt:
         sums = local([heads * count], FLOAT, "weighted")
