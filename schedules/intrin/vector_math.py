@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 import tvm_ffi
 from tvm import ir, tirx
 from tvm.ir import Expr, Var
+from tvm.tirx.stmt import Stmt
 
-from schedules.stages import buffers_of
+from schedules.intrin import bf16_conversion
 
 LOG2_E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -240,30 +241,40 @@ FUNCTIONS: dict[str, Function] = {
 LARGEST_EXPANDED_POWER = 4
 
 
-def expand(expression: ir.Node) -> ir.Node:
+def expand(expression: ir.Node, held_as_bf16: Sequence[Var] = ()) -> ir.Node:
     """Return an expression or statement with its calls of elementary functions on floats up to 32 bits expanded.
 
-    One that touches bf16 comes back as it is: TVM rounds to bf16 by arithmetic that repeats its operand, and cannot
-    repeat the nested bindings of the expansion.
+    What is read from and stored to the buffers `held_as_bf16` is converted here, too. Where more is done in bfloat16,
+    the store comes back as it is: TVM's conversions repeat their operand, and cannot repeat the bindings of the
+    expansion.
     """
 
-    def visit(call: ir.Call, mutator: tvm_ffi.StructuralMutator) -> Expr:
-        rewritten = mutator.default_mutate(call)
-        if not isinstance(rewritten, ir.Call) or not isinstance(rewritten.op, ir.Op):
-            return rewritten
-        if rewritten.op.name == "tirx.pow":
-            return _expand_power(rewritten)
-        function = FUNCTIONS.get(rewritten.op.name)
-        dtype = str(rewritten.args[0].ty.dtype) if function is not None else ""
-        if function is None or dtype not in ("float32", "float16"):
-            return rewritten
-        if dtype == "float32":
-            return function(rewritten.args[0])
-        return function(rewritten.args[0].astype("float32")).astype(dtype)
+    def expand_store(store: tirx.BufferStore, mutator: tvm_ffi.StructuralMutator) -> Stmt:
+        if bf16_conversion.computes_before(store):
+            return store
+        return bf16_conversion.round_where_stored(mutator.default_mutate(store), held_as_bf16)
 
-    if any(str(buffer.dtype) == "bfloat16" for buffer in buffers_of(expression)):
-        return expression
-    return tvm_ffi.structural_mutate(expression, (ir.Call, visit))
+    def expand_cast(cast: tirx.Cast, mutator: tvm_ffi.StructuralMutator) -> Expr:
+        rewritten = mutator.default_mutate(cast)
+        return bf16_conversion.widened(rewritten, held_as_bf16) if isinstance(rewritten, tirx.Cast) else rewritten
+
+    rules = [(tirx.BufferStore, expand_store), (ir.Call, _expand_call), (tirx.Cast, expand_cast)]
+    return tvm_ffi.structural_mutate(expression, rules)
+
+
+def _expand_call(call: ir.Call, mutator: tvm_ffi.StructuralMutator) -> Expr:
+    rewritten = mutator.default_mutate(call)
+    if not isinstance(rewritten, ir.Call) or not isinstance(rewritten.op, ir.Op):
+        return rewritten
+    if rewritten.op.name == "tirx.pow":
+        return _expand_power(rewritten)
+    function = FUNCTIONS.get(rewritten.op.name)
+    dtype = str(rewritten.args[0].ty.dtype) if function is not None else ""
+    if function is None or dtype not in ("float32", "float16"):
+        return rewritten
+    if dtype == "float32":
+        return function(rewritten.args[0])
+    return function(rewritten.args[0].astype("float32")).astype(dtype)
 
 
 def _expand_power(call: ir.Call) -> Expr:

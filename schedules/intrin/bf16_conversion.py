@@ -1,0 +1,89 @@
+"""Conversions between fp32 and bfloat16 as integer arithmetic.
+
+TVM's own lowering repeats the operand of a cast to bfloat16, cannot repeat one with bindings in it, turns NaN with all
+bits set into zero, and below a binding widens the bits of bfloat16 as if they were an integer. What is written here it
+leaves as it is. Buffers of bfloat16 that live inside a function it makes fp32, unless their address is taken; what they
+hold is not rounded, and needs no conversion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tvm_ffi
+from tvm import ir, tirx
+from tvm.ir import Expr, TensorLoad, Var
+from tvm.tirx.stmt import Stmt
+
+from schedules.stages import contains
+
+BFLOAT16 = "bfloat16"
+_SHIFT = 16  # the bits of fp32 that bfloat16 has not
+_HALF = (1 << (_SHIFT - 1)) - 1  # less than half a unit in the last place: an odd one is rounded up by one more
+_MAGNITUDE, _INFINITY = 0x7FFFFFFF, 0x7F800000
+_SIGN, _QUIET_NAN = 0x8000, 0x7FC0
+
+
+def rounded(value: Expr) -> Expr:
+    """Return an fp32 expression rounded to bfloat16, to nearest and to even; NaN becomes the quiet one of its sign."""
+    bits = Var("bits", "uint32")
+    high = bits >> _u32(_SHIFT)
+    nearest = (bits + _u32(_HALF) + (high & _u32(1))) >> _u32(_SHIFT)
+    not_a_number = (bits & _u32(_MAGNITUDE)) > _u32(_INFINITY)
+    result = tirx.Select(not_a_number, (high & _u32(_SIGN)) | _u32(_QUIET_NAN), nearest)
+    return tirx.reinterpret(BFLOAT16, tirx.Let(bits, tirx.reinterpret("uint32", value), result).astype("uint16"))
+
+
+def held_as_bf16(function: tirx.PrimFunc, statements: Sequence[Stmt]) -> tuple[Var, ...]:
+    """Return the buffers of bfloat16 that stay such: parameters, and those whose address the statements take."""
+    held = [parameter for parameter in function.params if tirx.is_buffer_var(parameter)]
+
+    def note(call: ir.Call) -> None:
+        if isinstance(call.op, ir.Op) and call.op.name == "tirx.address_of":
+            held.extend(load.source for load in call.args if isinstance(load, TensorLoad))
+
+    for statement in statements:
+        tvm_ffi.structural_walk(statement, (ir.Call, note))
+    return tuple(buffer for buffer in held if str(buffer.dtype) == BFLOAT16)
+
+
+def widened(cast: tirx.Cast, held: Sequence[Var]) -> Expr:
+    """Return a cast to fp32 of a read of one of the buffers `held`, exactly; any other cast as it is."""
+    read = cast.value
+    if str(cast.ty.dtype) != "float32" or not isinstance(read, TensorLoad) or not contains(held, read.source):
+        return cast
+    return tirx.reinterpret("float32", tirx.reinterpret("uint16", read).astype("uint32") << _u32(_SHIFT))
+
+
+def round_where_stored(store: tirx.BufferStore, held: Sequence[Var]) -> tirx.BufferStore:
+    """Return a store to one of the buffers `held` that rounds by `rounded` where its value is fp32 cast to bfloat16."""
+    value = _cast_by(store)
+    if value is None or not contains(held, store.buffer):
+        return store
+    return tirx.BufferStore(store.buffer, rounded(value), store.indices)
+
+
+def computes_before(store: tirx.BufferStore) -> bool:
+    """Return whether a store does more with bfloat16 than to widen what it reads and to round what it writes."""
+    value = _cast_by(store)
+    if value is None and str(store.buffer.dtype) == BFLOAT16:
+        return not isinstance(store.value, TensorLoad)
+    found: list[Expr] = []
+
+    def note(cast: tirx.Cast) -> None:
+        if not isinstance(cast.value, TensorLoad) and BFLOAT16 in (str(cast.ty.dtype), str(cast.value.ty.dtype)):
+            found.append(cast)
+
+    tvm_ffi.structural_walk(store.value if value is None else value, (tirx.Cast, note))
+    return bool(found)
+
+
+def _cast_by(store: tirx.BufferStore) -> Expr | None:
+    """Return the fp32 value that a store casts to bfloat16, None where it stores something else."""
+    cast = store.value
+    rounds = isinstance(cast, tirx.Cast) and str(cast.ty.dtype) == BFLOAT16
+    return cast.value if rounds and str(cast.value.ty.dtype) == "float32" else None
+
+
+def _u32(value: int) -> Expr:
+    return tirx.const(value, "uint32")
