@@ -37,6 +37,7 @@ from schedules.loops import (
     vector,
     with_local,
 )
+from schedules.partial_sums import in_parts, part_steps
 from schedules.reducer import accumulate, accumulator_dtype
 from schedules.stages import Stage, replace_loads, sequence, substitute, with_value
 
@@ -253,9 +254,14 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
             values.update(tile.row_group.point(row + r))
         return values
 
+    extents = [quotient(group.extent, tile.terms) for group in tile.reduction]
+    # The errors of sums in fp32 are small beside those of terms in bfloat16.
+    part = None if tile.pairs is not None else part_steps(tile.stage, extents, tile.row_block // tile.rows)
+    totals = registers if part is None else local([rows * pitch], dtype, "totals")
+
     def start(r: Expr, v: Expr) -> Stmt:
         assert tile.stage.initial is not None
-        return store(registers, substitute(tile.stage.initial, at(r, v)).astype(dtype), [r * pitch + v])
+        return store(totals, substitute(tile.stage.initial, at(r, v)).astype(dtype), [r * pitch + v])
 
     def step(positions: Sequence[Expr]) -> Stmt:
         inner: dict[Var, Expr] = {}
@@ -271,11 +277,19 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
         return cells(rows, width, update)
 
     following = [at(index(0), index(width + column)) for column in range(0, width, _elements_of_a_line(tile))]
-    reduce = _fetching_ahead(tile, following, row, step)
-    return with_local(
-        [registers],
-        [cells(rows, pitch, start), reduce, _write_back(tile, registers, (rows, width), pitch, at)],
-    )
+
+    def reduce(first: Expr, count: Extent) -> Stmt:
+        return _fetching_ahead(tile, following, row, (first, [count, *extents[1:]]), step)
+
+    def all_cells(element: Callable[[Expr], Stmt]) -> Stmt:
+        return cells(rows, pitch, lambda r, v: element(r * pitch + v))
+
+    if part is None:
+        buffers, sums = [registers], reduce(index(0), extents[0])
+    else:
+        assert isinstance(extents[0], int)
+        buffers, sums = [registers, totals], in_parts(registers, totals, extents[0], part, all_cells, reduce)
+    return with_local(buffers, [cells(rows, pitch, start), sums, _write_back(tile, totals, (rows, width), pitch, at)])
 
 
 def _dot_pairs(
@@ -304,27 +318,32 @@ def _elements_of_a_line(tile: Tile) -> int:
 
 
 def _fetching_ahead(
-    tile: Tile, following: Sequence[Mapping[Var, Expr]], row: Expr, step: Callable[[Sequence[Expr]], Stmt]
+    tile: Tile,
+    following: Sequence[Mapping[Var, Expr]],
+    row: Expr,
+    part: tuple[Expr, Sequence[Extent]],
+    step: Callable[[Sequence[Expr]], Stmt],
 ) -> Stmt:
-    """Return the loops of the reduction; with `ahead`, each tile of rows fetches its share of the following columns.
+    """Return the loops over a `part` of the reduction, from its outermost axis's first step on, of given extents.
 
-    Hardware fetches what a stream reads next only shortly before and only within a page. Steps between two requests are
-    unrolled: leaving a loop of a dozen steps is mispredicted every time. `following` are the axes' values at the first
-    column of each line.
+    With `ahead` each tile of rows fetches its share of the following columns. Hardware fetches what a stream reads next
+    only shortly before and only within a page. Steps between two requests are unrolled: leaving a loop of a dozen steps
+    is mispredicted every time. `following` are the axes' values at the first column of each line.
     """
-    extents = [quotient(group.extent, tile.terms) for group in tile.reduction]
+    begin, extents = part
     every = tile.row_block // tile.rows
-    if tile.ahead is None or len(extents) != 1 or not isinstance(extents[0], int) or every < FEWEST_TILES_TO_FETCH:
-        return nest(extents, step)
-    read, depth = tile.ahead, extents[0]
+    depth = quotient(tile.reduction[0].extent, tile.terms)
+    if tile.ahead is None or len(extents) != 1 or not isinstance(depth, int) or every < FEWEST_TILES_TO_FETCH:
+        return nest(extents, lambda positions: step([begin + positions[0], *positions[1:]]))
+    read = tile.ahead
     first = tirx.floordiv(tirx.floormod(row, index(tile.row_block)), index(tile.rows)) * -(-depth // every)
 
     def chunk(done: Expr, count: int) -> Stmt:
-        point = tile.reduction[0].point((first + tirx.floordiv(done, index(every))) * tile.terms)
+        point = tile.reduction[0].point((first + tirx.floordiv(begin + done, index(every))) * tile.terms)
         lines = [prefetch(substitute(read, {**point, **columns}), cache=2) for columns in following]
-        return sequence([*lines, unrolled(count, lambda k: step([done + k]))])
+        return sequence([*lines, unrolled(count, lambda k: step([begin + done + k]))])
 
-    return tiles(depth, [every], chunk)
+    return tiles(extents[0], [every], chunk)
 
 
 def _write_back(

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tvm import relax, te, tirx
 from tvm.relax import op
 
+from schedules.partial_sums import PART_TERMS
 from tests.schedules.execution import integers, normal, run, scheduled, sum_tolerance
 
 SIZES = st.sampled_from([1, 2, 3, 7, 8, 13, 16, 17, 31, 32, 33, 49, 67])
@@ -19,6 +20,16 @@ def test_matmul_of_any_size_with_bias_and_activation(m: int, n: int, k: int) -> 
     got, _ = run(lambda x, w, c: op.nn.relu(op.add(op.matmul(x, w), c)), [a, b, bias])
     want = np.maximum(a.astype("float64") @ b + bias, 0)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=sum_tolerance(k, 1.0))
+
+
+@pytest.mark.parametrize(("rows", "terms"), [(4, 16384), (40, 16384), (9, 16411)])
+def test_long_sums_are_added_in_parts(rows: int, terms: int) -> None:
+    # In one chain the same rounding error at nearly every step adds up to 1.5e-4.
+    a, b = np.full((rows, terms), 0.1, np.float32), np.ones((terms, 32), np.float32)
+    got, families = run(op.matmul, [a, b])
+    steps = PART_TERMS + terms / PART_TERMS + 16  # 16: equal parts that are whole requests for what is read next
+    np.testing.assert_allclose(got, a.astype("float64") @ b, rtol=steps * 2.0**-24)
+    assert families == {"matmul"}
 
 
 @pytest.mark.parametrize("rows", [1, 5, 8, 33, 70])
