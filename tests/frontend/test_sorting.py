@@ -25,3 +25,41 @@ def test_top_elements_with_equal_and_unordered_ones(count: int, largest: int) ->
     want = np.argsort(-keys if largest else keys, axis=1, kind="stable")[:, :count]
     np.testing.assert_array_equal(positions, want)
     np.testing.assert_array_equal(values, np.take_along_axis(x, want, axis=1))
+
+
+@pytest.mark.parametrize("largest", [0, 1])
+@pytest.mark.parametrize("length", [100, 300])
+@pytest.mark.parametrize("dtype", ["float16", "float", "double", "int8", "int32", "int64", "uint8"])
+def test_all_elements_of_short_and_long_lines_in_order(dtype: str, length: int, largest: int) -> None:
+    model = parser.parse_model(f"""
+    <ir_version: 10, opset_import: ["" : 18]>
+    g ({dtype}[2, {length}] x) => ({dtype}[2, {length}] values, int64[2, {length}] positions)
+    <int64[1] k = {{{length}}}> {{ values, positions = TopK <axis = 1, largest = {largest}> (x, k) }}""")
+    kind = {"float": np.float32, "double": np.float64}.get(dtype) or np.dtype(dtype)
+    x = np.random.default_rng(1).integers(0, 90, (2, length)).astype(kind)
+    if not dtype.startswith("u"):
+        x -= kind(45) if callable(kind) else kind.type(45)
+    if np.issubdtype(kind, np.floating):
+        x[0, ::7], x[1, 5], x[1, 6], x[1, 7:9] = -0.0, np.inf, -np.inf, np.nan
+    elif np.dtype(kind).itemsize >= 4:
+        x[0, 3], x[0, 4] = np.iinfo(kind).min, np.iinfo(kind).max
+    values, positions = unoptimized(import_model(model))({"x": x}).values()
+    ranks = np.unique(x, return_inverse=True)[1].reshape(x.shape)  # NaN last
+    want = np.argsort(-ranks if largest else ranks, axis=1, kind="stable")
+    np.testing.assert_array_equal(positions, want)
+    np.testing.assert_array_equal(values, np.take_along_axis(x, want, axis=1))
+
+
+@pytest.mark.parametrize("largest", [0, 1])
+def test_first_elements_of_lines_of_several_blocks(largest: int) -> None:
+    model = parser.parse_model(f"""
+    <ir_version: 10, opset_import: ["" : 18]>
+    g (float[3, 101] x) => (float[3, 7] values, int64[3, 7] positions)
+    <int64[1] k = {{7}}> {{ values, positions = TopK <axis = 1, largest = {largest}> (x, k) }}""")
+    x = np.random.default_rng(2).standard_normal((3, 101)).astype(np.float32)
+    x[1, 60], x[1, 100], x[2, 95:] = np.nan, np.nan, np.inf
+    values, positions = unoptimized(import_model(model))({"x": x}).values()
+    keys = np.where(np.isnan(x), np.float32(1e9), x.clip(-1e8, 1e8))
+    want = np.argsort(-keys if largest else keys, axis=1, kind="stable")[:, :7]
+    np.testing.assert_array_equal(positions, want)
+    np.testing.assert_array_equal(values, np.take_along_axis(x, want, axis=1))

@@ -15,6 +15,13 @@ from optimizer.frontend.value import TensorValue, Value
 _INT64 = "int64"
 # Up to so many elements are kept in order while the others pass by; to sort all of them takes longer beyond.
 _FEW = 64
+# So many elements are compared at once with the last of the first ones: most often none of them enters.
+_BLOCK = 16
+# Shorter lines are sorted before the digits of longer ones are counted.
+_SHORT = 128
+_DIGIT_BITS, _KEY_BITS = 8, 32
+_DIGITS = 1 << _DIGIT_BITS
+_NARROW_TYPES = ("float32", "float16", "bfloat16", "int32", "int16", "int8", "uint16", "uint8")
 _MOST_PASSES = 62  # of a merge sort whose runs double from 1 to the largest int64
 
 
@@ -70,16 +77,19 @@ def top_k(node: Node) -> Result:
     if isinstance(count, int) and 0 < count <= _FEW:
         indices = node.compute(_first_positions, data.expr, count, largest)
     else:
-        indices = node.compute(first, node.compute(_sorted_positions, data.expr, largest).expr)
+        is_short = isinstance(extent, int) and extent < _SHORT
+        ordered = _merged_positions if is_short or data.dtype not in _NARROW_TYPES else _sorted_by_digits
+        indices = node.compute(first, node.compute(ordered, data.expr, largest).expr)
     values = node.compute(picked, data.expr, indices.expr)
     shape = [*value.shape[:axis], count, *value.shape[axis + 1 :]]
     return [relax.op.reshape(values.expr, shape), relax.op.reshape(indices.expr, shape)]
 
 
 def _first_positions(data: te.Tensor, count: int, descending: bool) -> te.Tensor:
-    """Return the positions along axis 1 of the `count` elements that `_sorted_positions` has first.
+    """Return the positions along axis 1 of the `count` elements that come first in a stable sort.
 
-    An element goes to its place among the first ones so far, most often nowhere: one comparison tells.
+    An element goes to its place among the first ones so far, most often nowhere: one comparison tells, and for most
+    blocks of elements one loop that compilers vectorize.
     """
 
     def body(source: tirx.Buffer, order: tirx.Buffer) -> None:
@@ -87,8 +97,10 @@ def _first_positions(data: te.Tensor, count: int, descending: bool) -> te.Tensor
         with loops([before, after], parallel=True) as (i, k):
             values = ir.alloc_buffer((count,), source.dtype, scope="local")
             state = ir.alloc_buffer((2,), _INT64, scope="local")  # how many there are, and where the next one goes
+            entering = ir.alloc_buffer((1,), "int32", scope="local")
             ir.buffer_store(state, tirx.const(0, _INT64), [0])
-            with ir.serial(0, length) as j:
+
+            def consider(j: tvm.ir.Expr) -> None:
                 value = source[i, j, k]
                 enters = tirx.any(state[0] < count, _precedes(value, values[count - 1], descending))
                 with ir.If(enters), ir.Then():
@@ -103,11 +115,89 @@ def _first_positions(data: te.Tensor, count: int, descending: bool) -> te.Tensor
                     ir.buffer_store(order, j, [i, state[1], k])
                     ir.buffer_store(state, tirx.min(state[0] + 1, tirx.const(count, _INT64)), [0])
 
+            first = tirx.min(length, tirx.const(count, _INT64))
+            blocks = tirx.floordiv(length - first, _BLOCK)
+            with ir.serial(0, first) as j:
+                consider(j)
+            with ir.serial(0, blocks) as block:
+                start = first + block * _BLOCK
+                last = values[count - 1]
+                ir.buffer_store(entering, tirx.const(0, "int32"), [0])
+                with ir.serial(0, _BLOCK) as j:
+                    value = source[i, start + j, k]
+                    # Not the comparison itself: NaN, for which all are false, is to be looked at.
+                    stays = value <= last if descending else value >= last
+                    ir.buffer_store(entering, entering[0] | tirx.Select(stays, 0, 1), [0])
+                with ir.If(entering[0] != 0), ir.Then(), ir.serial(0, _BLOCK) as j:
+                    consider(start + j)
+            with ir.serial(0, length - first - blocks * _BLOCK) as j:
+                consider(first + blocks * _BLOCK + j)
+
     before, _, after = data.shape
     return kernel([data], [(before, count, after)], [_INT64], body, "first_positions")
 
 
-def _sorted_positions(data: te.Tensor, descending: bool) -> te.Tensor:
+def _sorted_by_digits(data: te.Tensor, descending: bool) -> te.Tensor:
+    """Return the positions along axis 1 of a tensor of rank 3 in the order of their elements, by radix sort.
+
+    Elements of up to 32 bits become unsigned keys of the same order, each with its position below it in 64 bits, which
+    are distributed by one digit of the key after the other, the lowest first (Knuth, The Art of Computer Programming
+    3, 5.2.5). The sort is stable. NaN counts as greater than any number.
+    """
+    passes = _KEY_BITS // _DIGIT_BITS
+
+    def body(source: tirx.Buffer, order: tirx.Buffer, spare: tirx.Buffer) -> None:
+        before, length, after = source.shape
+        with loops([before, after], parallel=True) as (i, k):
+            counts = ir.alloc_buffer((passes * _DIGITS,), _INT64, scope="local")
+            total = ir.alloc_buffer((1,), _INT64, scope="local")
+
+            def place(number: int, entry: tvm.ir.Expr) -> tvm.ir.Expr:
+                shifted = entry >> tirx.const(_KEY_BITS + number * _DIGIT_BITS, _INT64)
+                return (shifted & tirx.const(_DIGITS - 1, _INT64)) + number * _DIGITS
+
+            with ir.serial(0, passes * _DIGITS) as digit:
+                ir.buffer_store(counts, tirx.const(0, _INT64), [digit])
+            with ir.serial(0, length) as j:
+                ir.buffer_store(order, _sort_key(source[i, j, k], descending) << _KEY_BITS | j, [i, j, k])
+                for number in range(passes):
+                    own = place(number, order[i, j, k])
+                    ir.buffer_store(counts, counts[own] + 1, [own])
+            for number in range(passes):
+                ir.buffer_store(total, tirx.const(0, _INT64), [0])
+                with ir.serial(0, _DIGITS) as digit:
+                    ir.buffer_store(total, total[0] + counts[number * _DIGITS + digit], [0])
+                    # Where the first element with this digit goes.
+                    ir.buffer_store(counts, total[0] - counts[number * _DIGITS + digit], [number * _DIGITS + digit])
+            for number in range(passes):
+                given, taken = (order, spare) if number % 2 == 0 else (spare, order)
+                with ir.serial(0, length) as j:
+                    own = place(number, given[i, j, k])
+                    ir.buffer_store(taken, given[i, j, k], [i, counts[own], k])
+                    ir.buffer_store(counts, counts[own] + 1, [own])
+            with ir.serial(0, length) as j:
+                ir.buffer_store(order, order[i, j, k] & tirx.const((1 << _KEY_BITS) - 1, _INT64), [i, j, k])
+
+    shape = data.shape
+    return kernel([data], [shape, shape], [_INT64, _INT64], body, "sorted_positions")[0]
+
+
+def _sort_key(value: tvm.ir.Expr, descending: bool) -> tvm.ir.Expr:
+    """Return an int64 in [0, 2**32) that is in the order of the values, those that are equal having equal ones."""
+    if str(value.ty.dtype).startswith(("float", "bfloat")):
+        number = value.astype("float32")
+        # Zeros of both signs are equal, and so are all NaN.
+        bits = tirx.reinterpret("int32", tirx.Select(number == 0, tirx.const(0, "float32"), number))
+        ascending = tirx.Select(bits < 0, bits ^ tirx.const(0x7FFFFFFF, "int32"), bits)
+        key = tirx.Select(tirx.isnan(number), tirx.const(0x7FFFFFFF, "int32"), ascending)
+    else:
+        key = value.astype("int32")
+    if descending:
+        key = tirx.const(-1, "int32") - key
+    return key.astype(_INT64) + tirx.const(1 << (_KEY_BITS - 1), _INT64)
+
+
+def _merged_positions(data: te.Tensor, descending: bool) -> te.Tensor:
     """Return the positions along axis 1 of a tensor of rank 3 in the order of their elements, by merge sort.
 
     The sort is stable. NaN counts as greater than any number.
@@ -144,7 +234,7 @@ def _sorted_positions(data: te.Tensor, descending: bool) -> te.Tensor:
                         ir.buffer_store(order, spare[i, j, k], [i, j, k])
 
     shape = data.shape
-    return kernel([data], [shape, shape], [_INT64, _INT64], body, "sorted_positions")[0]
+    return kernel([data], [shape, shape], [_INT64, _INT64], body, "merged_positions")[0]
 
 
 def _precedes(x: tvm.ir.Expr, y: tvm.ir.Expr, descending: bool) -> tvm.ir.Expr:
