@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import onnx
 
-from benchmarks import arm64, fusion, transfer, tuning
+from benchmarks import arm64, cliffs, fusion, transfer, tuning
 from benchmarks.architecture import EXPORTERS, Exporter
 from benchmarks.comparison import Judge, Row, compare
 from benchmarks.engines import BF16_ENGINES, ENGINES
@@ -39,7 +39,7 @@ _ENGINES = tuple(dict.fromkeys([*ENGINES, *BF16_ENGINES, "peak", *llm.ENGINES]))
 
 
 @click.command()
-@click.argument("table", type=click.Choice([*TABLES, "fusion", "llm", "arm64"]))
+@click.argument("table", type=click.Choice([*TABLES, "fusion", "llm", "arm64", "cliffs"]))
 @click.option("--model", "models", multiple=True, help="Only this model (or models such as conv*); may be repeated.")
 @click.option("--exporter", "exporters", multiple=True, type=click.Choice(EXPORTERS), help="Only of these exporters.")
 @click.option("--engine", "engines", multiple=True, type=click.Choice(_ENGINES), help="Only these engines.")
@@ -76,6 +76,8 @@ def main(
     `transfer` searches with the shipped log's cost model and without. The table `arm64` judges the inner loops of
     kernels for Arm by llvm-mca's models of its cores. The table `llm` is of decoders with weights of 4 bits
     (`python -m benchmarks.llm.models`): tokens/s of a prompt and after it, beside llama.cpp and onnxruntime-genai.
+    The table `cliffs` takes single kernels through consecutive sizes, and fails where one takes twice as long for each
+    element as the sizes beside it.
     """
     if table == "fusion":
         fusion.main(models)
@@ -91,6 +93,9 @@ def main(
     click.echo(
         f"{datetime.date.today()}, {_cpu()}, {threads} threads, `{' '.join(['python -m benchmarks', *sys.argv[1:]])}`\n"
     )
+    if table == "cliffs":
+        cliffs.main(models, threads)
+        return
     if table == "llm":
         if unknown := sorted(set(engines) - set(llm.ENGINES)):
             raise click.UsageError(f"the table llm has no engine {', '.join(unknown)}")

@@ -44,7 +44,7 @@ def cases() -> Iterator[KernelCase]:
     """Return all kernels of the table."""
     for m, n, k in ((384, 384, 384), (512, 512, 512), (768, 1024, 1024), (1024, 1024, 1024), (128, 768, 768),
                     (128, 3072, 768), (128, 768, 3072), (1500, 384, 384), (385, 511, 767)):  # fmt: skip
-        yield _matmul(m, n, k)
+        yield matmul(m, n, k)
     yield _gemv(4096, 4096)
     for n, k in ((1536, 576), (49152, 576), (4864, 896), (896, 4864), (8192, 2048), (2048, 8192), (128256, 2048)):
         yield _quantized(1, n, k)
@@ -62,20 +62,21 @@ def cases() -> Iterator[KernelCase]:
     ):  # fmt: skip
         yield _attention(name, heads, length, length, head_size)
     yield _attention("decode", 32, 1, 4096, 64)
-    yield _rows("layer_norm", "LayerNormalization", 2048, 768)
-    yield _rows("softmax", "Softmax", 2048, 1024)
+    yield rows("layer_norm", "LayerNormalization", 2048, 768)
+    yield rows("softmax", "Softmax", 2048, 1024)
     causal, queries = row_kernels.causal_attention(), 12 * 512
     yield KernelCase("attention_causal", causal, "compute", 4 * queries * (512 + 1) // 2 * 64)
     cached = 2 * _FLOAT_BYTES * 8 * 4096 * 64
     yield KernelCase("attention_decode_grouped", row_kernels.grouped_decode(), "read", cached)
     for kernel in row_kernels.row_kernels():
         yield KernelCase(kernel.name, kernel.model(), "copy", kernel.moved)
-    yield _transpose((2048, 1024), (1, 0))
-    yield _transpose((1, 128, 12, 64), (0, 2, 1, 3))
-    yield _transpose((1, 256, 56, 56), (0, 2, 3, 1))
+    yield transpose((2048, 1024), (1, 0))
+    yield transpose((1, 128, 12, 64), (0, 2, 1, 3))
+    yield transpose((1, 256, 56, 56), (0, 2, 3, 1))
 
 
-def _matmul(m: int, n: int, k: int) -> KernelCase:
+def matmul(m: int, n: int, k: int) -> KernelCase:
+    """Return a product with constant weights."""
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
     model = _model(nodes, {"x": (m, k)}, {"y": (m, n)}, {"w": _weights((k, n), k)})
     return KernelCase(f"gemm_{m}x{n}x{k}", model, "compute", 2 * m * n * k)
@@ -238,15 +239,17 @@ def _attention(name: str, heads: int, queries: int, keys: int, head_size: int) -
     return KernelCase(f"attention_{name}", model, "compute", 4 * heads * queries * keys * head_size)
 
 
-def _rows(name: str, operator: str, rows: int, width: int) -> KernelCase:
+def rows(name: str, operator: str, count: int, width: int) -> KernelCase:
+    """Return a function of rows that knows no other attribute than the axis."""
     scale = ["scale", "shift"] if operator == "LayerNormalization" else []
     nodes = [helper.make_node(operator, ["x", *scale], ["y"], axis=-1)]
     weights = {each: np.ones(width, np.float32) for each in scale}
-    model = _model(nodes, {"x": (rows, width)}, {"y": (rows, width)}, weights)
-    return KernelCase(f"{name}_{rows}x{width}", model, "copy", _moved((rows, width)))
+    model = _model(nodes, {"x": (count, width)}, {"y": (count, width)}, weights)
+    return KernelCase(f"{name}_{count}x{width}", model, "copy", _moved((count, width)))
 
 
-def _transpose(shape: tuple[int, ...], permutation: tuple[int, ...]) -> KernelCase:
+def transpose(shape: tuple[int, ...], permutation: tuple[int, ...]) -> KernelCase:
+    """Return a transposition."""
     nodes = [helper.make_node("Transpose", ["x"], ["y"], perm=permutation)]
     model = _model(nodes, {"x": shape}, {"y": tuple(shape[axis] for axis in permutation)}, {})
     name = f"transpose_{'x'.join(map(str, shape))}_{''.join(map(str, permutation))}"

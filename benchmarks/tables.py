@@ -71,7 +71,7 @@ def subjects(
         for case in cases():
             if wanted(case.name):
                 path = case.save(folder)
-                yield Subject(case.name, path, {"random": _random_inputs(path)}, is_kernel=True)
+                yield Subject(case.name, path, {"random": random_inputs(path)}, is_kernel=True)
         return
     several = len(exporters or TABLES[table].exporters) > 1
     for name in filter(wanted, TABLES[table].models):
@@ -107,7 +107,8 @@ def _size_of(dimension: str | int, sizes: Mapping[str, int]) -> int:
     return sum(sizes[name.strip()] for name in dimension.split("+"))
 
 
-def _random_inputs(model: Path) -> dict[str, np.ndarray]:
+def random_inputs(model: Path) -> dict[str, np.ndarray]:
+    """Return normal values for the inputs, all fp32 and static, of a model."""
     generator = np.random.default_rng(_SEED)
     declared = onnx.load(model, load_external_data=False).graph.input
     shapes = {value.name: [size.dim_value for size in value.type.tensor_type.shape.dim] for value in declared}
