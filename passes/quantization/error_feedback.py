@@ -135,18 +135,27 @@ class _Fit:
         groups = range(len(self._scales))
         error = self._weights - np.concatenate([self._values(group) for group in groups])
         residual = self._second @ error
+        changes = np.zeros_like(residual)
+        settled = 0  # columns whose changes later ones have been told of
+        block = max(BLOCK, self._size)
         for group in groups:
             columns = self._columns(group)
-            inner = self._second[columns, columns]
+            inner = np.ascontiguousarray(self._second[columns, columns])
             before = self._values(group)
-            local = residual[columns].copy()
+            local = (
+                residual[columns] - self._second[columns, settled : columns.start] @ changes[settled : columns.start]
+            )
             self._refit(group, local, inner)
             local -= inner @ (self._values(group) - before)
             for place, column in enumerate(range(columns.start, columns.stop)):
                 value = (self._codes[column] - self._zeros[group]) * self._scales[group]
                 change = self._round(column, value + local[place] / inner[place, place], group) - value
                 local -= inner[:, place, None] * change
-            residual -= self._second[:, columns] @ (self._values(group) - before)
+            changes[columns] = self._values(group) - before
+            if columns.stop - settled >= block:  # what lies before is settled until the next sweep
+                told = slice(settled, columns.stop)
+                residual[columns.stop :] -= self._second[columns.stop :, told] @ changes[told]
+                settled = columns.stop
 
     def _refit(self, group: int, local: Array, inner: Array) -> None:
         """Set a group's scale (and zero point) to the best for its codes, where that does not add error.
