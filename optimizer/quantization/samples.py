@@ -24,7 +24,7 @@ Run = Callable[[Mapping[str, Array]], NDArray[np.floating]]
 
 WINDOW = 128
 MOST_WINDOWS = 64
-OWN_WINDOWS = 32
+OWN_WINDOWS = 64
 OWN_ROUNDS = 4
 OWN = "its own text"
 # Windows that run at once: their logits are the largest thing that a step makes.

@@ -20,9 +20,9 @@ from passes.quantization.grouping import Array, inverse, storable
 from passes.quantization.methods import Parameters, Parts, as_matrix, in_row_chunks, minimum_error
 from passes.quantization.scheme import QuantizedMatrix, Scheme
 
-# Ten times that of GPTQ: some thousand tokens leave more of H to chance than its 128 texts of 2048 do.
-DAMPING = 0.1
-SWEEPS = 2
+# Five times that of GPTQ: some thousand tokens leave more of H to chance than its 128 texts of 2048 do.
+DAMPING = 0.05
+SWEEPS = 4
 # The weight of columns that fill up the last group: they multiply nothing.
 _NOTHING = 1e-6
 # Columns whose feedback is gathered before it goes to all later ones, as in GPTQ, section 3.3.
