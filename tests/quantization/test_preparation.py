@@ -23,6 +23,13 @@ def _prepared(options: CompileOptions, gate: Gate) -> tuple[QuantizeWeights, obj
     return next(item for item in items if isinstance(item, QuantizeWeights)), report
 
 
+@pytest.fixture
+def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let models make up less text: what is decided of it is tested, not how good it is."""
+    monkeypatch.setattr("optimizer.quantization.samples.OWN_WINDOWS", 16)
+
+
+@pytest.mark.usefixtures("little_text")
 def test_matrices_are_raised_until_the_limit_holds_the_most_sensitive_first() -> None:
     options = CompileOptions(find_target("host"), weights="int4", weight_method="gptq", weight_group=128)
     item, report = _prepared(options, Gate(0.01, None))
@@ -36,6 +43,7 @@ def test_matrices_are_raised_until_the_limit_holds_the_most_sensitive_first() ->
     assert report.raised[0].nodes == ("node_embedding", "node_linear_21")
 
 
+@pytest.mark.usefixtures("little_text")
 def test_a_limit_that_int8_does_not_keep_is_an_error_with_the_fix() -> None:
     with pytest.raises(QualityError, match=r"even with all matrices in int8: allow more with --max-kl"):
         _prepared(CompileOptions(find_target("host"), weights="int8"), Gate(1e-7, None))
