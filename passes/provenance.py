@@ -66,8 +66,11 @@ class Bindings:
         self.values: dict[relax.Var, relax.Expr] = collector.values
         self.operands: dict[relax.Var, list[relax.Var]] = {}
         self.readers: dict[relax.Var, list[relax.Var]] = {var: [] for var in self.values}
+        # The variables themselves, not others that are equal: TVM compares those in Python, a microsecond each.
+        own = {var.__chandle__(): var for var in self.values}
         for var, value in self.values.items():
-            self.operands[var] = [used for used in relax.analysis.free_vars(value) if used in self.values]
+            handles = (used.__chandle__() for used in relax.analysis.free_vars(value))
+            self.operands[var] = [own[handle] for handle in handles if handle in own]
             for used in self.operands[var]:
                 self.readers[used].append(var)
 

@@ -227,6 +227,8 @@ def _window(append: Append, module: tvm.IRModule, function: relax.Function, data
         return int(attributes[WINDOW]) if WINDOW in attributes else 0
 
     window = attribute(append.present)
+    if not window:
+        return 0
     for block in function.body.blocks:
         for binding in block.bindings:
             value = binding.value
