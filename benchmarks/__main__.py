@@ -47,6 +47,8 @@ _ENGINES = tuple(dict.fromkeys([*ENGINES, *BF16_ENGINES, "peak", *llm.ENGINES]))
 @click.option("--threads", type=click.IntRange(1), help="Threads of every engine; default: one per physical core.")
 @click.option("--rounds", default=5, show_default=True, help="How often all engines take their turn.")
 @click.option("--trials", multiple=True, type=click.IntRange(1), help="Table tuning: after how many trials to look.")
+@click.option("--target", default="host", show_default=True, help="Tables tuning, transfer: for what to tune.")
+@click.option("--log", type=click.Path(path_type=Path), help="Table tuning: a folder to keep each model's log in.")
 @click.option("--stock-trials", default=0, help="Table tuning: let TVM's MetaSchedule search, too, so many trials.")
 @click.option("--prompt", default=512, show_default=True, help="Table llm: tokens of the prompt.")
 @click.option("--steps", default=128, show_default=True, help="Table llm: tokens made after it.")
@@ -61,6 +63,8 @@ def main(
     threads: int | None,
     rounds: int,
     trials: tuple[int, ...],
+    target: str,
+    log: Path | None,
     stock_trials: int,
     prompt: int,
     steps: int,
@@ -105,7 +109,7 @@ def main(
         return
     if table in ("tuning", "transfer"):
         chosen = subjects(table, models, exporters, Path(), batch)
-        for line in _searches(table, chosen, threads, rounds, trials, stock_trials):
+        for line in _searches(table, chosen, threads, rounds, trials, stock_trials, tuning.Kept(target, log)):
             click.echo(line)
         return
     click.echo(f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}")
@@ -126,15 +130,17 @@ def _searches(
     rounds: int,
     trials: Sequence[int],
     stock_trials: int,
+    kept: tuning.Kept,
 ) -> Iterator[str]:
     """Yield the lines of a table whose models are tuned first."""
     columns = tuning.COLUMNS if table == "tuning" else transfer.COLUMNS
     yield f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
     for subject in models:
         if table == "tuning":
-            yield from tuning.lines(subject, trials or tuning.TRIALS, threads, rounds, stock_trials=stock_trials)
+            counts = trials or tuning.TRIALS
+            yield from tuning.lines(subject, counts, threads, rounds, stock_trials=stock_trials, kept=kept)
         else:
-            yield from transfer.lines(subject, max(trials, default=transfer.TRIALS), threads)
+            yield from transfer.lines(subject, max(trials, default=transfer.TRIALS), threads, kept.target)
 
 
 def _lines(subject: Subject, engines: Sequence[str], threads: int, rounds: int) -> Iterator[tuple[str, bool]]:

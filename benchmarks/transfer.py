@@ -27,14 +27,14 @@ class Step:
     ratio: float
 
 
-def lines(subject: Subject, trials: int, threads: int) -> Iterator[str]:
+def lines(subject: Subject, trials: int, threads: int, target: str = "host") -> Iterator[str]:
     """Yield the rows of one model, which the shipped log must not hold for the comparison to mean anything.
 
     Both gains are held against the better of the two searches: what a search never reaches is said.
     """
     searches = {
-        "nothing": search(subject, trials, threads, None),
-        "the shipped log": search(subject, trials, threads, SHIPPED),
+        "nothing": search(subject, trials, threads, None, target),
+        "the shipped log": search(subject, trials, threads, SHIPPED, target),
     }
     best = min(step.ratio for steps in searches.values() for step in steps)
     for name, steps in searches.items():
@@ -45,7 +45,7 @@ def lines(subject: Subject, trials: int, threads: int) -> Iterator[str]:
         )
 
 
-def search(subject: Subject, trials: int, threads: int, begin: Path | None) -> list[Step]:
+def search(subject: Subject, trials: int, threads: int, begin: Path | None, target: str) -> list[Step]:
     """Tune a model into a copy of the logs in `begin` and return where the search stood after each batch."""
     steps = [Step(0, 1.0)]
 
@@ -60,7 +60,7 @@ def search(subject: Subject, trials: int, threads: int, begin: Path | None) -> l
         if begin is not None and begin.is_dir():
             shutil.copytree(begin, log)
         tuning = TuneOptions(log, Budget(trials), subject.sizes, threads)
-        tune_model(subject.path, CompileOptions(find_target("host")), tuning, watch=note)
+        tune_model(subject.path, CompileOptions(find_target(target)), tuning, watch=note)
     return steps
 
 

@@ -47,8 +47,16 @@ class TuningFailedError(Exception):
     """`optimizer tune` failed; the message is its last words."""
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Whose log a search writes, and a folder for those of all models that is there afterwards, if one is given."""
+
+    target: str = "host"
+    folder: Path | None = None
+
+
 def lines(
-    subject: Subject, trials: Sequence[int], threads: int, rounds: int, *, stock_trials: int = 0
+    subject: Subject, trials: Sequence[int], threads: int, rounds: int, *, stock_trials: int = 0, kept: Kept = Kept()
 ) -> Iterator[str]:
     """Yield the rows of one model. Each search goes on where the one of fewer trials ended.
 
@@ -59,11 +67,13 @@ def lines(
         searches: dict[str, Search] = {}
         spent = Search(0, 0, 0.0)
         for count in sorted(trials):
-            found = _tune(subject, growing, count, threads)
+            found = _tune(subject, growing, count, threads, kept.target)
             spent = Search(found.trials, found.failed, spent.seconds + found.seconds)
             log = Path(folder) / str(count)
             shutil.copytree(growing, log)
             searches[tuned_engine(log)] = spent
+        if kept.folder is not None:
+            shutil.copytree(growing, kept.folder / subject.label)
         stock = Path(folder) / "metaschedule"
         stock.mkdir()
         if stock_trials:
@@ -80,12 +90,14 @@ def lines(
                 yield _line(label, row, default.median, searches.get(row.engine))
 
 
-def _tune(subject: Subject, log: Path, trials: int, threads: int) -> Search:
+def _tune(subject: Subject, log: Path, trials: int, threads: int, target: str) -> Search:
     sizes = [option for name, size in subject.sizes.items() for option in ("--dim", f"{name}={size}")]
     command = [
         "tune",
         str(subject.path),
         *sizes,
+        "--target",
+        target,
         "--log",
         str(log),
         "--trials",
