@@ -11,7 +11,8 @@ from tvm.tirx.stmt import Stmt
 from schedules import attention_structure, cuda, fallback, row_parts, winograd_structure
 from schedules.family import Kernel, Parameters, defaults, work_of
 from schedules.inline import inline
-from schedules.intrin import bf16_conversion, vector_math
+from schedules.intrin import vector_math
+from schedules.intrin.bf16_conversion import bf16_buffers
 from schedules.kernels import cut
 from schedules.quotients import truncate_quotients
 from schedules.registry import FAMILIES
@@ -78,8 +79,10 @@ def schedule_function(
         if kernel is main:
             reason = "; ".join(filter(None, (report.reason, scheduled.report.reason)))
             report = replace(scheduled.report, function=name, workload=workload, reason=reason)
-    held = bf16_conversion.held_as_bf16(function, statements)
-    rebuilt = staged.rebuild([vector_math.expand(statement, held) for statement in statements])
+    buffers = bf16_buffers(function, staged.intermediate, statements)
+    inner = tuple(buffers.integers.get(buffer, buffer) for buffer in staged.intermediate)
+    expanded = [vector_math.expand(statement, buffers) for statement in statements]
+    rebuilt = replace(staged, intermediate=inner).rebuild(expanded)
     lost = _undefined(rebuilt) - _undefined(function)
     if lost:
         # Not foreseen by any family: the function as it came is slow, but right.

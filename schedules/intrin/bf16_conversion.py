@@ -2,13 +2,14 @@
 
 TVM's own lowering repeats the operand of a cast to bfloat16, cannot repeat one with bindings in it, turns NaN with all
 bits set into zero, and below a binding widens the bits of bfloat16 as if they were an integer. What is written here it
-leaves as it is. Buffers of bfloat16 that live inside a function it makes fp32, unless their address is taken; what they
-hold is not rounded, and needs no conversion.
+leaves as it is. Buffers of bfloat16 that live inside a function it makes fp32, so that what they hold is not rounded
+and needs no conversion; those that an instruction reads by their address become integers here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import tvm_ffi
 from tvm import ir, tirx
@@ -24,43 +25,70 @@ _MAGNITUDE, _INFINITY = 0x7FFFFFFF, 0x7F800000
 _SIGN, _QUIET_NAN = 0x8000, 0x7FC0
 
 
+@dataclass(frozen=True, eq=False)
+class Bf16Buffers:
+    """The buffers of a function that hold bfloat16: `parameters`, and `integers` that take the place of inner ones."""
+
+    parameters: tuple[Var, ...] = ()
+    integers: Mapping[Var, Var] = field(default_factory=dict)
+
+    def read(self, load: TensorLoad) -> TensorLoad:
+        """Return a read of an inner buffer as one of its bits; any other as it is."""
+        bits = self.integers.get(load.source)
+        return load if bits is None else tirx.BufferLoad(bits, list(load.indices))
+
+    def widened(self, cast: tirx.Cast) -> Expr:
+        """Return a cast to fp32 of a read of one of the buffers, exactly; any other cast as it is."""
+        read = cast.value
+        if str(cast.ty.dtype) != "float32" or not isinstance(read, TensorLoad):
+            return cast
+        if read.source in self.integers:
+            bits: Expr = self.read(read)
+        elif contains(self.parameters, read.source):
+            bits = tirx.reinterpret("uint16", read)
+        else:
+            return cast
+        return tirx.reinterpret("float32", bits.astype("uint32") << _u32(_SHIFT))
+
+    def stored(self, store: tirx.BufferStore) -> tirx.BufferStore:
+        """Return a store to one of the buffers that rounds as its readers expect; any other as it is."""
+        exact = _cast_by(store)
+        bits = self.integers.get(store.buffer)
+        if bits is not None:
+            value = self.widened(tirx.Cast("float32", store.value)) if exact is None else exact
+            return tirx.BufferStore(bits, rounded(value), store.indices)
+        if exact is None or not contains(self.parameters, store.buffer):
+            return store
+        return tirx.BufferStore(store.buffer, tirx.reinterpret(BFLOAT16, rounded(exact)), store.indices)
+
+
+def bf16_buffers(function: tirx.PrimFunc, inner: Sequence[Var], statements: Sequence[Stmt]) -> Bf16Buffers:
+    """Return the buffers of bfloat16 of a function whose body becomes `statements` and allocates `inner`."""
+    taken: list[Var] = []
+
+    def note(call: ir.Call) -> None:
+        if isinstance(call.op, ir.Op) and call.op.name == "tirx.address_of":
+            taken.extend(load.source for load in call.args if isinstance(load, TensorLoad))
+
+    for statement in statements:
+        tvm_ffi.structural_walk(statement, (ir.Call, note))
+    parameters = [v for v in function.params if tirx.is_buffer_var(v) and str(v.dtype) == BFLOAT16]
+    by_address = [buffer for buffer in inner if str(buffer.dtype) == BFLOAT16 and contains(taken, buffer)]
+    integers = {buffer: tirx.decl_buffer(buffer.shape, "uint16", buffer.name) for buffer in by_address}
+    return Bf16Buffers(tuple(parameters), integers)
+
+
 def rounded(value: Expr) -> Expr:
-    """Return an fp32 expression rounded to bfloat16, to nearest and to even; NaN becomes the quiet one of its sign."""
+    """Return the bits of an fp32 expression rounded to bfloat16, to nearest and to even.
+
+    NaN becomes the quiet one of its sign.
+    """
     bits = Var("bits", "uint32")
     high = bits >> _u32(_SHIFT)
     nearest = (bits + _u32(_HALF) + (high & _u32(1))) >> _u32(_SHIFT)
     not_a_number = (bits & _u32(_MAGNITUDE)) > _u32(_INFINITY)
     result = tirx.Select(not_a_number, (high & _u32(_SIGN)) | _u32(_QUIET_NAN), nearest)
-    return tirx.reinterpret(BFLOAT16, tirx.Let(bits, tirx.reinterpret("uint32", value), result).astype("uint16"))
-
-
-def held_as_bf16(function: tirx.PrimFunc, statements: Sequence[Stmt]) -> tuple[Var, ...]:
-    """Return the buffers of bfloat16 that stay such: parameters, and those whose address the statements take."""
-    held = [parameter for parameter in function.params if tirx.is_buffer_var(parameter)]
-
-    def note(call: ir.Call) -> None:
-        if isinstance(call.op, ir.Op) and call.op.name == "tirx.address_of":
-            held.extend(load.source for load in call.args if isinstance(load, TensorLoad))
-
-    for statement in statements:
-        tvm_ffi.structural_walk(statement, (ir.Call, note))
-    return tuple(buffer for buffer in held if str(buffer.dtype) == BFLOAT16)
-
-
-def widened(cast: tirx.Cast, held: Sequence[Var]) -> Expr:
-    """Return a cast to fp32 of a read of one of the buffers `held`, exactly; any other cast as it is."""
-    read = cast.value
-    if str(cast.ty.dtype) != "float32" or not isinstance(read, TensorLoad) or not contains(held, read.source):
-        return cast
-    return tirx.reinterpret("float32", tirx.reinterpret("uint16", read).astype("uint32") << _u32(_SHIFT))
-
-
-def round_where_stored(store: tirx.BufferStore, held: Sequence[Var]) -> tirx.BufferStore:
-    """Return a store to one of the buffers `held` that rounds by `rounded` where its value is fp32 cast to bfloat16."""
-    value = _cast_by(store)
-    if value is None or not contains(held, store.buffer):
-        return store
-    return tirx.BufferStore(store.buffer, rounded(value), store.indices)
+    return tirx.Let(bits, tirx.reinterpret("uint32", value), result).astype("uint16")
 
 
 def computes_before(store: tirx.BufferStore) -> bool:

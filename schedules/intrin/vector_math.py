@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 
 import tvm_ffi
 from tvm import ir, tirx
-from tvm.ir import Expr, Var
+from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.intrin import bf16_conversion
+from schedules.intrin.bf16_conversion import Bf16Buffers, computes_before
 
 LOG2_E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -241,24 +241,30 @@ FUNCTIONS: dict[str, Function] = {
 LARGEST_EXPANDED_POWER = 4
 
 
-def expand(expression: ir.Node, held_as_bf16: Sequence[Var] = ()) -> ir.Node:
+def expand(expression: ir.Node, buffers: Bf16Buffers) -> ir.Node:
     """Return an expression or statement with its calls of elementary functions on floats up to 32 bits expanded.
 
-    What is read from and stored to the buffers `held_as_bf16` is converted here, too. Where more is done in bfloat16,
-    the store comes back as it is: TVM's conversions repeat their operand, and cannot repeat the bindings of the
-    expansion.
+    What is read from and stored to `buffers` of bfloat16 is converted here, too. Stores that do more in bfloat16 are
+    left to TVM: its conversions repeat their operand, and cannot repeat the bindings of the expansion.
     """
 
     def expand_store(store: tirx.BufferStore, mutator: tvm_ffi.StructuralMutator) -> Stmt:
-        if bf16_conversion.computes_before(store):
-            return store
-        return bf16_conversion.round_where_stored(mutator.default_mutate(store), held_as_bf16)
+        if computes_before(store):
+            return buffers.stored(store) if store.buffer in buffers.integers else store
+        return buffers.stored(mutator.default_mutate(store))
 
     def expand_cast(cast: tirx.Cast, mutator: tvm_ffi.StructuralMutator) -> Expr:
-        rewritten = mutator.default_mutate(cast)
-        return bf16_conversion.widened(rewritten, held_as_bf16) if isinstance(rewritten, tirx.Cast) else rewritten
+        return buffers.widened(cast) if isinstance(cast.value, TensorLoad) else mutator.default_mutate(cast)
 
-    rules = [(tirx.BufferStore, expand_store), (ir.Call, _expand_call), (tirx.Cast, expand_cast)]
+    def expand_load(load: TensorLoad, mutator: tvm_ffi.StructuralMutator) -> Expr:
+        return buffers.read(mutator.default_mutate(load))
+
+    rules = [
+        (tirx.BufferStore, expand_store),
+        (ir.Call, _expand_call),
+        (tirx.Cast, expand_cast),
+        (TensorLoad, expand_load),
+    ]
     return tvm_ffi.structural_mutate(expression, rules)
 
 

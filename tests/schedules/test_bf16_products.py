@@ -91,3 +91,22 @@ def test_threads_that_own_rows_have_the_instruction() -> None:
     sums = x.astype(ml_dtypes.bfloat16).astype("float64") @ weights.astype("float64") + 1
     want = (sums - sums.mean(-1, keepdims=True)) / np.sqrt(sums.var(-1, keepdims=True) + 1e-5)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not HAS_DOT, reason="the machine has no bf16 dot product")
+@pytest.mark.parametrize("rows", [40, 256 * TARGET.cores], ids=["shared", "owned"])
+def test_normalized_rows_are_rounded_for_the_instruction_that_reads_them(rows: int) -> None:
+    weights, x = weights_of(64, 96), normal(rows, 64, seed=1)
+
+    def normalized(v: relax.Var) -> relax.Expr:
+        scale, shift = (relax.const(np.full(64, value, "float32")) for value in (1, 0))
+        return layer(weights, op.nn.layer_norm(v, scale, shift, axes=[-1]))
+
+    lowered = lower(module_of(normalized, [(rows, 64)], ["float32"]), TARGET)
+    assert [kernel.family for kernel in lowered.kernels] == ["normalized_product"]
+    machine = relax.VirtualMachine(build(lowered.module, TARGET), tvm.cpu())
+    got = machine["main"](tvm.runtime.tensor(x)).numpy()
+    wide = x.astype("float64")
+    norm = (wide - wide.mean(1, keepdims=True)) / np.sqrt(wide.var(1, keepdims=True) + 1e-5)
+    # A norm in fp32 may round to another bfloat16 than one in float64 where it lies halfway between two.
+    np.testing.assert_allclose(got, norm @ weights.astype("float64") + 1, atol=64**0.5 * 6 * 2.0**-8)
