@@ -100,11 +100,11 @@ class CompileOptions:
             }
             steps.append(f"quantize-weights{{{','.join(f'{name}={value}' for name, value in choices.items())}}}")
         steps.append("fold-norm-scales")  # after weights are rounded, and before their precision is converted
+        if self.target.device == "cpu":
+            steps.append(f"block-channels{{block={self.target.layouts.channel_block}}}")
         if self.operand_dtype is not None:
             steps.append(f"convert-precision{{dtype={self.operand_dtype}}}")
             steps.append("eliminate-common-subexpressions")  # several products convert the same operand
-        if self.target.device == "cpu":
-            steps.append(f"block-channels{{block={self.target.layouts.channel_block}}}")
         return ",".join(steps)
 
     @property
