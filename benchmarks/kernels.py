@@ -66,8 +66,10 @@ def cases() -> Iterator[KernelCase]:
     yield rows("softmax", "Softmax", 2048, 1024)
     causal, queries = row_kernels.causal_attention(), 12 * 512
     yield KernelCase("attention_causal", causal, "compute", 4 * queries * (512 + 1) // 2 * 64)
-    cached = 2 * _FLOAT_BYTES * 8 * 4096 * 64
-    yield KernelCase("attention_decode_grouped", row_kernels.grouped_decode(), "read", cached)
+    for heads, groups, keys, size in ((32, 8, 4096, 64), (32, 8, 2048, 128), (14, 2, 2048, 64), (9, 3, 512, 64)):
+        decode = row_kernels.grouped_decode(heads, groups, keys, size)
+        cached = 2 * _FLOAT_BYTES * groups * keys * size
+        yield KernelCase(f"attention_decode_{heads}_{groups}_{keys}x{size}", decode, "read", cached)
     for kernel in row_kernels.row_kernels():
         yield KernelCase(kernel.name, kernel.model(), "copy", kernel.moved)
     yield transpose((2048, 1024), (1, 0))

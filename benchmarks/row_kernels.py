@@ -130,7 +130,7 @@ def causal_attention() -> onnx.ModelProto:
     return RowKernel("", "Attention", (shape,) * 3, shape, attributes={"is_causal": 1}).model()
 
 
-def grouped_decode() -> onnx.ModelProto:
-    """Return attention of one token with 32 heads over 4096 tokens of 8 heads."""
-    query, cached = (1, 32, 1, 64), (1, 8, 4096, 64)
+def grouped_decode(heads: int, groups: int, keys: int, size: int) -> onnx.ModelProto:
+    """Return attention of one token with `heads` heads over `keys` tokens of `groups` heads of the given size."""
+    query, cached = (1, heads, 1, size), (1, groups, keys, size)
     return RowKernel("", "Attention", (query, cached, cached), query).model()
