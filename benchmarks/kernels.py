@@ -25,16 +25,22 @@ _FEW_ROWS = 8
 
 @dataclass(frozen=True)
 class KernelCase:
-    """A kernel, what bounds it at best, and its work: floating-point or 8-bit operations, or bytes moved."""
+    """A kernel, what bounds it at best, and its work: floating-point or 8-bit operations, or bytes moved.
+
+    Of bytes to copy, `written` are written, half of them where it is not given.
+    """
 
     name: str
     model: onnx.ModelProto
     bound: Bound
     work: int
+    written: int | None = None
 
     def save(self, folder: Path) -> Path:
         """Write the model with its work in its metadata, where the peak engine reads it."""
-        helper.set_model_props(self.model, {"bound": self.bound, "work": str(self.work)})
+        written = self.work // 2 if self.written is None else self.written
+        properties = {"bound": self.bound, "work": str(self.work), "written": str(written)}
+        helper.set_model_props(self.model, properties)
         path = folder / f"{self.name}.onnx"
         onnx.save(self.model, path)
         return path
@@ -71,7 +77,7 @@ def cases() -> Iterator[KernelCase]:
         cached = 2 * _FLOAT_BYTES * groups * keys * size
         yield KernelCase(f"attention_decode_{heads}_{groups}_{keys}x{size}", decode, "read", cached)
     for kernel in row_kernels.row_kernels():
-        yield KernelCase(kernel.name, kernel.model(), "copy", kernel.moved)
+        yield KernelCase(kernel.name, kernel.model(), "copy", kernel.moved, kernel.written)
     yield transpose((2048, 1024), (1, 0))
     yield transpose((1, 128, 12, 64), (0, 2, 1, 3))
     yield transpose((1, 256, 56, 56), (0, 2, 3, 1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,21 @@ from benchmarks.engines import Cases, Engine, EngineError, peak_bytes
 from optimizer.compile import find_target
 from optimizer.runtime.threads import use_threads
 from optimizer.tuning import peak
+from targets.base import Target
 
 _KERNELS = {
     "compute": peak.multiply_add,
     "integer": peak.integer_multiply_add,
-    "copy": peak.copy,
     "read": peak.read,
 }
+
+
+def _kernel(target: Target, metadata: Mapping[str, str], threads: int) -> peak.Work:
+    bound, work = metadata["bound"], int(metadata["work"])
+    if bound == "copy":
+        written = int(metadata["written"])
+        return peak.move(target, work - written, written, threads)
+    return _KERNELS[bound](target, work, threads)
 
 
 class Peak(Engine):
@@ -41,7 +50,7 @@ class Peak(Engine):
         start = time.perf_counter()
         target = find_target("host")
         try:
-            function, arguments = _KERNELS[metadata["bound"]](target, int(metadata["work"]), threads)
+            function, arguments = _kernel(target, metadata, threads)
         except LookupError as error:
             raise EngineError(str(error)) from error
         self._arguments = [tvm.runtime.tensor(array) for array in arguments]

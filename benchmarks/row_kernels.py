@@ -30,7 +30,12 @@ class RowKernel:
     @property
     def moved(self) -> int:
         """The least bytes to move: every input once, every output once."""
-        return _FLOAT_BYTES * (sum(map(math.prod, self.shapes)) + self.outputs * math.prod(self.output))
+        return _FLOAT_BYTES * sum(map(math.prod, self.shapes)) + self.written
+
+    @property
+    def written(self) -> int:
+        """The bytes of the outputs; the second one has positions, of twice an element's size."""
+        return _FLOAT_BYTES * math.prod(self.output) * (1 if self.outputs == 1 else 3)
 
     def model(self) -> onnx.ModelProto:
         """Return the operator as a model."""

@@ -92,33 +92,30 @@ def integer_multiply_add(target: Target, work: int, threads: int) -> Work:
 
 
 def copy(target: Target, work: int, threads: int) -> Work:
-    """Return a function that reads half of `work` bytes and writes the other half."""
-    lanes = target.vector_lanes(32)
-    vectors = max(1, work // (2 * 4 * lanes * threads))
-
-    @T.prim_func(s_tir=True)
-    def copy_all(
-        source: T.Buffer((threads, vectors, lanes), "float32"), result: T.Buffer((threads, vectors, lanes), "float32")
-    ) -> None:
-        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-        with T.sblock("root"):
-            for thread in T.parallel(threads):
-                for vector in range(vectors):
-                    with T.sblock("copy"):
-                        owner, place = T.axis.remap("SS", [thread, vector])
-                        result[owner, place, T.ramp(0, 1, lanes)] = source[owner, place, T.ramp(0, 1, lanes)]
-
-    return copy_all, [_filled(threads, vectors, lanes), _filled(threads, vectors, lanes)]
+    """Return a function that reads half of `work` bytes and writes the other half, and its arguments."""
+    return move(target, work // 2, work // 2, threads)
 
 
 def read(target: Target, work: int, threads: int) -> Work:
     """Return a function that reads `work` bytes, and its arguments."""
+    return move(target, work, 0, threads)
+
+
+def move(target: Target, read: int, written: int, threads: int) -> Work:
+    """Return a function that reads and writes as many bytes, and its arguments.
+
+    As much as is both read and written is copied; what more is read is added up, and what more is written is filled.
+    """
     lanes, chains = target.vector_lanes(32), _CHAINS
-    steps = max(1, work // (4 * lanes * chains * threads))
+    step = 4 * lanes * threads
+    copied, filled = min(read, written) // step, max(0, written - read) // step
+    summed = max(0, read - written) // (step * chains)
+    source_vectors, result_vectors = max(1, copied + summed * chains), max(1, copied + filled)
 
     @T.prim_func(s_tir=True)
-    def read_all(
-        source: T.Buffer((threads, steps, chains, lanes), "float32"),
+    def move_all(
+        source: T.Buffer((threads, source_vectors, lanes), "float32"),
+        result: T.Buffer((threads, result_vectors, lanes), "float32"),
         sums: T.Buffer((threads, chains, lanes), "float32"),
     ) -> None:
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
@@ -127,17 +124,23 @@ def read(target: Target, work: int, threads: int) -> Work:
                 with T.sblock("thread"):
                     owner = T.axis.spatial(threads, thread)
                     total = T.sblock_alloc_buffer((chains, lanes), "float32", scope="local")
+                    for place in range(copied):
+                        result[owner, place, T.ramp(0, 1, lanes)] = source[owner, place, T.ramp(0, 1, lanes)]
+                    for place in range(filled):
+                        result[owner, copied + place, T.ramp(0, 1, lanes)] = T.broadcast(T.float32(0.5), lanes)
                     for chain in T.unroll(chains):
                         total[chain, T.ramp(0, 1, lanes)] = T.broadcast(T.float32(0), lanes)
-                    for step in range(steps):
+                    for row in range(summed):
                         for chain in T.unroll(chains):
                             total[chain, T.ramp(0, 1, lanes)] = (
-                                total[chain, T.ramp(0, 1, lanes)] + source[owner, step, chain, T.ramp(0, 1, lanes)]
+                                total[chain, T.ramp(0, 1, lanes)]
+                                + source[owner, copied + row * chains + chain, T.ramp(0, 1, lanes)]
                             )
                     for chain in T.unroll(chains):
                         sums[owner, chain, T.ramp(0, 1, lanes)] = total[chain, T.ramp(0, 1, lanes)]
 
-    return read_all, [_filled(threads, steps, chains, lanes), _filled(threads, chains, lanes)]
+    arrays = [(source_vectors, lanes), (result_vectors, lanes), (chains, lanes)]
+    return move_all, [_filled(threads, *shape) for shape in arrays]
 
 
 def _filled(*shape: int) -> Array:
