@@ -10,6 +10,7 @@ returns both. Every pair of calls of which one reads the other is a site.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tvm
@@ -24,8 +25,21 @@ from passes.provenance import Bindings, carry, union
 from schedules.joining import joined, kind_of, why_apart, why_several
 from targets.base import Target
 
-_Reads = tuple[int, ...]
-_Pair = tuple[str, str, _Reads, bool]
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two functions, and how one for both is called.
+
+    The second one gets the first one's result at positions `reads`; `shared` are positions, of the second and of the
+    first, of the same tensor; `constant` those of constants among the arguments of the function for both.
+    """
+
+    first: str
+    second: str
+    reads: tuple[int, ...]
+    shared: tuple[tuple[int, int], ...]
+    constant: tuple[int, ...]
+    returns_both: bool
 
 
 @dataclass(frozen=True)
@@ -95,20 +109,37 @@ class _Finder:
         """Return calls to merge, none of which takes part in another."""
         found: list[_Merger] = []
         taken: set[relax.Var] = set()
-        for reader, value in self._bindings.values.items():
-            for producer in dict.fromkeys(self._bindings.operands[reader]):
-                first, second = _callee(self._bindings.values[producer]), _callee(value)
-                if first is None or second is None or taken & {reader, producer}:
-                    continue
-                nodes = union((self._bindings.nodes(producer), self._bindings.nodes(reader)))
-                try:
-                    found.append(self._merger(producer, reader))
-                except Refusal as refusal:
-                    self.sites.append(Site(reader.name, f"{first} -> {second}: {refusal}", nodes))
-                else:
-                    self.sites.append(Site(reader.name, None, nodes))
-                    taken |= {reader, producer}
+        for producer, reader in self._pairs():
+            if taken & {reader, producer}:
+                continue
+            first, second = (_callee(self._bindings.values[variable]) for variable in (producer, reader))
+            nodes = union((self._bindings.nodes(producer), self._bindings.nodes(reader)))
+            try:
+                found.append(self._merger(producer, reader))
+            except Refusal as refusal:
+                self.sites.append(Site(reader.name, f"{first} -> {second}: {refusal}", nodes))
+            else:
+                self.sites.append(Site(reader.name, None, nodes))
+                taken |= {reader, producer}
         return found
+
+    def _pairs(self) -> list[tuple[relax.Var, relax.Var]]:
+        """Return calls of functions and those that read them.
+
+        Two products come first: where a norm took in one of a gate's products, the gate could not be one kernel.
+        """
+        pairs = [
+            (producer, reader)
+            for reader, value in self._bindings.values.items()
+            for producer in dict.fromkeys(self._bindings.operands[reader])
+            if _callee(value) is not None and _callee(self._bindings.values[producer]) is not None
+        ]
+        return sorted(pairs, key=lambda pair: not self._are_products(*pair))
+
+    def _are_products(self, producer: relax.Var, reader: relax.Var) -> bool:
+        """Return whether two variables are results of products with what follows them one to one."""
+        calls = [_tir_call(self._bindings.values[variable]) for variable in (producer, reader)]
+        return all(call is not None and self._kind(call[0]) == "product" for call in calls)
 
     def _merger(self, producer: relax.Var, reader: relax.Var) -> _Merger:
         """Return the call that computes both; raises Refusal."""
@@ -127,14 +158,17 @@ class _Finder:
         overwritten = any(argument in self._written_in_place for argument in moved[1])
         require(not overwritten, "one of them reads what another one writes in place")
         reads = tuple(position for position, argument in enumerate(second[1]) if argument.same_as(producer))
-        pair = first[0].name_hint, second[0].name_hint, reads, both
+        shared = _shared(first[1], second[1]) if self._are_products(producer, reader) else ()
+        kept = set(range(len(second[1]))).difference(reads, (position for position, _ in shared))
+        arguments = (*first[1], *(second[1][position] for position in sorted(kept)))
+        constant = tuple(i for i, argument in enumerate(arguments) if isinstance(argument, tvm.ir.GenericConst))
+        pair = _Pair(first[0].name_hint, second[0].name_hint, reads, shared, constant, both)
         if pair not in self._known:
-            self._known[pair] = self._function(first[0], second[0], reads, both=both)
+            self._known[pair] = self._function(pair)
         function = self._known[pair]
         if isinstance(function, str):
             raise Refusal(function)
-        others = [argument for argument in second[1] if not argument.same_as(producer)]
-        return _Merger(producer, reader, function, (*first[1], *others), place, both)
+        return _Merger(producer, reader, function, arguments, place, both)
 
     def _kind(self, function: tvm.ir.GlobalVar) -> str | None:
         """Return `kind_of` a function, found once: layers call the same few."""
@@ -152,15 +186,14 @@ class _Finder:
         require(not early, "another one reads the first one's result before the second one could be computed")
         return reader
 
-    def _function(
-        self, first: tvm.ir.GlobalVar, second: tvm.ir.GlobalVar, reads: _Reads, *, both: bool
-    ) -> tvm.ir.GlobalVar | str:
-        """Return the function that computes both (and returns `both`), or the reason why there is none."""
-        functions = self.module[first], self.module[second]
-        merged = joined(*functions, reads, returned=both)
+    def _function(self, pair: _Pair) -> tvm.ir.GlobalVar | str:
+        """Return the function that computes both of a pair, or the reason why there is none."""
+        first, second = self.module[pair.first], self.module[pair.second]
+        functions = first, second
+        merged = joined(first, second, pair.reads, shared=pair.shared, returned=pair.returns_both)
         if merged is None:
-            return why_apart(*functions)
-        reason = why_several(merged, self._target)
+            return why_apart(first, second)
+        reason = why_several(merged, self._target, pair.constant)
         if reason is not None:
             return reason
         operators = tuple(str(name) for function in functions for name in function.attrs.get(OPERATORS, ()))
@@ -189,6 +222,16 @@ def _tir_call(value: relax.Expr) -> tuple[tvm.ir.GlobalVar, tuple[relax.Expr, ..
     if len(value.args) != 2 or not isinstance(value.ty, relax.TensorType):
         return None
     return value.args[0], tuple(value.args[1].fields)
+
+
+def _shared(first: Sequence[relax.Expr], second: Sequence[relax.Expr]) -> tuple[tuple[int, int], ...]:
+    """Return the positions in `second` and in `first` of variables that stand in both."""
+    where = {argument: position for position, argument in enumerate(first) if isinstance(argument, relax.Var)}
+    return tuple(
+        (position, where[argument])
+        for position, argument in enumerate(second)
+        if isinstance(argument, relax.Var) and argument in where
+    )
 
 
 def _callee(value: relax.Expr) -> str | None:

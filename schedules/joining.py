@@ -13,57 +13,68 @@ import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.ir import Expr, Var
 
-from schedules import direct_convolution, fallback, row_parts
+from schedules import direct_convolution, fallback, gated_product, row_parts
 from schedules.access import Access, Step, as_int
 from schedules.direct_convolution import DirectConvolution
 from schedules.epilogue import Epilogue
 from schedules.family import Kernel
+from schedules.gated_product import GatedProduct, columns_of
 from schedules.matmul import Matmul, split_epilogue
 from schedules.normalized_product import NormalizedProduct
+from schedules.prepack import with_packed_weights
 from schedules.reduction import Reduction
 from schedules.registry import FAMILIES
 from schedules.row_parts import PartedKernel
 from schedules.schedule import kernels_of
-from schedules.stages import Axis, Stage, contains, parse, sequence, substitute
+from schedules.stages import Axis, Stage, parse, sequence, substitute
 from schedules.winograd import Winograd
 from targets.base import Target
 
+_SEVERAL = "the schedule needs two kernels for the two"
+
 
 def joined(
-    first: tirx.PrimFunc, second: tirx.PrimFunc, reads: Sequence[int], *, returned: bool = False
+    first: tirx.PrimFunc,
+    second: tirx.PrimFunc,
+    reads: Sequence[int],
+    *,
+    shared: Sequence[tuple[int, int]] = (),
+    returned: bool = False,
 ) -> tirx.PrimFunc | None:
     """Return one function for `second`, whose parameters at positions `reads` are what `first` returns.
 
-    Its parameters are those of `first`, then the others of `second`; the result of `first`, its last parameter, is
-    kept inside, or `returned`, too, before the result of `second`. None where `first` reduces nothing, and for
-    functions that take more than tensors or are not loop nests below a root block.
+    `shared` are positions of parameters of `second` and of `first` that get the same tensor. The parameters are those
+    of `first`, then the others of `second`; the result of `first`, its last parameter, is kept inside, or `returned`,
+    too, before the result of `second`. None where `first` reduces nothing, and for functions that take more than
+    tensors or are not loop nests below a root block.
     """
     if not all(map(_is_of_loop_nests, (first, second))) or not _reduces(first):
         return None
     first, second = (s_tir.renew_defs(function) for function in (first, second))
     result = first.params[-1]
-    given = [second.params[position] for position in reads]
-    sizes = _sizes(given, result)
+    given = {second.params[position]: result for position in reads}
+    given |= {second.params[position]: first.params[other] for position, other in shared}
+    sizes = _sizes(given)
     if sizes is None:
         return None
     renamed = {parameter: _resized(parameter, sizes) for parameter in second.params}
-    renamed |= sizes | dict.fromkeys(given, result)
+    renamed |= sizes | given
     roots = [first.body.block, tvm_ffi.structural_map(second.body, (Var, lambda v: renamed.get(v, v))).block]
     body = sequence([statement for root in roots for statement in _statements(root)])
     inside = [*roots[0].alloc_buffers, *([] if returned else [result]), *roots[1].alloc_buffers]
     root = s_tir.SBlock([], [], [], "root", body, alloc_buffers=inside)
-    *others, last = (renamed[parameter] for parameter in second.params if not contains(given, parameter))
+    *others, last = (renamed[parameter] for parameter in second.params if parameter not in given)
     parameters = [*first.params[:-1], *others, *([result] if returned else []), last]
     return tirx.PrimFunc(parameters, s_tir.SBlockRealize([], True, root), second.ret_type, second.attrs)
 
 
-def _sizes(given: Sequence[Var], result: Var) -> dict[Var, Expr] | None:
-    """Return the values of symbols that make tensors of the shape and dtype of `result`; None where there are none."""
+def _sizes(given: Mapping[Var, Var]) -> dict[Var, Expr] | None:
+    """Return the values of symbols that give tensors the shapes and dtypes of others; None where there are none."""
     values: dict[Var, Expr] = {}
-    for tensor in given:
-        if str(tensor.dtype) != str(result.dtype) or len(tensor.shape) != len(result.shape):
+    for tensor, other in given.items():
+        if str(tensor.dtype) != str(other.dtype) or len(tensor.shape) != len(other.shape):
             return None
-        pairs = list(zip(tensor.shape, result.shape, strict=True))
+        pairs = list(zip(tensor.shape, other.shape, strict=True))
         for own, size in pairs:
             if isinstance(own, tirx.Var):
                 values.setdefault(own, size)
@@ -100,18 +111,23 @@ def is_one_kernel(function: tirx.PrimFunc, target: Target) -> bool:
     return why_several(function, target) is None
 
 
-def why_several(function: tirx.PrimFunc, target: Target) -> str | None:
+def why_several(function: tirx.PrimFunc, target: Target, constant: Sequence[int] = ()) -> str | None:
     """Return why a function is not scheduled as one kernel that stores whole vectors; None if it is.
 
-    That may be a product, a convolution, a reduction, or a product with functions of rows around it.
+    That may be a product, a convolution, a reduction, a product with functions of rows around it, or a gate of two
+    products whose weights are packed: `constant` are the positions of the parameters that will be.
     """
     staged = parse(function)
-    kernels = kernels_of(staged) if staged is not None else []
+    if staged is None:
+        return _SEVERAL
+    if gated_product.whole(staged) is not None:
+        return _why_no_gate(with_packed_weights(function, target, constant)[0], target)
+    kernels = kernels_of(staged, target)
     kernel = kernels[0] if len(kernels) == 1 else None
     if not _is_static(function) and not isinstance(kernel, PartedKernel):
         return "a size is known only at run time"
     if not isinstance(kernel, Kernel):
-        return "the schedule needs two kernels for the two"
+        return _SEVERAL
     reasons = [reason for reason in map(fallback.needs_scalars, kernel.stages) if reason]
     if reasons:
         return reasons[0]
@@ -122,8 +138,23 @@ def why_several(function: tirx.PrimFunc, target: Target) -> str | None:
     return _why_scattered(family, kernel, target)
 
 
+def _why_no_gate(function: tirx.PrimFunc, target: Target) -> str | None:
+    """Return why two products, the second of which takes in the first one, are not one kernel; None if they are."""
+    staged = parse(function)
+    kernel = gated_product.whole(staged) if staged is not None else None
+    if kernel is None:
+        return _SEVERAL
+    reasons = [reason for reason in map(fallback.needs_scalars, kernel.stages) if reason]
+    refusal = reasons[0] if reasons else GatedProduct().refusal(kernel, target)
+    analysis = GatedProduct().takes(kernel, target)
+    if refusal is not None or analysis is None:
+        return refusal
+    last = analysis.second
+    return None if _is_contiguous(last.epilogue, columns_of(last).inner, target) else _SEVERAL
+
+
 def _why_scattered(family: object, kernel: Kernel, target: Target) -> str | None:
-    return None if _stores_vectors(family, kernel, target) else "the schedule needs two kernels for the two"
+    return None if _stores_vectors(family, kernel, target) else _SEVERAL
 
 
 def _stores_vectors(family: object, kernel: Kernel, target: Target) -> bool:

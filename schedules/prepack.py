@@ -67,7 +67,7 @@ class _Prepacker(PyExprMutator):
         self.target = target
         self.reports: list[PrepackReport] = []
         self.weights: list[PackedWeight] = []
-        self.variants: dict[GlobalVar, tuple[GlobalVar, Packing] | None] = {}
+        self.variants: dict[GlobalVar, tuple[GlobalVar, tuple[Packing, ...]] | None] = {}
 
     def visit_call_(self, call: ir.Call) -> Expr:
         call = super().visit_call_(call)
@@ -78,53 +78,64 @@ class _Prepacker(PyExprMutator):
         variant = self._variant(callee, constant)
         if variant is None:
             return call
-        function, packing = variant
-        original = arguments[packing.parameter]
-        values = original.value.numpy()
-        packed = packing.pack(values)
-        arguments[packing.parameter] = relax.const(packed)
-        self.weights.append(PackedWeight(original, packing, arguments[packing.parameter]))
-        self.reports.append(PrepackReport(function.name_hint, packing.parameter, values.shape, packed.shape))
+        function, packings = variant
+        for packing in packings:
+            original = arguments[packing.parameter]
+            values = original.value.numpy()
+            packed = packing.pack(values)
+            arguments[packing.parameter] = relax.const(packed)
+            self.weights.append(PackedWeight(original, packing, arguments[packing.parameter]))
+            self.reports.append(PrepackReport(function.name_hint, packing.parameter, values.shape, packed.shape))
         return ir.Call(call.op, [function, relax.Tuple(arguments), *call.args[2:]], call.attrs, call.ty_args)
 
-    def _variant(self, callee: GlobalVar, constant: Sequence[int]) -> tuple[GlobalVar, Packing] | None:
-        """Return the function that reads the packed weight, None where there is none or the weight is not constant."""
+    def _variant(self, callee: GlobalVar, constant: Sequence[int]) -> tuple[GlobalVar, tuple[Packing, ...]] | None:
+        """Return the function that reads packed weights, None where there is none or a weight is not constant."""
         if callee not in self.variants:
             self.variants[callee] = None
             function = self.module[callee]
             if isinstance(function, tirx.PrimFunc) and not is_scheduled(function):
-                packed = _pack_function(function, self.target, constant)
-                if packed is not None:
+                packed, packings = with_packed_weights(function, self.target, constant)
+                if packings:
                     name = f"{callee.name_hint}_packed"
-                    self.variants[callee] = self.builder_.add_func(packed[0], name), packed[1]
+                    self.variants[callee] = self.builder_.add_func(packed, name), packings
         variant = self.variants[callee]
-        return variant if variant is not None and variant[1].parameter in constant else None
+        return variant if variant is not None and all(each.parameter in constant for each in variant[1]) else None
 
 
-def _pack_function(
+def with_packed_weights(
     function: tirx.PrimFunc, target: Target, constant: Sequence[int]
-) -> tuple[tirx.PrimFunc, Packing] | None:
-    """Return `function` with the weight of its only matmul read in packed layout."""
-    analysis = _matmul_of(function)
-    if analysis is None:
-        return None
-    read = analysis.operand
-    parameter = next(i for i, p in enumerate(function.params) if p.same_as(read.source))
-    order = _dimension_order(read, [*analysis.reduction, analysis.columns])
+) -> tuple[tirx.PrimFunc, tuple[Packing, ...]]:
+    """Return `function` with the weights of its matmuls read in packed layout, and how they are packed.
+
+    `constant` are the positions of the parameters that may be packed.
+    """
+    packings: list[Packing] = []
+    for analysis in _matmuls_of(function):
+        weight = analysis.operand.source
+        position = next(i for i, parameter in enumerate(function.params) if parameter.same_as(weight))
+        packing = _packing(analysis, position, target)
+        if packing is not None and position in constant:
+            function = reading_packed(function, weight, packing)
+            packings.append(packing)
+    return function, tuple(packings)
+
+
+def _packing(analysis: MatmulAnalysis, parameter: int, target: Target) -> Packing | None:
+    """Return how a matmul's weight is packed; None for one that has no order of rows and columns."""
+    order = _dimension_order(analysis.operand, [*analysis.reduction, analysis.columns])
     columns = analysis.columns.extent
-    if parameter not in constant or order is None or not isinstance(columns, int) or len(analysis.columns.axes) != 1:
+    if order is None or not isinstance(columns, int) or len(analysis.columns.axes) != 1:
         return None
     group = PAIR if bf16_dot(target) is not None and takes_pairs(analysis) else 1
-    packing = Packing(parameter, order, columns, target.layouts.column_block, group)
-    return reading_packed(function, read.source, packing), packing
+    return Packing(parameter, order, columns, target.layouts.column_block, group)
 
 
-def _matmul_of(function: tirx.PrimFunc) -> MatmulAnalysis | None:
-    """Return the analysis of the only matmul that reads its column operand straight from a parameter."""
+def _matmuls_of(function: tirx.PrimFunc) -> list[MatmulAnalysis]:
+    """Return the analyses of matmuls that read their column operands straight from parameters, each one its own."""
     staged = parse(function)
     if staged is None or winograd_structure.whole(staged) is not None:
-        return None
-    found = []
+        return []
+    found: list[MatmulAnalysis] = []
     parted = row_parts.whole(staged)
     for kernel in cut(inline(staged)) if parted is None else parted.parts:
         if not isinstance(kernel, Kernel) or direct_convolution.analyse(kernel) is not None:
@@ -132,7 +143,9 @@ def _matmul_of(function: tirx.PrimFunc) -> MatmulAnalysis | None:
         analysis = Matmul().analyse(kernel)
         if analysis is not None and contains(function.params, analysis.operand.source):
             found.append(analysis)
-    return found[0] if len(found) == 1 and not found[0].block else None
+    weights = [analysis.operand.source for analysis in found]
+    alone = [sum(weight.same_as(other) for other in weights) == 1 for weight in weights]
+    return [analysis for analysis, own in zip(found, alone, strict=True) if own and not analysis.block]
 
 
 def _dimension_order(read: TensorLoad, groups: Sequence[AxisGroup]) -> tuple[int, ...] | None:

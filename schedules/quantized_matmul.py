@@ -41,6 +41,7 @@ from schedules.loops import (
 from schedules.matmul import follows_as_stage, split_epilogue
 from schedules.quantized_operators import QuantizedProduct
 from schedules.stages import Axis, Stage, sequence, substitute
+from schedules.tiling import Block
 from schedules.weight_layout import WeightLayout
 from targets.base import Target
 
@@ -110,9 +111,7 @@ class QuantizedMatmul:
 
     def apply(self, analysis: QuantizedMatmulAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the loop nest."""
-        dot = integer_dot(target, analysis.product.layout.bits)
-        assert dot is not None
-        return _Emitter(analysis, dot, parameters["rows"], parameters["vectors"]).statement()
+        return QuantizedEmitter.of(analysis, parameters, target).statement()
 
 
 def _register_tile(target: Target, analysis: QuantizedMatmulAnalysis) -> tuple[int, int]:
@@ -187,8 +186,15 @@ def _is_product(stage: Stage, described: QuantizedProduct, operands: Operands, c
     return bool(tvm_ffi.structural_equal(analyzer.simplify(expected), analyzer.simplify(stage.value)))
 
 
-class _Emitter:
+class QuantizedEmitter:
     """Emission of one quantized product; the methods share the analysis and the register tile."""
+
+    @staticmethod
+    def of(analysis: QuantizedMatmulAnalysis, parameters: Parameters, target: Target) -> QuantizedEmitter:
+        """Return the emitter of a product that the family takes on `target`, under the family's parameters."""
+        dot = integer_dot(target, analysis.product.layout.bits)
+        assert dot is not None
+        return QuantizedEmitter(analysis, dot, parameters["rows"], parameters["vectors"])
 
     def __init__(self, analysis: QuantizedMatmulAnalysis, dot: IntegerDot, rows: int, vectors: int) -> None:
         self.analysis = analysis
@@ -199,9 +205,17 @@ class _Emitter:
         self.rows = rows
         self.vectors = min(vectors, ceiling_int(analysis.columns.extent, dot.lanes))
 
-    def statement(self) -> Stmt:
-        analysis = self.analysis
-        width = max(self.vectors * self.dot.lanes, self.layout.columns)
+    @property
+    def width(self) -> int:
+        """How many columns a task computes."""
+        return max(self.vectors * self.dot.lanes, self.layout.columns)
+
+    def statement(self, strip_of: Block | None = None, width: int | None = None) -> Stmt:
+        """Return the parallel loop over strips of `width` columns and blocks of rows, which `strip_of` computes.
+
+        If they are not given, a task computes a strip of its own width.
+        """
+        analysis, width, compute = self.analysis, width or self.width, strip_of or self.strip
         outer = [group.extent for group in analysis.outer]
         rows: Extent = analysis.rows.extent if analysis.rows is not None else 1
         strips, blocks = ceiling_int(analysis.columns.extent, width), ceiling(rows, ROW_BLOCK)
@@ -212,12 +226,12 @@ class _Emitter:
             for group, position in zip(analysis.outer, outside, strict=True):
                 point.update(group.point(position))
             return tile_choice(
-                strip, int(analysis.columns.extent), width, lambda base, count: self._strip(point, base, count, block)
+                strip, int(analysis.columns.extent), width, lambda base, count: compute(point, base, count, block)
             )
 
         return parallel(product([*outer, strips, blocks]), task, is_large(work_of(analysis.stage)))
 
-    def _strip(self, point: Mapping[Var, Expr], base: Expr, count: int, block: Expr) -> Stmt:
+    def strip(self, point: Mapping[Var, Expr], base: Expr, count: int, block: Expr) -> Stmt:
         """Return the code for `count` columns from `base` on and the rows of a block."""
         rows: Extent = self.analysis.rows.extent if self.analysis.rows is not None else 1
         sizes = [size for size in (self.rows, 4, 2, 1) if size <= self.rows]

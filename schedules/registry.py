@@ -10,6 +10,7 @@ from schedules.convolution import Convolution
 from schedules.direct_convolution import DirectConvolution
 from schedules.elementwise import Elementwise
 from schedules.family import Family
+from schedules.gated_product import GatedProduct
 from schedules.matmul import Matmul
 from schedules.normalized_product import NormalizedProduct
 from schedules.pooling import Pooling
@@ -22,6 +23,7 @@ from schedules.winograd import Winograd
 
 FAMILIES: tuple[Family[Any], ...] = (
     NormalizedProduct(),
+    GatedProduct(),
     Attention(),
     Winograd(),
     DirectConvolution(),

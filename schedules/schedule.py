@@ -8,8 +8,9 @@ import tvm
 from tvm import tirx
 from tvm.tirx.stmt import Stmt
 
-from schedules import attention_structure, cuda, fallback, row_parts, winograd_structure
+from schedules import attention_structure, cuda, fallback, gated_product, row_parts, winograd_structure
 from schedules.family import Kernel, Parameters, defaults, work_of
+from schedules.gated_product import GatedProduct
 from schedules.inline import inline
 from schedules.intrin import vector_math
 from schedules.intrin.bf16_conversion import bf16_buffers
@@ -60,7 +61,7 @@ def schedule_function(
     staged = parse(function)
     if staged is None:
         return function.with_attr(SCHEDULED, True), KernelReport(name, "opaque", reason="no loop nests at the top")
-    kernels = kernels_of(staged)
+    kernels = kernels_of(staged, target)
     candidates = [kernel for kernel in kernels if isinstance(kernel, Kernel)]
     main = max(candidates, key=_weight, default=None)
     workload = identity(function)
@@ -91,9 +92,12 @@ def schedule_function(
     return truncate_quotients(rebuilt).with_attr(SCHEDULED, True), replace(report, regions=len(kernels))
 
 
-def kernels_of(staged: StagedFunction) -> list[Kernel | OpaqueStage]:
+def kernels_of(staged: StagedFunction, target: Target) -> list[Kernel | OpaqueStage]:
     """Return the kernels of a function; one that is whole in its family's eyes is not taken apart."""
     whole = attention_structure.whole(staged) or winograd_structure.whole(staged) or row_parts.whole(staged)
+    gate = gated_product.whole(staged) if whole is None else None
+    if gate is not None and GatedProduct().takes(gate, target) is not None:
+        whole = gate
     return cut(inline(staged)) if whole is None else [whole]
 
 

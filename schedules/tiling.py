@@ -6,6 +6,7 @@ accumulators stays in registers while the reduction axes run, and what follows t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ COLUMN_GROUPS = 4
 CACHE_LINE = 64
 # Code for the columns of one width that begin at an offset.
 Columns = Callable[[Expr, int], Stmt]
+# Code for a block of rows at a point of the outer axes, of the columns of one width that begin at an offset.
+Block = Callable[[Mapping[Var, Expr], Expr, int, Expr], Stmt]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +97,9 @@ class Tile:
         return self.row_group.extent if self.row_group is not None else 1
 
 
-def emit(tile: Tile) -> Stmt:
-    """Return the loop nest of `tile`."""
-    return with_instructions(tile, _nest(tile))
+def emit(tile: Tile, block: Block | None = None) -> Stmt:
+    """Return the loop nest of `tile`, whose blocks `block` computes if given."""
+    return with_instructions(tile, _nest(tile, block or functools.partial(block_of_rows, tile)))
 
 
 def with_instructions(tile: Tile, statement: Stmt) -> Stmt:
@@ -104,7 +107,7 @@ def with_instructions(tile: Tile, statement: Stmt) -> Stmt:
     return statement if tile.pairs is None else tile.pairs.dot.imported(statement)
 
 
-def _nest(tile: Tile) -> Stmt:
+def _nest(tile: Tile, block: Block) -> Stmt:
     columns = tile.vector_group.extent
     if isinstance(columns, int):
         count = -(-columns // tile.width)
@@ -112,12 +115,14 @@ def _nest(tile: Tile) -> Stmt:
         def choose(number: Expr, body: Columns) -> Stmt:
             return tile_choice(number, columns, tile.width, in_whole_vectors(tile, body))
 
-        return _tasks(tile, count, choose)
+        return _tasks(tile, count, choose, block)
     width = tirx.const(tile.width, "int64")
-    full = _tasks(tile, tirx.floordiv(columns, width), lambda number, body: body(number * width, tile.width))
+    full = _tasks(tile, tirx.floordiv(columns, width), lambda number, body: body(number * width, tile.width), block)
     done = tirx.floordiv(columns, width) * width
     sizes = [tile.lanes, 1] if tile.lanes < tile.width else [1]
-    rest = _tasks(tile, 1, lambda _, body: tiles(columns - done, sizes, lambda base, lanes: body(done + base, lanes)))
+    rest = _tasks(
+        tile, 1, lambda _, body: tiles(columns - done, sizes, lambda base, lanes: body(done + base, lanes)), block
+    )
     return sequence([full, rest])
 
 
@@ -133,7 +138,7 @@ def in_whole_vectors(tile: Tile, body: Columns) -> Columns:
     return columns
 
 
-def _tasks(tile: Tile, columns: Extent, choose: Callable[[Expr, Columns], Stmt]) -> Stmt:
+def _tasks(tile: Tile, columns: Extent, choose: Callable[[Expr, Columns], Stmt], compute: Block) -> Stmt:
     """Return the parallel loop over outer axes, groups of column tiles, blocks of rows and tiles of a group."""
     outer = [group.extent for group in tile.outer]
     groups, together = _column_groups(columns)
@@ -151,7 +156,7 @@ def _tasks(tile: Tile, columns: Extent, choose: Callable[[Expr, Columns], Stmt])
         point: dict[Var, Expr] = {}
         for group, position in zip(tile.outer, outside, strict=True):
             point.update(group.point(position))
-        return choose(column, lambda base, width: block_of_rows(tile, point, base, width, block))
+        return choose(column, lambda base, width: compute(point, base, width, block))
 
     return parallel(product(extents), task, tile.parallel)
 
