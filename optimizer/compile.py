@@ -46,8 +46,8 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 class CompileOptions:
     """What to compile a model for. `shapes` overrides input shapes by name; a string keeps that dimension dynamic.
 
-    `precision` "fp16" or "bf16" is for the operands of products and convolutions, whose sums stay fp32; with "fp32" all
-    16-bit floats become fp32. Inputs and outputs keep the model's types.
+    `precision` "fp16" or "bf16" is for the operands of products, and of convolutions that get no blocks of channels;
+    their sums stay fp32. With "fp32" all 16-bit floats become fp32. Inputs and outputs keep the model's types.
     `dump_ir` is a folder that the module is written to after each pass and each step of lowering.
     `weights` ("int8", "int4") quantizes constant weights in groups of `weight_group` by `weight_method`, with zero
     points if `weight_zero_points` (None: if the method wants them) and scales of type `weight_scales`, except those of
