@@ -1,8 +1,11 @@
-"""TVM's lowering of TIR to LLVM, with small buffers on the stack.
+"""TVM's lowering of TIR to LLVM, with small buffers on the stack, and to CUDA C++, without its keywords as names.
 
 For every buffer of 1 KiB and more TVM takes memory from a workspace, by a call, and LLVM then stores a tile of sums at
 the end of each loop instead of keeping it in registers. TVM has an annotation that leaves a buffer to LLVM, but its
 rewriting of storage forgets it, and its compaction of buffers may make their sizes symbolic: so it comes after both.
+
+A kernel's parameters are named as the dimensions of the model. TVM's writer of C keeps out of the way of C's keywords
+alone, and a model may well call a dimension `new`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,19 @@ from targets.base import Target
 # Several such buffers of nested tiles fit the stack of any thread.
 MOST_STACK_BYTES = 16 * 1024
 _PIPELINE = "small_buffers_on_stack"
+_DEVICE_PIPELINE = "names_for_cxx"
+# What C++17 reserves (ISO/IEC 14882:2017, 5.11, and the alternative tokens of 5.5), and CUDA's own of such a form.
+_CXX_KEYWORDS = frozenset([
+    "alignas", "alignof", "and", "and_eq", "asm", "auto", "bitand", "bitor", "bool", "break", "case", "catch",
+    "char", "char16_t", "char32_t", "class", "compl", "const", "const_cast", "constexpr", "continue", "decltype",
+    "default", "delete", "do", "double", "dynamic_cast", "else", "enum", "explicit", "export", "extern", "false",
+    "final", "float", "for", "friend", "goto", "half", "if", "inline", "int", "long", "mutable", "namespace", "new",
+    "noexcept", "not", "not_eq", "nullptr", "operator", "or", "or_eq", "override", "private", "protected", "public",
+    "register", "reinterpret_cast", "return", "short", "signed", "sizeof", "static", "static_assert", "static_cast",
+    "struct", "switch", "template", "this", "thread_local", "throw", "true", "try", "typedef", "typeid", "typename",
+    "uint", "union", "unsigned", "using", "virtual", "void", "volatile", "warpSize", "wchar_t", "while", "xor",
+    "xor_eq",
+])  # fmt: skip
 _Finalize = Callable[[], tvm.transform.Pass]
 
 
@@ -34,7 +50,8 @@ def options(target: Target) -> tvm.transform.PassContext:
 def pipeline(target: Target) -> str:
     """Return the name of the pipeline that lowers TIR for `target`."""
     if target.device != "cpu":
-        return "default"
+        compilation_pipeline.register_tir_pipeline(_DEVICE_PIPELINE, _device_lowering)
+        return _DEVICE_PIPELINE
     compilation_pipeline.register_tir_pipeline(_PIPELINE, _lowering)
     return _PIPELINE
 
@@ -42,6 +59,24 @@ def pipeline(target: Target) -> str:
 def _lowering() -> tuple[tvm.transform.Pass, _Finalize, _Finalize]:
     lower, finalize_host, finalize_device = compilation_pipeline.get_tir_pipeline("s_tir")
     return tvm.transform.Sequential([lower, _on_stack()]), finalize_host, finalize_device
+
+
+def _device_lowering() -> tuple[tvm.transform.Pass, _Finalize, _Finalize]:
+    lower, finalize_host, finalize_device = compilation_pipeline.get_tir_pipeline("s_tir")
+    return lower, finalize_host, lambda: tvm.transform.Sequential([finalize_device(), _without_keywords()])
+
+
+def _without_keywords() -> tvm.transform.Pass:
+    @tirx.transform.prim_func_pass(opt_level=0)
+    def rename(function: tirx.PrimFunc, _module: tvm.IRModule, _context: tvm.transform.PassContext) -> tirx.PrimFunc:
+        named = {each: tirx.Var(f"{each.name}_", each.ty) for each in function.params if each.name in _CXX_KEYWORDS}
+        if not named:
+            return function
+        parameters = [named.get(each, each) for each in function.params]
+        body = tvm_ffi.structural_map(function.body, (tirx.Var, lambda variable: named.get(variable, variable)))
+        return tirx.PrimFunc(parameters, body, function.ret_type, function.attrs)
+
+    return rename
 
 
 def _on_stack() -> tvm.transform.Pass:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import keyword
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -142,7 +143,8 @@ class Symbols:
         """Return the symbol for an ONNX dimension name; the same one at every call."""
         if name not in self._variables:
             identifier = re.sub(r"\W", "_", name)
-            if not identifier or identifier[0].isdigit():
+            # Sizes are written as expressions of Python.
+            if not identifier or identifier[0].isdigit() or keyword.iskeyword(identifier):
                 identifier = f"dim_{identifier}"
             self._variables[name] = self.fresh(identifier)
         return self._variables[name]
