@@ -120,7 +120,8 @@ def _register_tile(target: Target, analysis: QuantizedMatmulAnalysis) -> tuple[i
         return (2, 2) if analysis.product.layout.bits == 4 else (1, 2)
     if target.architecture == "x86_64":
         return 6, 2
-    return (4, 2) if analysis.product.layout.bits == 4 else (2, 2)
+    # One vector of codes is unpacked for eight rows, whose sums of integers and floats take half of 32 registers.
+    return 8, 1
 
 
 def _operands(stage: Stage) -> Operands | None:
@@ -285,7 +286,7 @@ class QuantizedEmitter:
     def _group(self, group: Expr, points: Sequence[Mapping[Var, Expr]], base: Expr, vectors: int, totals: Var) -> Stmt:
         """Return the code that adds one group of K to the tile's sums."""
         lanes, bits = self.dot.lanes, self.layout.bits
-        middle = 0 if self.operands.zero_points is not None else -(1 << (bits - 1))
+        middle = self.dot.center - (0 if self.operands.zero_points is not None else 1 << (bits - 1))
         sums = [self._activation(self.operands.sums, point, [group]) for point in points]
         offsets = [total * tirx.const(middle, "int32") if middle else tirx.const(0, "int32") for total in sums]
         starts = [self.dot.start(offset) for offset in offsets]
@@ -313,7 +314,9 @@ class QuantizedEmitter:
             for half in range(len(codes[0])):
                 k = step * self.layout.step + half * self.layout.reduction
                 for cell, (r, v) in enumerate(cells):
-                    x = self._activation_bytes(points[r], group, k)
+                    x = self.dot.activations(
+                        lambda first, count, r=r: self._activations(points[r], group, first, count), k
+                    )
                     statements += write(cell, self.dot.accumulate(read(cell), codes[v][half], x))
         for cell, (r, v) in enumerate(cells):
             exact = tirx.Cast(f"float32x{lanes}", self.dot.total(read(cell), offsets[r]))
@@ -339,9 +342,15 @@ class QuantizedEmitter:
         first = tirx.floormod(column, columns) * layout.reduction
         source = self.operands.packed.source
         packed = load(source, [tirx.floordiv(column, columns), step, _ramp(first, lanes * layout.reduction)])
-        words = tirx.reinterpret(f"int32x{lanes * layout.reduction // 4}", packed)
+        dtype = f"int32x{lanes * layout.reduction // 4}"
+        words = tirx.reinterpret(dtype, packed)
         if layout.bits == 8:
             return [words]
+        if self.dot.shifts_bytes:
+            width = lanes * layout.reduction
+            low = tirx.bitwise_and(packed, tirx.Broadcast(tirx.const(15, "uint8"), width))
+            high = tirx.shift_right(packed, tirx.Broadcast(tirx.const(4, "uint8"), width))
+            return [tirx.reinterpret(dtype, low), tirx.reinterpret(dtype, high)]
         mask = splat(_NIBBLES, lanes)
         return [tirx.bitwise_and(words, mask), tirx.bitwise_and(tirx.shift_right(words, splat(4, lanes)), mask)]
 
@@ -350,10 +359,9 @@ class QuantizedEmitter:
         leading = [substitute(i, point) for i in list(read.indices)[: len(read.indices) - len(last)]]
         return load(read.source, [*leading, *last])
 
-    def _activation_bytes(self, point: Mapping[Var, Expr], group: Expr, k: int) -> Expr:
-        """Return neighbouring activations of one row as an int32."""
-        codes = self._activation(self.operands.codes, point, [group, _ramp(index(k), self.layout.reduction)])
-        return tirx.reinterpret("int32", codes)
+    def _activations(self, point: Mapping[Var, Expr], group: Expr, first: int, count: int) -> Expr:
+        """Return neighbouring activations of one row as a vector of int8."""
+        return self._activation(self.operands.codes, point, [group, _ramp(index(first), count)])
 
     def _scaled(self, exact: Expr, group: Expr, column: Expr, point: Mapping[Var, Expr], total: Expr) -> Expr:
         """Return (sum of products - zero point * sum of activations) * the product of both scales."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tvm.script import tirx as T  # noqa: N812 - as TVM writes it
 
 from schedules.intrin.integer_dot import integer_dot
+from schedules.intrin.llvm_call import splat
 from targets.base import Target
 
 # Independent chains of multiply-adds: more than latency (4 cycles) times two units, fewer than the 32 registers.
@@ -63,7 +64,7 @@ def integer_multiply_add(target: Target, work: int, threads: int) -> Work:
     steps = max(1, work // (2 * dot.lanes * dot.reduction * chains * threads))
 
     def added(total: tvm.ir.Expr, codes: tvm.ir.Expr, activations: tvm.ir.Expr) -> tvm.ir.Expr:
-        return dot.accumulate([total], codes, activations)[0]
+        return dot.accumulate([total], codes, splat(activations, dot.lanes))[0]
 
     @T.prim_func(s_tir=True)
     def spin(

@@ -1,11 +1,11 @@
 """Arm's dot product extension: sdot adds four products of signed bytes to each of four sums of 32 bits, exactly.
 
-Codes are unsigned: those of 8 bits, which would not fit, are taken as two of 4 bits.
+Codes are unsigned: 128 is taken from those of 8 bits, which would not fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -13,32 +13,41 @@ from tvm.ir import Expr
 
 from schedules.intrin.llvm_call import intrinsic, splat
 
+_SIGN_BITS = -0x7F7F7F80
+# Bytes of a vector: activations are loaded whole, and sdot takes four of them by their place.
+_BYTES = 16
+
 
 @dataclass(frozen=True)
 class ArmDot:
-    """4 outputs at a time, four neighbours of K; codes of 8 bits as two of 4 bits."""
+    """4 outputs at a time, four neighbours of K."""
 
     bits: int
     lanes = 4
     reduction = 4
+    shifts_bytes = True
+
+    @property
+    def center(self) -> int:
+        """The half of codes of 8 bits, whose sign bit is turned."""
+        return 128 if self.bits == 8 else 0
 
     def start(self, offset: Expr) -> list[Expr]:
-        """Start from the offset; the high halves of codes of 8 bits are summed apart."""
-        return [splat(offset, self.lanes), *[splat(0, self.lanes)] * (self.bits // 4 - 1)]
+        """Start from the offset."""
+        return [splat(offset, self.lanes)]
+
+    def activations(self, read: Callable[[int, int], Expr], k: int) -> Expr:
+        """Take four bytes out of a vector, which the instruction does by itself."""
+        first = k - k % _BYTES
+        words = tirx.reinterpret("int32x4", read(first, _BYTES))
+        return tirx.Shuffle([words], [tirx.const((k - first) // 4, "int32")] * self.lanes)
 
     def accumulate(self, accumulator: Sequence[Expr], codes: Expr, activations: Expr) -> list[Expr]:
-        """Add the products with one instruction to four bits of the codes."""
-        halves = [codes]
-        if self.bits == 8:
-            high = tirx.shift_right(codes, splat(4, self.lanes))
-            halves = [tirx.bitwise_and(half, splat(0x0F0F0F0F, self.lanes)) for half in (codes, high)]
-        x = tirx.reinterpret("int8x16", splat(activations, self.lanes))
-        return [
-            intrinsic("int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", total, tirx.reinterpret("int8x16", half), x)
-            for total, half in zip(accumulator, halves, strict=True)
-        ]
+        """Add the products with one instruction."""
+        signed = tirx.bitwise_xor(codes, splat(_SIGN_BITS, self.lanes)) if self.bits == 8 else codes
+        operands = (tirx.reinterpret("int8x16", signed), tirx.reinterpret("int8x16", activations))
+        return [intrinsic("int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", accumulator[0], *operands)]
 
     def total(self, accumulator: Sequence[Expr], offset: Expr) -> Expr:
-        """Return the sums, those of the high halves weighted by 16."""
-        low, *high = accumulator
-        return low + high[0] * splat(16, self.lanes) if high else low
+        """Return the sums."""
+        return accumulator[0]

@@ -6,13 +6,13 @@ The 16-bit sums saturate: codes of 4 bits times activations of magnitude 127 lea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
 
-from schedules.intrin.llvm_call import intrinsic, splat
+from schedules.intrin.llvm_call import broadcast_bytes, intrinsic, splat
 
 _NIBBLES = 0x0F0F0F0F
 
@@ -24,10 +24,16 @@ class Avx2Dot:
     bits: int
     lanes = 8
     reduction = 4
+    center = 0
+    shifts_bytes = False
 
     def start(self, offset: Expr) -> list[Expr]:
         """Start from zero: the offset may not fit into 16 bits."""
         return [tirx.Broadcast(tirx.const(0, "int16"), 16)] * (self.bits // 4)
+
+    def activations(self, read: Callable[[int, int], Expr], k: int) -> Expr:
+        """Broadcast four bytes."""
+        return broadcast_bytes(read, k, self.lanes)
 
     def accumulate(self, accumulator: Sequence[Expr], codes: Expr, activations: Expr) -> list[Expr]:
         """Add the products of each half of the codes."""
@@ -35,7 +41,7 @@ class Avx2Dot:
         if self.bits == 8:
             high = tirx.shift_right(codes, splat(4, self.lanes))
             halves = [tirx.bitwise_and(half, splat(_NIBBLES, self.lanes)) for half in (codes, high)]
-        x = tirx.reinterpret("int8x32", splat(activations, self.lanes))
+        x = tirx.reinterpret("int8x32", activations)
         return [
             total + intrinsic("int16x16", "llvm.x86.avx2.pmadd.ub.sw", tirx.reinterpret("int8x32", half), x)
             for total, half in zip(accumulator, halves, strict=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tvm import tirx
 from tvm.ir import Expr
 
-from schedules.intrin.llvm_call import intrinsic, splat
+from schedules.intrin.llvm_call import broadcast_bytes, intrinsic, splat
 
 
 class Avx512Vnni:
@@ -15,14 +15,20 @@ class Avx512Vnni:
 
     lanes = 16
     reduction = 4
+    center = 0
+    shifts_bytes = False
 
     def start(self, offset: Expr) -> list[Expr]:
         """Start from the offset, which costs nothing."""
         return [splat(offset, self.lanes)]
 
+    def activations(self, read: Callable[[int, int], Expr], k: int) -> Expr:
+        """Broadcast four bytes."""
+        return broadcast_bytes(read, k, self.lanes)
+
     def accumulate(self, accumulator: Sequence[Expr], codes: Expr, activations: Expr) -> list[Expr]:
         """Add the products with one instruction."""
-        operands = (tirx.reinterpret("int8x64", codes), tirx.reinterpret("int8x64", splat(activations, self.lanes)))
+        operands = (tirx.reinterpret("int8x64", codes), tirx.reinterpret("int8x64", activations))
         return [intrinsic("int32x16", "llvm.x86.avx512.vpdpbusd.512", accumulator[0], *operands)]
 
     def total(self, accumulator: Sequence[Expr], offset: Expr) -> Expr:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from tvm.ir import Expr
@@ -16,18 +16,30 @@ from targets.base import Target
 class IntegerDot(Protocol):
     """Sums of products of unsigned codes with signed bytes, for `lanes` outputs at a time.
 
-    An accumulator is a list of vectors. `reduction` is how many neighbours of K a lane takes at once.
+    An accumulator is a list of vectors. `reduction` is how many neighbours of K a lane takes at once. `center` is what
+    `accumulate` takes from each code before it multiplies. `shifts_bytes` says whether vectors of bytes can be shifted.
     """
 
     lanes: int
     reduction: int
+    shifts_bytes: bool
+
+    @property
+    def center(self) -> int: ...
 
     def start(self, offset: Expr) -> list[Expr]:
         """Return an accumulator; `offset` is an int32 that `total` has in every lane."""
         ...
 
+    def activations(self, read: Callable[[int, int], Expr], k: int) -> Expr:
+        """Return the activations from the constant `k` on in every lane: `read` gives a vector of int8 of a group.
+
+        `read` takes the first element and how many.
+        """
+        ...
+
     def accumulate(self, accumulator: Sequence[Expr], codes: Expr, activations: Expr) -> list[Expr]:
-        """Return the accumulator with the products of `codes` (bytes as int32 lanes) and an int32 of activations."""
+        """Return the accumulator with the products of `codes` and `activations`, both bytes as int32 lanes."""
         ...
 
     def total(self, accumulator: Sequence[Expr], offset: Expr) -> Expr:

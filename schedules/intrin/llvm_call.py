@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tvm import tirx
 from tvm.ir import Expr
 
@@ -14,3 +16,8 @@ def intrinsic(dtype: str, name: str, *arguments: Expr) -> Expr:
 def splat(value: Expr | int, lanes: int) -> Expr:
     """Return an int32 in every lane of a vector."""
     return tirx.Broadcast(tirx.const(value, "int32") if isinstance(value, int) else value, lanes)
+
+
+def broadcast_bytes(read: Callable[[int, int], Expr], k: int, lanes: int) -> Expr:
+    """Return four bytes from `k` on, which `read` gives by the first and how many, in every int32 lane of a vector."""
+    return splat(tirx.reinterpret("int32", read(k, 4)), lanes)

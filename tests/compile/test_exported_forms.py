@@ -167,8 +167,9 @@ _FOLDED_CONSTANTS = {
 }  # fmt: skip
 _X32, _X64 = "float[n,32] x", "float[n,64] x"
 _FOLDED = {
-    "quantized and dequantized weights": (
-        _X64, "q = QuantizeLinear(w, scale, zero)  d = DequantizeLinear(q, scale, zero)  y = MatMul(x, d)", ["matmul"],
+    "quantized and dequantized weights": (  # a product of quantized rows with the integers
+        _X64, "q = QuantizeLinear(w, scale, zero)  d = DequantizeLinear(q, scale, zero)  y = MatMul(x, d)",
+        ["reshape", "call_tir", "call_tir"],
     ),
     "a transposed weight": (_X32, "t = Transpose<perm=[1,0]>(w)  y = MatMul(x, t)", ["matmul"]),
     "a reshaped weight": (_X32, "t = Reshape(w, turned)  y = MatMul(x, t)", ["matmul"]),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import filecmp
+import itertools
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper, parser
 
 from optimizer.certification import run_emulated
 from optimizer.compile import CompileOptions, compile_model, find_target
@@ -59,6 +62,38 @@ def test_arm64_decoder_is_certified_under_the_emulator(tmp_path: Path) -> None:
     assert result.manifest.certificate is not None
 
 
+@pytest.mark.emulator
+@emulator
+def test_arm64_products_of_codes_are_certified_under_the_emulator(tmp_path: Path) -> None:
+    """Of 4 and 8 bits, with and without zero points, for tiles of all heights."""
+    random = np.random.default_rng(0)
+    nodes, constants = [], {}
+    for bits, zero_points in itertools.product((4, 8), (False, True)):
+        given = {
+            "w": random.integers(0, 256, (37, 3, 4 * bits), dtype=np.uint8),
+            "s": random.random((37, 3), dtype=np.float32),
+        }
+        if zero_points:
+            given["z"] = random.integers(0, 256, (37, -(-3 * bits // 8)), dtype=np.uint8)
+        case = f"{bits}{zero_points}"
+        constants |= {f"{name}{case}": array for name, array in given.items()}
+        inputs = ["x", *(f"{name}{case}" for name in given)]
+        sizes = {"K": 96, "N": 37, "bits": bits, "block_size": 32}
+        nodes.append(helper.make_node("MatMulNBits", inputs, [f"y{case}"], domain="com.microsoft", **sizes))
+    graph = helper.make_graph(
+        nodes,
+        "products",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [15, 96])],
+        [helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, [15, 37]) for node in nodes],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "model.onnx")
+    result = compile_model(tmp_path / "model.onnx", tmp_path / "package", CompileOptions(find_target("arm64")))
+    assert result.certification.note == "emulator"
+    assert [weight.dtype for weight in result.manifest.weights] == ["uint8"] * len(nodes)
+
+
 @pytest.mark.parametrize("name", ["resnet", "decoder"])
 def test_cuda_packages_hold_device_code_and_no_source(name: str, tmp_path: Path) -> None:
     package = tmp_path / name
@@ -67,6 +102,17 @@ def test_cuda_packages_hold_device_code_and_no_source(name: str, tmp_path: Path)
     found = {(code.form, code.architecture) for code in device_code.inspect(library)}
     assert {("cubin", "sm_80"), ("cubin", "sm_90")} <= found
     assert b"__global__" not in library.read_bytes()
+
+
+def test_dimensions_may_have_names_that_languages_reserve(tmp_path: Path) -> None:
+    model = parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 18]>
+        g (float[new, class, namespace] x) => (float[new, class, namespace] y) { y = Softmax(x) }
+    """)
+    onnx.save(model, tmp_path / "model.onnx")
+    package = tmp_path / "softmax"
+    result = compile_model(tmp_path / "model.onnx", package, CompileOptions(find_target("cuda", ["sm_80"])))
+    assert [spec.shape for spec in result.manifest.entry_points[0].inputs] == [("new", "dim_class", "namespace")]
 
 
 @pytest.mark.cuda

@@ -10,6 +10,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 import targets
+from benchmarks.arm64 import quantized_product
 from benchmarks.inner_loops import multiplying_loops, save_and_compile
 
 Shape = tuple[int, ...]
@@ -67,3 +68,14 @@ def test_inner_loops_keep_their_tile_in_registers(kernel: str, target: str, tmp_
 def test_depthwise_kernels_for_arm_load_whole_vectors(tmp_path: Path) -> None:
     loops = multiplying_loops(save_and_compile(KERNELS["depthwise"], targets.get("arm64"), tmp_path))
     assert not loops[0].scalar_loads
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dot_products_for_arm_take_activations_out_of_whole_vectors(bits: int, tmp_path: Path) -> None:
+    model = quantized_product(128, 768, 768, bits)
+    loop = multiplying_loops(save_and_compile(model, targets.get("arm64"), tmp_path))[0]
+    assert not loop.spills
+    # Eight rows of eight dot products each, to which a group's scales add one multiply-add a row.
+    assert loop.multiply_adds == 8 * 8 + 8
+    # Single elements are a row's scale and, with codes whose middle is no zero, its sum.
+    assert loop.scalar_loads <= 8 * 2
