@@ -44,6 +44,12 @@ STEPS = {
     "chunk_after_past": Step(3, 4, 7, (6,), rotary=8),
     "chunk_rotated_in_part_and_interleaved": Step(3, 4, 7, (6,), rotary=8, attributes={"rotary_interleaved": 1}),
     "packed": Step(3, 4, 7, (6,), packed=True, rotary=8),
+    "packed_interleaved_with_soft_cap": Step(
+        1, 8, 5, (4, 2), packed=True, rotary=8, attributes={"rotary_interleaved": 1, "softcap": 5.0}
+    ),
+    "packed_smooth_softmax_in_window": Step(
+        3, 4, 7, (6,), packed=True, attributes={"smooth_softmax": 1, "local_window_size": 3}
+    ),
     "window": Step(6, 4, 10, (9,), attributes={"local_window_size": 3}),
     "window_of_padded_prompt": Step(6, None, 6, (5, 1), attributes={"local_window_size": 2}),
     "soft_cap_and_scale": Step(3, 4, 7, (6,), attributes={"softcap": 5.0, "scale": 0.3}),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from optimizer.errors import UnsupportedModelError
 from optimizer.frontend.importer import import_model
@@ -76,6 +78,27 @@ class TestMatMulNBits:
 
     def test_weights_that_are_no_constants(self):
         self.check({**self.inputs(7, 80, 32, 4), "zero_points": unsigned(7, 2)}, 32, 4, constant=False)
+
+    @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+    @given(
+        st.sampled_from([4, 8]),
+        st.sampled_from([16, 32, 64, 128, 256]),
+        st.sampled_from([1, 7, 13, 32]),
+        st.integers(1, 300),
+        st.sampled_from(["none", "packed", "floats"]),
+        st.booleans(),
+    )
+    def test_any_sizes(self, bits: int, block: int, columns: int, inner: int, zero_points: str, bias: bool):
+        inputs = self.inputs(columns, inner, block, bits)
+        blocks = inputs["scales"].shape[1]
+        if zero_points == "packed":
+            inputs["zero_points"] = unsigned(columns, -(-blocks * bits // 8))
+        elif zero_points == "floats":
+            inputs["zero_points"] = draw(columns, blocks) * 3
+        if bias:
+            absent = {} if zero_points != "none" else {"_zero_points": ABSENT}
+            inputs |= {**absent, "_groups": ABSENT, "bias": draw(columns)}
+        self.check(inputs, block, bits)
 
     def test_half_precision(self):
         self.check(self.inputs(8, 64, 32, 4, "float16"), 32, 4)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
@@ -10,6 +11,7 @@ from optimizer.lowering import lower
 from optimizer.weights import lift_weights
 from passes.pack_quantized_weights import PackQuantizedWeights
 from schedules.weight_layout import layout_of
+from tests.frontend.comparison import theirs
 from tests.passes.relax_modules import constants, run
 
 RANDOM = np.random.default_rng(0)
@@ -112,3 +114,72 @@ def test_a_table_tied_to_a_product_becomes_the_same_constants() -> None:
     rows = np.array([0, -1, OUTPUTS - 1])
     reference = run(PackQuantizedWeights(activations="reference").run(module).module, rows)
     np.testing.assert_allclose(reference, run(module, rows), rtol=1e-5, atol=1e-5)
+
+
+_INTEGERS = {"int8": np.int8, "uint8": np.uint8, "int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4}
+
+
+def _dequantized(dtype: str, axis: int | None, block: int, *, zero_points: bool, gemm: bool) -> ModelProto:
+    """DequantizeLinear of a weight [K, N] (of Gemm [N, K]) per tensor, along `axis` or in blocks of it, and a product.
+
+    `axis` counts as if the weight were [K, N].
+    """
+    low = 0 if dtype.startswith("u") else -8 if dtype == "int4" else -128
+    high = low + (16 if dtype.endswith("4") else 256)
+    shape = [INPUTS, OUTPUTS]
+    parameters = [] if axis is None else [shape[axis]]
+    if block and axis is not None:
+        parameters = [-(-extent // block) if place == axis else extent for place, extent in enumerate(shape)]
+    turn = (lambda array: array.T) if gemm else (lambda array: array)
+    weights = {
+        "weights": turn(RANDOM.integers(low, high, shape)).astype(_INTEGERS[dtype]),
+        "scales": turn(np.asarray(RANDOM.random(parameters) * 0.01 + 0.001, np.float32)),
+    }
+    if zero_points:
+        weights["zero_points"] = turn(np.asarray(RANDOM.integers(low, high, parameters))).astype(_INTEGERS[dtype])
+    attributes = {} if axis is None else {"axis": 1 - axis if gemm else axis}
+    if block:
+        attributes["block_size"] = block
+    nodes = [
+        helper.make_node("DequantizeLinear", list(weights), ["w"], **attributes),
+        helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)
+        if gemm
+        else helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, INPUTS])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [3, OUTPUTS])],
+        [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize("gemm", [False, True], ids=["matmul", "gemm"])
+@pytest.mark.parametrize(("axis", "block"), [(0, 16), (0, 32), (1, 0), (None, 0)])
+@pytest.mark.parametrize("dtype", _INTEGERS)
+def test_integers_of_dequantize_linear_stay_integers(
+    dtype: str, axis: int | None, block: int, *, gemm: bool, zero_points: bool
+) -> None:
+    model = _dequantized(dtype, axis, block, zero_points=zero_points, gemm=gemm)
+    module = import_model(model).module
+    item = PackQuantizedWeights()
+    outcome = item.run(module)
+    assert [site.refusal for site in outcome.sites] == [None]
+    integers = numpy_helper.to_array(model.graph.initializer[0]).astype(np.int16)
+    bits = 4 if dtype.endswith("4") else 8
+    shift = 0 if dtype.startswith("u") else 1 << (bits - 1)
+    packed = next(array for array in constants(outcome.module) if array.dtype == np.uint8 and array.shape[2] >= 64)
+    codes = layout_of(item.use.target, bits).unpack(packed, OUTPUTS)[:, :INPUTS]
+    assert np.array_equal(codes, (integers if gemm else integers.T) + shift)
+    x = RANDOM.standard_normal((3, INPUTS)).astype(np.float32)
+    reference = run(PackQuantizedWeights(activations="reference").run(module).module, x)
+    np.testing.assert_allclose(reference, theirs(model)({"x": x})["y"], rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_of_no_multiple_of_16_are_refused_with_the_reason() -> None:
+    model = _dequantized("int4", 0, 40, zero_points=False, gemm=False)
+    outcome = PackQuantizedWeights().run(import_model(model).module)
+    assert [site.refusal for site in outcome.sites] == ["its scales change every 40 elements of K, no multiple of 16"]

@@ -13,6 +13,7 @@ from optimizer.frontend import float8
 from optimizer.frontend.converters.convolution import cross_correlation
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
+from optimizer.frontend.scaled_dot_product import converted
 from optimizer.frontend.value import NARROW_TYPES, TensorValue, Value, numpy_dtype
 
 _NARROW_RANGES: dict[int, tuple[int, int]] = {
@@ -122,6 +123,9 @@ def dequantize_linear(node: Node) -> Result:
     given = node.integer("output_dtype", 0)
     dtype = helper.tensor_dtype_to_np_dtype(given).name if given else scale.dtype
     _check_granularity(node, data, scale)
+    matrix = _constant_matrix(node, data, scale, zero_point) if dtype == scale.dtype else None
+    if matrix is not None:
+        return matrix
     if dtype == scale.dtype == "float32" and scale.rank <= 1 and data.dtype in _WHOLE_BYTES:
         zero = zero_point.expr if zero_point is not None else node.scalar(0, data.dtype)
         return relax.op.dequantize(data.expr, scale.expr, zero, axis=_axis(node, data), out_dtype="float32")
@@ -142,6 +146,41 @@ def dequantize_linear(node: Node) -> Result:
         return te.compute(tensor.shape, element, name="dequantize")
 
     return node.compute(dequantize, *operands, primfunc_name_hint="dequantize")
+
+
+def _constant_matrix(node: Node, data: Value, scale: Value, zero_point: Value | None) -> relax.Expr | None:
+    """Return a dequantized matrix of constant bytes by plain operators, from which passes read off the integers.
+
+    None where a part is no constant or the data are no matrix.
+    """
+    given = (data, scale) if zero_point is None else (data, scale, zero_point)
+    parts = [part.constant for part in given if part.constant is not None]
+    if data.rank != 2 or data.dtype not in ("int8", "uint8") or len(parts) < len(given):
+        return None
+    codes, *parameters = parts
+    axis, block = _axis(node, data), node.integer("block_size", 0) if scale.rank == 2 else 0
+    shape = list(codes.shape)
+    blocks = -(-shape[axis] // block) if block else 1
+    padding = [(0, blocks * block - shape[axis] if block and place == axis else 0) for place in range(2)]
+    apart, single = [*shape], [1, 1]
+    if block:
+        apart[axis : axis + 1] = [blocks, block]
+        single = [*apart]
+        single[axis + 1] = 1
+    elif scale.rank == 1:
+        single[axis] = shape[axis]
+    values = [np.pad(codes, padding).reshape(apart)]
+    values += [part.reshape(single if part.size > 1 else (1,) * len(apart)) for part in parameters]
+    integers, factors, *zeros = [node.constant(value) for value in values]
+    result = converted(node, integers, scale.dtype)
+    if zeros:
+        result = node.emit(relax.op.subtract(result.expr, converted(node, zeros[0], scale.dtype).expr))
+    result = node.emit(relax.op.multiply(result.expr, factors.expr))
+    if not block:
+        return result.expr
+    filled = [extent + after for extent, (_, after) in zip(shape, padding, strict=True)]
+    whole = node.emit(relax.op.reshape(result.expr, filled))
+    return relax.op.strided_slice(whole.expr, [axis], [0], [shape[axis]], [1]) if filled != shape else whole.expr
 
 
 @converter("DynamicQuantizeLinear", since=11)
