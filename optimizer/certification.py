@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,6 +19,7 @@ from optimizer.frontend.importer import ImportedModel, import_model
 from optimizer.frontend.model_file import ModelFile, read_model
 from optimizer.package import open_package
 from optimizer.package.manifest import Certificate, Manifest
+from optimizer.quantization.preparation import Calibration, refitted
 from optimizer.runtime import load
 from optimizer.runtime.array_files import read_arrays, write_arrays
 from optimizer.signature import entry_point
@@ -26,7 +27,6 @@ from passes import pipeline
 from passes.base import Pass
 from passes.convert_precision import ConvertPrecision
 from passes.pack_quantized_weights import PackQuantizedWeights
-from passes.quantization.fitted import FITTED_METHODS
 from passes.quantize_weights import QuantizeWeights
 from passes.rewrite_kv_cache import BITS, FLOATS, RewriteKvCache
 from targets.base import Target
@@ -119,18 +119,14 @@ def run_emulated(package: Path, target: Target, inputs: Arrays) -> dict[str, NDA
         return read_arrays(results, open_package(package).manifest.entry_points[0].outputs)
 
 
-def certify_package(package: Path, manifest: Manifest, model: Path) -> Certificate:
+def certify_package(
+    package: Path, manifest: Manifest, model: Path, calibration: Sequence[Path] = ()
+) -> Certificate | None:
     """Compare an existing package with the model that it was compiled from, on this machine.
 
-    Raises PackageError if the model is another one or the weights were fitted to observed inputs,
-    IncompatibleMachineError if nothing here can execute the package.
+    None if the weights were fitted to files, which `calibration` has to name. Raises PackageError if the model is
+    another one, OptionError if the files are, IncompatibleMachineError if nothing here can execute the package.
     """
-    items = [pipeline.instance(record.name, record.options) for record in manifest.passes]
-    if any(isinstance(item, QuantizeWeights) and item.method in FITTED_METHODS for item in items):
-        raise PackageError(
-            f"the weights of {package} were fitted to what the compile observed, and the model alone cannot tell them "
-            "again: its numbers were certified when it was written; verify it without --model, or compile again"
-        )
     source = read_model(model)
     if source.digest != manifest.model.sha256:
         raise PackageError(
@@ -144,6 +140,10 @@ def certify_package(package: Path, manifest: Manifest, model: Path) -> Certifica
         raise IncompatibleMachineError(f"this machine cannot execute {target.name}; verify on one that can")
     shapes = {spec.name: list(spec.shape) for spec in manifest.entry_points[0].inputs}
     imported = import_model(source.model, shapes=shapes, base_directory=source.directory)
+    given = [pipeline.instance(record.name, record.options) for record in manifest.passes]
+    items = refitted(given, imported, Calibration(tuple(calibration), Path(source.directory)))
+    if items is None:
+        return None
     return certify(
         source.model,
         (_natively if execution == "native" else _emulated)(package, target),

@@ -14,8 +14,14 @@ if TYPE_CHECKING:
 @click.command(name="verify")
 @click.argument("package", type=click.Path(path_type=Path))
 @click.option("--model", type=click.Path(path_type=Path), help="The ONNX model: certify the package again, here.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A file that the weights were fitted to (--weight-method awq, gptq); several times for several.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def command(package: Path, model: Path | None, as_json: bool) -> None:
+def command(package: Path, model: Path | None, calibration: tuple[Path, ...], as_json: bool) -> None:
     """Check that PACKAGE is complete and unaltered, that this machine can run it, and, given the model, its numbers.
 
     Exit code 0 if all of that holds, else that of the first problem.
@@ -33,7 +39,7 @@ def command(package: Path, model: Path | None, as_json: bool) -> None:
     else:
         from optimizer.certification import certify_package
 
-        certificate = certify_package(package, manifest, model)
+        certificate = certify_package(package, manifest, model, calibration)
     if as_json:
         print_json(
             {
@@ -52,4 +58,7 @@ def command(package: Path, model: Path | None, as_json: bool) -> None:
         worst = max(certificate.outputs, key=lambda output: output.max_relative_error)
         compared = f"agree with {certificate.reference} {certificate.reference_version}"
         facts.append(("numbers", f"{compared}, worst '{worst.name}' {worst.max_relative_error:.1e}"))
+    elif model is not None:
+        facts.append(("model", "is the one that the package was compiled from"))
+        facts.append(("numbers", "not compared: the weights were fitted to files; give them as --calibration"))
     print_facts(str(package), facts)

@@ -11,9 +11,9 @@ from optimizer.frontend.importer import ImportedModel
 from optimizer.quantization.fitting import fitted
 from optimizer.quantization.observation import ObservedModel
 from optimizer.quantization.quality import NO_LIMIT, Gate, QualityReport, held_to
-from optimizer.quantization.samples import Samples, given_samples, own_samples
+from optimizer.quantization.samples import OWN, Samples, given_samples, own_samples
 from passes.base import Pass
-from passes.quantization.fitted import FITTED_METHODS
+from passes.quantization.fitted import FITTED_METHODS, Exceptions
 from passes.quantize_weights import QuantizeWeights
 
 
@@ -58,6 +58,31 @@ def prepared(
         item, report = held_to(calibration.gate, item, model, judging)
         item = replace(item, quality=str(report))
     return (*items[:place], item, *items[place + 1 :]), report
+
+
+def refitted(items: Sequence[Pass], imported: ImportedModel, calibration: Calibration) -> tuple[Pass, ...] | None:
+    """Return the passes that made a package, with weights fitted again to what they were fitted to.
+
+    None where that is files, and none are given. Raises OptionError for other files than those.
+    """
+    place = next(
+        (n for n, item in enumerate(items) if isinstance(item, QuantizeWeights) and item.method in FITTED_METHODS), None
+    )
+    item = items[place] if place is not None else None
+    if place is None or not isinstance(item, QuantizeWeights):
+        return tuple(items)
+    if not calibration.files and item.calibration != OWN:
+        return None
+    model = ObservedModel(imported, items[:place])
+    samples = _samples(model, calibration)
+    if samples.source != item.calibration:
+        raise OptionError(f"the weights were fitted to {item.calibration}, not to {samples.source}; give the former")
+    # Weights with a limit were fitted to a part of the samples, before some of them were raised, which digests name.
+    fitting = samples.divided()[0] if item.quality else samples
+    raised = {site.digest for site in model.sites}
+    asked = Exceptions(tuple(rule for rule in item.precisions.rules if rule[0] not in raised))
+    again = fitted(replace(item, exceptions=str(asked)), model, fitting)
+    return (*items[:place], replace(again, exceptions=item.exceptions), *items[place + 1 :])
 
 
 def _samples(model: ObservedModel, calibration: Calibration) -> Samples:

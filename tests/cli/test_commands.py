@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from optimizer.errors import OptionError
+
 _DECODER_FOLDER = Path(__file__).parents[2] / "examples" / "decoder"
 
 
@@ -157,6 +159,25 @@ def test_verify_finds_a_changed_byte(optimizer: Callable, perceptron: Path, tmp_
 def test_verify_compares_with_the_model(optimizer: Callable, package: Path, perceptron: Path) -> None:
     report = json.loads(optimizer("verify", package, "--model", perceptron, "--json").out)
     assert report["certificate"]["outputs"][0]["ok"]
+
+
+def test_verify_fits_weights_again_to_the_files_that_they_were_fitted_to(
+    optimizer: Callable, perceptron: Path, tmp_path: Path
+) -> None:
+    files = [tmp_path / "one.npz", tmp_path / "other.npz"]
+    for seed, file in enumerate(files):
+        np.savez(file, x=np.random.default_rng(seed).standard_normal((40, 64), dtype=np.float32))
+    package = tmp_path / "package"
+    fitting = ("--weights", "int4", "--weight-method", "gptq", "--calibration", files[0])
+    assert optimizer("compile", perceptron, "-o", package, *fitting).code == 0
+    alone = optimizer("verify", package, "--model", perceptron)
+    assert alone.code == 0
+    assert "the weights were fitted to files; give them as --calibration" in " ".join(alone.out.split())
+    verify = ("verify", package, "--model", perceptron, "--json", "--calibration")
+    assert json.loads(optimizer(*verify, files[0]).out)["certificate"]["outputs"][0]["ok"]
+    mistaken = optimizer(*verify, files[1])
+    assert mistaken.code == OptionError.exit_code
+    assert "the weights were fitted to one.npz" in mistaken.err
 
 
 def test_bench_measures(optimizer: Callable, package: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from optimizer.compile import CompileOptions, find_target, import_with, parse_passes
 from optimizer.errors import OptionError, QualityError
 from optimizer.package.manifest import EntryPoint, TensorSpec
-from optimizer.quantization.preparation import Calibration, prepared
+from optimizer.quantization.preparation import Calibration, prepared, refitted
 from optimizer.quantization.quality import Gate
 from optimizer.quantization.samples import OWN, Samples, given_samples, token_inputs
 from passes.quantize_weights import QuantizeWeights
@@ -41,6 +42,23 @@ def test_matrices_are_raised_until_the_limit_holds_the_most_sensitive_first() ->
     assert len(item.precisions.rules) == len(report.raised)
     # The table that is the head, too, is what the model is most sensitive to.
     assert report.raised[0].nodes == ("node_embedding", "node_linear_21")
+
+
+@pytest.mark.usefixtures("little_text")
+def test_weights_are_fitted_again_as_they_were() -> None:
+    options = CompileOptions(find_target("host"), weights="int4", weight_method="gptq", weight_group=128)
+    imported = import_with(options, onnx.load(DECODER / "model.onnx"), "")
+    items, _ = prepared(parse_passes(options), imported, Calibration(gate=Gate(1.0, None)))
+    once = next(item for item in items if isinstance(item, QuantizeWeights))
+    bare = [replace(item, fitted=None) if item is once else item for item in items]
+    again = refitted(bare, imported, Calibration())
+    assert again is not None
+    twice = next(item for item in again if isinstance(item, QuantizeWeights))
+    assert once.fitted
+    assert twice.fitted
+    assert once.fitted.keys() == twice.fitted.keys()
+    for digest, fit in once.fitted.items():
+        np.testing.assert_array_equal(twice.fitted[digest].matrix.codes, fit.matrix.codes)
 
 
 @pytest.mark.usefixtures("little_text")
