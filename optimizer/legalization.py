@@ -35,16 +35,21 @@ def _normalize_channels(data: te.Tensor, scale: te.Tensor, shift: te.Tensor, eps
 
 
 def _group_norm(builder: relax.BlockBuilder, call: tvm.ir.Call) -> relax.Expr:
+    normalized = normalized_groups(builder, call)
+    if normalized is None:
+        return call
+    return builder.call_te(topi.reshape, builder.emit(normalized), list(call.args[0].ty.shape.values))
+
+
+def normalized_groups(builder: relax.BlockBuilder, call: tvm.ir.Call) -> relax.Expr | None:
+    """Return a group normalization with an axis of groups before that of their channels; None for other axes."""
     data, scale, shift = call.args
     if int(call.attrs.channel_axis) % data.ty.ndim != 1 or not _normalizes_from_second_axis(call):
-        return call
+        return None
     groups, shape = int(call.attrs.num_groups), list(data.ty.shape.values)
     grouped = [shape[0], groups, tirx.floordiv(shape[1], groups), *shape[2:]]
     split = builder.emit(builder.call_te(topi.reshape, data, grouped))
-    normalized = builder.call_te(
-        _normalize_groups, split, scale, shift, call.attrs.epsilon, primfunc_name_hint="group_norm"
-    )
-    return builder.call_te(topi.reshape, builder.emit(normalized), shape)
+    return builder.call_te(_normalize_groups, split, scale, shift, call.attrs.epsilon, primfunc_name_hint="group_norm")
 
 
 def _normalize_groups(data: te.Tensor, scale: te.Tensor, shift: te.Tensor, epsilon: float) -> te.Tensor:

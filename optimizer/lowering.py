@@ -12,6 +12,7 @@ from optimizer import code_generation
 from optimizer.bound_shapes import cut_blocks_at_bound_shapes
 from optimizer.empty_constants import make_empty_constants
 from optimizer.gathers import let_gathers_fuse
+from optimizer.grouped_activations import activate_groups
 from optimizer.ir_dump import ignore
 from optimizer.kernel_merging import merge_kernels
 from optimizer.kernel_nodes import carry_into_groups, fused_groups, name_kernels, with_calls
@@ -41,6 +42,7 @@ _LEGALIZE: _Transforms = {
     "make-empty-constants": lambda: make_empty_constants,
     "dispatch-sampling": relax.backend.DispatchSampling,
     "dispatch-sort-scan": relax.backend.DispatchSortScan,
+    "activate-groups": lambda: activate_groups,
     "legalize": lambda: relax.transform.LegalizeOps(LEGALIZATIONS),
     "annotate-patterns": relax.transform.AnnotateTIROpPattern,
     "let-gathers-fuse": lambda: let_gathers_fuse,
