@@ -81,14 +81,15 @@ class TestMatMulNBits:
 
     @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
     @given(
-        st.sampled_from([4, 8]),
+        # onnxruntime computes no product of 8 bits with zero points in floats.
+        st.sampled_from([(4, "none"), (4, "packed"), (4, "floats"), (8, "none"), (8, "packed")]),
         st.sampled_from([16, 32, 64, 128, 256]),
         st.sampled_from([1, 7, 13, 32]),
         st.integers(1, 300),
-        st.sampled_from(["none", "packed", "floats"]),
         st.booleans(),
     )
-    def test_any_sizes(self, bits: int, block: int, columns: int, inner: int, zero_points: str, bias: bool):
+    def test_any_sizes(self, form: tuple[int, str], block: int, columns: int, inner: int, bias: bool):
+        bits, zero_points = form
         inputs = self.inputs(columns, inner, block, bits)
         blocks = inputs["scales"].shape[1]
         if zero_points == "packed":
