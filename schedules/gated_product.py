@@ -82,7 +82,7 @@ def columns_of(product: Product) -> AxisGroup:
 class GatedProduct:
     """Two register-tiled products in one parallel loop."""
 
-    name = "gated_product"
+    name = "gated-product"
     version = 1
 
     def takes(self, kernel: Kernel, target: Target) -> GatedProductAnalysis | None:

@@ -53,7 +53,7 @@ class NormalizedProductAnalysis:
 class NormalizedProduct:
     """A product and functions of rows in one parallel region."""
 
-    name = "normalized_product"
+    name = "normalized-product"
     version = 1
 
     def takes(self, kernel: Kernel, target: Target) -> NormalizedProductAnalysis | None:

@@ -85,7 +85,7 @@ def test_threads_that_own_rows_have_the_instruction() -> None:
         return op.nn.layer_norm(layer(weights, v), scale, shift, axes=[-1], epsilon=1e-5)
 
     lowered = lower(module_of(normalized, [(rows, 64)], ["float32"]), TARGET)
-    assert "normalized_product" in [kernel.family for kernel in lowered.kernels]
+    assert "normalized-product" in [kernel.family for kernel in lowered.kernels]
     machine = relax.VirtualMachine(build(lowered.module, TARGET), tvm.cpu())
     got = machine["main"](tvm.runtime.tensor(x)).numpy()
     sums = x.astype(ml_dtypes.bfloat16).astype("float64") @ weights.astype("float64") + 1
@@ -103,7 +103,7 @@ def test_normalized_rows_are_rounded_for_the_instruction_that_reads_them(rows: i
         return layer(weights, op.nn.layer_norm(v, scale, shift, axes=[-1]))
 
     lowered = lower(module_of(normalized, [(rows, 64)], ["float32"]), TARGET)
-    assert [kernel.family for kernel in lowered.kernels] == ["normalized_product"]
+    assert [kernel.family for kernel in lowered.kernels] == ["normalized-product"]
     machine = relax.VirtualMachine(build(lowered.module, TARGET), tvm.cpu())
     got = machine["main"](tvm.runtime.tensor(x)).numpy()
     wide = x.astype("float64")

@@ -115,7 +115,7 @@ def test_a_gate_of_any_size_is_one_kernel(
     biases = [_drawn(columns) if biased else None, _drawn(columns) + 1 if also_up else None]
     products = [_floats(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     function, families = _machine(_gate(_var(x.shape), products, activation, turned=turned))
-    assert families == ["gated_product"]
+    assert families == ["gated-product"]
     wide = [weight.astype(np.float64) for weight in weights]
     _check(function(x), _expected(x.astype(np.float64), wide, biases, activation), depth)
 
@@ -131,7 +131,7 @@ def test_a_gate_of_quantized_weights_is_what_its_products_are(
         for weight, each in ((_drawn(columns, depth), bits), (1 - _drawn(columns, depth), other_bits))
     ]
     function, families = _machine(_gate(_var(x.shape), [_integers(matrix) for matrix in matrices], "silu"))
-    assert families[-1] == "gated_product"
+    assert families[-1] == "gated-product"
     assert "quantized-matmul" not in families
     # The integers are exact, so that only the activation's rounding differs from that of the products alone.
     alone = [_machine(_alone(x.shape, _integers(matrix)))[0](x).astype(np.float64) for matrix in matrices]
@@ -156,7 +156,7 @@ def test_one_kernel_serves_any_number_of_rows(bits: int | None) -> None:
     products = [_floats(weight) for weight in weights] if bits is None else [_integers(matrix) for matrix in matrices]
     batch, sequence = tirx.Var("batch", "int64"), tirx.Var("sequence", "int64")
     function, families = _machine(_gate(_var((batch, sequence, depth)), products, "gelu"))
-    assert families.count("gated_product") == 1
+    assert families.count("gated-product") == 1
     used = weights if bits is None else [matrix.dequantized().T for matrix in matrices]
     wide = [weight.astype(np.float64) for weight in used]
     for shape in ((1, 1), (3, 1), (2, 70), (1, 131), (1, 0)):
@@ -184,7 +184,7 @@ def test_a_gate_of_bfloat16_is_one_kernel() -> None:
         return emit
 
     function, families = _machine(_gate(_var(x.shape), [product(weight) for weight in weights], "relu"))
-    assert families == ["elementwise", "gated_product"]
+    assert families == ["elementwise", "gated-product"]
     wide = [weight.astype(np.float64) for weight in weights]
     _check(function(x), _expected(x.astype(np.float64), wide, (None, None), "relu"), 64)
 
@@ -237,7 +237,7 @@ def test_any_number_of_strips_computes_the_same(strips: int) -> None:
     assert function is not None
     packed, packings = with_packed_weights(function, _HOST, (1, 2))
     scheduled, report = schedule_function(packed, _HOST, {"strips": strips})
-    assert report.family == "gated_product"
+    assert report.family == "gated-product"
     x, weights = _drawn(rows, depth), [_drawn(depth, columns), 1 - _drawn(depth, columns)]
     arrays = [x, *(packing.pack(weight) for packing, weight in zip(packings, weights, strict=True))]
     built = tvm.compile(scheduled.with_attr("global_symbol", "main"), _HOST.tvm_target())
@@ -251,7 +251,7 @@ def test_any_number_of_strips_computes_the_same(strips: int) -> None:
 def test_every_cpu_has_gates_in_one_kernel(name: str) -> None:
     products = [_floats(_drawn(32, 64)), _floats(1 - _drawn(32, 64))]
     lowered = lower(_gate(_var((4, 32)), products, "silu"), targets.get(name))
-    assert [kernel.family for kernel in lowered.kernels] == ["gated_product"]
+    assert [kernel.family for kernel in lowered.kernels] == ["gated-product"]
 
 
 def test_a_norm_takes_in_neither_product_of_a_gate() -> None:

@@ -53,7 +53,7 @@ def _drawn(*shapes: tuple[int, ...]) -> list[_Array]:
 def _run(function: tirx.PrimFunc, arguments: list[_Array], owned_rows: int, *outputs: tuple[int, int]) -> list[_Array]:
     """Return what the function, scheduled for this machine, writes to its last parameters, of shapes `outputs`."""
     scheduled, report = schedule_function(function, _HOST, {"owned_rows": owned_rows})
-    assert (report.family, report.regions) == ("normalized_product", 1)
+    assert (report.family, report.regions) == ("normalized-product", 1)
     with _HOST.tvm_target() as target, code_generation.options(_HOST):
         module = tvm.IRModule({"main": scheduled.with_attr("global_symbol", "main")})
         built = tvm.tirx.build(module, target, pipeline=code_generation.pipeline(_HOST))

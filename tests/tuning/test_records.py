@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 import targets
 from optimizer.json_records import RecordError
 from optimizer.tuning.records import Record, target_digest
+from schedules import cuda
+from schedules.registry import FAMILIES
 from tests.tuning.examples import ORIGIN, RECORD
 
 _TIMES = st.floats(1e-9, 1e3, allow_subnormal=False)
@@ -32,6 +34,11 @@ def test_a_record_is_read_as_it_was_written(
     line = record.to_line()
     assert b"\n" not in line
     assert Record.from_line(line) == record
+
+
+@pytest.mark.parametrize("family", [*(family.name for family in FAMILIES), *cuda.RULES])
+def test_every_family_can_be_recorded(family: str) -> None:
+    assert Record.from_line(replace(RECORD, family=family).to_line()).family == family
 
 
 @given(st.binary(max_size=200))
