@@ -1,10 +1,11 @@
-"""The operator families of CPU targets, in the order in which they are asked."""
+"""The operator families of CPU targets, in the order in which they are asked, and the rules of GPUs in their place."""
 # Each family has an analysis type of its own, which only the family itself looks into: hence Any.
 
 from __future__ import annotations
 
 from typing import Any
 
+from schedules import cuda
 from schedules.attention import Attention
 from schedules.convolution import Convolution
 from schedules.direct_convolution import DirectConvolution
@@ -20,6 +21,7 @@ from schedules.rowwise import Rowwise
 from schedules.static_gather import StaticGather
 from schedules.transpose import Transpose
 from schedules.winograd import Winograd
+from targets.base import Target
 
 FAMILIES: tuple[Family[Any], ...] = (
     NormalizedProduct(),
@@ -37,3 +39,10 @@ FAMILIES: tuple[Family[Any], ...] = (
     StaticGather(),
     Elementwise(),
 )
+
+
+def versions(target: Target) -> dict[str, int]:
+    """Return the families that kernels of a target may be of, and the version of each one's parameters."""
+    if target.device == "cuda":
+        return dict.fromkeys(cuda.RULES, cuda.VERSION)
+    return {family.name: family.version for family in FAMILIES}

@@ -13,7 +13,7 @@ from optimizer.errors import TuningLogError
 from optimizer.json_records import RecordError
 from optimizer.tuning.log import TuningLog
 from optimizer.tuning.records import Record, target_digest
-from schedules.registry import FAMILIES
+from schedules.registry import versions
 
 MAX_ARCHIVE_BYTES = 1 << 30
 
@@ -73,8 +73,8 @@ def prune(log: TuningLog, keep: int) -> int:
     Of decisions that were made on one machine with one version of everything the last stays.
     """
     records = log.read().records
-    versions = {family.name: family.version for family in FAMILIES}
-    current = [record for record in records if versions.get(record.family) == record.version]
+    known = _versions(log.target)
+    current = [record for record in records if known.get(record.family) == record.version]
     decisions = {(record.key, record.origin): record for record in current if record.kind == "decision"}
     trials: dict[tuple[str, str, int], list[Record]] = {}
     for record in current:
@@ -84,6 +84,10 @@ def prune(log: TuningLog, keep: int) -> int:
     kept = {id(record) for record in (*decisions.values(), *best)}
     log.replace(record for record in records if id(record) in kept)
     return len(records) - len(kept)
+
+
+def _versions(target: str) -> dict[str, int]:
+    return versions(targets.get(target)) if target in targets.names() else {}
 
 
 def export(records: Sequence[Record], path: Path) -> None:
@@ -119,17 +123,19 @@ def check(log: TuningLog) -> list[str]:
     """Return what keeps records of a log from being used, one line for each kind of trouble."""
     contents = log.read()
     found = [str(line) for line in contents.unusable]
-    versions = {family.name: family.version for family in FAMILIES}
+    known = _versions(log.target)
     counts: Counter[str] = Counter()
     digest = target_digest(targets.get(log.target)) if log.target in targets.names() else None
     if digest is None and contents.records:
         found.append(f"{log.folder}: there is no target {log.target}")
     for record in contents.records:
-        if record.family not in versions:
+        if digest is None:
+            continue
+        if record.family not in known:
             counts[f"of the unknown family {record.family}"] += 1
-        elif record.version != versions[record.family]:
-            counts[f"of version {record.version} of the schedule {record.family}, now {versions[record.family]}"] += 1
-        elif digest is not None and record.origin.target_digest != digest:
+        elif record.version != known[record.family]:
+            counts[f"of version {record.version} of the schedule {record.family}, now {known[record.family]}"] += 1
+        elif record.origin.target_digest != digest:
             counts[f"of another definition of {log.target} (its features or caches have changed)"] += 1
         elif record.origin.tvm != metadata.version("apache-tvm"):
             counts[f"measured with TVM {record.origin.tvm}: used, but times may have changed"] += 1

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+import targets
 from optimizer.errors import TuningLogError
 from optimizer.tuning import upkeep
 from optimizer.tuning.log import TuningLog
+from optimizer.tuning.records import target_digest
+from schedules import cuda
 from tests.tuning.examples import ORIGIN, RECORD, TARGET
 
 _TRIALS = [replace(RECORD, kind="trial", ratio=ratio) for ratio in (0.9, 0.5, 0.7)]
@@ -37,6 +41,17 @@ def test_pruning_keeps_the_best_trials_and_the_last_decision(log: TuningLog) -> 
     log.append([*_TRIALS, RECORD, stale, failed, last])
     assert upkeep.prune(log, 2) == 4
     assert log.read().records == (_TRIALS[1], _TRIALS[2], last)
+
+
+def test_records_of_a_gpu_are_kept_and_nothing_is_said_of_them(tmp_path: Path) -> None:
+    gpu = TuningLog(tmp_path, "cuda")
+    origin = replace(
+        ORIGIN, target="cuda", target_digest=target_digest(targets.get("cuda")), tvm=metadata.version("apache-tvm")
+    )
+    records = [replace(RECORD, family=rule, version=cuda.VERSION, origin=origin) for rule in cuda.RULES]
+    gpu.append(records)
+    assert upkeep.prune(gpu, 1) == 0
+    assert upkeep.check(gpu) == []
 
 
 def test_pruning_away_a_whole_family_removes_its_file(log: TuningLog) -> None:
