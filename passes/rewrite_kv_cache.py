@@ -189,6 +189,8 @@ def _checked(
     places = [place for place, output in enumerate(returned) if output.same_as(binding.value)]
     require(len(places) == 1, "the function does not return the result, or more than once")
     require(len(outputs) > 1, "the function returns nothing else")
+    # An append that nothing reads would be eliminated as dead code.
+    require(not dataflow.read_once(binding.var), "nothing but the caller reads the result")
     declared = str(past.ty.dtype.dtype)
     require(str(outputs[places[0]].ty.dtype.dtype) == declared, f"the input is {declared} and the output is not")
     cache = Cache(parameters[past], places[0], axis)

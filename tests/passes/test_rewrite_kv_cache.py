@@ -86,6 +86,11 @@ _REFUSED = {
         "float[batch,total,4] twice, float[batch,new,4] other",
         "present = Concat <axis = 1> (past, added) twice = Add (present, present) other = Neg (added)",
     ),
+    "nothing but the caller reads": (
+        "past",
+        _OUTPUTS,
+        "present = Concat <axis = 1> (past, added) other = Neg (added)",
+    ),
     "returns nothing else": ("past", "float[batch,total,4] present", "present = Concat <axis = 1> (past, added)"),
 }
 
