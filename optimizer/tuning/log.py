@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import targets
@@ -56,7 +57,7 @@ class TuningLog:
         unusable: list[Unusable] = []
         if self.folder.is_dir():
             for path in sorted(self.folder.glob(f"*{SUFFIX}")):
-                for item in _read_file(path, self.target):
+                for item in _read_file(path, self.target, _stamp(path)):
                     (records if isinstance(item, Record) else unusable).append(item)  # pyright: ignore[reportArgumentType]
         return LogContents(tuple(records), tuple(unusable))
 
@@ -88,11 +89,26 @@ class TuningLog:
             temporary.replace(path)
 
 
-def _read_file(path: Path, target: str) -> Iterator[Record | Unusable]:
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """Return what changes when a file is written to."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise TuningLogError(f"cannot read {path}: {error}") from error
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+@lru_cache(maxsize=64)
+def _read_file(path: Path, target: str, _: tuple[int, int, int]) -> tuple[Record | Unusable, ...]:
+    """Return the lines of a file as it is at a stamp: a process that compiles often reads it once."""
     try:
         text = path.read_bytes()
     except OSError as error:
         raise TuningLogError(f"cannot read {path}: {error}") from error
+    return tuple(_lines_of(text, path, target))
+
+
+def _lines_of(text: bytes, path: Path, target: str) -> Iterator[Record | Unusable]:
     for number, line in enumerate(text.split(b"\n"), 1):
         if not line.strip():
             continue
