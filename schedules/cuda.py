@@ -123,9 +123,7 @@ def _space(family: str, scheduled: tirx.PrimFunc) -> Space:
 
 
 def _uses_tensor_cores(function: tirx.PrimFunc) -> bool:
-    found: list[s_tir.SBlock] = []
-    tvm_ffi.structural_walk(function.body, (s_tir.SBlock, found.append))
-    return any(buffer.scope().startswith("wmma") for block in found for buffer in block.alloc_buffers)
+    return any(buffer.scope().startswith("wmma") for block in _blocks(function) for buffer in block.alloc_buffers)
 
 
 def _bound(
@@ -156,9 +154,13 @@ def _rule(family: str, parameters: Parameters) -> GPUScheduleRule:
 
 def _has_blocks(function: tirx.PrimFunc) -> bool:
     """Return whether there are blocks below the root, without which no rule has anything to go by."""
+    return len(_blocks(function)) > 1
+
+
+def _blocks(function: tirx.PrimFunc) -> list[s_tir.SBlock]:
     found: list[s_tir.SBlock] = []
     tvm_ffi.structural_walk(function.body, (s_tir.SBlock, found.append))
-    return len(found) > 1
+    return found
 
 
 def _top_level(function: tirx.PrimFunc) -> list[Stmt]:

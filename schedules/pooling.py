@@ -22,10 +22,9 @@ from schedules.access import occurs
 from schedules.channel_windows import ChannelWindow, unpadded, windows_of
 from schedules.convolution import split_producer
 from schedules.epilogue import Epilogue
-from schedules.family import Choice, Kernel, Parameters, Space, parallel_if_large, vector_width, work_of
+from schedules.family import Choice, Kernel, Parameters, Space, vector_width, work_of
 from schedules.loops import (
     Extent,
-    ceiling,
     index,
     load,
     local,
@@ -40,7 +39,7 @@ from schedules.loops import (
 )
 from schedules.matmul import branches_on_any, split_epilogue
 from schedules.reducer import Reducer, accumulator_dtype, load_lanes, reducer_of, term_at
-from schedules.rowwise import rows_per_task
+from schedules.rowwise import in_tasks
 from schedules.stages import Axis, Stage, as_extent, replace_loads, sequence, with_value
 from targets.base import Target
 
@@ -105,15 +104,7 @@ class Pooling:
         lanes = vector_width(target, analysis.stage)
         emitter = _Emitter(analysis, lanes, parameters["vectors"])
         count = product([axis.extent for axis in analysis.outer])
-        chunk = rows_per_task(count, target)
-
-        def task(number: Expr) -> Stmt:
-            start = number * chunk
-            whole = isinstance(count, int) and count % chunk == 0
-            rest = index(chunk) if whole else tirx.min(index(chunk), count - start)
-            return emitter.rows(start, as_extent(rest))
-
-        return parallel_if_large(ceiling(count, chunk), work_of(analysis.stage), task)
+        return in_tasks(count, work_of(analysis.stage), target, emitter.rows)
 
 
 class _Emitter:

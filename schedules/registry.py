@@ -21,7 +21,6 @@ from schedules.rowwise import Rowwise
 from schedules.static_gather import StaticGather
 from schedules.transpose import Transpose
 from schedules.winograd import Winograd
-from targets.base import Target
 
 FAMILIES: tuple[Family[Any], ...] = (
     NormalizedProduct(),
@@ -41,8 +40,8 @@ FAMILIES: tuple[Family[Any], ...] = (
 )
 
 
-def versions(target: Target) -> dict[str, int]:
-    """Return the families that kernels of a target may be of, and the version of each one's parameters."""
-    if target.device == "cuda":
+def versions(device: str) -> dict[str, int]:
+    """Return the families of kernels for a kind of device ("cpu", "cuda"), and the version of each one's parameters."""
+    if device == "cuda":
         return dict.fromkeys(cuda.RULES, cuda.VERSION)
     return {family.name: family.version for family in FAMILIES}

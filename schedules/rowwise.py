@@ -82,15 +82,23 @@ def row_extents(analysis: RowwiseAnalysis) -> list[Extent]:
 
 
 def all_rows(analysis: RowwiseAnalysis, vectors: int, target: Target, work: Extent) -> Stmt:
-    """Return the loop over tasks of several rows each, parallel where `work` is large."""
+    """Return the loop over all rows, parallel where `work` is large."""
     count = product(row_extents(analysis))
-    chunk = rows_per_task(count, target)
+    return in_tasks(count, work, target, lambda start, rows: consecutive_rows(analysis, start, rows, vectors, target))
+
+
+def in_tasks(count: Extent, work: Extent, target: Target, rows: Callable[[Expr, Extent], Stmt]) -> Stmt:
+    """Return the loop over tasks of several of `count` rows each, parallel where `work` is large.
+
+    `rows` is the code for so many rows from the first of a task on.
+    """
+    chunk = _rows_per_task(count, target)
 
     def task(number: Expr) -> Stmt:
         start = number * chunk
         whole = isinstance(count, int) and count % chunk == 0
         rest = index(chunk) if whole else tirx.min(index(chunk), count - start)
-        return consecutive_rows(analysis, start, as_extent(rest), vectors, target)
+        return rows(start, as_extent(rest))
 
     return parallel_if_large(ceiling(count, chunk), work, task)
 
@@ -138,7 +146,7 @@ def _row_work(stage: Stage, leading: int) -> float:
     return work if isinstance(work, int) else float("inf")
 
 
-def rows_per_task(count: Extent, target: Target) -> int:
+def _rows_per_task(count: Extent, target: Target) -> int:
     """Return how many rows share one set of row buffers: allocating them costs as much as a short row's work."""
     if not isinstance(count, int):
         return SYMBOLIC_ROWS_PER_TASK

@@ -87,7 +87,8 @@ def prune(log: TuningLog, keep: int) -> int:
 
 
 def _versions(target: str) -> dict[str, int]:
-    return versions(targets.get(target)) if target in targets.names() else {}
+    """Return the current versions of families; of a target that is not known here, those of CPUs."""
+    return versions(targets.get(target).device if target in targets.names() else "cpu")
 
 
 def export(records: Sequence[Record], path: Path) -> None:
@@ -129,13 +130,11 @@ def check(log: TuningLog) -> list[str]:
     if digest is None and contents.records:
         found.append(f"{log.folder}: there is no target {log.target}")
     for record in contents.records:
-        if digest is None:
-            continue
         if record.family not in known:
             counts[f"of the unknown family {record.family}"] += 1
         elif record.version != known[record.family]:
             counts[f"of version {record.version} of the schedule {record.family}, now {known[record.family]}"] += 1
-        elif record.origin.target_digest != digest:
+        elif digest is not None and record.origin.target_digest != digest:
             counts[f"of another definition of {log.target} (its features or caches have changed)"] += 1
         elif record.origin.tvm != metadata.version("apache-tvm"):
             counts[f"measured with TVM {record.origin.tvm}: used, but times may have changed"] += 1

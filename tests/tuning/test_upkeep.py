@@ -54,6 +54,12 @@ def test_records_of_a_gpu_are_kept_and_nothing_is_said_of_them(tmp_path: Path) -
     assert upkeep.check(gpu) == []
 
 
+def test_records_of_a_target_that_is_not_known_here_are_kept(tmp_path: Path) -> None:
+    elsewhere = TuningLog(tmp_path, "another-cpu")
+    elsewhere.append([replace(RECORD, origin=replace(ORIGIN, target="another-cpu"))])
+    assert upkeep.prune(elsewhere, 1) == 0
+
+
 def test_pruning_away_a_whole_family_removes_its_file(log: TuningLog) -> None:
     log.append([replace(RECORD, version=99)])
     upkeep.prune(log, 2)
