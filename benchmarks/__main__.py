@@ -48,7 +48,11 @@ _ENGINES = tuple(dict.fromkeys([*ENGINES, *BF16_ENGINES, "peak", *llm.ENGINES]))
 @click.option("--rounds", default=5, show_default=True, help="How often all engines take their turn.")
 @click.option("--trials", multiple=True, type=click.IntRange(1), help="Table tuning: after how many trials to look.")
 @click.option("--target", default="host", show_default=True, help="Tables tuning, transfer: for what to tune.")
-@click.option("--log", type=click.Path(path_type=Path), help="Table tuning: a folder to keep each model's log in.")
+@click.option(
+    "--log",
+    type=click.Path(path_type=Path),
+    help="Table tuning: a folder that keeps what searches find; what it holds is not searched again.",
+)
 @click.option("--stock-trials", default=0, help="Table tuning: let TVM's MetaSchedule search, too, so many trials.")
 @click.option("--prompt", default=512, show_default=True, help="Table llm: tokens of the prompt.")
 @click.option("--steps", default=128, show_default=True, help="Table llm: tokens made after it.")

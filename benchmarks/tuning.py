@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,10 @@ class TuningFailedError(Exception):
 
 @dataclass(frozen=True)
 class Kept:
-    """Whose log a search writes, and a folder for those of all models that is there afterwards, if one is given."""
+    """Whose log a search writes, and a folder that keeps what searches found, if one is given.
+
+    Searches that the folder holds are not made again, so that a table can be made in parts, and again.
+    """
 
     target: str = "host"
     folder: Path | None = None
@@ -62,32 +65,63 @@ def lines(
 
     With `stock_trials` TVM's MetaSchedule searches, too, so many trials, at the shapes of the first case.
     """
-    with tempfile.TemporaryDirectory(prefix="optimizer-tuning-") as folder:
-        growing = Path(folder) / "log"
-        searches: dict[str, Search] = {}
-        spent = Search(0, 0, 0.0)
-        for count in sorted(trials):
-            found = _tune(subject, growing, count, threads, kept.target)
-            spent = Search(found.trials, found.failed, spent.seconds + found.seconds)
-            log = Path(folder) / str(count)
-            shutil.copytree(growing, log)
-            searches[tuned_engine(log)] = spent
-        if kept.folder is not None:
-            shutil.copytree(growing, kept.folder / subject.label)
-        stock = Path(folder) / "metaschedule"
-        stock.mkdir()
+    with tempfile.TemporaryDirectory(prefix="optimizer-tuning-") as temporary:
+        folder = (kept.folder or Path(temporary)) / subject.label
+        folder.mkdir(parents=True, exist_ok=True)
+        found: dict[str, Search] = {}
+        for log, search in searches(subject, folder, trials, threads, kept.target):
+            found[tuned_engine(log)] = search
         if stock_trials:
             try:
-                searches[meta_schedule_engine(stock)] = _tune_stock(subject, stock, stock_trials, threads)
+                stock, search = _search_of_stock(subject, folder, stock_trials, threads)
+                found[meta_schedule_engine(stock)] = search
             except TuningFailedError as error:
                 yield f"| {subject.label} | MetaSchedule | {error} |"
-        engines = [UNTUNED, *searches, *PEERS]
+        engines = [UNTUNED, *found, *PEERS]
         results = compare(subject.path, subject.cases, engines, threads=threads, rounds=rounds, reference=REFERENCE)
         for case, rows in results.items():
             label = f"{subject.label}, {case}" if len(results) > 1 else subject.label
             default = next(row for row in rows if row.engine == UNTUNED)
             for row in rows:
-                yield _line(label, row, default.median, searches.get(row.engine))
+                yield _line(label, row, default.median, found.get(row.engine))
+
+
+def searches(
+    subject: Subject, folder: Path, trials: Sequence[int], threads: int, target: str
+) -> Iterator[tuple[Path, Search]]:
+    """Yield the log after each number of trials, and what the search took up to there."""
+    before, spent = None, Search(0, 0, 0.0)
+    for count in sorted(trials):
+        log = folder / str(count)
+        if (known := _spent(log)) is None:
+            shutil.rmtree(log, ignore_errors=True)  # of a search that was interrupted
+            if before is not None:
+                shutil.copytree(before, log)
+            found = _tune(subject, log, count, threads, target)
+            known = _spend(log, Search(found.trials, found.failed, spent.seconds + found.seconds))
+        before, spent = log, known
+        yield log, known
+
+
+def _search_of_stock(subject: Subject, folder: Path, trials: int, threads: int) -> tuple[Path, Search]:
+    """Return MetaSchedule's database after so many trials, and what the search took."""
+    database = folder / f"metaschedule-{trials}"
+    if (known := _spent(database)) is None:
+        shutil.rmtree(database, ignore_errors=True)
+        database.mkdir()
+        known = _spend(database, _tune_stock(subject, database, trials, threads))
+    return database, known
+
+
+def _spent(search: Path) -> Search | None:
+    """Return what the search in a folder took, None where none has ended there."""
+    note = search.with_suffix(".json")
+    return Search(**json.loads(note.read_text())) if note.exists() else None
+
+
+def _spend(search: Path, spent: Search) -> Search:
+    search.with_suffix(".json").write_text(json.dumps(asdict(spent)))
+    return spent
 
 
 def _tune(subject: Subject, log: Path, trials: int, threads: int, target: str) -> Search:
