@@ -29,14 +29,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
-from typing import Any
+from typing import Any, NoReturn
 
 PACKAGE, TESTS = Path("passes"), "tests/passes"
 # Imported once, before forking: nothing that imports a pass.
 _WARM = ("tvm.relax", "onnx.reference", "hypothesis.strategies", "networkx", "pytest", "schedules.registry", "targets")
 MOST_SECONDS = 10.0
-# A mutant may need so many times the time of its tests, and these seconds more to import them.
-_PATIENCE, _START_SECONDS = 4, 40
+# A mutant may need so many times the time of its tests, and these seconds more to import them. That is time of the CPU;
+# one that only waits is ended after ten times as long. A stopped machine must not look like a killed mutant.
+_PATIENCE, _START_SECONDS, _WAITING = 4, 40, 10
+_STEP_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -188,14 +190,25 @@ class _MutatedLoader(importlib.machinery.SourceFileLoader, importlib.abc.MetaPat
         return compile(self._source, self.path, "exec")
 
 
-def _start(mutant: Mutant, seconds: float) -> int:
-    """Return the process that tests a mutant; it exits with 0 if no test notices it."""
-    process = os.fork()
-    if process:
-        return process
-    limit = int(_START_SECONDS + _PATIENCE * seconds)
+@dataclass
+class _Trial:
+    """A mutant under test, and for how long this process has looked on: not while both were stopped."""
+
+    mutant: Mutant
+    limit: int
+    waited: float = 0
+
+    def start(self) -> int:
+        """Return the process, which exits with 0 if no test notices the mutant."""
+        return os.fork() or _test(self.mutant, self.limit)
+
+    def is_stuck(self) -> bool:
+        self.waited += _STEP_SECONDS
+        return self.waited > _WAITING * self.limit
+
+
+def _test(mutant: Mutant, limit: int) -> NoReturn:
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
-    signal.alarm(10 * limit)
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
@@ -208,18 +221,29 @@ def _start(mutant: Mutant, seconds: float) -> int:
 
 def survivors(chosen: Sequence[Mutant], seconds: Mapping[str, float], workers: int) -> Iterator[tuple[Mutant, bool]]:
     """Yield each mutant and whether it survived, as they are tested."""
-    running: dict[int, Mutant] = {}
+    running: dict[int, _Trial] = {}
     pending = list(chosen)[::-1]
     while pending or running:
         while pending and len(running) < workers:
             mutant = pending.pop()
             if mutant.tests:
-                running[_start(mutant, sum(seconds[test] for test in mutant.tests))] = mutant
+                trial = _Trial(mutant, int(_START_SECONDS + _PATIENCE * sum(seconds[test] for test in mutant.tests)))
+                running[trial.start()] = trial
             else:
                 yield mutant, True
         if running:
-            process, status = os.wait()
-            yield running.pop(process), status == 0
+            process, status = _next_exit(running)
+            yield running.pop(process).mutant, status == 0
+
+
+def _next_exit(running: Mapping[int, _Trial]) -> tuple[int, int]:
+    """Return the first process to end, and its status."""
+    while not (exited := os.waitpid(-1, os.WNOHANG))[0]:
+        time.sleep(_STEP_SECONDS)
+        for process, trial in running.items():
+            if trial.is_stuck():
+                os.kill(process, signal.SIGKILL)
+    return exited
 
 
 def main() -> None:
