@@ -137,15 +137,14 @@ class _Rewriter(PyExprMutator):
 
     def _goes_on(self, variable: relax.Var) -> bool:
         """Return whether a transposition or rounding of `variable`, behind reshapes, is all that reads it."""
-        readers = self._readers.get(variable, [])
-        while len(readers) == 1:
-            value = self._values[readers[0]]
+        while self._dataflow.read_once(variable) and variable in self._readers:
+            (variable,) = self._readers[variable]
+            value = self._values[variable]
             if isinstance(value, tvm.ir.Call):
                 if self._dataflow.call(value, "relax.reshape") is None:
                     return _is_end(value)
             elif not isinstance(value, relax.Var):
                 return False
-            readers = self._readers.get(readers[0], [])
         return False
 
     def _call(self, attention: Attention) -> relax.Expr:

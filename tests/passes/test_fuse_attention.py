@@ -376,6 +376,79 @@ def test_the_site_of_an_attention_carries_the_nodes_of_its_products_and_softmax(
     assert site == Site(bindings[-1].var.name, None, ("relax.matmul", "relax.nn.softmax"))
 
 
+def test_the_site_of_a_refusal_carries_the_nodes_of_the_product_and_of_the_end() -> None:
+    module = graph(lambda q, k, v: op.permute_dims(op.matmul(_cast_softmax(q, k), v)), *[(6, 4)] * 3)
+    bindings = module["main"].body.blocks[0].bindings
+    module = annotate(module, {binding.var: (binding.value.op.name,) for binding in bindings})
+    (site,) = FuseAttention().run(module).sites
+    nodes = ("relax.matmul", "relax.permute_dims")
+    assert site == Site(bindings[-1].var.name, "the softmax computes in float64", nodes)
+
+
+def test_a_result_that_is_also_read_before_its_transposition_is_one_site() -> None:
+    def body(q, k, v):
+        product = _emit(op.matmul(_weights(q, k), v))
+        return product, op.permute_dims(product)
+
+    module = graph(body, *[(6, 4)] * 3)
+    outcome = FuseAttention().run(module)
+    assert [site.refusal for site in outcome.sites] == [None]
+    assert operators(outcome.module) == ["relax.call_tir", "relax.permute_dims"]
+
+
+def test_the_end_is_behind_a_rounding_and_views_of_the_product() -> None:
+    def body(q, k, v):
+        product = op.matmul(op.nn.softmax(op.matmul(q, op.permute_dims(k, [0, 2, 1]))), v)
+        return op.permute_dims(op.astype(op.reshape(product, (2, 3, 5, 4)), "float16"), [0, 2, 1, 3])
+
+    module = graph(body, *[(6, 5, 4)] * 3)
+    outcome = FuseAttention().run(module)
+    assert [site.refusal for site in outcome.sites] == [None]
+    assert operators(outcome.module) == ["relax.call_tir"]
+    arrays = [np.random.default_rng(0).standard_normal((6, 5, 4)).astype("float32") for _ in range(3)]
+    (expected,), (result,) = (Interpreter(each).run(arrays) for each in (module, outcome.module))
+    np.testing.assert_allclose(result, expected, rtol=2**-10, atol=1e-6)  # half a step of float16 either way
+
+
+def test_a_tensor_that_is_queries_keys_and_values_is_handed_over_once() -> None:
+    module = graph(lambda x: op.matmul(_weights(x, x), x), (6, 4))
+    (binding,) = FuseAttention().run(module).module["main"].body.blocks[0].bindings
+    assert len(binding.value.args[1].fields) == 1
+
+
+@pytest.mark.parametrize(("keys", "read"), [(1 << 16, False), ((1 << 16) + 1, True)])
+def test_a_mask_of_one_number_is_that_number_unless_it_is_large(keys: int, read: bool) -> None:
+    def body(q, k, v):
+        mask = relax.const(np.full((1, keys), -3, "float32"))
+        return op.matmul(op.nn.softmax(op.add(_scores(q, k), mask)), v)
+
+    (binding,) = FuseAttention().run(graph(body, (6, 4), (keys, 4), (keys, 3))).module["main"].body.blocks[0].bindings
+    assert len(binding.value.args[1].fields) == 3 + read
+
+
+def test_a_score_is_not_rounded_to_16_bits_and_is_cut_to_integers() -> None:
+    def through(dtype: str | None) -> tuple[np.ndarray, np.ndarray]:
+        def body(q, k, v):
+            scores = _scores(q, k)
+            cast = scores if dtype is None else op.astype(op.astype(scores, dtype), "float32")
+            return op.matmul(op.nn.softmax(cast), v)
+
+        module = graph(body, *[(6, 4)] * 3)
+        outcome = FuseAttention().run(module)
+        assert operators(outcome.module) == ["relax.call_tir"]
+        rng = np.random.default_rng(0)
+        arrays = [2 * rng.standard_normal((6, 4)).astype("float32") for _ in range(3)]
+        return Interpreter(module).run(arrays)[0], Interpreter(outcome.module).run(arrays)[0]
+
+    exact, _ = through(None)
+    rounded, unrounded = through("float16")
+    assert np.abs(rounded - exact).max() > 1e-4
+    np.testing.assert_allclose(unrounded, exact, rtol=1e-5, atol=2e-6)
+    cut, fused = through("int32")
+    assert np.abs(cut - exact).max() > 0.1
+    np.testing.assert_allclose(fused, cut, rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("guarded", [True, False])
 def test_a_query_that_sees_no_key_gives_zero_where_the_model_says_so_and_else_nan(guarded: bool) -> None:
     def body(q, k, v, seen):
