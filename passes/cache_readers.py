@@ -6,7 +6,7 @@ import tvm.ir
 from tvm import relax, tirx
 
 from passes.base import Dataflow
-from passes.tensor_types import shape_of
+from passes.tensor_types import equal_shapes, shape_of
 from passes.views import Digit, Element, behind_view, whole
 from schedules.access import occurs
 
@@ -37,7 +37,7 @@ def _summed(product: tvm.ir.Call, side: int, dataflow: Dataflow, cache: relax.Va
     while element is not None and not dataflow.producer(element.tensor).same_as(made):
         viewed = behind_view(element, dataflow)
         call = dataflow.call(element.tensor, *_ELEMENTWISE)
-        if viewed is None and call is not None and _shape_is_kept(call):
+        if viewed is None and call is not None and equal_shapes(shape_of(call.args[0]), shape_of(call)):
             viewed = Element(call.args[0], element.indices)
         element = viewed
     if element is None:
@@ -45,12 +45,6 @@ def _summed(product: tvm.ir.Call, side: int, dataflow: Dataflow, cache: relax.Va
     return {
         axis for axis, index in enumerate(element.indices) if any(occurs(digit.value, summed.value) for digit in index)
     }
-
-
-def _shape_is_kept(call: tvm.ir.Call) -> bool:
-    """Return whether the first operand has the shape of the result."""
-    first, result = shape_of(call.args[0]), shape_of(call)
-    return first is not None and result is not None and len(first) == len(result)
 
 
 __all__ = ["summed_axes"]
