@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from passes.quantization import error_feedback
 from passes.quantization.activation_scaling import scale_columns
 from passes.quantization.error_feedback import fit_to_inputs, output_error
 from passes.quantization.methods import quantize
@@ -63,6 +64,24 @@ def test_feedback_is_that_of_algorithm_1() -> None:
         error = (left[:, column] - (codes - 8) * scales[:, column]) / upper[column, column]
         left[:, column:] -= error[:, None] * upper[column, column:]
         assert np.mean(codes == fitted.codes[:, column]) > 0.7  # ties fall either way in float32
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_blocks_of_columns_give_the_codes_of_columns_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, symmetric: bool
+) -> None:
+    matrix, moments = _case(6, 96, 5)
+    scheme = Scheme(group=16, symmetric=symmetric, scale_dtype="float32")
+    blocks = [96, 32, 16]
+    fitted = []
+    for block in blocks:
+        monkeypatch.setattr(error_feedback, "BLOCK", block)
+        fitted.append(fit_to_inputs(matrix, moments, scheme, sweeps=2))
+    for other in fitted[1:]:  # ties fall either way in float32
+        assert np.mean(other.codes == fitted[0].codes) > 0.98
+        assert output_error(matrix, other.dequantized(), moments) == pytest.approx(
+            output_error(matrix, fitted[0].dequantized(), moments), rel=1e-2
+        )
 
 
 def test_inputs_that_do_not_depend_on_each_other_leave_the_nearest_codes() -> None:

@@ -75,6 +75,21 @@ def test_other_results_are_refused(old: str, new: str, reason: str) -> None:
     assert shortened_outputs(outcome.module["main"]) == ()
 
 
+def test_sites_name_the_result_and_carry_its_node() -> None:
+    text = _DECODER.replace("logits, float[b", "logits, float[batch,new,4] apart, float[b")
+    text = text.replace("logits = Mul", "[last] logits = Mul").replace("turned =", "[other] apart = Neg (x)\n turned =")
+    rewritten, refused = _rewritten(text).sites
+    assert (rewritten.location, rewritten.refusal, rewritten.nodes) == ("logits", None, ("last",))
+    assert (refused.location, refused.refusal, refused.nodes) == ("apart", "something else reads the rows", ("other",))
+
+
+def test_a_product_that_two_results_are_made_of_keeps_its_rows_for_the_second() -> None:
+    text = _DECODER.replace("logits, float[b", "logits, float[batch,new,16] again, float[b")
+    text = text.replace("raised = Add", "again = Neg (product)\n raised = Add")
+    sites = _rewritten(text).sites
+    assert [site.refusal for site in sites] == ["something else reads the rows"] * 2
+
+
 def test_a_function_without_caches_is_left_alone() -> None:
     module = import_model(parser.parse_model(_DECODER)).module
     assert LeaveOutRows().run(module).module.same_as(module)

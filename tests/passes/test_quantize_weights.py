@@ -8,8 +8,9 @@ from tvm import relax
 from optimizer.lowering import build, lower
 from optimizer.weights import lift_weights
 from passes import pipeline
-from passes.base import Dataflow
+from passes.base import Dataflow, Site
 from passes.pack_quantized_weights import PackQuantizedWeights
+from passes.provenance import annotate
 from passes.quantization.fitted import Exceptions, FittedMatrix
 from passes.quantization.methods import quantize
 from passes.quantization.scheme import Scheme, SchemeError
@@ -72,6 +73,20 @@ def test_a_table_whose_rows_no_product_reads_stays_exact() -> None:
     assert [site.refusal for site in outcome.sites if site.refusal] == [
         "rows of 20 elements are the input of no product: not an embedding"
     ]
+
+
+def test_sites_name_the_result_and_carry_its_nodes() -> None:
+    def body(x: relax.Expr) -> tuple[relax.Expr, relax.Expr]:
+        large, small = (relax.const(np.ones((HIDDEN, columns), np.float32)) for columns in (80, 1))
+        return relax.op.matmul(x, large), relax.op.matmul(x, small)
+
+    module = graph(body, (2, HIDDEN))
+    first, second = (binding.var for binding in module["main"].body.blocks[0].bindings[:2])
+    module = annotate(module, {first: ("large",), second: ("small",)})
+    assert QuantizeWeights(activations="reference").run(module).sites == (
+        Site(first.name, None, ("large",)),
+        Site(second.name, "a matrix of 64 elements is smaller than 1024", ("small",)),
+    )
 
 
 def test_the_reference_holds_the_rounded_weights_as_floats() -> None:
