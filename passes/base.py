@@ -105,6 +105,10 @@ class Dataflow:
         """Return whether an expression has at most one reader."""
         return not isinstance(expr, relax.Var) or self._uses[expr] <= 1
 
+    def uses(self, variable: relax.Expr) -> int:
+        """Return how often a variable is read."""
+        return self._uses[variable]
+
     def nodes(self, *exprs: relax.Expr) -> Nodes:
         """Return the ONNX nodes that expressions, or what variables are bound to, came from."""
         return union(nodes_of(self.producer(expr)) for expr in exprs)

@@ -30,6 +30,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from passes.base import Pass, PassOutcome, Refusal, Site, require
 from passes.constant_products import ConstantProduct, ConstantProducts
+from passes.rotary_embedding import NAME as ROTARY_EMBEDDING
 from passes.tensor_types import constant, constant_of, dtype_of, is_float
 
 _VIEWS = frozenset(
@@ -42,8 +43,8 @@ _ELEMENTWISE = frozenset(
         *(f"relax.nn.{name}" for name in ("gelu", "gelu_tanh", "leakyrelu", "relu", "silu")),
     }
 )
-# Moves of elements that become part of the kernel of what they move to.
-_MOVES = frozenset({"relax.concat", "relax.take"})
+# Moves of elements, among channels and turned too, that become part of the kernel of what they move to.
+_MOVES = frozenset({"relax.concat", "relax.take", ROTARY_EMBEDDING})
 
 
 @dataclass(frozen=True)

@@ -206,16 +206,31 @@ def _tile(view: _View) -> list[Index] | None:
 def _slice(view: _View) -> list[Index] | None:
     axes, begin, *others = (_integers(argument) for argument in view.call.args[1:])
     strides = others[1] if len(others) > 1 else [1] * len(axes or ())
-    if axes is None or begin is None or strides is None or any(stride != 1 for stride in strides):
+    if axes is None or begin is None or strides is None:
         return None
     result = view.indices
-    for axis, start in zip(axes, begin, strict=True):
+    for axis, start, stride in zip(axes, begin, strides, strict=True):
         extent = _integer(view.shape[axis])
         if extent is None and start < 0:
             return None
         first = start if start >= 0 else start + (extent or 0)
-        result = _shifted(result, axis % len(view.shape), min(max(first, 0), extent or first), view.shape[axis])
+        first, place = min(max(first, 0), extent or first), axis % len(view.shape)
+        if stride == 1:
+            result = _shifted(result, place, first, view.shape[axis])
+            continue
+        every = _every(result[place], first, stride, view.shape[axis])
+        if every is None:
+            return None
+        result = (*result[:place], every, *result[place + 1 :])
     return list(result)
+
+
+def _every(index: Index, first: int, stride: int, extent: tvm.ir.Expr) -> Index | None:
+    """Return the index of every `stride`-th position from `first`, where these divide the axis evenly."""
+    count, total = _integer(_product([digit.extent for digit in index])), _integer(extent)
+    if count is None or total is None or stride < 1 or first >= stride or count * stride != total:
+        return None
+    return (*index, Digit(_int64(first), _int64(stride)))
 
 
 def _take(view: _View) -> list[Index] | None:

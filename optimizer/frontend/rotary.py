@@ -1,12 +1,13 @@
-"""Rotary position embedding (Su et al., RoFormer, arXiv 2104.09864) composed of Relax operators."""
+"""Rotary position embedding as the operators of ONNX have it: of some channels of every head, at given positions."""
 
 from __future__ import annotations
 
 from tvm import relax
 
-from optimizer.frontend.dimensions import Dimension
+from optimizer.frontend.dimensions import simplified
 from optimizer.frontend.node import Node
 from optimizer.frontend.value import TensorValue, Value
+from passes.rotary_embedding import rotary_embedding
 
 
 def rotated(node: Node, data: Value, cosines: Value, sines: Value, *, head_axis: int, interleaved: bool) -> TensorValue:
@@ -20,22 +21,12 @@ def rotated(node: Node, data: Value, cosines: Value, sines: Value, *, head_axis:
     size = data.shape[-1]
     if not isinstance(half, int) or not isinstance(size, int) or 2 * half > size:
         raise node.unsupported(f"{half} rotation angles do not fit a head size of {size}")
-    turning, kept = data.expr, None
-    if 2 * half < size:
-        parts = node.emit_tuple(relax.op.split(data.expr, [2 * half], axis=-1))
-        turning, kept = parts[0].expr, parts[1].expr
-    cosine = _with_head_axis(node, cosines, head_axis)
-    sine = _with_head_axis(node, sines, head_axis)
-    outer = data.shape[:-1]
-    if interleaved:
-        first, second = _interleaved_pairs(node, turning, outer, half)
-    else:
-        first, second = (part.expr for part in node.emit_tuple(relax.op.split(turning, 2, axis=-1)))
-    real = relax.op.subtract(relax.op.multiply(first, cosine), relax.op.multiply(second, sine))
-    imaginary = relax.op.add(relax.op.multiply(first, sine), relax.op.multiply(second, cosine))
-    parts = (node.emit(real).expr, node.emit(imaginary).expr)
-    result = _interleaved(node, parts, outer, half) if interleaved else relax.op.concat(parts, axis=-1)
-    return node.emit(result if kept is None else relax.op.concat([node.emit(result).expr, kept], axis=-1))
+    angles = [_of_each_row(node, part, data, head_axis) for part in (cosines, sines)]
+    if 2 * half == size:
+        return node.emit(rotary_embedding(data.expr, *angles, interleaved=interleaved))
+    turning, kept = node.emit_tuple(relax.op.split(data.expr, [2 * half], axis=-1))
+    turned = node.emit(rotary_embedding(turning.expr, *angles, interleaved=interleaved))
+    return node.emit(relax.op.concat([turned.expr, kept.expr], axis=-1))
 
 
 def angles_at(node: Node, cache: Value, positions: Value) -> TensorValue:
@@ -43,20 +34,9 @@ def angles_at(node: Node, cache: Value, positions: Value) -> TensorValue:
     return node.emit(relax.op.take(cache.expr, positions.expr, axis=0, mode="nan"))
 
 
-def _with_head_axis(node: Node, angles: Value, head_axis: int) -> relax.Expr:
-    return node.emit(relax.op.expand_dims(angles.expr, head_axis)).expr
-
-
-def _interleaved_pairs(
-    node: Node, data: relax.Expr, outer: tuple[Dimension, ...], half: int
-) -> tuple[relax.Expr, relax.Expr]:
-    paired = node.emit(relax.op.reshape(data, (*outer, half, 2)))
-    first, second = node.emit_tuple(relax.op.split(paired.expr, 2, axis=-1))
-    return relax.op.squeeze(first.expr, [-1]), relax.op.squeeze(second.expr, [-1])
-
-
-def _interleaved(
-    node: Node, parts: tuple[relax.Expr, relax.Expr], outer: tuple[Dimension, ...], half: int
-) -> relax.Expr:
-    apart = [node.emit(relax.op.expand_dims(part, len(outer) + 1)).expr for part in parts]
-    return relax.op.reshape(node.emit(relax.op.concat(apart, axis=-1)).expr, (*outer, 2 * half))
+def _of_each_row(node: Node, angles: Value, data: Value, head_axis: int) -> relax.Expr:
+    """Return angles [B or 1, S or 1, R / 2] with an axis of heads, their rows checked to be those of `data`."""
+    batch, length = data.shape[0], data.shape[3 - head_axis]
+    rows = [own if own == 1 else wanted for own, wanted in zip(angles.shape[:2], (batch, length), strict=True)]
+    checked = node.reshaped_type(angles, (*rows, simplified(angles.shape[2])))
+    return node.emit(relax.op.expand_dims(checked, head_axis)).expr

@@ -73,7 +73,7 @@ _ROTATION = {
     "first": np.int64(0), "second": np.int64(1), "halves": np.array([4, 4]),
     "frequencies": np.array([1, 0.1, 0.01, 0.001], "float32").reshape(1, 4, 1),
     "wide_cosines": np.ones((64, 8), "float32"), "wide_sines": np.ones((64, 8), "float32"),
-    "cosines": np.ones((64, 4), "float32"), "sines": np.ones((64, 4), "float32"),
+    "cosines": np.ones((64, 4), "float32"), "sines": np.zeros((64, 4), "float32"),
 }  # fmt: skip
 _WHOLE = "float[b,s,8] cos, float[b,s,8] sin"
 _HALF = "float[b,s,4] cos, float[b,s,4] sin"
@@ -123,9 +123,13 @@ _FORMS = {
 
 
 @pytest.mark.parametrize(("angles", "body"), _FORMS.values(), ids=_FORMS)
-def test_a_rotary_embedding_is_one_kernel(angles: str, body: str) -> None:
+def test_a_rotary_embedding_is_one_operator_and_one_kernel(angles: str, body: str) -> None:
     text = f"g (float[b,2,s,8] x, {angles}) => (float[b,2,s,8] y) {{ {body} }}"
-    assert len(kernels_of(rewritten(model(text, _ROTATION)))) == 1
+    module = rewritten(model(text, _ROTATION))
+    assert operators_of(module).count("relax.nn.rotary_embedding") == 1
+    assert not {"relax.negative", "relax.add", "relax.subtract"} & set(operators_of(module))
+    (kernel,) = kernels_of(module)
+    assert "rotary_embedding" in kernel
 
 
 def test_computed_angles_are_shared_by_all_rotary_embeddings() -> None:
@@ -155,7 +159,7 @@ def test_computed_angles_are_shared_by_all_rotary_embeddings() -> None:
     }}"""
     kernels = kernels_of(rewritten(model(text, _ROTATION)))
     assert kernels[:-2] == ["cast_multiply_concatenate", "cos", "sin"]
-    assert kernels[-1] == kernels[-2]
+    assert kernels[-2:] == ["rotary_embedding"] * 2
 
 
 _WEIGHT = np.linspace(-1, 1, 64 * 32, dtype="float32").reshape(64, 32)

@@ -95,6 +95,12 @@ _VIEWS = {
         (4, 4),
     ),
     "a slice beside a symbol": (lambda x: op.strided_slice(x, [1], [1], [3]), lambda x: x[:, 1:3], ("n", 4)),
+    "every other": (lambda x: op.strided_slice(x, [1], [0], [6], [2]), lambda x: x[:, ::2], (2, 6)),
+    "every third from the second": (
+        lambda x: op.strided_slice(x, [1], [1], [6], [3]),
+        lambda x: x[:, 1::3],
+        ("n", 6),
+    ),
     "one of an axis": (lambda x: op.take(x, relax.const(2, "int64"), axis=1), lambda x: x[:, 2], (2, 3, 4)),
     "the last of an axis": (lambda x: op.take(x, relax.const(2, "int64"), axis=-2), lambda x: x[:, 2], (2, 3, 4)),
     "a third": (_part(1, 3, -1), lambda x: np.split(x, 3, -1)[1], (2, 6)),
@@ -120,7 +126,9 @@ def test_an_element_of_a_view_is_found_where_it_lies(body, expected, shape) -> N
         (lambda x: op.reshape(x, (6, 4)), (4, 6)),
         (lambda x: op.reshape(x, (2, _dims(x)[0] * 2)), ("n", 4)),  # the symbol would have to be cut
         (lambda x: op.reshape(x, (_dims(x)[0] * 4, 2)), ("n", 4, 2)),
-        (lambda x: op.strided_slice(x, [0], [0], [4], [2]), (4, 2)),
+        (lambda x: op.strided_slice(x, [0], [0], [5], [2]), (5, 2)),  # 3 of 5
+        (lambda x: op.strided_slice(x, [0], [2], [4], [2]), (4, 2)),
+        (lambda x: op.strided_slice(x, [0], [-1], [-5], [-1]), (4, 2)),
         (lambda x: op.strided_slice(x, [0], [-1], [100]), ("n", 2)),
         (lambda x: op.take(x, relax.const([0, 1], "int64"), axis=0), (4, 2)),
         (lambda x: op.take(x, relax.const(4, "int64"), axis=0), (4, 2)),

@@ -223,6 +223,23 @@ def _split(call: tvm.ir.Call, x: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(np.split(x, cuts, int(call.attrs.axis)))
 
 
+def _rotary_embedding(call: tvm.ir.Call, x: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> np.ndarray:
+    interleaved = bool(call.attrs["interleaved"])
+    half = x.shape[-1] // 2
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
+
+    def turned(real: np.ndarray, imaginary: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return first * real[0] - second * imaginary[0], second * real[1] + first * imaginary[1]
+
+    def of_parts(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if table.shape[-1] == half:
+            return table, table
+        return (table[..., 0::2], table[..., 1::2]) if interleaved else (table[..., :half], table[..., half:])
+
+    parts = turned(of_parts(cosines), of_parts(sines))
+    return np.stack(parts, -1).reshape(x.shape) if interleaved else np.concatenate(parts, -1)
+
+
 def _trailing(call: tvm.ir.Call) -> tuple[int, ...]:
     return tuple(int(axis) for axis in call.attrs.axis)
 
@@ -281,6 +298,7 @@ _OPERATORS: Mapping[str, Callable[..., np.ndarray]] = {
     "nn.layer_norm": _layer_norm,
     "nn.pad": _pad,
     "nn.rms_norm": _rms_norm,
+    "nn.rotary_embedding": _rotary_embedding,
     "nn.softmax": _softmax,
     "permute_dims": lambda call, x: np.transpose(x, call.attrs.axes and [int(axis) for axis in call.attrs.axes]),
     "split": _split,
