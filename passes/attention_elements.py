@@ -120,6 +120,7 @@ class Elements:
         for parameter, argument in zip(function.params, call.args[1].fields, strict=False):
             if isinstance(argument.ty, relax.TensorType):
                 numbers.append((parameter, self._number_of(argument)))
+                values.update(_sizes(parameter.shape, shape_of(argument) or ()))
             else:
                 values[parameter] = argument
         value = substitute(stage.value, values)
@@ -128,7 +129,8 @@ class Elements:
         def read(tensors: Sequence[te.Tensor], at: Substitution) -> tvm.ir.Expr:
             def load(own: tvm.ir.TensorLoad) -> tvm.ir.Expr:
                 number = next(number for parameter, number in numbers if parameter.same_as(own.source))
-                return tensors[number](*own.indices)
+                # A row's place in a cache may be read, too: a load among the indices of another one.
+                return tensors[number](*(replace_loads(place, load) for place in own.indices))
 
             return replace_loads(substitute(value, at), load)
 
@@ -184,6 +186,11 @@ class Elements:
     def _operand(self, expr: relax.Expr, indices: tuple[Index, ...]) -> Value | None:
         shape = shape_of(expr)
         return None if shape is None else self.value(expr, tuple(broadcast(indices, shape)))
+
+
+def _sizes(own: Sequence[tvm.ir.Expr], actual: Sequence[tvm.ir.Expr]) -> dict[tvm.ir.Var, tvm.ir.Expr]:
+    """Return the sizes that a function names by variables of its own."""
+    return {name: size for name, size in zip(own, actual, strict=True) if isinstance(name, tvm.ir.Var)}
 
 
 def _combination(call: tvm.ir.Call, *, of_scores: bool) -> Callable[..., tvm.ir.Expr]:

@@ -242,9 +242,6 @@ class Matcher:
         call = self._dataflow.call(expr, "relax.call_tir")
         if call is None or READS_IN_PLACE not in (self._module[call.args[0]].attrs or {}):
             return None
-        # What computes such places is not found by the schedules when it is fused with the attention.
-        if any(dtype_of(argument) == "int64" for argument in call.args[1].fields):
-            raise Refusal("a tensor says where in the cache each row's keys are")
         return call, self._module[call.args[0]]
 
     def _number(self, expr: relax.Expr) -> float | None:

@@ -245,6 +245,12 @@ def test_a_window_that_something_else_reads_beyond_is_no_ring() -> None:
     assert (first.window, second.window) == (5, 0)
 
 
+def test_attention_reads_a_window_of_each_row_in_its_ring() -> None:
+    text = _GROUPED.replace("kv_num_heads = 2", "kv_num_heads = 2, local_window_size = 5")
+    outcome = FuseAttention().run(_rewritten(text).module)
+    assert [site.refusal for site in outcome.sites] == [None]
+
+
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data(), batch=st.integers(1, 2), new=st.integers(1, 12), past=st.integers(0, 30))
 def test_rows_of_different_lengths_are_appended_to_where_they_end(
