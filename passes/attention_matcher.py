@@ -10,7 +10,7 @@ from tvm import relax, tirx
 
 from passes.attention_elements import ELEMENTWISE, FLOAT, NARROW, Elements, Value
 from passes.base import Dataflow, Refusal
-from passes.tensor_types import dtype_of, is_one, shape_of
+from passes.tensor_types import dtype_of, equal_shapes, is_one, shape_of
 from passes.views import Digit, Element, Index, behind_view, broadcast, whole
 from schedules.cache_pages import READS_IN_PLACE
 
@@ -24,6 +24,8 @@ class Attention:
 
     `query`, `keys` and `values` are elements of the operands, which are all among `tensors`; `logit` is what the
     softmax is taken of, and finds the score behind the tensors. All three are fp32; `dtype` is that of the result.
+    `sink` is one more logit of each row, for which there is no value (Xiao et al., Efficient Streaming Language Models
+    with Attention Sinks, 2023); None where the softmax is over the keys alone.
     `symbols` are the symbolic sizes that occur, `parts` the products and the softmax.
     """
 
@@ -40,6 +42,7 @@ class Attention:
     zero_if_empty: bool
     parts: tuple[relax.Expr, ...]
     dtype: str
+    sink: Value | None = None
 
 
 class Matcher:
@@ -50,6 +53,7 @@ class Matcher:
         self._module = module
         self._zero_if_empty = False
         self._parts: list[relax.Expr] = []
+        self._sink: Element | None = None
 
     def match(self, result: relax.Var, product: relax.Var) -> Attention | None:
         """Return the attention that ends in `product`, with axes as in `result`; None where there is no softmax.
@@ -102,6 +106,7 @@ class Matcher:
 
         elements.special = special
         logit = elements.value(logits, place)
+        sink = None if self._sink is None else elements.value(self._sink.tensor, self._sink.indices)
         if len(found) != 1:
             raise Refusal("the scores are read more than once on their way to the softmax, or through a gather")
         *batch, row, last = found[0]
@@ -122,7 +127,7 @@ class Matcher:
         return Attention(
             axes, column, key, depth, query, keys, values[0], logit, tuple(elements.tensors),
             tuple(elements.symbols(own, extents)), self._zero_if_empty, tuple(self._parts),
-            dtype_of(self._parts[0]) or FLOAT,
+            dtype_of(self._parts[0]) or FLOAT, sink,
         )  # fmt: skip
 
     def _call(self, expr: relax.Expr, *operators: str) -> tvm.ir.Call:
@@ -149,7 +154,7 @@ class Matcher:
         while True:
             call = self._dataflow.call(
                 expr, "relax.nn.softmax", "relax.reshape", "relax.astype", "relax.where", "relax.permute_dims",
-                "relax.expand_dims", "relax.squeeze", "relax.broadcast_to",
+                "relax.expand_dims", "relax.squeeze", "relax.broadcast_to", "relax.strided_slice",
             )  # fmt: skip
             if call is None or call.op.name == "relax.nn.softmax":
                 return call
@@ -162,6 +167,9 @@ class Matcher:
         while True:
             if not guarded:  # the test for NaN reads what it guards, too
                 self._require_one_reader(element.tensor, "the probabilities have")
+            with_sink = self._beside_sink(element)
+            if with_sink is not None:
+                return with_sink
             viewed = behind_view(element, self._dataflow)
             if viewed is not None:
                 element = viewed
@@ -171,16 +179,48 @@ class Matcher:
                 raise Refusal("the probabilities are rearranged in a way that cannot be followed")
             source = call.args[0]
             if call.op.name == "relax.nn.softmax":
-                if int(call.attrs.axis) % len(element.indices) != len(element.indices) - 1:
-                    raise Refusal("the softmax is not over the last axis")
-                if dtype_of(call) not in COMPUTED:
-                    raise Refusal(f"the softmax computes in {dtype_of(call)}")
-                self._require_one_reader(source, "what the softmax normalizes has")
+                self._check_softmax(call)
                 return source, element.indices
             guarded = call.op.name == "relax.where"
             if guarded:
                 source = self._without_nan(call)
             element = Element(source, element.indices)
+
+    def _check_softmax(self, call: tvm.ir.Call) -> None:
+        if int(call.attrs.axis) % call.ty.ndim != call.ty.ndim - 1:
+            raise Refusal("the softmax is not over the last axis")
+        if dtype_of(call) not in COMPUTED:
+            raise Refusal(f"the softmax computes in {dtype_of(call)}")
+        self._require_one_reader(call.args[0], "what the softmax normalizes has")
+
+    def _beside_sink(self, element: Element) -> tuple[relax.Expr, tuple[Index, ...]] | None:
+        """Return x of softmax([x sink]) without its last column, and the place in it; note the element of the sink."""
+        kept = self._dataflow.call(element.tensor, "relax.strided_slice")
+        softmax = None if kept is None else self._without_cast(kept.args[0], "relax.nn.softmax")
+        joined = None if softmax is None else self._without_cast(softmax.args[0], "relax.concat")
+        if kept is None or softmax is None or joined is None or not isinstance(joined.args[0], relax.Tuple):
+            return None
+        fields, last = tuple(joined.args[0].fields), joined.ty.ndim - 1
+        shapes = [shape_of(field) for field in fields]
+        if len(fields) != 2 or joined.attrs.axis is None or int(joined.attrs.axis) % joined.ty.ndim != last:
+            return None
+        own = shapes[1]
+        if own is None or not is_one(own[-1]) or not _keeps_all_but_last(kept, shapes[0]):
+            return None
+        self._check_softmax(softmax)
+        self._require_one_reader(kept.args[0], "the probabilities have")
+        self._require_one_reader(softmax.args[0], "what the softmax normalizes has")
+        self._sink = Element(fields[1], (*element.indices[:-1], ()))
+        return fields[0], element.indices
+
+    def _without_cast(self, expr: relax.Expr, operator: str) -> tvm.ir.Call | None:
+        """Return the call of an operator that an expression is, or that it is a cast of between floats."""
+        call = self._dataflow.call(expr, operator, "relax.astype")
+        if call is None or call.op.name == operator:
+            return call
+        source = call.args[0]
+        both = dtype_of(source) in COMPUTED and dtype_of(call) in COMPUTED and self._dataflow.read_once(source)
+        return self._dataflow.call(source, operator) if both else None
 
     def _without_nan(self, call: tvm.ir.Call) -> relax.Expr:
         """Return x of where(isnan(x), 0, x)."""
@@ -250,6 +290,16 @@ class Matcher:
             return None
         number = float(constant.value.numpy().reshape(()))
         return number or None
+
+
+def _keeps_all_but_last(call: tvm.ir.Call, shape: tuple[tvm.ir.Expr, ...] | None) -> bool:
+    """Return whether a slice is the front part of the last axis that has `shape`."""
+    axes, begin = (tuple(part.fields) for part in call.args[1:3])
+    if len(axes) != 1 or not all(isinstance(number, tirx.IntImm) for number in (*axes, *begin)):
+        return False
+    return (
+        int(axes[0]) % call.ty.ndim == call.ty.ndim - 1 and int(begin[0]) == 0 and equal_shapes(shape_of(call), shape)
+    )
 
 
 def _scaled(score: tvm.ir.Expr, scale: float) -> tvm.ir.Expr:

@@ -2,7 +2,8 @@
 
 With P = softmax(f(q k^T)) over the keys, row i of the result is
     sum_j exp(l_ij - max_j l_ij) v_j / sum_j exp(l_ij - max_j l_ij),  l_ij = f(sum_d q_id k_jd)
-where f scales a score, caps it, adds biases and masks it (Vaswani et al., Attention Is All You Need, 2017, section
+(with exp(sink) among the terms of the sum where rows have a sink: a logit without a value), where f scales a score,
+caps it, adds biases and masks it (Vaswani et al., Attention Is All You Need, 2017, section
 3.2.1). The function that takes the place of the operators is written in exactly these steps; its schedule computes them
 for blocks of queries and keys at a time. Queries, keys and values are read where they are, through the reshapes,
 transpositions, slices and repetitions of heads that stand before the products, and the result is written in the order
@@ -185,9 +186,16 @@ def _computed(attention: Attention, tensors: Sequence[te.Tensor], symbols: Subst
     logits = te.compute((*rows, keys), lambda *p: attention.logit([*tensors, score], at(p[:-1], key=p[-1])), "logits")
     key = te.reduce_axis((0, keys), "key")
     largest = te.compute(rows, lambda *p: te.max(logits(*p, key), axis=key), "largest")
+    sink = attention.sink
+    if sink is not None:
+        of_keys = largest
+        largest = te.compute(rows, lambda *p: tirx.max(of_keys(*p), sink(tensors, at(p))), "largest_or_sink")
     exponentials = te.compute((*rows, keys), lambda *p: te.exp(logits(*p) - largest(*p[:-1])), "exponentials")
     term = te.reduce_axis((0, keys), "term")
     total = te.compute(rows, lambda *p: te.sum(exponentials(*p, term), axis=term), "total")
+    if sink is not None:
+        of_terms = total
+        total = te.compute(rows, lambda *p: of_terms(*p) + te.exp(sink(tensors, at(p)) - largest(*p)), "total_and_sink")
 
     def probability(*p: tvm.ir.Expr) -> tvm.ir.Expr:
         quotient = exponentials(*p) / total(*p[:-1])

@@ -1,7 +1,7 @@
 """Softmax written out: exp(x - m) / sum(exp(x - m)) over one axis, for an m of x that is the same all along that axis.
 
 softmax(x) = softmax(x - m) for any such m; exporters subtract the maximum, or nothing: then the sum overflows for x
-beyond 88 in float32. The operator always subtracts the maximum.
+beyond 88 in float32. The operator always subtracts the maximum, so that softmax(x - m) is written softmax(x), too.
 """
 
 from __future__ import annotations
@@ -37,12 +37,17 @@ class RecognizeSoftmax(RepeatedPass[WrittenOutSoftmax]):
     name: ClassVar[str] = "recognize-softmax"
 
     def pattern(self, expr: relax.Expr, dataflow: Dataflow) -> WrittenOutSoftmax | None:
-        """Match a quotient of exponentials by their sum."""
+        """Match a quotient of exponentials by their sum, and the operator of what was shifted before."""
         if not isinstance(expr, tvm.ir.Call) or dtype_of(expr) != "float32":
             return None
         for parts in _SOFTMAX.matches(expr, dataflow):
             axes = kept_axes(dataflow.producer(parts["s"]))
             return WrittenOutSoftmax(expr, _unshifted(parts["x"], axes, dataflow), axes)
+        softmax = dataflow.call(expr, "relax.nn.softmax")
+        if softmax is not None:
+            axes = (int(softmax.attrs.axis) % expr.ty.ndim,)
+            argument = _unshifted(softmax.args[0], axes, dataflow)
+            return None if argument.same_as(softmax.args[0]) else WrittenOutSoftmax(expr, argument, axes)
         return None
 
     def check(self, match: WrittenOutSoftmax, dataflow: Dataflow) -> None:

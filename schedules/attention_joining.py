@@ -2,6 +2,7 @@
 
 With m_b the maximum of block b, and m the largest of them, a query's result is
     sum_b exp(m_b - m) weighted_b / sum_b exp(m_b - m) total_b
+A sink is one more block, of one exponential and no value.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from schedules.stages import sequence, substitute
 
 FLOAT = "float32"
 LOWEST = -3.4028234663852886e38
+LOWEST_NUMBER = tirx.const(LOWEST, FLOAT)
 ZERO = tirx.const(0.0, FLOAT)
 
 
@@ -70,16 +72,18 @@ def joined(row: Row) -> Stmt:
         indices = [substitute(i, {**row.point, analysis.column.variable: e}) for i in analysis.indices]
         return store(analysis.output, value, indices)
 
+    sink = LOWEST_NUMBER if analysis.sink is None else tirx.max(substitute(analysis.sink, row.point), LOWEST_NUMBER)
+    rest = ZERO if analysis.sink is None else exp_of_nonpositive(sink - load(largest, [zero]))
     inverse = tirx.const(1.0, FLOAT) / load(total, [zero])
     if analysis.zero_if_empty:
         inverse = tirx.Select(load(total, [zero]) > ZERO, inverse, ZERO)
     return with_local(
         [largest, total, factor, sums],
         [
-            store(largest, tirx.const(LOWEST, FLOAT), [zero]),
-            store(total, ZERO, [zero]),
+            store(largest, sink, [zero]),
             in_vectors(row.lanes, columns, lambda e: store(sums, ZERO, [e])),
             loop(row.blocks, grow),
+            store(total, rest, [zero]),
             loop(row.blocks, add),
             store(factor, inverse, [zero]),
             in_vectors(row.lanes, columns, finish),

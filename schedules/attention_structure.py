@@ -22,7 +22,7 @@ class AttentionAnalysis:
     `lane` is the longest axis that keys and values do not have, that of the queries; None where there is one query.
     `query`, `keys` and `values` are elements at `outer`, `lane` and the axes that they depend on. `logit` is what the
     softmax is taken of, in terms of the variable `score`, `outer`, `lane` and `key`. `zero_if_empty` says that a query
-    whose sum of exponentials is not positive gives zeros.
+    whose sum of exponentials is not positive gives zeros. `sink` is one more logit of a query, or None.
     """
 
     outer: tuple[Axis, ...]
@@ -38,6 +38,7 @@ class AttentionAnalysis:
     zero_if_empty: bool
     output: Var
     indices: tuple[Expr, ...]
+    sink: Expr | None = None
 
 
 def whole(staged: StagedFunction) -> Kernel | None:
@@ -81,6 +82,7 @@ class _Matcher:
         exponent = self._producer(exponential.source)
         _require(not exponent.is_reduction)
         logit, largest = _difference_in_exponential(_value_at(exponent, exponential.indices))
+        total, largest, sink = self._without_sink(total, largest)
         self._check_reduction(total, tirx.Add, exponential, key)
         self._check_reduction(largest, tirx.Max, logit, key)
         logit = self._expanded(logit)
@@ -92,18 +94,21 @@ class _Matcher:
         depth = _only_reduction(product_stage)
         point = bind(product_stage.indices, scores[0].indices)
         left, right = (substitute(self._expanded(factor), point) for factor in _terms(product_stage))
-        return self._roles(key, depth, (left, right), self._expanded(values), score, logit, zero_if_empty)
+        parts = (left, right), self._expanded(values)
+        sink = None if sink is None else self._expanded(sink)
+        return self._roles(key, depth, parts, score, logit, zero_if_empty, sink)
 
     def _roles(
         self,
         key: Axis,
         depth: Axis,
-        factors: tuple[Expr, Expr],
-        values: Expr,
+        parts: tuple[tuple[Expr, Expr], Expr],
         score: Var,
         logit: Expr,
         zero_if_empty: bool,
+        sink: Expr | None,
     ) -> AttentionAnalysis:
+        factors, values = parts
         queries = [factor for factor in factors if not _depends(factor, key)]
         _require(len(queries) == 1)
         query = queries[0]
@@ -120,7 +125,7 @@ class _Matcher:
         outer = tuple(axis for axis in self.last.spatial if axis is not columns[0] and axis is not lane)
         return AttentionAnalysis(
             outer, lane, key, depth, columns[0], query, keys, values, score, logit, zero_if_empty,
-            self.output, self.last.indices,
+            self.output, self.last.indices, sink,
         )  # fmt: skip
 
     def _producer(self, buffer: Var) -> Stage:
@@ -158,6 +163,22 @@ class _Matcher:
         _require(isinstance(value, tirx.Div))
         _require(isinstance(value.a, TensorLoad) and isinstance(value.b, TensorLoad))
         return value.a, value.b, zero_if_empty
+
+    def _without_sink(self, total: TensorLoad, largest: TensorLoad) -> tuple[TensorLoad, TensorLoad, Expr | None]:
+        """Return the sum and the maximum over the keys alone, and the sink that is added to both."""
+        stage = self._producer(total.source)
+        if stage.is_reduction:
+            return total, largest, None
+        value = _value_at(stage, total.indices)
+        most = _value_at(self._producer(largest.source), largest.indices)
+        _require(isinstance(value, tirx.Add) and isinstance(most, tirx.Max))
+        _require(isinstance(value.a, TensorLoad) and isinstance(most.a, TensorLoad))
+        exponential = value.b
+        _require(isinstance(exponential, ir.Call) and exponential.op.name == "tirx.exp")
+        difference = exponential.args[0]
+        _require(isinstance(difference, tirx.Sub) and bool(tvm_ffi.structural_equal(difference.b, largest)))
+        _require(bool(tvm_ffi.structural_equal(difference.a, most.b)))
+        return value.a, most.a, most.b
 
     def _check_reduction(self, result: TensorLoad, kind: type, term: Expr, key: Axis) -> None:
         """Require that `result` is the reduction of `term` over the keys."""

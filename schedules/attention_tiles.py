@@ -10,7 +10,7 @@ from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, Step
-from schedules.attention_joining import LOWEST
+from schedules.attention_joining import LOWEST, LOWEST_NUMBER
 from schedules.attention_mask import any_seen, hides
 from schedules.attention_operands import Operand
 from schedules.attention_structure import AttentionAnalysis
@@ -140,13 +140,22 @@ def _tasks(
 
 def _body(task: _Task) -> list[Stmt]:
     keys = task.analysis.key.extent
-    single = isinstance(keys, int) and keys <= task.key_block
+    sink = task.analysis.sink
+    single = isinstance(keys, int) and keys <= task.key_block and sink is None
     block = task.queries
 
     def fill(buffer: Var, value: float) -> Stmt:
         return vector(block, lambda v: store(buffer, tirx.const(value, FLOAT), [v]))
 
+    def first(v: Expr) -> Stmt:
+        assert sink is not None
+        value = task.at(sink, {task.lane.variable: task.query(v)})
+        return store(task.largest, tirx.max(value, LOWEST_NUMBER), [v])
+
+    # A sink is what every query has met before the first key.
     start = [fill(task.largest, LOWEST), fill(task.total, 0.0)]
+    if sink is not None:
+        start = [vector(block, first), fill(task.total, 1.0)]
     if single:
         return [_turn_queries(task), *start, *_key_block(task, index(0), keys, True), _write(task)]
     start.append(

@@ -488,6 +488,40 @@ def test_what_is_done_to_a_score_is_computed_with_it() -> None:
     np.testing.assert_allclose(run(outcome.module, *arrays, seen), run(module, *arrays, seen), rtol=1e-4, atol=1e-5)
 
 
+def _sunk(q: relax.Expr, k: relax.Expr, v: relax.Expr, sink: relax.Expr, *, first: bool = False) -> relax.Expr:
+    scores = [_emit(_scores(q, k)), sink]
+    weights = op.nn.softmax(_emit(op.concat(scores[::-1] if first else scores, -1)), -1)
+    begin = int(first)
+    return op.matmul(op.strided_slice(_emit(weights), [1], [begin], [begin + 5], [1]), v)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_logit_of_a_sink_joins_the_softmax(wide: bool) -> None:
+    shapes = [(6, 4), (5, 4), (5, 3), (6, 1)]
+    module = graph(_sunk, *shapes)
+    outcome = FuseAttention().run(module)
+    assert [site.refusal for site in outcome.sites] == [None]
+    assert operators(outcome.module) == ["relax.call_tir"]
+    rng = np.random.default_rng(4)
+    arrays = [rng.standard_normal(shape).astype("float32") * (20 if wide else 1) for shape in shapes]
+    np.testing.assert_allclose(run(outcome.module, *arrays), run(module, *arrays), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda q, k, v, s: _sunk(q, k, v, s, first=True),
+        lambda q, k, v, s: op.matmul(  # the sink's own probability has a value, too
+            op.nn.softmax(_emit(op.concat([_emit(_scores(q, k)), s], -1)), -1),
+            op.concat([v, op.strided_slice(v, [0], [0], [1])], 0),
+        ),
+    ],
+)
+def test_columns_beside_the_scores_that_are_no_sinks_are_refused(body) -> None:
+    (site,) = assert_kept(FuseAttention(), body, (6, 4), (5, 4), (5, 3), (6, 1)).sites
+    assert site.refusal is not None
+
+
 def test_a_product_that_no_softmax_feeds_is_no_site() -> None:
     x = relax.Var("x", relax.TensorType((4, 4), "float32"))
     builder = relax.BlockBuilder()

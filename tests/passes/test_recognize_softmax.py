@@ -28,6 +28,14 @@ def test_formula_becomes_the_operator(axis: int, maximum: bool) -> None:
     )
 
 
+def test_an_operator_of_what_was_shifted_before_is_that_of_the_whole() -> None:
+    def body(x: relax.Expr) -> relax.Expr:
+        return op.nn.softmax(op.subtract(x, op.max(x, [-1], keepdims=True)), -1)
+
+    assert_rewritten(RecognizeSoftmax(), body, lambda x: op.nn.softmax(x, 2), *[("n", 4, 5)])
+    assert assert_kept(RecognizeSoftmax(), lambda x: op.nn.softmax(x, -1), (4, 5)).sites == ()
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [

@@ -18,15 +18,27 @@ Size = int | tirx.Var
 
 
 def _module(
-    heads: int, size: int, queries: int | str, keys: int | str, *, bias: bool = False, groups: int | None = None
+    heads: int,
+    size: int,
+    queries: int | str,
+    keys: int | str,
+    *,
+    bias: bool = False,
+    groups: int | None = None,
+    sinks: bool = False,
 ) -> tvm.IRModule:
-    """Return the attention of q [2, S, H * D] over k and v [2, T, G * D] as the pass fuses it; G is H by default."""
+    """Return the attention of q [2, S, H * D] over k and v [2, T, G * D] as the pass fuses it; G is H by default.
+
+    A bias is [H, S, T], sinks are [H].
+    """
     groups = groups or heads
     symbols = {name: tirx.Var(name, "int64") for name in (queries, keys) if isinstance(name, str)}
     s, t = (symbols[n] if isinstance(n, str) else n for n in (queries, keys))
     shapes: list[tuple[Size, ...]] = [(2, n, h * size) for n, h in ((s, heads), (t, groups), (t, groups))]
     if bias:
         shapes.append((heads, s, t))
+    if sinks:
+        shapes.append((heads,))
     inputs = [relax.Var(f"x{n}", relax.TensorType(shape, "float32")) for n, shape in enumerate(shapes)]
     builder = relax.BlockBuilder()
     with builder.function("main", inputs):
@@ -42,7 +54,12 @@ def _module(
             scores = builder.emit(op.multiply(scores, relax.const(size**-0.5, "float32")))
             if bias:
                 scores = builder.emit(op.add(scores, inputs[3]))
+            if sinks:
+                column = builder.emit(op.broadcast_to(op.reshape(inputs[-1], (1, heads, 1, 1)), (2, heads, s, 1)))
+                scores = builder.emit(op.concat([scores, column], -1))
             weights = builder.emit(op.nn.softmax(scores, axis=-1))
+            if sinks:
+                weights = builder.emit(op.strided_slice(weights, [3], [0], [t], [1]))
             if bias:  # as exporters guard against rows of which everything is masked
                 weights = builder.emit(op.where(op.isnan(weights), relax.const(0.0, "float32"), weights))
             result = builder.emit(op.matmul(weights, v))
@@ -64,15 +81,21 @@ def _arrays(heads: int, size: int, queries: int, keys: int, groups: int | None =
     return [normal(2, n, h * size, seed=number) for number, (n, h) in enumerate(counts)]
 
 
-def _expected(heads: int, arrays: list[np.ndarray], bias: np.ndarray | None = None) -> np.ndarray:
+def _expected(
+    heads: int, arrays: list[np.ndarray], bias: np.ndarray | None = None, sinks: np.ndarray | None = None
+) -> np.ndarray:
     size = arrays[0].shape[-1] // heads
     q, k, v = (x.astype("float64").reshape(2, x.shape[1], -1, size).transpose(0, 2, 1, 3) for x in arrays)
     k, v = (x.repeat(heads // x.shape[1], axis=1) for x in (k, v))
     scores = q @ k.transpose(0, 1, 3, 2) * q.shape[-1] ** -0.5
     if bias is not None:
         scores = scores + bias
+    if sinks is not None:
+        column = np.broadcast_to(sinks[:, None, None], (*scores.shape[:-1], 1))
+        scores = np.concatenate([scores, column], -1)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return (weights / weights.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
+    weights = (weights / weights.sum(-1, keepdims=True))[..., : k.shape[2]]
+    return (weights @ v).transpose(0, 2, 1, 3)
 
 
 def _tolerance(size: int) -> float:
@@ -109,6 +132,19 @@ def test_heads_that_share_keys_and_values(heads: int, groups: int) -> None:
     for queries, keys in [(1, 1), (1, 191), (1, 385), (3, 200), (20, 30)]:
         arrays = _arrays(heads, 18, queries, keys, groups)
         np.testing.assert_allclose(call(*arrays), _expected(heads, arrays), rtol=0, atol=_tolerance(18))
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+@pytest.mark.parametrize("level", [-200.0, 0.0, 200.0])
+def test_a_sink_is_one_more_term_of_the_sum(symbolic: bool, level: float) -> None:
+    for queries, keys in [(1, 3), (1, 400), (5, 210), (35, 40), (33, 300)]:
+        call, reports = scheduled(
+            _module(4, 16, "s" if symbolic else queries, "t" if symbolic else keys, groups=2, sinks=True)
+        )
+        assert {report.family for report in reports} == {"attention"}
+        arrays, sinks = _arrays(4, 16, queries, keys, 2), level + np.array([-3, 0, 1, 2.5], "float32")
+        expected = _expected(4, arrays, sinks=sinks.astype("float64"))
+        np.testing.assert_allclose(call(*arrays, sinks), expected, rtol=0, atol=_tolerance(16))
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(37, 300), (5, 517)])
