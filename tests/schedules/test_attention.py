@@ -134,17 +134,20 @@ def test_heads_that_share_keys_and_values(heads: int, groups: int) -> None:
         np.testing.assert_allclose(call(*arrays), _expected(heads, arrays), rtol=0, atol=_tolerance(18))
 
 
-@pytest.mark.parametrize("symbolic", [False, True])
-@pytest.mark.parametrize("level", [-200.0, 0.0, 200.0])
-def test_a_sink_is_one_more_term_of_the_sum(symbolic: bool, level: float) -> None:
-    for queries, keys in [(1, 3), (1, 400), (5, 210), (35, 40), (33, 300)]:
-        call, reports = scheduled(
-            _module(4, 16, "s" if symbolic else queries, "t" if symbolic else keys, groups=2, sinks=True)
-        )
+_BESIDE_SINKS = [(1, 400), (5, 210), (35, 40), (33, 300)]
+
+
+@pytest.mark.parametrize("sizes", [[("s", "t")], _BESIDE_SINKS], ids=["symbolic", "static"])
+def test_a_sink_is_one_more_term_of_the_sum(sizes: list[tuple[int | str, int | str]]) -> None:
+    for compiled in sizes:
+        call, reports = scheduled(_module(4, 16, *compiled, groups=2, sinks=True))
         assert {report.family for report in reports} == {"attention"}
-        arrays, sinks = _arrays(4, 16, queries, keys, 2), level + np.array([-3, 0, 1, 2.5], "float32")
-        expected = _expected(4, arrays, sinks=sinks.astype("float64"))
-        np.testing.assert_allclose(call(*arrays, sinks), expected, rtol=0, atol=_tolerance(16))
+        for queries, keys in _BESIDE_SINKS if "s" in compiled else [compiled]:
+            arrays = _arrays(4, 16, int(queries), int(keys), 2)
+            for level in (-200, 0, 200):
+                sinks = level + np.array([-3, 0, 1, 2.5], "float32")
+                expected = _expected(4, arrays, sinks=sinks.astype("float64"))
+                np.testing.assert_allclose(call(*arrays, sinks), expected, rtol=0, atol=_tolerance(16))
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(37, 300), (5, 517)])

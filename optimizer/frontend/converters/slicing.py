@@ -178,6 +178,11 @@ def sliced(node: Node, data: Value, ranges: dict[int, _Range]) -> TensorValue:
         limits = [min(end, data.shape[axis]) for axis, end in zip(axes, ends, strict=True)]
         begins, steps = [cut.begin for cut in cuts], [cut.step for cut in cuts]
         return node.emit(relax.op.strided_slice(data.expr, axes, begins, limits, steps), data.narrow_type)
+    if all(isinstance(cut.begin, int) and cut.step == 1 for cut in ranges.values()):
+        begins = [cut.begin for cut in ranges.values()]
+        ends = [as_expression(simplified(cut.begin + cut.length)) for cut in ranges.values()]
+        part = relax.op.strided_slice(data.expr, list(ranges), begins, ends, [1] * len(ends), assume_inbound=True)
+        return node.emit(part, data.narrow_type)
     steps = {axis: cut.step for axis, cut in ranges.items()}
 
     def cut(tensor: te.Tensor, *begins: tirx.Var) -> te.Tensor:
