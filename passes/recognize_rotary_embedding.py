@@ -46,7 +46,7 @@ class WrittenOutRotation:
 
 @dataclass(frozen=True)
 class RecognizeRotaryEmbedding(PatternPass[WrittenOutRotation]):
-    """Put the operator in the place of a rotary embedding in halves, or interleaved, of any exporter."""
+    """Put the operator in the place of rotary embeddings written out, of channels in halves or interleaved."""
 
     name: ClassVar[str] = "recognize-rotary-embedding"
 
