@@ -24,13 +24,24 @@ from schedules.inline import inline
 from schedules.kernels import cut, reuses_operands
 from schedules.loops import Extent, flatten, index, load, local, tiles, with_local
 from schedules.matmul import Matmul, MatmulAnalysis, tile_of
-from schedules.quantized_matmul import ROW_BLOCK, QuantizedEmitter, QuantizedMatmul, QuantizedMatmulAnalysis
+from schedules.quantized_matmul import (
+    ROW_BLOCK,
+    QuantizedEmitter,
+    QuantizedMatmul,
+    QuantizedMatmulAnalysis,
+    ceiling_int,
+    row_alone,
+    where_alone,
+)
 from schedules.stages import OpaqueStage, Stage, StagedFunction, contains, replace_loads, substitute
 from targets.base import Target
 
 # Tasks for each core. With more and shorter ones the two matrices are read by turns of a few pages, which takes up to
 # 12 % longer where they come from memory (8 rows, 2048 x 8192, fp32, Zen 4); with fewer, cores wait for the last one.
 TASKS_OF_A_CORE = 4
+# The same for a row alone, which takes little beside its weights: whenever a task turns from one matrix to the other,
+# memory has to be asked anew (decoders of 4 bits of 2048 x 8192 took 15 % longer with 4 tasks for each of 8 cores).
+TASKS_OF_A_ROW = 2
 # The part of the second-level cache that may hold what is handed on, beside both matrices' columns.
 SCRATCH_PART = 4
 
@@ -194,11 +205,24 @@ def _of_integers(analysis: GatedProductAnalysis, parameters: Parameters, target:
     first, second = analysis.first, analysis.second
     assert isinstance(first, QuantizedMatmulAnalysis)
     assert isinstance(second, QuantizedMatmulAnalysis)
+    many = _in_strips(first, second, parameters, target)
+    first_alone, second_alone = row_alone(first), row_alone(second)
+    if first_alone is None or second_alone is None:
+        return many
+    count = ceiling_int(second.columns.extent, QuantizedEmitter.of(second, parameters, target).width)
+    strips = ceiling_int(count, TASKS_OF_A_ROW * target.cores)
+    return where_alone(second, _in_strips(first_alone, second_alone, {**parameters, "strips": strips}, target), many)
+
+
+def _in_strips(
+    first: QuantizedMatmulAnalysis, second: QuantizedMatmulAnalysis, parameters: Parameters, target: Target
+) -> Stmt:
     emitter = QuantizedEmitter.of(second, parameters, target)
     depth, run = _most_rows(second), emitter.width * parameters["strips"]
 
     def both(_: Mapping[Var, Expr], base: Expr, columns: int, number: Expr) -> Stmt:
-        scratch, epilogues = _through_scratch(analysis, (depth, run), (number * ROW_BLOCK, base))
+        pair = GatedProductAnalysis(first, second)
+        scratch, epilogues = _through_scratch(pair, (depth, run), (number * ROW_BLOCK, base))
 
         def part(product: QuantizedMatmulAnalysis, own: Epilogue) -> Stmt:
             each = QuantizedEmitter.of(replace(product, epilogue=own), parameters, target)

@@ -3,22 +3,21 @@
 A task takes a strip of columns, whose packed weights stay in the first-level cache, through all rows; a register tile
 takes a few rows at once, so that the codes are unpacked once for them. One row (a decoder's step) is the tile of one
 row: there the kernel streams the weights once, at the speed of memory. With a symbolic number of rows the tile is
-chosen as the kernel runs.
+chosen as the kernel runs, and a row alone has code of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import tvm_ffi
-from tvm import sym, tirx
+from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import AxisGroup, as_int, group_axes, occurs
+from schedules.access import AxisGroup, group_axes
 from schedules.epilogue import Epilogue
-from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
+from schedules.family import Choice, Kernel, Parameters, Space, is_large
 from schedules.intrin.integer_dot import IntegerDot, integer_dot
 from schedules.intrin.llvm_call import splat
 from schedules.loops import (
@@ -40,28 +39,17 @@ from schedules.loops import (
 )
 from schedules.matmul import follows_as_stage, split_epilogue
 from schedules.quantized_operators import QuantizedProduct
+from schedules.quantized_structure import Operands, described_by, is_product, operands_of
 from schedules.stages import Axis, Stage, sequence, substitute
 from schedules.tiling import Block
-from schedules.weight_layout import WeightLayout
 from targets.base import Target
 
 _NIBBLES = 0x0F0F0F0F
 # Rows that one task takes, so that few columns still make work for all cores.
 ROW_BLOCK = 128
-# How far ahead of its use a single row asks for weights: 4 KiB take as long to read as a few accesses to memory.
-PREFETCH_BYTES = 4096
-
-
-@dataclass(frozen=True, eq=False)
-class Operands:
-    """The reads of a quantized product: three of activations, and of packed weights with their parameters."""
-
-    codes: TensorLoad
-    scales: TensorLoad
-    sums: TensorLoad
-    packed: TensorLoad
-    weight_scales: TensorLoad
-    zero_points: TensorLoad | None
+# How far ahead of its use a single row asks for weights: 8 KiB take as long to read as a few accesses to memory, also
+# where other programs use it, too (with 4 KiB gates of 2048 x 8192 took up to 6 % longer, Zen 4).
+PREFETCH_BYTES = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,14 +77,14 @@ class QuantizedMatmul:
         stage, follows = split_epilogue(kernel)
         if stage is None or follows is None or len(stage.reduction) != 1 or not stage.spatial:
             return None
-        operands = _operands(stage)
+        operands = operands_of(stage)
         if operands is None:
             return None
-        described = _product_of(operands, target)
+        described = described_by(operands, target)
         if described is None or integer_dot(target, described.layout.bits) is None:
             return None
         columns = stage.spatial[-1]
-        if not isinstance(columns.extent, int) or not _is_product(stage, described, operands, columns):
+        if not isinstance(columns.extent, int) or not is_product(stage, described, operands, columns):
             return None
         groups = group_axes(stage.spatial[:-1], [stage, follows_as_stage(follows)])
         rows = groups[-1] if groups else None
@@ -111,7 +99,23 @@ class QuantizedMatmul:
 
     def apply(self, analysis: QuantizedMatmulAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the loop nest."""
-        return QuantizedEmitter.of(analysis, parameters, target).statement()
+        many, alone = QuantizedEmitter.of(analysis, parameters, target).statement(), row_alone(analysis)
+        if alone is None:
+            return many
+        return where_alone(analysis, QuantizedEmitter.of(alone, parameters, target).statement(), many)
+
+
+def row_alone(analysis: QuantizedMatmulAnalysis) -> QuantizedMatmulAnalysis | None:
+    """Return a product of any number of rows as the one of a single row; None for what has no axes of rows alone."""
+    if analysis.rows is None or analysis.rows.static or analysis.outer:
+        return None
+    return replace(analysis, rows=AxisGroup(tuple(replace(axis, extent=1) for axis in analysis.rows.axes)))
+
+
+def where_alone(analysis: QuantizedMatmulAnalysis, one: Stmt, many: Stmt) -> Stmt:
+    """Return code that chooses as it runs whether there is `one` row, which needs no division by how many there are."""
+    assert analysis.rows is not None
+    return tirx.IfThenElse(index(analysis.rows.extent) == index(1), one, many)
 
 
 def _register_tile(target: Target, analysis: QuantizedMatmulAnalysis) -> tuple[int, int]:
@@ -122,69 +126,6 @@ def _register_tile(target: Target, analysis: QuantizedMatmulAnalysis) -> tuple[i
         return 6, 2
     # One vector of codes is unpacked for eight rows, whose sums of integers and floats take half of 32 registers.
     return 8, 1
-
-
-def _operands(stage: Stage) -> Operands | None:
-    """Return the reads of a stage by their types: int8 codes, float scales and int32 sums of rows, packed weights."""
-    column = stage.spatial[-1].variable
-    reads: list[TensorLoad] = []
-    for each in stage.loads():
-        if not any(tvm_ffi.structural_equal(each, other) for other in reads):
-            reads.append(each)
-    packed = [each for each in reads if str(each.source.dtype) == "uint8" and _is_of_weights(each, column)]
-    codes = [each for each in reads if str(each.source.dtype) == "int8"]
-    sums = [each for each in reads if str(each.source.dtype) == "int32"]
-    floats = [each for each in reads if str(each.source.dtype).startswith(("float", "bfloat"))]
-    of_weights = [each for each in floats if _is_of_weights(each, column)]
-    scales = [each for each in floats if not _is_of_weights(each, column)]
-    if len(codes) != 1 or len(sums) != 1 or len(scales) != 1 or not packed:
-        return None
-    # Reads stand in the order of the term: codes, zero points, scales.
-    weights = [each for each in reads if each in packed or each in of_weights]
-    if len(weights) not in (2, 3):
-        return None
-    return Operands(codes[0], scales[0], sums[0], weights[0], weights[-1], weights[1] if len(weights) == 3 else None)
-
-
-def _is_of_weights(read: TensorLoad, column: Var) -> bool:
-    """Return whether a read is of weights, [block, step or group, lane], which other outputs read elsewhere."""
-    return len(read.source.shape) == 3 and any(occurs(position, column) for position in read.indices)
-
-
-def _product_of(operands: Operands, target: Target) -> QuantizedProduct | None:
-    """Return the product that the shapes of the operands belong to."""
-    extents = [*operands.packed.source.shape, *operands.weight_scales.source.shape, *operands.codes.source.shape[-2:]]
-    known = [extent for extent in map(as_int, extents) if extent is not None]
-    if len(known) != len(extents) or 0 in known:
-        return None
-    blocks, steps, width, scale_blocks, weight_groups, columns, groups, activation_group = known
-    inputs = groups * activation_group
-    if blocks != scale_blocks or columns != target.layouts.quantized_columns or inputs % weight_groups:
-        return None
-    reduction, bits, group = width // columns, 8 * steps * width // (columns * inputs), inputs // weight_groups
-    if bits not in (4, 8) or reduction != target.layouts.reduction_group or group % activation_group:
-        return None
-    layout = WeightLayout(bits, columns, reduction)
-    return QuantizedProduct(layout, group, activation_group, operands.zero_points is not None)
-
-
-def _is_product(stage: Stage, described: QuantizedProduct, operands: Operands, columns: Axis) -> bool:
-    """Return whether the stage's value is its output plus the term of a quantized product."""
-    codes, scales, sums = operands.codes, operands.scales, operands.sums
-    activations = [
-        lambda *at: tirx.BufferLoad(codes.source, [*codes.indices[:-2], *at]),
-        lambda *at: tirx.BufferLoad(scales.source, [*scales.indices[:-1], *at]),
-        lambda *at: tirx.BufferLoad(sums.source, [*sums.indices[:-1], *at]),
-    ]
-    parameters = [operands.packed, operands.weight_scales]
-    if operands.zero_points is not None:
-        parameters.append(operands.zero_points)
-    weights = [lambda *at, read=read: tirx.BufferLoad(read.source, list(at)) for read in parameters]
-    k = stage.reduction[0].variable
-    term = described.term(activations, weights, columns.variable, k)
-    expected = tirx.BufferLoad(stage.output, list(stage.indices)) + term
-    analyzer = sym.Analyzer()
-    return bool(tvm_ffi.structural_equal(analyzer.simplify(expected), analyzer.simplify(stage.value)))
 
 
 class QuantizedEmitter:
@@ -230,7 +171,8 @@ class QuantizedEmitter:
                 strip, int(analysis.columns.extent), width, lambda base, count: compute(point, base, count, block)
             )
 
-        return parallel(product([*outer, strips, blocks]), task, is_large(work_of(analysis.stage)))
+        work = product([*outer, rows, analysis.columns.extent, analysis.stage.reduction[0].extent])
+        return parallel(product([*outer, strips, blocks]), task, is_large(work))
 
     def strip(self, point: Mapping[Var, Expr], base: Expr, count: int, block: Expr) -> Stmt:
         """Return the code for `count` columns from `base` on and the rows of a block."""
