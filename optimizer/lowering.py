@@ -18,7 +18,7 @@ from optimizer.kernel_merging import merge_kernels
 from optimizer.kernel_nodes import carry_into_groups, fused_groups, name_kernels, with_calls
 from optimizer.legalization import LEGALIZATIONS
 from optimizer.shape_heap import lower_shapes
-from optimizer.shared_bindings import share_sizes, share_views
+from optimizer.shared_bindings import leave_out_tuples, share_sizes, share_views
 from optimizer.symbolic_arguments import keep_symbolic_functions_apart
 from optimizer.weight_checks import trust_weights
 from passes.base import Site
@@ -65,6 +65,7 @@ _FINISH = (
     relax.transform.StaticPlanBlockMemory,
     relax.transform.LowerAllocTensor,
     relax.transform.CanonicalizeBindings,  # names of one tensor, tuples taken apart
+    lambda: leave_out_tuples,
     lambda: share_views,
     relax.transform.KillAfterLastUse,
     relax.transform.LowerRuntimeBuiltin,

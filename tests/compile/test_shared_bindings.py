@@ -46,6 +46,11 @@ def _result(executable: relax.VMExecutable, value: np.ndarray) -> np.ndarray:
     return relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(value)).numpy()
 
 
+def _halves_joined(builder: relax.BlockBuilder, value: relax.Expr) -> relax.Expr:
+    halves = builder.emit(relax.op.split(value, [1], axis=1))
+    return relax.op.concat([builder.emit(relax.TupleGetItem(halves, part)) for part in range(2)], axis=1)
+
+
 _VALUE = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 
@@ -57,6 +62,12 @@ def test_more_layers_make_no_more_tensors_and_shapes(
     for name in ("alloc_tensor", "make_shape", "reshape"):
         assert _calls(few)[f"vm.builtin.{name}"] == _calls(many)[f"vm.builtin.{name}"]
     np.testing.assert_array_equal(_result(many, _VALUE), _VALUE)
+
+
+def test_no_tuple_is_made_that_nobody_reads() -> None:
+    executable = _chain(_halves_joined, 3)
+    assert "vm.builtin.make_tuple" not in _calls(executable)
+    np.testing.assert_array_equal(_result(executable, _VALUE), _VALUE)
 
 
 def test_a_branch_does_not_read_what_another_one_made() -> None:
