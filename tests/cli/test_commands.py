@@ -106,6 +106,7 @@ def test_inspect_explains_the_passes_of_a_model(optimizer: Callable, perceptron:
         ("fuse-operators", ["hidden", "active"]),
         ("merge-kernels", ["hidden", "active", "y"]),
     ]
+    assert sites[0]["outcome"] == "rewritten as matmul_relu"
     assert "fold-batch-norm" in optimizer("inspect", perceptron, "--passes").out
 
 
@@ -184,6 +185,15 @@ def test_bench_measures(optimizer: Callable, package: Path) -> None:
     report = json.loads(optimizer("bench", package, "--seconds", "0.05", "--json").out)
     assert report["median_seconds"] > 0
     assert report["runs"] >= 3
+    assert "kernels" not in report
+
+
+def test_bench_tells_the_time_of_each_kernel_with_its_nodes(optimizer: Callable, package: Path) -> None:
+    arguments = ("bench", package, "--seconds", "0.05", "--kernels")
+    kernels = json.loads(optimizer(*arguments, "--json").out)["kernels"]
+    assert {tuple(kernel["nodes"]): kernel["calls"] for kernel in kernels} == {("hidden", "active"): 1, ("y",): 1}
+    assert all(kernel["seconds"] > 0 for kernel in kernels)
+    assert "hidden, active" in optimizer(*arguments).out
 
 
 def test_targets_names_the_host(optimizer: Callable) -> None:
