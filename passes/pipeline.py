@@ -120,9 +120,8 @@ def parse(text: str) -> tuple[Pass, ...]:
     while position < len(text.rstrip()):
         item = _ITEM.match(text, position)
         if item is None:
-            raise PassOptionError(
-                f"cannot read the passes '{text}' at '{text[position:]}'; write name,name{{option=value}}"
-            )
+            unread = text[position:].partition(",")[0].strip()
+            raise PassOptionError(f"cannot read '{unread}' among the passes; write name,name{{option=value}}")
         assignments = (part.partition("=") for part in (item.group(2) or "").split(",") if part.strip())
         passes.append(_instance(item.group(1), {option.strip(): value.rstrip() for option, _, value in assignments}))
         position = item.end()

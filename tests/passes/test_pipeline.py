@@ -49,7 +49,7 @@ def test_options_reach_the_pass() -> None:
         ),
         (
             "fold-constants,fuse;",
-            "cannot read the passes 'fold-constants,fuse;' at 'fuse;'; write name,name{option=value}",
+            "cannot read 'fuse;' among the passes; write name,name{option=value}",
         ),
         ("block-channels{block=big}", "option 'block' of pass 'block-channels' is to be of type int, not 'big'"),
         (
