@@ -115,11 +115,12 @@ class _Finder:
             first, second = (_callee(self._bindings.values[variable]) for variable in (producer, reader))
             nodes = union((self._bindings.nodes(producer), self._bindings.nodes(reader)))
             try:
-                found.append(self._merger(producer, reader))
+                merger = self._merger(producer, reader)
             except Refusal as refusal:
                 self.sites.append(Site(reader.name, f"{first} -> {second}: {refusal}", nodes))
             else:
-                self.sites.append(Site(reader.name, None, nodes))
+                found.append(merger)
+                self.sites.append(Site(reader.name, None, nodes, f"as {merger.function.name_hint}"))
                 taken |= {reader, producer}
         return found
 

@@ -41,12 +41,16 @@ def carry_into_groups(before: tvm.IRModule, after: tvm.IRModule) -> tvm.IRModule
 
 def fused_groups(grouped: tvm.IRModule) -> tuple[Site, ...]:
     """Return a site for each call in the functions of a module after FuseOps whose group has several operators."""
-    return tuple(
-        Site(var.name, None, nodes_of(value))
+    calls = (
+        (var, value, _operators(value.op.name_hint, grouped[value.op]))
         for function in _functions(grouped).values()
         for var, value in Bindings(function).values.items()
         if isinstance(value, tvm.ir.Call) and isinstance(value.op, tvm.ir.GlobalVar)
-        if len(_operators(value.op.name_hint, grouped[value.op])) > 1
+    )
+    return tuple(
+        Site(var.name, None, nodes_of(value), f"as {kernel_name(operators)}")
+        for var, value, operators in calls
+        if len(operators) > 1
     )
 
 

@@ -129,7 +129,8 @@ def test_what_is_fused_before_merging_is_told() -> None:
     text = '<ir_version: 8, opset_import: ["" : 18]> p (float[4,8] x, float[8,8] w) => (float[4,8] y)'
     model = _model(f"{text} {{ [product] a = MatMul (x, w)  [active] y = Relu (a) }}")
     fused = fuse(pipeline.run(import_model(model).module, [])[0], find_target("x86-avx2")).fusion
-    assert [(site.refusal, site.nodes) for site in fused["fuse-operators"]] == [(None, ("product", "active"))]
+    (site,) = fused["fuse-operators"]
+    assert (site.refusal, site.nodes, site.choice) == (None, ("product", "active"), "as matmul_relu")
     assert fused["merge-kernels"] == ()
 
 
