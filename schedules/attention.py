@@ -3,23 +3,30 @@
 A task holds a block of queries of one head in the lanes of its vectors and walks over blocks of keys with a running
 maximum and sum (Dao et al., FlashAttention, 2022, algorithm 1). With queries in lanes the softmax's maximum and sum
 need no steps across lanes, and keys and values are read in place, one element at a time for a whole vector of queries:
-nothing but the block of queries is ever copied to another layout. Few queries, as in decoding, are taken one by one,
+nothing but the block of queries is ever copied to another layout. (Where products are of pairs of bfloat16, keys and
+values are packed before.) Few queries, as in decoding, are taken one by one,
 with all heads that share keys and values together.
 """
 
 from __future__ import annotations
 
 from tvm import tirx
-from tvm.ir import Expr
 from tvm.tirx.stmt import Stmt
 
 from schedules import attention_rows, attention_tiles
+from schedules.attention_mask import end_of_seen
 from schedules.attention_structure import AttentionAnalysis, analyse
 from schedules.family import Choice, Kernel, Parameters, Space
+from schedules.intrin.bf16_pairs import PAIR, bf16_pairs
 from targets.base import Target
 
+# So many keys are one block, whose sums need no factors. More are taken in blocks whose exponentials stay, with keys
+# and values, in the first two caches.
 LARGEST_KEY_BLOCK = 256
+KEY_BLOCK = 128
 SYMBOLIC_KEY_BLOCK = 192
+# Each of a causal mask's blocks of queries sees another number of keys, most of them no multiple of a block.
+CAUSAL_KEY_BLOCK = 96
 # With fewer queries most lanes would be idle; each alone costs as much as about an eighth of a block.
 LEAST_QUERIES = 8
 
@@ -38,13 +45,16 @@ class Attention:
         """Return the register tile, the keys whose exponentials are kept at a time, and the queries that fill lanes."""
         rows, vectors = _register_tile(target)
         lanes = target.vector_lanes(32)
-        if analysis.lane is not None and isinstance(analysis.lane.extent, int):
-            vectors = max(1, min(vectors, analysis.lane.extent // lanes))
+        queries = 1 if analysis.lane is None else analysis.lane.extent
+        least = min(LEAST_QUERIES, lanes)
+        if isinstance(queries, int):
+            vectors = max(1, min(vectors, queries // lanes))
+        few = isinstance(queries, int) and queries < least
         return (
-            Choice("rows", rows, (4, 6, 8, 12)),
+            Choice("rows", rows, (4, 6, 8, 12, 13)),
             Choice("vectors", vectors, (1, 2, 4)),
-            Choice("key_block", _key_block(analysis.key.extent), (64, 128, 192, 256)),
-            Choice("least_queries", min(LEAST_QUERIES, lanes), (2, 4, 8, 16)),
+            Choice("key_block", _key_block(analysis, few), (64, 96, 128, 192, 256)),
+            Choice("least_queries", least, (2, 4, 8, 16)),
         )
 
     def apply(self, analysis: AttentionAnalysis, parameters: Parameters, target: Target) -> Stmt:
@@ -53,7 +63,10 @@ class Attention:
         lane = analysis.lane
         if lane is None or (isinstance(lane.extent, int) and lane.extent < least):
             return attention_rows.emit(analysis, lanes, block)
-        many = attention_tiles.emit(analysis, lane, lanes, (parameters["rows"], parameters["vectors"]), block)
+        dot = bf16_pairs(target) if analysis.rounded else None
+        block += block % PAIR
+        blocks = attention_tiles.Blocks(lanes, parameters["rows"], parameters["vectors"], block)
+        many = attention_tiles.emit(analysis, lane, blocks, dot)
         if isinstance(lane.extent, int):
             return many
         return tirx.IfThenElse(lane.extent >= least, many, attention_rows.emit(analysis, lanes, block))
@@ -62,11 +75,18 @@ class Attention:
 def _register_tile(target: Target) -> tuple[int, int]:
     if target.architecture == "x86_64" and target.vector_bits < 512:
         return 6, 2  # 12 of 16 registers
-    return 12, 2  # 24 of 32 registers
+    if target.architecture == "x86_64":
+        return 13, 2  # 26 of 32 registers, and what they are computed of
+    return 12, 2
 
 
-def _key_block(extent: int | Expr) -> int:
+def _key_block(analysis: AttentionAnalysis, few: bool) -> int:
+    extent = analysis.key.extent
     if not isinstance(extent, int):
         return SYMBOLIC_KEY_BLOCK
-    blocks = -(-extent // LARGEST_KEY_BLOCK)
-    return -(-extent // blocks)
+    most = LARGEST_KEY_BLOCK
+    if not few and end_of_seen(analysis) is not None:
+        most = CAUSAL_KEY_BLOCK
+    elif not few and extent > LARGEST_KEY_BLOCK:
+        most = KEY_BLOCK
+    return -(-extent // -(-extent // most))

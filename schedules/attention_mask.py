@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from functools import reduce
 
-from tvm import ir, tirx
+import tvm_ffi
+from tvm import ir, sym, tirx
 from tvm.ir import Expr, Var
 
 from schedules.access import occurs
@@ -30,6 +31,82 @@ def hides(analysis: AttentionAnalysis) -> Expr | None:
     if condition is None or not occurs(condition, analysis.key.variable):
         return None
     return condition
+
+
+def end_of_seen(analysis: AttentionAnalysis) -> Expr | None:
+    """Return the key from which on the mask hides all keys from a query, as where it is causal; None if none is known.
+
+    The later the query (on `lane`), the later that key.
+    """
+    condition = hides(analysis)
+    return None if condition is None else _end(condition, analysis)
+
+
+def hides_only_ends(analysis: AttentionAnalysis) -> bool:
+    """Return whether the mask hides no other keys than those from `end_of_seen` on."""
+    condition = hides(analysis)
+    if condition is not None and isinstance(condition, tirx.Not):
+        condition = condition.a
+    return isinstance(condition, _COMPARISONS) and end_of_seen(analysis) is not None
+
+
+def seen_logit(analysis: AttentionAnalysis) -> Expr | None:
+    """Return the logit of a key that a mask which hides only ends does not hide; None for any other mask."""
+    condition = hides(analysis)
+    if condition is None or not hides_only_ends(analysis):
+        return None
+    negated = isinstance(condition, tirx.Not)
+    comparison = condition.a if negated else condition
+
+    def chosen(choice: Expr, mutator: tvm_ffi.StructuralMutator) -> Expr:
+        parts = choice_of(choice)
+        if parts is None or not tvm_ffi.structural_equal(parts[0], comparison):
+            return mutator.default_mutate(choice)
+        return parts[1] if negated else parts[2]
+
+    def added(total: tirx.Add, mutator: tvm_ffi.StructuralMutator) -> Expr:
+        value = mutator.default_mutate(total)
+        is_zero = isinstance(value, tirx.Add) and isinstance(value.b, tirx.FloatImm) and value.b.value == 0
+        return value.a if is_zero else value
+
+    return tvm_ffi.structural_mutate(analysis.logit, [(tirx.Select, chosen), (ir.Call, chosen), (tirx.Add, added)])
+
+
+_COMPARISONS = (tirx.LT, tirx.LE, tirx.GT, tirx.GE)
+
+
+def _end(hidden: Expr, analysis: AttentionAnalysis) -> Expr | None:
+    """Return the key from which on a condition holds."""
+    if isinstance(hidden, tirx.Or):
+        ends = [end for end in (_end(hidden.a, analysis), _end(hidden.b, analysis)) if end is not None]
+        return reduce(tirx.min, ends) if ends else None
+    if not isinstance(hidden, tirx.Not):
+        return _beyond(hidden, analysis, seen=False)
+    seen = hidden.a
+    if isinstance(seen, tirx.And):
+        return _end(tirx.Or(tirx.Not(seen.a), tirx.Not(seen.b)), analysis)
+    return _beyond(seen, analysis, seen=True)
+
+
+def _beyond(comparison: Expr, analysis: AttentionAnalysis, *, seen: bool) -> Expr | None:
+    """Return the key from which on a comparison of keys holds, or with `seen` does not hold any more."""
+    if not isinstance(comparison, _COMPARISONS):
+        return None
+    descending = isinstance(comparison, tirx.GT | tirx.GE)
+    key, other = (comparison.b, comparison.a) if descending == seen else (comparison.a, comparison.b)
+    if not key.same_as(analysis.key.variable) or not _grows(other, analysis):
+        return None
+    # Seen while key < other: the end is `other`. Seen while key <= other: the one behind.
+    is_strict = isinstance(comparison, tirx.LT | tirx.GT)
+    return other if is_strict == seen else other + 1
+
+
+def _grows(bound: Expr, analysis: AttentionAnalysis) -> bool:
+    """Return whether a bound of keys does not depend on the key and never falls from one query to the next."""
+    if analysis.lane is None or occurs(bound, analysis.key.variable):
+        return False
+    slope = sym.detect_linear_equation(bound, [analysis.lane.variable])
+    return len(slope) > 0 and isinstance(slope[0], tirx.IntImm) and int(slope[0]) >= 0
 
 
 def _hidden(logit: Expr, score: Var) -> Expr | None:
@@ -83,5 +160,9 @@ def _or(left: Expr | None, right: Expr | None) -> Expr | None:
 def any_seen(seen: Var, lanes: int, largest: Var, queries: int) -> Expr:
     """Return the condition that one of the lanes of `seen` is not 0, or a query has met no key that it sees."""
     most = reduce(tirx.max, [load(seen, [index(lane)]) for lane in range(lanes)])
-    least = reduce(tirx.min, [load(largest, [index(query)]) for query in range(queries)])
-    return tirx.Or(most > tirx.const(0.0, FLOAT), least <= tirx.const(SEEN, FLOAT))
+    return tirx.Or(most > tirx.const(0.0, FLOAT), tirx.Not(all_seen(largest, queries)))
+
+
+def all_seen(largest: Var, queries: int) -> Expr:
+    """Return the condition that every query has met a key that it sees."""
+    return reduce(tirx.min, [load(largest, [index(query)]) for query in range(queries)]) > tirx.const(SEEN, FLOAT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tvm_ffi
 from tvm import ir, tirx
@@ -14,6 +14,8 @@ from schedules.family import Kernel
 from schedules.reducer import reducer_of
 from schedules.stages import Axis, Stage, StagedFunction, bind, loads_of, replace_loads, substitute
 
+FLOAT = "float32"
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionAnalysis:
@@ -22,7 +24,8 @@ class AttentionAnalysis:
     `lane` is the longest axis that keys and values do not have, that of the queries; None where there is one query.
     `query`, `keys` and `values` are elements at `outer`, `lane` and the axes that they depend on. `logit` is what the
     softmax is taken of, in terms of the variable `score`, `outer`, `lane` and `key`. `zero_if_empty` says that a query
-    whose sum of exponentials is not positive gives zeros. `sink` is one more logit of a query, or None.
+    whose sum of exponentials is not positive gives zeros. `sink` is one more logit of a query, or None. `rounded` says
+    that the operands of both products are rounded to bfloat16; the elements here are not.
     """
 
     outer: tuple[Axis, ...]
@@ -39,6 +42,7 @@ class AttentionAnalysis:
     output: Var
     indices: tuple[Expr, ...]
     sink: Expr | None = None
+    rounded: bool = False
 
 
 def whole(staged: StagedFunction) -> Kernel | None:
@@ -78,6 +82,7 @@ class _Matcher:
     def _match(self) -> AttentionAnalysis:
         key = _only_reduction(self.last)
         weight, values = self._factors(self.last)
+        (weight, values), rounded = _unrounded((weight, values))
         exponential, total, zero_if_empty = self._normalized(weight)
         exponent = self._producer(exponential.source)
         _require(not exponent.is_reduction)
@@ -93,10 +98,12 @@ class _Matcher:
         logit = replace_loads(logit, lambda load: score if self._is_made(load) else None)
         depth = _only_reduction(product_stage)
         point = bind(product_stage.indices, scores[0].indices)
-        left, right = (substitute(self._expanded(factor), point) for factor in _terms(product_stage))
+        factors, also_rounded = _unrounded(_terms(product_stage))
+        _require(rounded == also_rounded)
+        left, right = (substitute(self._expanded(factor), point) for factor in factors)
         parts = (left, right), self._expanded(values)
         sink = None if sink is None else self._expanded(sink)
-        return self._roles(key, depth, parts, score, logit, zero_if_empty, sink)
+        return replace(self._roles(key, depth, parts, score, logit, zero_if_empty, sink), rounded=rounded)
 
     def _roles(
         self,
@@ -228,6 +235,26 @@ def _terms(stage: Stage) -> tuple[Expr, Expr]:
     assert reducer is not None
     _require(isinstance(reducer.term, tirx.Mul))
     return reducer.term.a, reducer.term.b
+
+
+def _unrounded(factors: tuple[Expr, Expr]) -> tuple[tuple[Expr, Expr], bool]:
+    """Return factors before they are rounded to bfloat16, and whether both are."""
+    found = [without_rounding(factor) for factor in factors]
+    if None in found:
+        return factors, False
+    left, right = found
+    assert left is not None
+    assert right is not None
+    return (left, right), True
+
+
+def without_rounding(factor: Expr) -> Expr | None:
+    """Return x of an fp32 number x that is rounded to bfloat16 and widened again; None for anything else."""
+    for dtype in (FLOAT, "bfloat16"):
+        if not isinstance(factor, tirx.Cast) or str(factor.ty.dtype) != dtype:
+            return None
+        factor = factor.value
+    return factor if str(factor.ty.dtype) == FLOAT else None
 
 
 def _value_at(stage: Stage, indices: Sequence[Expr]) -> Expr:

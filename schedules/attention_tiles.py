@@ -1,4 +1,4 @@
-"""The loop nest of attention with queries in lanes: register tiles of keys, then of value columns, by queries."""
+"""The loop nest of attention with queries in lanes: blocks of queries by blocks of keys."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, Step
 from schedules.attention_joining import LOWEST, LOWEST_NUMBER
-from schedules.attention_mask import any_seen, hides
+from schedules.attention_mask import all_seen, any_seen, end_of_seen, hides, hides_only_ends
 from schedules.attention_operands import Operand
+from schedules.attention_pairs import Pairs, packed
+from schedules.attention_products import FLOAT, ZERO, Task, exponentials, scores, weighted
 from schedules.attention_structure import AttentionAnalysis
 from schedules.family import is_large
+from schedules.intrin.bf16_pairs import PAIR, Bf16Pairs
 from schedules.intrin.vector_math import exp_of_nonpositive
 from schedules.loops import (
     INDEX,
     Extent,
     ceiling,
-    cells,
     in_vectors,
     index,
     load,
@@ -28,120 +30,144 @@ from schedules.loops import (
     loop,
     parallel,
     product,
+    region,
     store,
+    then_wait,
     tiles,
     unflatten,
     vector,
     with_local,
 )
-from schedules.stages import Axis, as_extent, loads_of, sequence, substitute
+from schedules.stages import Axis, as_extent, loads_of, sequence
 from schedules.turn import turned
 
-FLOAT = "float32"
+# Lanes of the shortest vectors with instructions of their own.
+NARROWEST = 4
 
 
-@dataclass(frozen=True, eq=False)
-class _Task:
-    """One block of queries of one head: `start` is the first query, `first` the first one that is written.
+@dataclass(frozen=True)
+class Blocks:
+    """How queries and keys are cut: `vectors` of `lanes` queries by `rows` keys in registers, `keys` at a time."""
 
-    `clamped` says that lanes may stand for queries past the last one, which they then repeat.
-    """
-
-    analysis: AttentionAnalysis
-    lane: Axis
     lanes: int
     rows: int
-    queries: int
-    key_block: int
-    point: Mapping[Var, Expr]
-    start: Expr
-    first: Expr
-    clamped: bool
-    depth: Extent
-    columns: Extent
-    keys: Operand
-    values: Operand
-    turned: Var
-    weights: Var
-    sums: Var
-    largest: Var
-    total: Var
-    factor: Var
-
-    def query(self, lane: Expr) -> Expr:
-        """Return the query of a lane."""
-        number = self.start + lane
-        return tirx.min(number, index(self.lane.extent) - 1) if self.clamped else number
-
-    def at(self, expression: Expr, values: Mapping[Var, Expr]) -> Expr:
-        """Return `expression` at the task's head and the given values of other axes."""
-        return substitute(expression, {**self.point, **values})
+    vectors: int
+    keys: int
 
 
-def emit(analysis: AttentionAnalysis, lane: Axis, lanes: int, tile: tuple[int, int], key_block: int) -> Stmt:
-    """Return the parallel loop over heads and blocks of queries; `tile` is the rows and vectors of accumulators."""
-    rows, vectors = tile
-    block = lanes * vectors
+def emit(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, dot: Bf16Pairs | None) -> Stmt:
+    """Return the parallel loop over heads and blocks of queries; with `dot`, after the packing of keys and values."""
 
     def variant(clamped: bool) -> Stmt:
-        return _tasks(analysis, lane, lanes, rows, block, key_block, clamped)
+        pairs = None if dot is None else packed(dot, analysis)
+        return _tasks(analysis, lane, blocks, pairs, clamped)
 
     if isinstance(lane.extent, int):
-        return variant(lane.extent < block)
-    return tirx.IfThenElse(lane.extent >= block, variant(False), variant(True))
+        return variant(lane.extent < blocks.lanes * blocks.vectors)
+    return tirx.IfThenElse(lane.extent >= blocks.lanes * blocks.vectors, variant(False), variant(True))
 
 
-def _tasks(
-    analysis: AttentionAnalysis, lane: Axis, lanes: int, rows: int, block: int, key_block: int, clamped: bool
-) -> Stmt:
+def _widths(queries: int, blocks: Blocks, narrowest: int) -> list[int]:
+    """Return how many queries are computed at a time for those that are left by whole blocks."""
+    block, lanes = blocks.lanes * blocks.vectors, blocks.lanes
+    rest = queries % block
+    if rest == 0:
+        return []
+    if rest <= narrowest < lanes:
+        return [narrowest]
+    if lanes < rest <= lanes + narrowest < block:
+        return [lanes, narrowest]
+    return [-(-rest // lanes) * lanes]
+
+
+def _tasks(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, pairs: Pairs | None, clamped: bool) -> Stmt:
     outer = [axis.extent for axis in analysis.outer]
-    queries = lane.extent
-    blocks = ceiling(queries, block)
-    depth, columns = analysis.depth.extent, analysis.column.extent
+    queries, block = lane.extent, blocks.lanes * blocks.vectors
+    # Vectors of half the size cost half as much, as far as there are instructions on them.
+    narrowest = blocks.lanes if pairs is not None else max(NARROWEST, blocks.lanes // 2)
+    last = _widths(queries, blocks, narrowest) if isinstance(queries, int) else []
+    whole = queries // block if isinstance(queries, int) else ceiling(queries, block)
+    count = whole + len(last) if isinstance(whole, int) else whole
 
     def task(number: Expr) -> Stmt:
-        *outside, part = unflatten(number, [*outer, blocks])
-        first = part * block
-        exact = clamped or (isinstance(queries, int) and queries % block == 0)
-        # The last block begins earlier where the queries do not divide; what it has in common is written once.
-        start: Expr = first if exact else Var("start", INDEX)
-        buffers = {
-            "turned": local([depth, block], FLOAT, "turned"),
-            "weights": local([key_block, block], FLOAT, "weights"),
-            "sums": local([columns, block], FLOAT, "sums"),
-            **{name: local([block], FLOAT, name) for name in ("largest", "total", "factor")},
-        }
+        *outside, turn = unflatten(number, [*outer, count])
         point = {axis.variable: value for axis, value in zip(analysis.outer, outside, strict=True)}
-        keys = Operand(analysis.keys, analysis.key, analysis.depth, key_block)
-        values = Operand(analysis.values, analysis.key, analysis.column, key_block)
-        self = _Task(
-            analysis,
-            lane,
-            lanes,
-            rows,
-            block,
-            key_block,
-            point,
-            start,
-            first - start,
-            clamped,
-            depth,
-            columns,
-            keys,
-            values,
-            **buffers,
-        )
-        begin = [] if exact else [tirx.Bind(start, tirx.min(first, index(queries) - block))]
-        return with_local([*buffers.values(), *keys.buffers, *values.buffers], [*begin, *_body(self)])
+        part = Var("part", INDEX)
 
-    work = product([*outer, queries, analysis.key.extent, depth])
-    return parallel(product([*outer, blocks]), task, is_large(work))
+        def of(first: Expr, width: int) -> Stmt:
+            return _block_of_queries(analysis, lane, blocks, pairs, point, (first, width), clamped)
+
+        body = of(part * block, block)
+        done = whole * block
+        for position, width in enumerate(last):
+            rest, before = of(index(done), width), whole + position
+            body = rest if before == 0 else tirx.IfThenElse(part < before, body, rest)
+            done = done + width
+        return sequence([tirx.Bind(part, _in_turn(analysis, turn, count)), body])
+
+    large = is_large(product([*outer, queries, analysis.key.extent, analysis.depth.extent]))
+    tasks = parallel(product([*outer, count]), task, large)
+    if pairs is None:
+        return tasks
+    pack = pairs.pack(large)
+    both = region([then_wait(pack), tasks]) if large else sequence([pack, tasks])
+    return pairs.dot.imported(with_local(pairs.buffers, [both]))
 
 
-def _body(task: _Task) -> list[Stmt]:
+def _in_turn(analysis: AttentionAnalysis, place: Expr, blocks: Extent) -> Expr:
+    """Return the block at a place among a head's: where later ones see more keys, early and late ones take turns.
+
+    So each thread's range of them, wherever it ends, has its share of both.
+    """
+    if end_of_seen(analysis) is None:
+        return place
+    half = tirx.floordiv(place, index(2))
+    return tirx.Select(tirx.floormod(place, index(2)).equal(0), half, index(blocks) - 1 - half)
+
+
+def _block_of_queries(
+    analysis: AttentionAnalysis,
+    lane: Axis,
+    blocks: Blocks,
+    pairs: Pairs | None,
+    point: Mapping[Var, Expr],
+    part: tuple[Expr, int],
+    clamped: bool,
+) -> Stmt:
+    """Return the attention of the queries from `part[0]` on, `part[1]` of them."""
+    first, block = part
+    queries, key_block = lane.extent, blocks.keys
+    depth, columns = analysis.depth.extent, analysis.column.extent
+    exact = clamped or (isinstance(queries, int) and queries % block == 0)
+    # The last block begins earlier where the queries do not divide; what it has in common is written once.
+    start: Expr = first if exact else Var("start", INDEX)
+    keys = Operand(analysis.keys, analysis.key, analysis.depth, key_block)
+    values = Operand(analysis.values, analysis.key, analysis.column, key_block)
+    # One more than a block of keys: what stands beside an odd one.
+    buffers = {
+        "turned": local([depth, block], FLOAT, "turned"),
+        "weights": local([key_block + (pairs is not None), block], FLOAT, "weights"),
+        "sums": local([columns, block], FLOAT, "sums"),
+        **{name: local([block], FLOAT, name) for name in ("largest", "total", "factor")},
+    }
+    operands = [*keys.buffers, *values.buffers]
+    if pairs is not None:
+        assert isinstance(depth, int)
+        buffers["turned_pairs"] = local([depth // PAIR, block], "int32", "turned_pairs")
+        buffers["rounded"] = local([-(-key_block // PAIR), block], "int32", "rounded")
+        operands = []
+    task = Task(
+        analysis, lane, min(blocks.lanes, block), blocks.rows, block, key_block, point, start, first - start, clamped,
+        depth, columns, keys, values, pairs=pairs, **buffers,
+    )  # fmt: skip
+    begin = [] if exact else [tirx.Bind(start, tirx.min(first, index(queries) - block))]
+    return with_local([*buffers.values(), *operands], [*begin, *_body(task)])
+
+
+def _body(task: Task) -> list[Stmt]:
     keys = task.analysis.key.extent
-    sink = task.analysis.sink
-    single = isinstance(keys, int) and keys <= task.key_block and sink is None
+    sink, end = task.analysis.sink, end_of_seen(task.analysis)
+    single = isinstance(keys, int) and keys <= task.key_block and sink is None and end is None
     block = task.queries
 
     def fill(buffer: Var, value: float) -> Stmt:
@@ -153,34 +179,63 @@ def _body(task: _Task) -> list[Stmt]:
         return store(task.largest, tirx.max(value, LOWEST_NUMBER), [v])
 
     # A sink is what every query has met before the first key.
-    start = [fill(task.largest, LOWEST), fill(task.total, 0.0)]
-    if sink is not None:
-        start = [vector(block, first), fill(task.total, 1.0)]
+    largest = fill(task.largest, LOWEST) if sink is None else vector(block, first)
+    start = [*_turn_queries(task), largest, fill(task.total, 0.0 if sink is None else 1.0)]
     if single:
-        return [_turn_queries(task), *start, *_key_block(task, index(0), keys, True), _write(task)]
-    start.append(
-        loop(task.columns, lambda e: vector(block, lambda v: store(task.sums, tirx.const(0.0, FLOAT), [e, v])))
-    )
+        return [*start, *_key_block(task, index(0), keys, True), _write(task)]
+    start.append(loop(task.columns, lambda e: vector(block, lambda v: store(task.sums, ZERO, [e, v]))))
 
-    def part(number: Expr) -> Stmt:
-        base = number * task.key_block
-        extent = task.key_block if isinstance(keys, int) else tirx.min(index(task.key_block), keys - base)
+    def part(base: Expr, extent: Extent) -> Stmt:
         return _if_seen(task, base, extent, sequence(_key_block(task, base, extent, False)))
 
+    if end is not None:
+        return [*start, *_up_to_end(task, end, part), _write(task)]
     if not isinstance(keys, int):
-        return [_turn_queries(task), *start, loop(ceiling(keys, task.key_block), part), _write(task)]
+
+        def at_most(number: Expr) -> Stmt:
+            base = number * task.key_block
+            return part(base, tirx.min(index(task.key_block), keys - base))
+
+        return [*start, loop(ceiling(keys, task.key_block), at_most), _write(task)]
     full, rest = divmod(keys, task.key_block)
     last = _key_block(task, index(full * task.key_block), rest, False) if rest else []
-    return [_turn_queries(task), *start, loop(full, part), *last, _write(task)]
+    whole = loop(full, lambda number: part(number * task.key_block, task.key_block))
+    return [*start, whole, *last, _write(task)]
 
 
-def _if_seen(task: _Task, base: Expr, extent: Extent, steps: Stmt) -> Stmt:
+def _up_to_end(task: Task, end: Expr, part: Callable[[Expr, Extent], Stmt]) -> list[Stmt]:
+    """Return the blocks of keys before the first that the mask hides from all queries, and where needed those behind.
+
+    A query that has met no key that it sees by then sees none at all: its result comes from all that are hidden.
+    """
+    keys = index(task.analysis.key.extent)
+    last = task.at(end, {task.lane.variable: task.query(index(task.queries - 1))})
+    last = tirx.floordiv(tirx.max(last, index(0)) + (PAIR - 1), index(PAIR)) * PAIR
+    # In memory: TVM takes seconds to bound what depends on bindings of such values.
+    bounds = local([3], INDEX, "bounds")
+    begin, stop, extent = (load(bounds, [index(place)]) for place in range(3))
+
+    def block(number: Expr) -> Stmt:
+        base = begin + number * task.key_block
+        count = store(bounds, tirx.min(index(task.key_block), stop - base), [index(2)])
+        return sequence([count, part(base, extent)])
+
+    def phase(_: Expr) -> Stmt:
+        behind = tirx.Select(all_seen(task.largest, task.queries), stop, keys)
+        blocks = loop(ceiling(stop - begin, task.key_block), block)
+        return sequence([blocks, store(bounds, stop, [index(0)]), store(bounds, behind, [index(1)])])
+
+    start = [store(bounds, index(0), [index(0)]), store(bounds, tirx.min(keys, last), [index(1)])]
+    return [with_local([bounds], [*start, loop(2, phase)])]
+
+
+def _if_seen(task: Task, base: Expr, extent: Extent, steps: Stmt) -> Stmt:
     """Return the steps of a block of keys, left out where the mask hides all of them from all queries."""
     hidden = hides(task.analysis)
-    if hidden is None:
+    if hidden is None or hides_only_ends(task.analysis):
         return steps
     seen = local([task.lanes], FLOAT, "seen")
-    none = tirx.const(0.0, FLOAT)
+    none = ZERO
 
     def sees(query: Expr, key: Expr) -> Expr:
         values = {task.analysis.key.variable: key, task.lane.variable: task.query(query)}
@@ -203,8 +258,8 @@ def _if_seen(task: _Task, base: Expr, extent: Extent, steps: Stmt) -> Stmt:
     return with_local([seen], [clear, probe, search, tirx.IfThenElse(condition, steps, None)])
 
 
-def _turn_queries(task: _Task) -> Stmt:
-    """Return the copy of the block's queries to [depth][queries]."""
+def _turn_queries(task: Task) -> list[Stmt]:
+    """Return the copy of the block's queries to [depth][queries], and its rounding to pairs where they are read so."""
     analysis, lanes = task.analysis, task.lanes
 
     def element(lane: Expr, d: Expr) -> Expr:
@@ -230,10 +285,13 @@ def _turn_queries(task: _Task) -> Stmt:
             ),
         )
 
-    return tiles(task.depth, [lanes] if isinstance(task.depth, int) else [lanes, 1], columns)
+    turning = tiles(task.depth, [lanes] if isinstance(task.depth, int) else [lanes, 1], columns)
+    if task.pairs is None:
+        return [turning]
+    return [turning, task.pairs.turn(task.turned, task.turned_pairs, task.queries)]
 
 
-def _key_block(task: _Task, base: Expr, extent: Extent, single: bool) -> list[Stmt]:
+def _key_block(task: Task, base: Expr, extent: Extent, single: bool) -> list[Stmt]:
     """Return the steps of `extent` keys from `base`; a `single` block needs no running sums."""
     block = task.queries
     previous = local([block], FLOAT, "previous")
@@ -248,102 +306,18 @@ def _key_block(task: _Task, base: Expr, extent: Extent, single: bool) -> list[St
     def shrink_total(v: Expr) -> Stmt:
         return store(task.total, load(task.total, [v]) * load(task.factor, [v]), [v])
 
-    copies = [*task.keys.fill(task.point, base, extent, task.lanes)]
-    copies += task.values.fill(task.point, base, extent, task.lanes)
-    scores = _scores(task, base, extent)
+    copies: list[Stmt] = []
+    if task.pairs is None:
+        copies += task.keys.fill(task.point, base, extent, task.lanes)
+        copies += task.values.fill(task.point, base, extent, task.lanes)
+    logits = scores(task, base, extent)
     if single:
-        return [*copies, scores, _exponentials(task, extent), _weighted(task, base, extent, True)]
-    running = [*copies, vector(block, keep), scores, vector(block, shrink), vector(block, shrink_total)]
-    return [with_local([previous], [*running, _exponentials(task, extent), _weighted(task, base, extent, False)])]
+        return [*copies, logits, exponentials(task, extent), weighted(task, base, extent, True)]
+    running = [*copies, vector(block, keep), logits, vector(block, shrink), vector(block, shrink_total)]
+    return [with_local([previous], [*running, exponentials(task, extent), weighted(task, base, extent, False)])]
 
 
-def _scores(task: _Task, base: Expr, extent: Extent) -> Stmt:
-    """Return the logits of a block of keys, kept in `weights`, and their running maximum."""
-    analysis = task.analysis
-
-    def tile(first: Expr, rows: int) -> Stmt:
-        registers = local([rows * task.queries], FLOAT, "scores")
-
-        def start(r: Expr, v: Expr) -> Stmt:
-            return store(registers, tirx.const(0.0, FLOAT), [r * task.queries + v])
-
-        def step(d: Expr) -> Stmt:
-            def update(r: Expr, v: Expr) -> Stmt:
-                factor = task.keys.at(task.point, base, first + r, d)
-                place = r * task.queries + v
-                return store(registers, load(registers, [place]) + factor * load(task.turned, [d, v]), [place])
-
-            return cells(rows, task.queries, update)
-
-        def logit(r: Expr, v: Expr) -> Stmt:
-            values = {
-                analysis.key.variable: base + first + r,
-                task.lane.variable: task.query(v),
-                analysis.score: load(registers, [r * task.queries + v]),
-            }
-            return store(task.weights, task.at(analysis.logit, values), [first + r, v])
-
-        def maximum(r: Expr, v: Expr) -> Stmt:
-            return store(task.largest, tirx.max(load(task.largest, [v]), load(task.weights, [first + r, v])), [v])
-
-        finish = [cells(rows, task.queries, logit), cells(rows, task.queries, maximum)]
-        return with_local([registers], [cells(rows, task.queries, start), loop(task.depth, step), *finish])
-
-    return _in_rows(extent, task.rows, tile)
-
-
-def _in_rows(extent: Extent, rows: int, tile: Callable[[Expr, int], Stmt]) -> Stmt:
-    sizes = [rows] if isinstance(extent, int) else [rows, max(1, rows // 3), 1]
-    return tiles(extent, list(dict.fromkeys(sizes)), tile)
-
-
-def _exponentials(task: _Task, extent: Extent) -> Stmt:
-    """Return the exponentials of a block's logits, in their place, and their sum."""
-
-    def exponential(j: Expr, v: Expr) -> Stmt:
-        return store(task.weights, exp_of_nonpositive(load(task.weights, [j, v]) - load(task.largest, [v])), [j, v])
-
-    def add(j: Expr, v: Expr) -> Stmt:
-        return store(task.total, load(task.total, [v]) + load(task.weights, [j, v]), [v])
-
-    def row(j: Expr) -> Stmt:
-        return tirx.SeqStmt(
-            [vector(task.queries, lambda v: exponential(j, v)), vector(task.queries, lambda v: add(j, v))]
-        )
-
-    return loop(extent, row)
-
-
-def _weighted(task: _Task, base: Expr, extent: Extent, single: bool) -> Stmt:
-    """Return the sum of a block's values, weighted by the exponentials, added to the shrunken sums so far."""
-
-    def tile(first: Expr, rows: int) -> Stmt:
-        registers = local([rows * task.queries], FLOAT, "partial")
-
-        def start(r: Expr, v: Expr) -> Stmt:
-            value = tirx.const(0.0, FLOAT) if single else load(task.sums, [first + r, v]) * load(task.factor, [v])
-            return store(registers, value, [r * task.queries + v])
-
-        def step(j: Expr) -> Stmt:
-            def update(r: Expr, v: Expr) -> Stmt:
-                factor = task.values.at(task.point, base, j, first + r)
-                place = r * task.queries + v
-                return store(registers, load(registers, [place]) + factor * load(task.weights, [j, v]), [place])
-
-            return cells(rows, task.queries, update)
-
-        def finish(r: Expr, v: Expr) -> Stmt:
-            return store(task.sums, load(registers, [r * task.queries + v]), [first + r, v])
-
-        return with_local(
-            [registers],
-            [cells(rows, task.queries, start), loop(extent, step), cells(rows, task.queries, finish)],
-        )
-
-    return _in_rows(task.columns, task.rows, tile)
-
-
-def _write(task: _Task) -> Stmt:
+def _write(task: Task) -> Stmt:
     """Return the division by the sums of exponentials, and the output turned back to rows of queries."""
     analysis, lanes = task.analysis, task.lanes
 

@@ -39,6 +39,7 @@ class Bf16Dot:
     """The instruction of one target, for `lanes` outputs at a time."""
 
     lanes: int
+    intrinsic: str
     source: str
 
     def accumulate(self, sums: Expr, weights: Expr, activations: Expr) -> Expr:
@@ -73,4 +74,4 @@ def _dot(intrinsic: str, lanes: int, target: Target) -> Bf16Dot:
         cpu=target.llvm_cpu,
         features=",".join(target.llvm_attributes),
     )
-    return Bf16Dot(lanes, source)
+    return Bf16Dot(lanes, intrinsic, source)

@@ -37,6 +37,8 @@ SMALLEST_EXPONENT = -87.33654
 EXP = (4.999999343e-01, 1.666652040e-01, 4.166839083e-02, 8.368745320e-03, 1.381453790e-03)
 # (exp(r) - 1) / r on |r| <= ln(2) / 2, to 0.8 units in the last place of exp(r)
 EXP_SHORT = (9.999997063e-01, 4.999914783e-01, 1.666763816e-01, 4.189816062e-02, 8.290270044e-03)
+# The same to 2**-13 of exp(r), for exponentials that are rounded to bfloat16
+EXP_TO_ROUND = (1.000195840e00, 5.041303800e-01, 1.651797700e-01)
 # (exp(r) - 1 - r) / r**2 on |r| <= ln(2) / 2, to 0.2 units in the last place of exp(r) - 1
 EXPM1 = (4.999999814e-01, 1.666654318e-01, 4.166720182e-02, 8.366580475e-03, 1.388250758e-03)
 # (log(1 + f) - f + f**2 / 2) / f**3 on sqrt(1/2) - 1 <= f <= sqrt(2) - 1
@@ -127,15 +129,16 @@ def exp(x: Expr) -> Expr:
     return _let("clamped", _clamp(x, -104.0, 89.0), of_clamped)
 
 
-def exp_of_nonpositive(x: Expr) -> Expr:
+def exp_of_nonpositive(x: Expr, coefficients: Sequence[float] = EXP_SHORT) -> Expr:
     """Return the exponential of an fp32 expression that is at most 0, as in a softmax: half the arithmetic of `exp`.
 
     Below -87.3, where results are no longer normal numbers, it is 0. One part of ln 2 suffices: the relative error,
-    2 units in the last place near 0, grows by 2e-9 for each factor of 2 that the result is below 1.
+    2 units in the last place near 0, grows by 2e-9 for each factor of 2 that the result is below 1. `coefficients` are
+    those of (exp(r) - 1) / r: EXP_SHORT, or EXP_TO_ROUND.
     """
 
     def value(x: Expr) -> Expr:
-        result = _reduced(x, lambda r, power: (_polynomial(r, EXP_SHORT) * r + _f32(1.0)) * power)
+        result = _reduced(x, lambda r, power: (_polynomial(r, coefficients) * r + _f32(1.0)) * power)
         return tirx.Select(x < _f32(SMALLEST_EXPONENT), _f32(0.0), result)
 
     return _let("x", x, value)

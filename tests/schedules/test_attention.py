@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import tvm
@@ -26,10 +28,12 @@ def _module(
     bias: bool = False,
     groups: int | None = None,
     sinks: bool = False,
+    hidden: float | None = None,
 ) -> tvm.IRModule:
     """Return the attention of q [2, S, H * D] over k and v [2, T, G * D] as the pass fuses it; G is H by default.
 
-    A bias is [H, S, T], sinks are [H].
+    A bias is [H, S, T], sinks are [H]. Where `hidden` is given it is added to what the mask hides that is causal for
+    the last S of T tokens.
     """
     groups = groups or heads
     symbols = {name: tirx.Var(name, "int64") for name in (queries, keys) if isinstance(name, str)}
@@ -54,13 +58,18 @@ def _module(
             scores = builder.emit(op.multiply(scores, relax.const(size**-0.5, "float32")))
             if bias:
                 scores = builder.emit(op.add(scores, inputs[3]))
+            if hidden is not None:
+                rows = op.reshape(op.arange(t - s, t, 1, "int64"), (s, 1))
+                visible = builder.emit(op.less_equal(builder.emit(op.arange(0, t, 1, "int64")), builder.emit(rows)))
+                zero, low = relax.const(0.0, "float32"), relax.const(hidden, "float32")
+                scores = builder.emit(op.add(scores, builder.emit(op.where(visible, zero, low))))
             if sinks:
                 column = builder.emit(op.broadcast_to(op.reshape(inputs[-1], (1, heads, 1, 1)), (2, heads, s, 1)))
                 scores = builder.emit(op.concat([scores, column], -1))
             weights = builder.emit(op.nn.softmax(scores, axis=-1))
             if sinks:
                 weights = builder.emit(op.strided_slice(weights, [3], [0], [t], [1]))
-            if bias:  # as exporters guard against rows of which everything is masked
+            if bias or hidden is not None:  # as exporters guard against rows of which everything is masked
                 weights = builder.emit(op.where(op.isnan(weights), relax.const(0.0, "float32"), weights))
             result = builder.emit(op.matmul(weights, v))
             output = builder.emit_output(builder.emit(op.permute_dims(result, [0, 2, 1, 3])))
@@ -200,3 +209,46 @@ def test_hidden_blocks_of_keys_are_not_read() -> None:
     arrays[2][:, 256:] = np.nan
     bias = np.where(visible, 0, -np.inf).astype("float32")[None]
     np.testing.assert_allclose(call(*arrays, bias), expected, rtol=0, atol=_tolerance(16))
+
+
+def _causal(queries: int, keys: int, low: float) -> np.ndarray:
+    return np.where(np.arange(keys) <= np.arange(queries)[:, None] + keys - queries, 0.0, low)
+
+
+@pytest.mark.parametrize("low", [-np.inf, float(np.finfo("float32").min)], ids=["infinite", "lowest"])
+def test_causal_attention_of_any_length(low: float) -> None:
+    call, reports = scheduled(_module(1, 16, "s", "t", hidden=low))
+    assert "attention" in {report.family for report in reports}
+    for queries, keys in [(131, 131), (64, 300), (33, 500), (75, 40)]:  # with fewer keys the first queries see none
+        _check_causal(call, queries, keys, low)
+
+
+def test_causal_attention_of_constant_length() -> None:
+    call, _ = scheduled(_module(1, 16, 131, 131, hidden=-np.inf))
+    _check_causal(call, 131, 131, -np.inf)
+
+
+def _check_causal(call: Callable[..., np.ndarray], queries: int, keys: int, low: float) -> None:
+    arrays = _arrays(1, 16, queries, keys)
+    with np.errstate(all="ignore"):
+        want = np.nan_to_num(_expected(1, arrays, _causal(queries, keys, low)), nan=0.0)
+    np.testing.assert_allclose(call(*arrays), want, rtol=0, atol=_tolerance(16))
+
+
+def test_keys_behind_the_last_query_are_not_read() -> None:
+    call, _ = scheduled(_module(1, 16, 64, 1024, hidden=-np.inf))
+    arrays = _arrays(1, 16, 64, 1024)
+    arrays[2][:, 992:] = np.nan  # the first of them is the last key that query 32 sees
+    got = call(*arrays)
+    assert np.isfinite(got[:, :32]).all()
+    assert np.isnan(got[:, 32:]).all()
+
+
+def test_what_a_causal_mask_leaves_may_be_hidden_by_another() -> None:
+    call, _ = scheduled(_module(2, 16, "s", "t", bias=True, hidden=-np.inf))
+    for queries, keys in [(64, 300), (35, 96)]:
+        arrays = _arrays(2, 16, queries, keys)
+        padded = np.broadcast_to(np.where(np.arange(keys) < 40, -np.inf, 0), (2, queries, keys)).astype("float32")
+        with np.errstate(all="ignore"):
+            want = np.nan_to_num(_expected(2, arrays, padded + _causal(queries, keys, -np.inf)), nan=0.0)
+        np.testing.assert_allclose(call(*arrays, padded), want, rtol=0, atol=_tolerance(16))

@@ -1,0 +1,231 @@
+"""Keys and values of attention as pairs of bfloat16, packed before the blocks of queries that share them.
+
+Pairs of keys are neighbours of the depth, [key][depth / 2]; pairs of values neighbours of the keys, [key / 2][column]:
+each is what one lane of a dot product adds up. A task packs a chunk of the keys of one head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.ir import Expr, Var
+from tvm.tirx.stmt import Stmt
+
+from schedules.attention_structure import AttentionAnalysis
+from schedules.intrin.bf16_conversion import rounded
+from schedules.intrin.bf16_pairs import PAIR, Bf16Pairs
+from schedules.loops import (
+    Extent,
+    ceiling,
+    flatten,
+    index,
+    load,
+    local,
+    loop,
+    parallel,
+    product,
+    store,
+    tiles,
+    unflatten,
+    unrolled,
+    vector,
+    with_local,
+)
+from schedules.stages import Axis, sequence, substitute, variables_of
+
+FLOAT = "float32"
+# Keys of one task of packing: enough to be worth handing out, and few enough that small heads divide evenly.
+CHUNK = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Packed `keys` [heads][key][depth / 2] and `values` [heads][key / 2][column], int32; `axes` are those of heads."""
+
+    dot: Bf16Pairs
+    analysis: AttentionAnalysis
+    axes: tuple[Axis, ...]
+    keys: Var
+    values: Var
+
+    @property
+    def buffers(self) -> list[Var]:
+        """Return the buffers to allocate around all tasks."""
+        return [self.keys, self.values]
+
+    def head(self, point: Mapping[Var, Expr]) -> Expr:
+        """Return the place of a head among those packed."""
+        if not self.axes:
+            return index(0)
+        return flatten([point[axis.variable] for axis in self.axes], [axis.extent for axis in self.axes])
+
+    def pack(self, large: bool) -> Stmt:
+        """Return the packing of all keys and values, by all threads."""
+        extents = [axis.extent for axis in self.axes]
+        keys = self.analysis.key.extent
+        chunks = ceiling(keys, CHUNK)
+
+        def task(number: Expr) -> Stmt:
+            *outside, chunk = unflatten(number, [*extents, chunks])
+            point = {axis.variable: value for axis, value in zip(self.axes, outside, strict=True)}
+            first = chunk * CHUNK
+            count = tirx.min(index(CHUNK), index(keys) - first)
+            pairs = tirx.floordiv(count + 1, index(PAIR))
+            return sequence(
+                [
+                    loop(count, lambda number: self._pack_key(point, first + number)),
+                    loop(pairs, lambda number: self._pack_values(point, first + number * PAIR)),
+                ]
+            )
+
+        return parallel(product([*extents, chunks]), task, large)
+
+    def _pack_key(self, point: Mapping[Var, Expr], key: Expr) -> Stmt:
+        analysis, lanes = self.analysis, self.dot.lanes
+        width = PAIR * lanes
+        depth = analysis.depth.extent
+        assert isinstance(depth, int)
+        head = self.head(point)
+
+        def element(d: Expr) -> Expr:
+            values = {**point, analysis.key.variable: key, analysis.depth.variable: d}
+            return substitute(analysis.keys, values).astype(FLOAT)
+
+        def some(base: Expr, count: int) -> Stmt:
+            if count < width:
+                return loop(count // PAIR, lambda pair: store(self.keys, one(base + pair * PAIR), place(base, pair)))
+            row = local([width], FLOAT, "row")
+            halves = [load(row, [tirx.Ramp(index(half * lanes), index(1), lanes)]) for half in range(PAIR)]
+            at = [head, key, tirx.Ramp(tirx.floordiv(base, index(PAIR)), index(1), lanes)]
+            return with_local(
+                [row],
+                [
+                    vector(width, lambda v: store(row, element(base + v), [v])),
+                    store(self.keys, self.dot.adjacent(*halves), at),
+                ],
+            )
+
+        def place(base: Expr, pair: Expr) -> list[Expr]:
+            return [head, key, tirx.floordiv(base, index(PAIR)) + pair]
+
+        def one(first: Expr) -> Expr:
+            low, high = (rounded(element(first + n)).astype("uint32") for n in range(PAIR))
+            return tirx.reinterpret("int32", low | (high << tirx.const(16, "uint32")))
+
+        return tiles(depth, [width], some)
+
+    def _pack_values(self, point: Mapping[Var, Expr], key: Expr) -> Stmt:
+        """Return the packing of two keys' values; the one past the last key, which weighs nothing, is that key's."""
+        analysis, lanes = self.analysis, self.dot.lanes
+        head, last = self.head(point), index(analysis.key.extent) - 1
+
+        def element(row: int, column: Expr) -> Expr:
+            values = {analysis.key.variable: tirx.min(key + row, last), analysis.column.variable: column}
+            return substitute(analysis.values, {**point, **values}).astype(FLOAT)
+
+        def some(base: Expr, count: int) -> Stmt:
+            rows = [local([lanes], FLOAT, "row") for _ in range(PAIR)]
+            packed = local([lanes], "int32", "packed")
+            ramp = tirx.Ramp(index(0), index(1), lanes)
+            place = [head, tirx.floordiv(key, index(PAIR))]
+            fill = [vector(count, lambda v, n=n: store(rows[n], element(n, base + v), [v])) for n in range(PAIR)]
+            return with_local(
+                [*rows, packed],
+                [
+                    *fill,
+                    store(packed, self.dot.alternating(*(load(row, [ramp]) for row in rows)), [ramp]),
+                    vector(count, lambda v: store(self.values, load(packed, [v]), [*place, base + v])),
+                ],
+            )
+
+        columns = analysis.column.extent
+        assert isinstance(columns, int)
+        return tiles(columns, [lanes], some)
+
+    def turn(self, turned: Var, turned_pairs: Var, queries: int) -> Stmt:
+        """Return the rounding of queries [depth][queries] to pairs [depth / 2][queries]."""
+        depth = self.analysis.depth.extent
+        assert isinstance(depth, int)
+        return loop(depth // PAIR, lambda pair: self.round_rows(turned, turned_pairs, pair, queries))
+
+    def round_rows(self, source: Var, pairs: Var, number: Expr, queries: int) -> Stmt:
+        """Return the rounding of two rows of `source` to row `number` of `pairs`."""
+
+        def part(first: Expr) -> Stmt:
+            at = tirx.Ramp(first, index(1), self.dot.lanes)
+            rows = [load(source, [number * PAIR + n, at]) for n in range(PAIR)]
+            return store(pairs, self.dot.alternating(*rows), [number, at])
+
+        return unrolled(queries // self.dot.lanes, lambda n: part(n * self.dot.lanes))
+
+    def scores(
+        self, registers: Var, rows: int, queries: int, turned_pairs: Var, point: Mapping[Var, Expr], key: Expr
+    ) -> Stmt:
+        """Return the products of `rows` keys from `key` with a block of queries, added to `registers`."""
+        head = self.head(point)
+        depth = self.analysis.depth.extent
+        assert isinstance(depth, int)
+
+        def step(pair: Expr) -> Stmt:
+            return self._step(
+                registers, (rows, queries), (turned_pairs, pair), lambda r: load(self.keys, [head, key + r, pair])
+            )
+
+        return loop(depth // PAIR, step)
+
+    def weighted(
+        self,
+        registers: Var,
+        rows: int,
+        queries: int,
+        weights: Var,
+        point: Mapping[Var, Expr],
+        keys: tuple[Expr, Extent],
+        column: Expr,
+    ) -> Stmt:
+        """Return the sums of `rows` columns of the values of some keys, the first an even one, added to `registers`."""
+        head, (base, extent) = self.head(point), keys
+        first = tirx.floordiv(base, index(PAIR))
+
+        def step(pair: Expr) -> Stmt:
+            return self._step(
+                registers,
+                (rows, queries),
+                (weights, pair),
+                lambda r: load(self.values, [head, first + pair, column + r]),
+            )
+
+        return loop(ceiling(extent, PAIR), step)
+
+    def _step(
+        self, registers: Var, shape: tuple[int, int], operand: tuple[Var, Expr], pair: Callable[[Expr], Expr]
+    ) -> Stmt:
+        """Return a step of a tile of `shape`: a row of pairs of `operand` by one pair for each row of the tile."""
+        rows, queries = shape
+        buffer, number = operand
+        lanes = self.dot.lanes
+
+        def update(r: Expr, part: int) -> Stmt:
+            place = [tirx.Ramp(r * queries + part, index(1), lanes)]
+            vectors = load(buffer, [number, tirx.Ramp(index(part), index(1), lanes)])
+            return store(registers, self.dot.accumulate(load(registers, place), vectors, pair(r)), place)
+
+        return unrolled(rows, lambda r: sequence([update(r, part) for part in range(0, queries, lanes)]))
+
+
+def packed(dot: Bf16Pairs, analysis: AttentionAnalysis) -> Pairs:
+    """Return the packing of an attention's keys and values, once for each of the heads that differ in them."""
+    read = [*variables_of(analysis.keys), *variables_of(analysis.values)]
+    axes = tuple(axis for axis in analysis.outer if any(axis.variable.same_as(variable) for variable in read))
+    heads = product([axis.extent for axis in axes])
+    keys, depth, columns = analysis.key.extent, analysis.depth.extent, analysis.column.extent
+    assert isinstance(depth, int)
+    return Pairs(
+        dot,
+        analysis,
+        axes,
+        local([heads, keys, depth // PAIR], "int32", "packed_keys"),
+        local([heads, ceiling(keys, PAIR), columns], "int32", "packed_values"),
+    )

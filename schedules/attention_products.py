@@ -1,0 +1,211 @@
+"""The register tiles of attention with queries in lanes: scores of a block of keys, exponentials, weighted values.
+
+Products are multiply-adds of fp32, or where a model asks for operands rounded to bfloat16, dot products of pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from tvm import tirx
+from tvm.ir import Expr, Var
+from tvm.tirx.stmt import Stmt
+
+from schedules.attention_mask import end_of_seen, seen_logit
+from schedules.attention_operands import Operand
+from schedules.attention_pairs import Pairs
+from schedules.attention_structure import AttentionAnalysis
+from schedules.intrin.bf16_pairs import PAIR
+from schedules.intrin.vector_math import EXP_SHORT, EXP_TO_ROUND, exp_of_nonpositive
+from schedules.loops import Extent, ceiling, cells, index, load, local, loop, store, tiles, vector, with_local
+from schedules.stages import Axis, sequence, substitute
+
+FLOAT = "float32"
+ZERO = tirx.const(0.0, FLOAT)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One block of queries of one head: `start` is the first query, `first` the first one that is written.
+
+    `clamped` says that lanes may stand for queries past the last one, which they then repeat. `weights` [keys][queries]
+    holds logits, then exponentials; with `pairs` the latter go to `rounded`, two keys' together.
+    """
+
+    analysis: AttentionAnalysis
+    lane: Axis
+    lanes: int
+    rows: int
+    queries: int
+    key_block: int
+    point: Mapping[Var, Expr]
+    start: Expr
+    first: Expr
+    clamped: bool
+    depth: Extent
+    columns: Extent
+    keys: Operand
+    values: Operand
+    turned: Var
+    weights: Var
+    sums: Var
+    largest: Var
+    total: Var
+    factor: Var
+    pairs: Pairs | None = None
+    turned_pairs: Var | None = None
+    rounded: Var | None = None
+
+    def query(self, lane: Expr) -> Expr:
+        """Return the query of a lane."""
+        number = self.start + lane
+        return tirx.min(number, index(self.lane.extent) - 1) if self.clamped else number
+
+    def at(self, expression: Expr, values: Mapping[Var, Expr]) -> Expr:
+        """Return `expression` at the task's head and the given values of other axes."""
+        return substitute(expression, {**self.point, **values})
+
+
+def scores(task: Task, base: Expr, extent: Extent) -> Stmt:
+    """Return the logits of a block of keys, kept in `weights`, and their running maximum."""
+    analysis = task.analysis
+
+    def tile(first: Expr, rows: int) -> Stmt:
+        registers = local([rows * task.queries], FLOAT, "scores")
+
+        def start(r: Expr, v: Expr) -> Stmt:
+            return store(registers, ZERO, [r * task.queries + v])
+
+        def step(d: Expr) -> Stmt:
+            def update(r: Expr, v: Expr) -> Stmt:
+                factor = task.keys.at(task.point, base, first + r, d)
+                place = r * task.queries + v
+                return store(registers, load(registers, [place]) + factor * load(task.turned, [d, v]), [place])
+
+            return cells(rows, task.queries, update)
+
+        def logit(value: Expr, r: Expr, v: Expr) -> Stmt:
+            values = {
+                analysis.key.variable: base + first + r,
+                task.lane.variable: task.query(v),
+                analysis.score: load(registers, [r * task.queries + v]),
+            }
+            return store(task.weights, task.at(value, values), [first + r, v])
+
+        def maximum(r: Expr, v: Expr) -> Stmt:
+            return store(task.largest, tirx.max(load(task.largest, [v]), load(task.weights, [first + r, v])), [v])
+
+        if task.pairs is None:
+            sums = loop(task.depth, step)
+        else:
+            sums = task.pairs.scores(registers, rows, task.queries, task.turned_pairs, task.point, base + first)
+        finish = _where_seen(task, base + first + rows, lambda value: cells(rows, task.queries, partial(logit, value)))
+        keep = cells(rows, task.queries, maximum)
+        return with_local([registers], [cells(rows, task.queries, start), sums, finish, keep])
+
+    if isinstance(extent, int):
+        return _in_equal_tiles(extent, task.rows, tile)
+    return _in_tiles_that_overlap(extent, task.rows, tile)
+
+
+def _where_seen(task: Task, end: Expr, logits: Callable[[Expr], Stmt]) -> Stmt:
+    """Return `logits` of the logit's value: without its mask where all queries see all keys before `end`."""
+    analysis = task.analysis
+    visible, bound = seen_logit(analysis), end_of_seen(analysis)
+    if visible is None or bound is None:
+        return logits(analysis.logit)
+    seen = end <= task.at(bound, {task.lane.variable: task.query(index(0))})
+    return tirx.IfThenElse(seen, logits(visible), logits(analysis.logit))
+
+
+def _in_equal_tiles(extent: int, most: int, tile: Callable[[Expr, int], Stmt]) -> Stmt:
+    """Return as few tiles of at most `most` rows as there can be, whose sizes differ by one at most."""
+    count = -(-extent // most)
+    size, longer = divmod(extent, count)
+    rest = index(longer * (size + 1))
+    parts = [loop(longer, lambda i: tile(i * (size + 1), size + 1))] if longer else []
+    return sequence([*parts, loop(count - longer, lambda i: tile(rest + i * size, size))])
+
+
+def _in_tiles_that_overlap(extent: Expr, rows: int, tile: Callable[[Expr, int], Stmt]) -> Stmt:
+    """Return tiles of `rows` rows, the last of which may repeat some; single rows where there are fewer."""
+    whole = loop(ceiling(extent, rows), lambda i: tile(tirx.min(i * rows, extent - rows), rows))
+    return tirx.IfThenElse(extent >= rows, whole, loop(extent, lambda i: tile(i, 1)))
+
+
+def exponentials(task: Task, extent: Extent) -> Stmt:
+    """Return the exponentials of a block's logits, in their place, and their sum."""
+    coefficients = EXP_SHORT if task.pairs is None else EXP_TO_ROUND
+
+    def row(j: Expr) -> Stmt:
+        def exponential(v: Expr) -> Stmt:
+            difference = load(task.weights, [j, v]) - load(task.largest, [v])
+            return store(task.weights, exp_of_nonpositive(difference, coefficients), [j, v])
+
+        def add(v: Expr) -> Stmt:
+            return store(task.total, load(task.total, [v]) + load(task.weights, [j, v]), [v])
+
+        return sequence([vector(task.queries, exponential), vector(task.queries, add)])
+
+    if task.pairs is None:
+        return loop(extent, row)
+    pairs, rounded = task.pairs, task.rounded
+
+    def pair(number: Expr) -> Stmt:
+        rows = [row(number * PAIR + one) for one in range(PAIR)]
+        return sequence([*rows, pairs.round_rows(task.weights, rounded, number, task.queries)])
+
+    whole = loop(extent // PAIR if isinstance(extent, int) else tirx.floordiv(extent, index(PAIR)), pair)
+    if isinstance(extent, int) and extent % PAIR == 0:
+        return whole
+    # The key beside the last one weighs nothing.
+    nothing = vector(task.queries, lambda v: store(task.weights, ZERO, [index(extent), v]))
+    last = sequence(
+        [row(index(extent) - 1), nothing, pairs.round_rows(task.weights, rounded, _half(extent), task.queries)]
+    )
+    if isinstance(extent, int):
+        return sequence([whole, last]) if extent > 1 else last
+    return sequence([whole, tirx.IfThenElse(tirx.floormod(extent, index(PAIR)).equal(1), last, None)])
+
+
+def _half(extent: Extent) -> Expr:
+    return index(extent // PAIR) if isinstance(extent, int) else tirx.floordiv(extent, index(PAIR))
+
+
+def weighted(task: Task, base: Expr, extent: Extent, single: bool) -> Stmt:
+    """Return the sum of a block's values, weighted by the exponentials, added to the shrunken sums so far."""
+
+    def tile(first: Expr, rows: int) -> Stmt:
+        registers = local([rows * task.queries], FLOAT, "partial")
+
+        def start(r: Expr, v: Expr) -> Stmt:
+            value = ZERO if single else load(task.sums, [first + r, v]) * load(task.factor, [v])
+            return store(registers, value, [r * task.queries + v])
+
+        def step(j: Expr) -> Stmt:
+            def update(r: Expr, v: Expr) -> Stmt:
+                factor = task.values.at(task.point, base, j, first + r)
+                place = r * task.queries + v
+                return store(registers, load(registers, [place]) + factor * load(task.weights, [j, v]), [place])
+
+            return cells(rows, task.queries, update)
+
+        def finish(r: Expr, v: Expr) -> Stmt:
+            return store(task.sums, load(registers, [r * task.queries + v]), [first + r, v])
+
+        if task.pairs is None:
+            products = loop(extent, step)
+        else:
+            products = task.pairs.weighted(
+                registers, rows, task.queries, task.rounded, task.point, (base, extent), first
+            )
+        return with_local(
+            [registers],
+            [cells(rows, task.queries, start), products, cells(rows, task.queries, finish)],
+        )
+
+    if isinstance(task.columns, int):
+        return _in_equal_tiles(task.columns, task.rows, tile)
+    return tiles(task.columns, [task.rows, max(1, task.rows // 3), 1], tile)

@@ -1,0 +1,88 @@
+"""Pairs of bfloat16 in lanes of 32 bits: rounded from fp32, and multiplied by vdpbf16ps of AVX512-BF16 or bfdot of Arm.
+
+As in `bf16_dot`, which has weights in memory that were packed at compile time, the instructions come in as functions in
+LLVM's language. What is made of fp32 inside a kernel is a vector of int32 to TVM here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import ir, tirx
+from tvm.ir import Expr
+from tvm.tirx.stmt import Stmt
+
+from schedules.intrin.bf16_dot import PAIR, bf16_dot
+from targets.base import Target
+
+_DOT, _ALTERNATING, _ADJACENT = "optimizer_dot_pairs_bf16", "optimizer_alternate_bf16", "optimizer_join_bf16"
+_ROUND = """
+define weak_odr <{lanes} x i32> @{call}(<{lanes} x float> %first, <{lanes} x float> %second) #0 {{
+  %a = fptrunc <{lanes} x float> %first to <{lanes} x bfloat>
+  %b = fptrunc <{lanes} x float> %second to <{lanes} x bfloat>
+  %both = shufflevector <{lanes} x bfloat> %a, <{lanes} x bfloat> %b, <{elements} x i32> <{order}>
+  %pairs = bitcast <{elements} x bfloat> %both to <{lanes} x i32>
+  ret <{lanes} x i32> %pairs
+}}
+"""
+_SOURCE = """
+declare <{lanes} x float> @{intrinsic}(<{lanes} x float>, <{elements} x bfloat>, <{elements} x bfloat>)
+define weak_odr <{lanes} x float> @{call}(<{lanes} x float> %sum, <{lanes} x i32> %pairs, i32 %pair) #0 {{
+  %w = bitcast <{lanes} x i32> %pairs to <{elements} x bfloat>
+  %first = insertelement <{lanes} x i32> poison, i32 %pair, i32 0
+  %every = shufflevector <{lanes} x i32> %first, <{lanes} x i32> poison, <{lanes} x i32> zeroinitializer
+  %x = bitcast <{lanes} x i32> %every to <{elements} x bfloat>
+  %result = call <{lanes} x float>
+    @{intrinsic}(<{lanes} x float> %sum, <{elements} x bfloat> %w, <{elements} x bfloat> %x)
+  ret <{lanes} x float> %result
+}}
+{alternating}{adjacent}
+attributes #0 = {{ alwaysinline nounwind "target-cpu"="{cpu}" "target-features"="{features}" }}
+"""
+
+
+@dataclass(frozen=True)
+class Bf16Pairs:
+    """The functions of one target on vectors of `lanes` pairs."""
+
+    lanes: int
+    source: str
+
+    def accumulate(self, sums: Expr, pairs: Expr, pair: Expr) -> Expr:
+        """Return sums[l] + pairs[l][0] * pair[0] + pairs[l][1] * pair[1]."""
+        return tirx.call_extern(f"float32x{self.lanes}", _DOT, sums, pairs, pair)
+
+    def alternating(self, first: Expr, second: Expr) -> Expr:
+        """Return the pairs first[l], second[l] of two vectors of fp32, rounded."""
+        return tirx.call_extern(f"int32x{self.lanes}", _ALTERNATING, first, second)
+
+    def adjacent(self, first: Expr, second: Expr) -> Expr:
+        """Return the pairs of neighbours in one vector of fp32 and the one that follows it, rounded."""
+        return tirx.call_extern(f"int32x{self.lanes}", _ADJACENT, first, second)
+
+    def imported(self, statement: Stmt) -> Stmt:
+        """Return a statement that calls the functions, with the functions."""
+        return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", ir.StringImm(self.source), statement)
+
+
+def bf16_pairs(target: Target) -> Bf16Pairs | None:
+    """Return the functions of a CPU target, None where it has no dot product of bfloat16."""
+    dot = bf16_dot(target)
+    if dot is None:
+        return None
+    lanes = dot.lanes
+    width = {"lanes": lanes, "elements": PAIR * lanes}
+
+    def rounding(call: str, order: list[int]) -> str:
+        return _ROUND.format(call=call, order=", ".join(f"i32 {place}" for place in order), **width)
+
+    source = _SOURCE.format(
+        intrinsic=dot.intrinsic,
+        call=_DOT,
+        alternating=rounding(_ALTERNATING, [place for lane in range(lanes) for place in (lane, lanes + lane)]),
+        adjacent=rounding(_ADJACENT, list(range(PAIR * lanes))),
+        cpu=target.llvm_cpu,
+        features=",".join(target.llvm_attributes),
+        **width,
+    )
+    return Bf16Pairs(lanes, source)
