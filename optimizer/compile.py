@@ -104,6 +104,8 @@ class CompileOptions:
             steps.append(f"block-channels{{block={self.target.layouts.channel_block}}}")
         if self.operand_dtype is not None:
             steps.append(f"convert-precision{{dtype={self.operand_dtype}}}")
+            if self.operand_dtype == "bfloat16" and self.target.device == "cpu":
+                steps.append(f"round-attention{{target={self.target.name}}}")
             steps.append("eliminate-common-subexpressions")  # several products convert the same operand
         return ",".join(steps)
 

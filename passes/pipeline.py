@@ -37,6 +37,7 @@ _PASSES = {
     "pack-quantized-weights": ("passes.pack_quantized_weights", "PackQuantizedWeights"),
     "quantize-weights": ("passes.quantize_weights", "QuantizeWeights"),
     "rewrite-kv-cache": ("passes.rewrite_kv_cache", "RewriteKvCache"),
+    "round-attention": ("passes.round_attention", "RoundAttention"),
     "scale-batch-norm": ("passes.scale_batch_norm", "ScaleBatchNorm"),
     "simplify-algebra": ("passes.simplify_algebra", "SimplifyAlgebra"),
     "simplify-casts": ("passes.simplify_casts", "SimplifyCasts"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tvm
@@ -12,11 +13,14 @@ from tvm.relax import op
 
 import targets
 from passes.fuse_attention import FuseAttention
+from passes.round_attention import RoundAttention
 from schedules import schedule_module
-from tests.schedules.execution import normal, scheduled
+from schedules.intrin.bf16_pairs import bf16_pairs
+from tests.schedules.execution import TARGET, normal, scheduled
 
 LENGTHS = st.sampled_from([1, 2, 7, 16, 17, 31, 32, 33, 49, 67])
 Size = int | tirx.Var
+HAS_PAIRS = bf16_pairs(TARGET) is not None
 
 
 def _module(
@@ -252,3 +256,68 @@ def test_what_a_causal_mask_leaves_may_be_hidden_by_another() -> None:
         with np.errstate(all="ignore"):
             want = np.nan_to_num(_expected(2, arrays, padded + _causal(queries, keys, -np.inf)), nan=0.0)
         np.testing.assert_allclose(call(*arrays, padded), want, rtol=0, atol=_tolerance(16))
+
+
+def _rounded(array: np.ndarray) -> np.ndarray:
+    return array.astype(ml_dtypes.bfloat16).astype("float32")
+
+
+def _check_rounded(module: tvm.IRModule, heads: int, lengths: list[tuple[int, int]], groups: int | None = None) -> None:
+    """Compare with an attention of rounded operands; rounding the weights is all that is left of the error."""
+    outcome = RoundAttention(TARGET.name).run(module)
+    assert outcome.rewritten == 1
+    call, reports = scheduled(outcome.module)
+    assert {report.family for report in reports} == {"attention"}
+    columns = next(int(x.ty.shape[2]) for x in module["main"].params[2:3])
+    size = columns // (groups or heads)
+    for queries, keys in lengths:
+        arrays = _arrays(heads, size, queries, keys, groups)
+        want = _expected(heads, [_rounded(array) for array in arrays])
+        atol = 2.0**-9 * float(np.abs(arrays[2]).max()) + _tolerance(size)
+        np.testing.assert_allclose(call(*arrays), want, rtol=0, atol=atol)
+
+
+@pytest.mark.skipif(not HAS_PAIRS, reason="the machine has no bf16 dot product")
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    queries=LENGTHS.filter(lambda n: n >= 8),
+    keys=st.sampled_from([2, 7, 17, 32, 67, 131, 300]),
+    heads=st.integers(1, 3),
+    size=st.sampled_from([2, 18, 32, 80, 256]),
+)
+def test_products_of_pairs_are_those_of_rounded_operands(queries: int, keys: int, heads: int, size: int) -> None:
+    _check_rounded(_module(heads, size, queries, keys), heads, [(queries, keys)])
+
+
+@pytest.mark.skipif(not HAS_PAIRS, reason="the machine has no bf16 dot product")
+def test_pairs_of_symbolic_lengths_and_shared_heads() -> None:
+    lengths = [(8, 1), (9, 67), (33, 193), (64, 400)]
+    _check_rounded(_module(4, 32, "s", "t", groups=2), 4, lengths, 2)
+
+
+@pytest.mark.skipif(not HAS_PAIRS, reason="the machine has no bf16 dot product")
+def test_few_queries_are_not_rounded_where_their_number_is_symbolic() -> None:
+    call, _ = scheduled(RoundAttention(TARGET.name).run(_module(2, 32, "s", "t")).module)
+    arrays = _arrays(2, 32, 3, 50)
+    np.testing.assert_allclose(call(*arrays), _expected(2, arrays), rtol=0, atol=_tolerance(32))
+
+
+@pytest.mark.skipif(not HAS_PAIRS, reason="the machine has no bf16 dot product")
+def test_rounded_attention_may_be_causal() -> None:
+    call, _ = scheduled(RoundAttention(TARGET.name).run(_module(1, 32, "s", "t", hidden=-np.inf)).module)
+    for queries, keys in [(131, 131), (40, 333), (40, 21)]:
+        arrays = _arrays(1, 32, queries, keys)
+        bias = _causal(queries, keys, -np.inf)
+        with np.errstate(all="ignore"):
+            want = np.nan_to_num(_expected(1, [_rounded(array) for array in arrays], bias), nan=0.0)
+        np.testing.assert_allclose(call(*arrays), want, rtol=0, atol=2.0**-9 * 5)
+
+
+@pytest.mark.parametrize(("target", "instruction"), [("x86-avx512-bf16", "vdpbf16ps"), ("arm64-i8mm", "bfdot")])
+def test_code_of_pairs_has_the_instruction_and_no_call(target: str, instruction: str) -> None:
+    chosen = targets.get(target)
+    module, _ = schedule_module(RoundAttention(target).run(_module(2, 32, 40, 50)).module, chosen)
+    modules = tvm.compile(module, chosen.tvm_target()).mod.imports
+    assembly = "".join(each.inspect_source("asm") for each in modules if each.kind == "llvm")
+    assert instruction in assembly
+    assert not [line for line in assembly.splitlines() if "bf16" in line and ("call" in line or "\tbl\t" in line)]
