@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from benchmarks.kernels import KernelCase, matmul, rows, transpose
+from benchmarks.kernels import KernelCase, attention, matmul, rows, transpose
 from benchmarks.tables import random_inputs
 from optimizer.compile import CompileOptions, compile_model, find_target
 from optimizer.package.alignment import aligned_copy
@@ -38,6 +38,7 @@ SCANS: Mapping[str, Scan] = {
     "gemm_n": lambda size: matmul(256, size, 256),
     "gemm_k": lambda size: matmul(256, 256, size),
     "gemm_mnk": lambda size: matmul(size, size, size),
+    "attention_length": lambda size: attention(str(size), 4, size, size, 64),
     "softmax_width": lambda size: rows("softmax", "Softmax", _ELEMENTS // size, size),
     "layer_norm_width": lambda size: rows("layer_norm", "LayerNormalization", _ELEMENTS // size, size),
     "transpose_rows": lambda size: transpose((size, _ELEMENTS // 128), (1, 0)),

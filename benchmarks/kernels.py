@@ -66,8 +66,8 @@ def cases() -> Iterator[KernelCase]:
     for name, heads, length, head_size in (
         ("bert", 12, 128, 64), ("vit", 12, 197, 64), ("whisper", 6, 1500, 64)
     ):  # fmt: skip
-        yield _attention(name, heads, length, length, head_size)
-    yield _attention("decode", 32, 1, 4096, 64)
+        yield attention(name, heads, length, length, head_size)
+    yield attention("decode", 32, 1, 4096, 64)
     yield rows("layer_norm", "LayerNormalization", 2048, 768)
     yield rows("softmax", "Softmax", 2048, 1024)
     causal, queries = row_kernels.causal_attention(), 12 * 512
@@ -211,7 +211,7 @@ def _depthwise(channels: int, size: int) -> KernelCase:
     return KernelCase(f"depthwise3x3_{channels}_{size}", model, "copy", _CHAIN * _moved(shape))
 
 
-def _attention(name: str, heads: int, queries: int, keys: int, head_size: int) -> KernelCase:
+def attention(name: str, heads: int, queries: int, keys: int, head_size: int) -> KernelCase:
     """Attention from projections that lie [1, S, H * D]; a decode step reads cached keys and values [1, H, S, D]."""
     decode = queries == 1
     cached = (1, heads, keys, head_size)
