@@ -16,16 +16,17 @@ import numpy as np
 import tvm.ir
 from tvm import relax
 
-from passes.base import Dataflow, PatternPass, Refusal
+from passes.base import Dataflow, PatternPass, require
 
 _CONVOLUTIONS = ("relax.nn.conv1d", "relax.nn.conv2d", "relax.nn.conv3d")
 
 
 @dataclass(frozen=True)
 class RemainingNormalization:
-    """An inference-time normalization, and the convolution that alone reads its result if there is one."""
+    """A normalization whose `result` is used, and the convolution that reads that where the two are a site together."""
 
     normalization: tvm.ir.Call
+    result: relax.Expr
     convolution: tvm.ir.Call | None
 
 
@@ -36,24 +37,21 @@ class ScaleBatchNorm(PatternPass[RemainingNormalization]):
     name: ClassVar[str] = "scale-batch-norm"
 
     def pattern(self, expr: relax.Expr, dataflow: Dataflow) -> RemainingNormalization | None:
-        """Match a convolution of a normalization's result that it alone reads, and the result of any normalization."""
-        if isinstance(expr, tvm.ir.Call):
-            convolution = dataflow.call(expr, *_CONVOLUTIONS)
-            if convolution is None or not dataflow.read_once(convolution.args[0]):
-                return None
-            normalization = _normalization(dataflow.producer(convolution.args[0]), dataflow)
-            if normalization is None or not _folds_forward(convolution, normalization):
-                return None
-            return RemainingNormalization(normalization, convolution)
-        normalization = _normalization(expr, dataflow)
-        return None if normalization is None else RemainingNormalization(normalization, None)
+        """Match a convolution of a normalization's result, and the result of any normalization."""
+        convolution = dataflow.call(expr, *_CONVOLUTIONS) if isinstance(expr, tvm.ir.Call) else None
+        result = expr if convolution is None else convolution.args[0]
+        normalization = _normalization(dataflow.producer(result), dataflow)
+        if normalization is None or (convolution is not None and not _is_constant(normalization)):
+            return None
+        return RemainingNormalization(normalization, result, convolution)
 
     def check(self, match: RemainingNormalization, dataflow: Dataflow) -> None:
-        """Refuse statistics that are not constant, and training."""
-        if match.normalization.attrs.training:
-            raise Refusal("the normalization is not an inference-time one")
-        if any(not isinstance(part, tvm.ir.GenericConst) for part in match.normalization.args[1:5]):
-            raise Refusal("gamma, beta, mean or variance is not constant")
+        """Refuse statistics that are not constant, training, and convolutions that cannot take a normalization."""
+        require(not match.normalization.attrs.training, "the normalization is not an inference-time one")
+        require(_is_constant(match.normalization), "gamma, beta, mean or variance is not constant")
+        if match.convolution is not None:
+            _check_forward(match.convolution, match.normalization)
+            require(dataflow.read_once(match.result), "something else reads the normalization before the convolution")
 
     def rewrite(self, match: RemainingNormalization) -> relax.Expr:
         """Return the convolution with scaled weights plus a bias, or the scaled and shifted data."""
@@ -85,13 +83,17 @@ def _normalization(expr: relax.Expr, dataflow: Dataflow) -> tvm.ir.Call | None:
     return dataflow.call(expr.tuple_value, "relax.nn.batch_norm")
 
 
-def _folds_forward(convolution: tvm.ir.Call, normalization: tvm.ir.Call) -> bool:
-    """Return whether the convolution, of constant weights, reads channels of axis 1, and no padding that is shifted."""
-    constant = isinstance(convolution.args[1], tvm.ir.GenericConst)
-    known = all(isinstance(part, tvm.ir.GenericConst) for part in normalization.args[1:5])
-    if not constant or not known or normalization.attrs.axis != 1 or normalization.attrs.training:
-        return False
-    return not any(int(pad) for pad in convolution.attrs.padding) or not _scale_and_shift(normalization)[1].any()
+def _is_constant(normalization: tvm.ir.Call) -> bool:
+    return all(isinstance(part, tvm.ir.GenericConst) for part in normalization.args[1:5])
+
+
+def _check_forward(convolution: tvm.ir.Call, normalization: tvm.ir.Call) -> None:
+    """Refuse weights that are not constant, channels of another axis, and padding that would be shifted."""
+    require(isinstance(convolution.args[1], tvm.ir.GenericConst), "the weights of the convolution are not constant")
+    require(normalization.attrs.axis == 1, "the normalization is not over the convolution's channels")
+    padded = any(int(pad) for pad in convolution.attrs.padding)
+    shifted = padded and _scale_and_shift(normalization)[1].any()
+    require(not shifted, "the convolution pads what is normalized with zeros, which before that are other numbers")
 
 
 def _scale_and_shift(normalization: tvm.ir.Call) -> tuple[np.ndarray, np.ndarray]:

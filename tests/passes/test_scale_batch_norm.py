@@ -130,3 +130,31 @@ def test_only_an_unpadded_convolution_of_constant_weights_takes_it(body, left: l
     arrays = [np.random.default_rng(0).standard_normal(shape).astype("float32") for shape in ((2, 3, 4), (6, 3, 2))]
     (before,), (after,) = (Interpreter(each).run(arrays) for each in (module, outcome.module))
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
+
+
+def _twice(x: relax.Expr, w: relax.Expr) -> list[relax.Expr]:
+    normalized = _emit(_batch_norm(x))
+    return [relax.op.nn.conv1d(normalized, _weights(6, 3, 2)), relax.op.add(normalized, relax.op.sum(w))]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (
+            lambda x, w: relax.op.nn.conv1d(_emit(_batch_norm(x)), _weights(6, 3, 2), padding=(0, 1)),
+            "the convolution pads what is normalized with zeros, which before that are other numbers",
+        ),
+        (
+            lambda x, w: relax.op.nn.conv1d(_emit(_batch_norm(x)), w),
+            "the weights of the convolution are not constant",
+        ),
+        (
+            lambda x, w: relax.op.nn.conv1d(_emit(_batch_norm(x, axis=2)), _weights(6, 3, 2)),
+            "the normalization is not over the convolution's channels",
+        ),
+        (_twice, "something else reads the normalization before the convolution"),
+    ],
+)
+def test_a_convolution_that_cannot_take_a_normalization_says_why(body, reason: str) -> None:
+    outcome = ScaleBatchNorm().run(graph(body, (2, 3, 4), (6, 3, 2)))
+    assert [site.refusal for site in outcome.sites] == [None, reason]
