@@ -2,8 +2,9 @@
 
 No-ops: a reshape, transpose, slice, pad, expand or tile whose result is its operand. Chains: views (reshape,
 expand_dims, squeeze, flatten) of views, expands of expands, transposes of transposes, concatenations of concatenations
-along the same axis. A view that only inserts axes of length 1 is an expand_dims, one that only drops them a squeeze. An
-operand of an elementwise operator needs no expand where the operator itself broadcasts it to the same shape.
+along the same axis. A concatenation of a tensor with itself along an axis of length 1 is an expand. A view that only
+inserts axes of length 1 is an expand_dims, one that only drops them a squeeze. An operand of an elementwise operator
+needs no expand where the operator itself broadcasts it to the same shape.
 """
 
 from __future__ import annotations
@@ -144,6 +145,16 @@ def _concat(call: tvm.ir.Call, dataflow: Dataflow) -> relax.Expr | None:
     return None if len(flat) == len(operands.fields) else relax.op.concat(flat, int(call.attrs.axis))
 
 
+def _repetition(call: tvm.ir.Call, dataflow: Dataflow) -> relax.Expr | None:
+    """concat((x, x)) -> broadcast_to(x) along an axis of which x has one element: heads repeated for their queries."""
+    axis, shape = _axis(call), shape_of(call)
+    fields = [] if axis is None else [dataflow.producer(field) for field in call.args[0].fields]
+    if axis is None or shape is None or len(fields) < 2 or not all(field.same_as(fields[0]) for field in fields):
+        return None
+    own = shape_of(call.args[0].fields[0])
+    return relax.op.broadcast_to(call.args[0].fields[0], shape) if own is not None and is_one(own[axis]) else None
+
+
 def _axis(call: tvm.ir.Call) -> int | None:
     if call.attrs.axis is None or not isinstance(call.args[0], relax.Tuple):
         return None
@@ -195,5 +206,5 @@ class SimplifyShapes(RulePass):
         "relax.permute_dims": (merged_transposes, _unmoving_transpose),
         "relax.strided_slice": (_whole_slice,),
         "relax.nn.pad": (_empty_pad,),
-        "relax.concat": (_concat,),
+        "relax.concat": (_concat, _repetition),
     }

@@ -49,6 +49,7 @@ def _dimension(x: relax.Expr, axis: int) -> relax.Expr:
         (lambda x: op.nn.pad(x, [0, 0, 0, 0]), lambda x: x, ("n", 4)),
         (lambda x: op.strided_slice(x, [1], [0], [100], [1]), lambda x: x, (3, 4)),
         (lambda x: op.concat([x], 0), lambda x: x, ("n", 4)),
+        (lambda x: op.concat([x, x, x], -1), lambda x: op.broadcast_to(x, (2, 3)), (2, 1)),
         (
             lambda x: op.concat([op.concat([x, op.exp(x)], -1), x], 1),
             lambda x: op.concat([x, op.exp(x), x], 1),
@@ -92,6 +93,8 @@ def test_expands_of_all_operands_keep_the_one_that_makes_the_shape() -> None:
         (lambda x: op.reshape(x, (4, 3)), (3, 4)),
         (lambda x: op.permute_dims(x, [1, 0]), (3, 3)),
         (lambda x: op.concat([x, x], 0), (3, 4)),
+        (lambda x: op.concat([x, x], 0), ("n", 4)),
+        (lambda x: op.concat([x, op.exp(x)], 0), (1, 4)),
         (lambda x: op.concat([op.concat([x, x], 0), op.concat([x, x], 0)], 1), (3, 4)),
         (lambda x: op.add(op.broadcast_to(x, (5, 4)), relax.const(1.0)), (1, 4)),
         (lambda x: op.tile(x, (2, 1)), (3, 4)),
