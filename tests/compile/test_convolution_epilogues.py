@@ -23,6 +23,14 @@ _CONVOLUTIONS = {
     "transposed": ((6, 6), "ConvTranspose<pads=[1,1,1,1]>", (16, 16, 3, 3)),
     "transposed 1-D": ((9,), "ConvTranspose<pads=[1,1]>", (16, 16, 3)),
 }
+_RARER = {
+    "grouped 1-D": ((9,), "Conv<pads=[1,1], group=4>", (16, 4, 3)),
+    "grouped 3-D": ((4, 5, 6), "Conv<pads=[1,1,1,1,1,1], group=4>", (16, 4, 3, 3, 3)),
+    "depthwise 3-D": ((4, 5, 6), "Conv<pads=[1,1,1,1,1,1], group=16>", (16, 1, 3, 3, 3)),
+    "transposed 3-D": ((4, 5, 6), "ConvTranspose<pads=[1,1,1,1,1,1]>", (16, 16, 3, 3, 3)),
+    "transposed, grouped": ((6, 6), "ConvTranspose<pads=[1,1,1,1], group=4>", (16, 4, 3, 3)),
+    "transposed, depthwise": ((6, 6), "ConvTranspose<pads=[1,1,1,1], group=16>", (16, 1, 3, 3)),
+}
 _ACTIVATIONS = {
     "Relu": "y = Relu(r)",
     "Clip": "y = Clip(r, low, high)",
@@ -35,8 +43,8 @@ _ACTIVATIONS = {
 }
 
 
-def _module(convolution: str, activation: str) -> tvm.IRModule:
-    extents, operator, weights = _CONVOLUTIONS[convolution]
+def _module(convolution: str, activation: str, *, bias: bool = True) -> tvm.IRModule:
+    extents, operator, weights = {**_CONVOLUTIONS, **_RARER}[convolution]
     rng = np.random.default_rng(0)
     per_channel = {name: rng.uniform(1, 2, _CHANNELS).astype("float32") for name in ("gamma", "beta", "mean", "var")}
     scalars = {name: np.float32(value) for name, value in (("low", 0), ("high", 6), ("one", 1), ("half", 0.5))}
@@ -50,7 +58,7 @@ def _module(convolution: str, activation: str) -> tvm.IRModule:
     }
     shape = ",".join(map(str, (1, _CHANNELS, *extents)))
     text = f"""g (float[{shape}] x, float[{shape}] residual) => (float[{shape}] y) {{
-        c = {operator}(x, w, bias)
+        c = {operator}(x, w{", bias" if bias else ""})
         n = BatchNormalization(c, gamma, beta, mean, var)
         r = Add(n, residual)
         {_ACTIVATIONS[activation]}
@@ -67,6 +75,17 @@ def _computing(kernels: list[str]) -> list[str]:
 @pytest.mark.parametrize("convolution", _CONVOLUTIONS)
 def test_residual_and_activation_are_computed_in_the_kernel(convolution: str, activation: str) -> None:
     assert len(_computing(kernels_of(_module(convolution, activation)))) == 1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("convolution", _RARER)
+def test_so_are_those_of_rarer_convolutions(convolution: str, bias: bool) -> None:
+    assert len(_computing(kernels_of(_module(convolution, "PRelu", bias=bias)))) == 1
+
+
+@pytest.mark.parametrize("convolution", _CONVOLUTIONS)
+def test_a_convolution_without_bias_gets_that_of_its_normalization(convolution: str) -> None:
+    assert len(_computing(kernels_of(_module(convolution, "Relu", bias=False)))) == 1
 
 
 @pytest.mark.parametrize("convolution", _CONVOLUTIONS)
