@@ -182,15 +182,18 @@ def pack_tensor(values: np.ndarray, block: int) -> np.ndarray:
 
 
 def to_blocks(data: te.Tensor, block: int) -> te.Tensor:
-    """Return [N, C, spatial...] as [N, ceil(C/block), spatial..., block], zeros past the last channel."""
+    """Return [N, C, spatial...] as [N, ceil(C/block), spatial..., block], the last channel again past the last one.
+
+    A choice between the channel and zero would not do: TVM drops the bound of an index where the choice's condition
+    implies it, and then reads past the end of the data what is not chosen.
+    """
     channels = int(data.shape[1])
 
     def element(batch: tirx.Expr, outer: tirx.Expr, *rest: tirx.Expr) -> tirx.Expr:
         *position, lane = rest
         channel = outer * block + lane
         if channels % block:
-            inside = tirx.min(channel, channels - 1)
-            return tirx.Select(channel < channels, data(batch, inside, *position), tirx.const(0, data.dtype))
+            channel = tirx.min(channel, channels - 1)
         return data(batch, channel, *position)
 
     shape = (data.shape[0], blocks(channels, block), *data.shape[2:], block)

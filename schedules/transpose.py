@@ -69,7 +69,7 @@ class Transpose:
         groups, along = every[:-1], every[-1]
         for across in reversed(groups):
             turned = tuple(
-                read for read in stage.loads() if step(read, along) == Step.STRIDED and step(read, across) == Step.UNIT
+                read for read in stage.loads() if _is_strided(read, along) and step(read, across) == Step.UNIT
             )
             if turned and _long(across):
                 outer = tuple(group for group in groups if group is not across)
@@ -128,6 +128,12 @@ def _overlapping(start: Expr, extent: int, side: int, body: Callable[[Expr, int]
     if extent % side:
         statements.append(body(start + (extent - side), side))
     return sequence(statements)
+
+
+def _is_strided(read: TensorLoad, along: AxisGroup) -> bool:
+    """Return whether steps along a group are strides, those of an index with an upper bound included."""
+    unbounded = [at.a if isinstance(at, tirx.Min) and isinstance(at.b, tirx.IntImm) else at for at in read.indices]
+    return step(tirx.BufferLoad(read.source, unbounded), along) == Step.STRIDED
 
 
 def _long(group: AxisGroup) -> bool:
