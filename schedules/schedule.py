@@ -14,6 +14,7 @@ from schedules.gated_product import GatedProduct
 from schedules.inline import inline
 from schedules.intrin import vector_math
 from schedules.intrin.bf16_conversion import bf16_buffers
+from schedules.intrin.bf16_rounding import round_in_vectors
 from schedules.kernels import cut
 from schedules.quotients import truncate_quotients
 from schedules.registry import FAMILIES
@@ -82,7 +83,8 @@ def schedule_function(
             report = replace(scheduled.report, function=name, workload=workload, reason=reason)
     buffers = bf16_buffers(function, staged.intermediate, statements)
     inner = tuple(buffers.integers.get(buffer, buffer) for buffer in staged.intermediate)
-    expanded = [vector_math.expand(statement, buffers) for statement in statements]
+    in_vectors = [round_in_vectors(statement, target, function.params) for statement in statements]
+    expanded = [vector_math.expand(statement, buffers) for statement in in_vectors]
     rebuilt = replace(staged, intermediate=inner).rebuild(expanded)
     lost = _undefined(rebuilt) - _undefined(function)
     if lost:

@@ -1,0 +1,80 @@
+"""Whole vectors of fp32 stored as bfloat16 by the instruction that rounds them: vcvtneps2bf16 of AVX512-BF16.
+
+It rounds as `bf16_conversion` does, in one operation instead of ten, but takes what is below the normal numbers for
+zero and keeps more bits of NaN. So it rounds what was computed; elements that are only converted keep their exact bits.
+TVM's types cannot express it, so it comes in as `bf16_dot` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tvm_ffi
+from tvm import ir, tirx
+from tvm.ir import Expr, TensorLoad, Var
+from tvm.tirx.stmt import Stmt
+
+from schedules.access import Access, Step, as_int
+from schedules.intrin.bf16_conversion import BFLOAT16
+from schedules.loops import index, load, local, store, vector, with_local
+from schedules.stages import Axis, contains, sequence, substitute
+from targets.base import Target
+
+_LANES = 16
+_CALL = "optimizer_store_bf16"
+_SOURCE = """
+declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
+define weak_odr i32 @{call}(ptr %to, <16 x float> %value) #0 {{
+  %rounded = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float> %value)
+  store <16 x bfloat> %rounded, ptr %to, align 2
+  ret i32 0
+}}
+attributes #0 = {{ alwaysinline nounwind "target-cpu"="{cpu}" "target-features"="{features}" }}
+"""
+
+
+def round_in_vectors(statement: Stmt, target: Target, parameters: Sequence[Var]) -> Stmt:
+    """Return a statement whose computed vectors are rounded to bfloat16 `parameters` by the target's instruction.
+
+    Any other statement, and all for a target that has none, stay as they are.
+    """
+    if "avx512_bf16" not in target.features:
+        return statement
+    found: list[tirx.For] = []
+
+    def rounded(vectors: tirx.For, mutator: tvm_ffi.StructuralMutator) -> Stmt:
+        store = vectors.body
+        if not isinstance(store, tirx.BufferStore) or not _rounds_vectors(vectors, store, parameters):
+            return mutator.default_mutate(vectors)
+        found.append(vectors)
+        starts = range(0, int(vectors.extent), _LANES)
+        return sequence([_rounded(vectors.loop_var, store, index(start)) for start in starts])
+
+    result = tvm_ffi.structural_mutate(statement, (tirx.For, rounded))
+    if not found:
+        return statement
+    source = _SOURCE.format(call=_CALL, cpu=target.llvm_cpu, features=",".join(target.llvm_attributes))
+    return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", ir.StringImm(source), result)
+
+
+def _rounds_vectors(vectors: tirx.For, store: tirx.BufferStore, parameters: Sequence[Var]) -> bool:
+    """Return whether a loop rounds whole vectors that it computes to neighbouring elements of one of the parameters."""
+    extent, cast = as_int(vectors.extent), store.value
+    if vectors.kind != tirx.ForKind.VECTORIZED or not extent or extent % _LANES:
+        return False
+    if not isinstance(cast, tirx.Cast) or (str(cast.ty.dtype), str(cast.value.ty.dtype)) != (BFLOAT16, "float32"):
+        return False
+    if isinstance(cast.value, TensorLoad) and contains(parameters, cast.value.source):
+        return False
+    axis = Axis(vectors.loop_var, extent)
+    return contains(parameters, store.buffer) and Access(store.buffer, tuple(store.indices)).step(axis) == Step.UNIT
+
+
+def _rounded(lane: Var, vectors: tirx.BufferStore, start: Expr) -> Stmt:
+    """Return the store of one vector from lane `start` on."""
+    values = local([_LANES], "float32", "values")
+    compute = vector(_LANES, lambda v: store(values, substitute(vectors.value.value, {lane: start + v}), [v]))
+    first = load(vectors.buffer, [substitute(position, {lane: start}) for position in vectors.indices])
+    every = load(values, [tirx.Ramp(index(0), index(1), _LANES)])
+    call = tirx.call_extern("int32", _CALL, tirx.address_of(first), every)
+    return with_local([values], [compute, tirx.Evaluate(call)])
