@@ -35,6 +35,8 @@ from passes.base import Pass
 from passes.quantization.fitted import Exceptions
 from passes.quantization.scheme import SchemeError
 from passes.quantize_weights import QuantizeWeights
+from schedules.intrin.bf16_conversion import BFLOAT16
+from schedules.intrin.bf16_dot import bf16_dot
 from targets.base import Target
 from targets.linking import export_library
 
@@ -47,7 +49,8 @@ class CompileOptions:
     """What to compile a model for. `shapes` overrides input shapes by name; a string keeps that dimension dynamic.
 
     `precision` "fp16" or "bf16" is for the operands of products, and of convolutions that get no blocks of channels;
-    their sums stay fp32. With "fp32" all 16-bit floats become fp32. Inputs and outputs keep the model's types.
+    with "bf16", and a target with dot products of it, of those that do, too. Sums stay fp32. With "fp32" all 16-bit
+    floats become fp32. Inputs and outputs keep the model's types.
     `dump_ir` is a folder that the module is written to after each pass and each step of lowering.
     `weights` ("int8", "int4") quantizes constant weights in groups of `weight_group` by `weight_method`, with zero
     points if `weight_zero_points` (None: if the method wants them) and scales of type `weight_scales`, except those of
@@ -101,7 +104,9 @@ class CompileOptions:
             steps.append(f"quantize-weights{{{','.join(f'{name}={value}' for name, value in choices.items())}}}")
         steps.append("fold-norm-scales")  # after weights are rounded, and before their precision is converted
         if self.target.device == "cpu":
-            steps.append(f"block-channels{{block={self.target.layouts.channel_block}}}")
+            in_pairs = self.operand_dtype == BFLOAT16 and bf16_dot(self.target) is not None
+            dtype = BFLOAT16 if in_pairs else "float32"
+            steps.append(f"block-channels{{block={self.target.layouts.channel_block},dtype={dtype}}}")
         if self.operand_dtype is not None:
             steps.append(f"convert-precision{{dtype={self.operand_dtype}}}")
             if self.operand_dtype == "bfloat16" and self.target.device == "cpu":

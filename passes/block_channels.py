@@ -6,12 +6,17 @@ through what treats channels alike (arithmetic, activations, pooling, means over
 blocks); where something else reads a blocked tensor, it is converted back. Channels past the last one of a partial
 block hold anything and are never read. Values do not change but for the order of summation, and the error of Winograd's
 transforms where these are chosen (`passes.winograd`).
+
+With `dtype` bfloat16 what a convolution reads is rounded to it, once, where it is made; who else reads it gets it
+widened again. Products of its channels with weights of bfloat16 are of pairs of neighbouring channels, summed in fp32.
+Depthwise convolutions and Winograd's filtering keep weights of fp32, and so do sums, whatever follows them, and what no
+convolution reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -23,14 +28,16 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from passes import blocked_operators
 from passes.base import Pass, PassOutcome, Refusal, Site, require
 from passes.blocked_operators import Geometry
+from passes.convolution_sites import check_operands, checked_geometry, static
 from passes.provenance import nodes_of
 from passes.winograd import choose_tile, pack_winograd
+from schedules.intrin.bf16_conversion import BFLOAT16
+from schedules.intrin.bf16_dot import PAIR
 from schedules.winograd_structure import winograd
 from schedules.winograd_transforms import TAPS
 
 _CONVOLUTIONS = {"relax.nn.conv1d": 1, "relax.nn.conv2d": 2, "relax.nn.conv3d": 3}
 _TRANSPOSED = {"relax.nn.conv1d_transpose": 1, "relax.nn.conv2d_transpose": 2, "relax.nn.conv3d_transpose": 3}
-_PLAIN_LAYOUTS = ("NCW", "NCHW", "NCDHW", "OIW", "OIHW", "OIDHW", "IOW", "IOHW", "IODHW")
 _ELEMENTWISE = frozenset(
     f"relax.{name}"
     for name in [
@@ -54,17 +61,19 @@ _POOLINGS = {"relax.nn.max_pool2d": relax.op.nn.max_pool2d, "relax.nn.avg_pool2d
 class BlockChannels(Pass):
     """Give convolutions of fp32 with constant weights, and what lies between them, blocks of `block` channels.
 
-    Where it pays, 3x3 filters are computed by Winograd's F(m, 3) with m up to `winograd`: 2, 4, or 0 for none.
+    Where it pays, 3x3 filters are computed by Winograd's F(m, 3) with m up to `winograd`: 2, 4, or 0 for none. `dtype`
+    is what convolutions read: float32, or bfloat16 for targets that have dot products of pairs of it.
     """
 
     name: ClassVar[str] = "block-channels"
     block: int = 16
     winograd: int = 4
+    dtype: str = "float32"
 
     def run(self, module: tvm.IRModule) -> PassOutcome:
         """Rewrite all Relax functions of the module."""
         sites: list[Site] = []
-        rewriter = _Blocker(module, self.block, self.winograd, sites)
+        rewriter = _Blocker(module, self, sites)
         for variable, function in module.functions_items():
             if isinstance(function, relax.Function):
                 rewriter.builder_.update_func(variable, rewriter.visit_expr(function))
@@ -74,10 +83,14 @@ class BlockChannels(Pass):
 
 @dataclass(frozen=True)
 class _Blocked:
-    """A blocked tensor with the number of its channels and the shape that it has unblocked."""
+    """A blocked tensor with the number of its channels and the shape that it has unblocked.
+
+    `rounded` is what a convolution reads of it where that is of another type.
+    """
 
     var: relax.Var
     shape: tuple[tvm.ir.Expr, ...]
+    rounded: relax.Var | None = None
 
     @property
     def channels(self) -> int:
@@ -88,10 +101,11 @@ class _Blocked:
 class _Blocker(PyExprMutator):
     """Walks the bindings in order; `_blocked` holds what has a blocked form, `_plain` what was converted back."""
 
-    def __init__(self, module: tvm.IRModule, block: int, largest_tile: int, sites: list[Site]) -> None:
+    def __init__(self, module: tvm.IRModule, options: BlockChannels, sites: list[Site]) -> None:
         super().__init__(module)
-        self._block = block
-        self._largest_tile = largest_tile
+        self._block = options.block
+        self._largest_tile = options.winograd
+        self._dtype = options.dtype
         self._name = ""
         self._sites = sites
         self._blocked: dict[relax.Var, _Blocked] = {}
@@ -165,7 +179,7 @@ class _Blocker(PyExprMutator):
 
     def _convolution(self, call: tvm.ir.Call) -> tuple[_Blocked, str]:
         """Return a convolution in blocked form, and how it is computed; raises Refusal."""
-        geometry = _check_convolution(call)
+        geometry = checked_geometry(call)
         values, block = call.args[1].value.numpy(), self._block
         outputs, per_group = values.shape[:2]
         groups = int(call.attrs.groups)
@@ -181,21 +195,35 @@ class _Blocker(PyExprMutator):
         if 2 * outputs < block and not self._is_blocked(data):
             raise Refusal(f"{outputs} output channels would leave most of a block of {block} empty")
         if channels < block and max(values.shape[2:]) > 1 and not self._is_blocked(data):
-            packed = blocked_operators.pack_shallow(values, block)
-            return self._computed(call, lambda x, w: blocked_operators.shallow(x, w, geometry), packed, plain=True), ""
+            return self._first(call, values, geometry), ""
         try:
             require(groups == 1, "its channels are in groups")
             return self._filtered(call, values, geometry)
         except Refusal as refusal:
-            packed = blocked_operators.pack_dense(values, block)
+            packed = self._packing(per_group)(values, block)
             result = self._computed(
                 call, lambda x, w: blocked_operators.dense(x, w, channels, groups, geometry), packed
             )
             return result, f"directly: {refusal}"
 
+    def _first(self, call: tvm.ir.Call, values: np.ndarray, geometry: Geometry) -> _Blocked:
+        """Return a convolution of few channels in plain layout; where pairs are rounded they become a narrow block."""
+        if self._dtype != BFLOAT16 or values.shape[1] < PAIR:
+            packed, plain = blocked_operators.pack_shallow(values, self._block), self.visit_expr(call.args[0])
+            return self._computed(call, lambda x, w: blocked_operators.shallow(x, w, geometry), packed, plain)
+        depth = values.shape[1] + values.shape[1] % PAIR
+        packed = blocked_operators.pack_pairs(values, self._block, depth)
+        rounded = self._emit(relax.op.astype(self._in_blocks(call.args[0], depth), BFLOAT16))
+        return self._computed(call, lambda x, w: blocked_operators.dense(x, w, depth, 1, geometry), packed, rounded)
+
+    def _packing(self, channels: int) -> Callable[[np.ndarray, int], np.ndarray]:
+        """Return how weights of `channels` inputs are laid out: in pairs where both sides of a product are rounded."""
+        in_pairs = self._dtype == BFLOAT16 and channels % PAIR == 0
+        return blocked_operators.pack_pairs if in_pairs else blocked_operators.pack_dense
+
     def _transposed(self, call: tvm.ir.Call) -> tuple[_Blocked, str]:
         """Return a transposed convolution whose taps do not overlap, as one of a single tap; raises Refusal."""
-        _check_operands(call)
+        check_operands(call)
         attributes, values = call.attrs, call.args[1].value.numpy()
         kernel = values.shape[2:]
         apart = tuple(map(int, attributes.strides)) == kernel and {int(step) for step in attributes.dilation} == {1}
@@ -208,7 +236,7 @@ class _Blocker(PyExprMutator):
         products = self._computed(
             call,
             lambda x, w: blocked_operators.dense(x, w, len(values), 1, Geometry(ones, ones, zeros, zeros)),
-            blocked_operators.pack_scattered(values, self._block),
+            self._packing(len(values))(blocked_operators.scattered(values, self._block), self._block),
         )
         image = self.builder_.call_te(
             lambda x: blocked_operators.scatter(x, kernel), products.var, primfunc_name_hint="scatter"
@@ -221,7 +249,7 @@ class _Blocker(PyExprMutator):
         batch, _, *image = call.ty.shape.values
         require(len(image) == 2, "it has not two spatial dimensions")
         size = int(image[0]), int(image[1])
-        tile = choose_tile(values.shape, size, _static(batch) or 1, geometry, self._largest_tile)
+        tile = choose_tile(values.shape, size, static(batch) or 1, geometry, self._largest_tile)
         before = geometry.pads_begin[0], geometry.pads_begin[1]
         result = self._computed(
             call, lambda x, w: winograd(x, w, tile, before, size), pack_winograd(values, tile, self._block)
@@ -229,13 +257,31 @@ class _Blocker(PyExprMutator):
         return result, f"by Winograd's F({tile}, {TAPS})"
 
     def _computed(
-        self, call: tvm.ir.Call, compute: Callable[..., te.Tensor], packed: np.ndarray, *, plain: bool = False
+        self, call: tvm.ir.Call, compute: Callable[..., te.Tensor], packed: np.ndarray, data: relax.Expr | None = None
     ) -> _Blocked:
-        """Return what `compute` makes of a convolution's data, blocked or `plain`, and its packed weights."""
-        data = self.visit_expr(call.args[0]) if plain else self._as_blocked(call.args[0]).var
+        """Return what `compute` makes of a convolution's data, blocked unless given, and its packed weights."""
+        data = self._rounded(call.args[0]) if data is None else data
         name = call.op.name.rpartition(".")[2]
         result = self.builder_.call_te(compute, data, relax.const(packed), primfunc_name_hint=name)
         return _Blocked(self._emit(result), tuple(call.ty.shape.values))
+
+    def _rounded(self, expr: relax.Expr) -> relax.Var:
+        """Return a blocked tensor as convolutions read it; from now on others read it so, too."""
+        blocked = self._as_blocked(expr)
+        if self._dtype == "float32" or str(expr.ty.dtype.dtype) != "float32":
+            return blocked.var
+        if blocked.rounded is None:
+            blocked = replace(blocked, rounded=self._emit(relax.op.astype(blocked.var, self._dtype)))
+            if isinstance(expr, relax.Var):
+                (self._blocked if expr in self._blocked else self._converted)[expr] = blocked
+        assert blocked.rounded is not None
+        return blocked.rounded
+
+    def _read(self, blocked: _Blocked) -> relax.Var:
+        """Return a blocked tensor of the type that it has unblocked."""
+        if blocked.rounded is None:
+            return blocked.var
+        return self._emit(relax.op.astype(blocked.rounded, blocked.var.ty.dtype.dtype))
 
     def _as_blocked(self, expr: relax.Expr) -> _Blocked:
         """Return the blocked form of a tensor [N, C, spatial...], converting it where it has none."""
@@ -243,26 +289,23 @@ class _Blocker(PyExprMutator):
             known = self._blocked.get(expr) or self._converted.get(expr)
             if known is not None:
                 return known
-        shape = tuple(expr.ty.shape.values)
-        block = self._block
-        plain = self.visit_expr(expr)
-        converted = self.builder_.call_te(
-            lambda x: blocked_operators.to_blocks(x, block), plain, primfunc_name_hint="to_blocks"
-        )
-        blocked = _Blocked(self._emit(converted), shape)
+        blocked = _Blocked(self._in_blocks(expr, self._block), tuple(expr.ty.shape.values))
         if isinstance(expr, relax.Var):
             self._converted[expr] = blocked
         return blocked
 
+    def _in_blocks(self, expr: relax.Expr, block: int) -> relax.Var:
+        """Return a plain tensor converted to blocks."""
+        plain, to_blocks = self.visit_expr(expr), blocked_operators.to_blocks
+        return self._emit(self.builder_.call_te(to_blocks, plain, block, primfunc_name_hint="to_blocks"))
+
     def _unblocked(self, blocked: _Blocked) -> relax.Expr:
         """Return the call that gives a blocked tensor its plain layout again."""
         image = blocked.shape[2:]
-        if all(_static(size) == 1 for size in image) and blocked.channels % self._block == 0:
-            return relax.op.reshape(blocked.var, list(blocked.shape))
-        channels = blocked.channels
-        return self.builder_.call_te(
-            lambda x: blocked_operators.from_blocks(x, channels), blocked.var, primfunc_name_hint="from_blocks"
-        )
+        if all(static(size) == 1 for size in image) and blocked.channels % self._block == 0:
+            return relax.op.reshape(self._read(blocked), list(blocked.shape))
+        from_blocks, data = blocked_operators.from_blocks, self._read(blocked)
+        return self.builder_.call_te(from_blocks, data, blocked.channels, primfunc_name_hint="from_blocks")
 
     def _elementwise(self, call: tvm.ir.Call) -> _Blocked | None:
         shape = tuple(call.ty.shape.values)
@@ -279,23 +322,23 @@ class _Blocker(PyExprMutator):
             return self.visit_expr(expr)
         if self._is_blocked(expr):
             known = self._blocked[expr]
-            own = known.channels == _static(result[1]) and len(known.shape) == len(result)
-            return known.var if own else None
+            own = known.channels == static(result[1]) and len(known.shape) == len(result)
+            return self._read(known) if own else None
         shape = expr.ty.shape
         if shape is None or len(shape.values) > len(result):
             return None
         ones = [tvm.tirx.IntImm("int64", 1)] * (len(result) - len(shape.values))
         aligned = [*ones, *shape.values]
-        if _static(aligned[1]) == 1:
+        if static(aligned[1]) == 1:
             return relax.op.reshape(self.visit_expr(expr), [*aligned, 1])
-        if _static(aligned[1]) != _static(result[1]):
+        if static(aligned[1]) != static(result[1]):
             return None
         if isinstance(expr, tvm.ir.GenericConst):
             values = expr.value.numpy().reshape([int(size) for size in aligned])
             return relax.const(blocked_operators.pack_tensor(values, self._block), str(expr.ty.dtype.dtype))
         if ones:
             return None
-        return self._as_blocked(expr).var
+        return self._read(self._as_blocked(expr))
 
     def _pooling(self, call: tvm.ir.Call) -> _Blocked | None:
         attributes = call.attrs
@@ -303,7 +346,7 @@ class _Blocker(PyExprMutator):
             return None
         layout = f"NCHW{self._block}c"
         pooled = _POOLINGS[call.op.name](
-            self._blocked[call.args[0]].var,
+            self._read(self._blocked[call.args[0]]),
             pool_size=attributes.pool_size,
             strides=attributes.strides,
             padding=attributes.padding,
@@ -323,7 +366,9 @@ class _Blocker(PyExprMutator):
         axes = None if call.attrs.axis is None else sorted(int(axis) % rank for axis in call.attrs.axis)
         if axes != image:
             return None
-        kept = self._emit(_REDUCTIONS[call.op.name](blocked.var, image, keepdims=True))
+        self._rounded(call.args[0])  # it is stored: no kernel computes it and the reduction
+        data = self._read(self._blocked[call.args[0]])
+        kept = self._emit(_REDUCTIONS[call.op.name](data, image, keepdims=True))
         result = _Blocked(kept, (*blocked.shape[:2], *[tvm.tirx.IntImm("int64", 1)] * len(image)))
         if call.attrs.keepdims:
             return result
@@ -336,10 +381,10 @@ class _Blocker(PyExprMutator):
         shape = tuple(call.ty.shape.values)
         if int(call.attrs.axis) % len(shape) != 1 or not all(isinstance(field, relax.Var) for field in fields):
             return None
-        counts = [_static(field.ty.shape.values[1]) for field in fields]
+        counts = [static(field.ty.shape.values[1]) for field in fields]
         if any(count is None or count % self._block for count in counts[:-1]) or counts[-1] is None:
             return None
-        parts = [self._as_blocked(field).var for field in fields]
+        parts = [self._read(self._as_blocked(field)) for field in fields]
         return _Blocked(self._emit(relax.op.concat(parts, axis=1)), shape)
 
     def _permutation(self, call: tvm.ir.Call) -> relax.Expr | None:
@@ -349,39 +394,5 @@ class _Blocker(PyExprMutator):
         axes = None if call.attrs.axes is None else [int(axis) % rank for axis in call.attrs.axes]
         if axes != [0, *range(2, rank), 1]:
             return None
-        channels = blocked.channels
-        return self.builder_.call_te(
-            lambda x: blocked_operators.channels_last(x, channels), blocked.var, primfunc_name_hint="channels_last"
-        )
-
-
-def _check_convolution(call: tvm.ir.Call) -> Geometry:
-    """Return the geometry of a convolution that may be blocked; raises Refusal."""
-    _check_operands(call)
-    rank, attributes = _CONVOLUTIONS[call.op.name], call.attrs
-    pads = [int(pad) for pad in attributes.padding]
-    return Geometry(
-        strides=tuple(map(int, attributes.strides)),
-        dilations=tuple(map(int, attributes.dilation)),
-        pads_begin=tuple(pads[:rank]),
-        pads_end=tuple(pads[rank:]),
-    )
-
-
-def _check_operands(call: tvm.ir.Call) -> None:
-    """Refuse a convolution that is not of fp32 in plain layouts, with constant weights and a known image size."""
-    data, weight = call.args
-    attributes = call.attrs
-    if attributes.data_layout not in _PLAIN_LAYOUTS or attributes.kernel_layout not in _PLAIN_LAYOUTS:
-        raise Refusal(f"the layouts {attributes.data_layout} and {attributes.kernel_layout} are not the plain ones")
-    types = {str(expr.ty.dtype.dtype) for expr in (data, weight, call)}
-    if types != {"float32"}:
-        raise Refusal(f"it computes with {', '.join(sorted(types))}, not with float32 alone")
-    if not isinstance(weight, tvm.ir.GenericConst):
-        raise Refusal("the weights are not constant")
-    if data.ty.shape is None or any(_static(size) is None for size in data.ty.shape.values[1:]):
-        raise Refusal("the size of the image is not known at compile time")
-
-
-def _static(size: tvm.ir.Expr) -> int | None:
-    return int(size) if isinstance(size, tvm.tirx.IntImm) else None
+        last, data = blocked_operators.channels_last, self._read(blocked)
+        return self.builder_.call_te(last, data, blocked.channels, primfunc_name_hint="channels_last")

@@ -9,8 +9,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 from tvm import te, tirx
+
+from schedules.intrin.bf16_dot import PAIR
+
+# What products are summed in.
+SUM = "float32"
 
 
 @dataclass(frozen=True)
@@ -28,12 +34,23 @@ def blocks(channels: int, block: int) -> int:
     return -(-channels // block)
 
 
-def pack_dense(weights: np.ndarray, block: int) -> np.ndarray:
-    """Return [O, I, *K] as [O/block, I/block, *K, block of I, block of O], zeros past the last channel."""
+def pack_dense(weights: np.ndarray, block: int, depth: int | None = None) -> np.ndarray:
+    """Return [O, I, *K] as [O/block, I/depth, *K, depth of I, block of O], zeros past the last channel.
+
+    `depth` is the block of what is read, by default that of the result.
+    """
+    depth = depth or block
     outputs, inputs, *kernel = weights.shape
-    padded = np.pad(weights, [(0, -outputs % block), (0, -inputs % block), *[(0, 0)] * len(kernel)])
-    split = padded.reshape(blocks(outputs, block), block, blocks(inputs, block), block, *kernel)
+    padded = np.pad(weights, [(0, -outputs % block), (0, -inputs % depth), *[(0, 0)] * len(kernel)])
+    split = padded.reshape(blocks(outputs, block), block, blocks(inputs, depth), depth, *kernel)
     return np.ascontiguousarray(split.transpose(0, 2, *range(4, split.ndim), 3, 1))
+
+
+def pack_pairs(weights: np.ndarray, block: int, depth: int | None = None) -> np.ndarray:
+    """Return `pack_dense` in bfloat16 with pairs of inputs together: [..., depth of I / 2, block of O, 2]."""
+    packed = pack_dense(weights, block, depth)
+    pairs = packed.reshape(*packed.shape[:-2], -1, PAIR, block)
+    return np.ascontiguousarray(pairs.swapaxes(-1, -2)).astype(ml_dtypes.bfloat16)
 
 
 def pack_shallow(weights: np.ndarray, block: int) -> np.ndarray:
@@ -49,21 +66,21 @@ def pack_depthwise(weights: np.ndarray, block: int) -> np.ndarray:
     return np.ascontiguousarray(pack_shallow(weights, block)[:, 0])
 
 
-def pack_scattered(weights: np.ndarray, block: int) -> np.ndarray:
-    """Return [I, O, *K] of a transposed convolution as `pack_dense` of one with a tap and outputs [*K, O in blocks]."""
+def scattered(weights: np.ndarray, block: int) -> np.ndarray:
+    """Return [I, O, *K] of a transposed convolution as those of one with a tap and outputs [*K, O in whole blocks]."""
     inputs, outputs, *kernel = weights.shape
     padded = np.pad(weights, [(0, 0), (0, -outputs % block), *[(0, 0)] * len(kernel)])
-    by_tap = np.moveaxis(padded, (0, 1), (-1, -2)).reshape(-1, inputs, *[1] * len(kernel))
-    return pack_dense(by_tap, block)
+    return np.moveaxis(padded, (0, 1), (-1, -2)).reshape(-1, inputs, *[1] * len(kernel))
 
 
 def dense(data: te.Tensor, weights: te.Tensor, channels: int, groups: int, geometry: Geometry) -> te.Tensor:
-    """Return the convolution of blocked `data` of `channels` with weights of `pack_dense`, blocked.
+    """Return the convolution of blocked `data` of `channels` with weights of `pack_dense` or `pack_pairs`, blocked.
 
-    With `groups`, the channels of a group are whole blocks.
+    With `groups`, the channels of a group are whole blocks. Sums are in fp32.
     """
-    block = int(weights.shape[-1])
-    kernel = [int(size) for size in weights.shape[2:-2]]
+    in_pairs = len(weights.shape) > len(data.shape) + 1
+    block, lanes = int(data.shape[-1]), int(weights.shape[-2 if in_pairs else -1])
+    kernel = [int(size) for size in weights.shape[2 : len(data.shape) - 1]]
     padded = _padded(data, 2, geometry)
     taps = [te.reduce_axis((0, size), "k") for size in kernel]
     per_group = channels // groups
@@ -84,9 +101,12 @@ def dense(data: te.Tensor, weights: te.Tensor, channels: int, groups: int, geome
         first = tirx.floordiv(output, outputs // groups) * (per_group // block) if groups > 1 else 0
         read = padded(batch, first + outer_at, *_taps(position, taps, geometry), lane_at)
         offsets = [tap.var for tap in taps]
-        return te.sum(read * weights(output, outer_at, *offsets, lane_at, lane), axis=axes)
+        within = [lane_at, lane]
+        if in_pairs:
+            within = [tirx.floordiv(lane_at, PAIR), lane, tirx.floormod(lane_at, PAIR)]
+        return te.sum(read.astype(SUM) * weights(output, outer_at, *offsets, *within).astype(SUM), axis=axes)
 
-    return te.compute((data.shape[0], outputs, *_extents(padded, 2, kernel, geometry), block), element, name="conv")
+    return te.compute((data.shape[0], outputs, *_extents(padded, 2, kernel, geometry), lanes), element, name="conv")
 
 
 def shallow(data: te.Tensor, weights: te.Tensor, geometry: Geometry) -> te.Tensor:
@@ -108,7 +128,7 @@ def shallow(data: te.Tensor, weights: te.Tensor, geometry: Geometry) -> te.Tenso
 
 
 def depthwise(data: te.Tensor, weights: te.Tensor, geometry: Geometry) -> te.Tensor:
-    """Return the convolution of each channel of blocked `data` with its own of `pack_depthwise`, blocked."""
+    """Return the convolution of each channel of blocked `data` with its own of `pack_depthwise`, blocked, in fp32."""
     kernel = [int(size) for size in weights.shape[1:-1]]
     padded = _padded(data, 2, geometry)
     taps = [te.reduce_axis((0, size), "k") for size in kernel]
@@ -116,7 +136,7 @@ def depthwise(data: te.Tensor, weights: te.Tensor, geometry: Geometry) -> te.Ten
     def element(batch: tirx.Expr, channel: tirx.Expr, *rest: tirx.Expr) -> tirx.Expr:
         *position, lane = rest
         read = padded(batch, channel, *_taps(position, taps, geometry), lane)
-        return te.sum(read * weights(channel, *[tap.var for tap in taps], lane), axis=taps)
+        return te.sum(read.astype(SUM) * weights(channel, *[tap.var for tap in taps], lane), axis=taps)
 
     shape = (data.shape[0], data.shape[1], *_extents(padded, 2, kernel, geometry), weights.shape[-1])
     return te.compute(shape, element, name="conv")

@@ -24,6 +24,7 @@ from schedules.channel_windows import ChannelWindow, ChannelWindows, channel_win
 from schedules.convolution import split_producer
 from schedules.convolution_tile import column_extent, register_tile, task_shape
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
+from schedules.intrin.bf16_dot import PAIR, Bf16Dot, bf16_dot
 from schedules.loops import (
     Extent,
     ceiling,
@@ -33,6 +34,7 @@ from schedules.loops import (
     loop,
     parallel,
     product,
+    quotient,
     store,
     tile_choice,
     tiles,
@@ -76,7 +78,9 @@ class DirectConvolution:
 
     def apply(self, analysis: ChannelWindows, parameters: Parameters, target: Target) -> Stmt:
         """Return the loop nest."""
-        return _Emitter(analysis, parameters).statement()
+        dot = bf16_dot(target) if analysis.pairs is not None else None
+        statement = _Emitter(analysis, parameters, dot).statement()
+        return statement if dot is None else dot.imported(statement)
 
 
 def analyse(kernel: Kernel) -> ChannelWindows | None:
@@ -94,6 +98,7 @@ class _Emitter:
 
     analysis: ChannelWindows
     parameters: Parameters
+    dot: Bf16Dot | None
 
     @cached_property
     def stage(self) -> Stage:
@@ -266,18 +271,20 @@ class _Tile:
     def _cells(self, columns: tuple[int, int], element: Callable[[Point, Expr], Stmt]) -> Stmt:
         """Return `element` for columns [begin, end) and all blocks, each one vector."""
         begin, end = columns
-        block = self.emitter.block
 
-        def cell(j: Expr, o: Expr, v: Expr) -> Stmt:
-            at = {**self.point, self.analysis.lane.variable: v}
-            column = j + begin
-            if self.analysis.columns is not None:
-                at.update(self.analysis.columns.point(self.start + column))
-            if self.analysis.channel is not None:
-                at[self.analysis.channel.variable] = self.group * self.analysis.per_group + self.first + o
-            return element(at, (o * self.columns + column) * block + v)
+        def cell(j: Expr, o: Expr) -> Stmt:
+            return vector(self.emitter.block, lambda v: element(*self._cell(j + begin, o, v)))
 
-        return unrolled(end - begin, lambda j: unrolled(self.blocks, lambda o: vector(block, lambda v: cell(j, o, v))))
+        return unrolled(end - begin, lambda j: unrolled(self.blocks, lambda o: cell(j, o)))
+
+    def _cell(self, column: Expr, block: Expr, lane: Expr) -> tuple[Point, Expr]:
+        """Return where a lane of a column and a block of the tile is in the output, and among the registers."""
+        at = {**self.point, self.analysis.lane.variable: lane}
+        if self.analysis.columns is not None:
+            at.update(self.analysis.columns.point(self.start + column))
+        if self.analysis.channel is not None:
+            at[self.analysis.channel.variable] = self.group * self.analysis.per_group + self.first + block
+        return at, (block * self.columns + column) * self.emitter.block + lane
 
     def _reduction(self) -> Stmt:
         depth = self.analysis.depth
@@ -305,7 +312,8 @@ class _Tile:
             depth = self.analysis.depth
             assert depth is not None
             begin, count = channels
-            return loop(count, lambda i: self._step({**values, depth.variable: begin + i}, columns))
+            terms = self._terms(depth)
+            return loop(count // terms, lambda i: self._step({**values, depth.variable: begin + i * terms}, columns))
         axis, *rest = axes
 
         def inside(position: Expr, reached: tuple[int, int] = columns) -> Stmt:
@@ -326,7 +334,12 @@ class _Tile:
         if by_lane and innermost and isinstance(axis.extent, int):
             # Lane by lane, neighbouring taps read the same vectors.
             return unrolled(axis.extent, body)
-        return loop(axis.extent, body)
+        terms = self._terms(axis)
+        return loop(quotient(axis.extent, terms), lambda i: body(i * terms))
+
+    def _terms(self, axis: Axis) -> int:
+        """Return how many positions of an axis one step of the reduction takes."""
+        return PAIR if self.emitter.dot is not None and axis is self.analysis.pairs else 1
 
     def _border(self, window: ChannelWindow, body: Callable[[Expr, tuple[int, int]], Stmt]) -> Stmt:
         """Return the taps of a tile at the border, those that reach the same columns of the image as one loop."""
@@ -344,8 +357,26 @@ class _Tile:
         return sequence(statements) if statements else tirx.Evaluate(0)
 
     def _step(self, values: Point, columns: tuple[int, int]) -> Stmt:
+        if self.emitter.dot is not None:
+            return self._step_of_pairs(self.emitter.dot, values, columns)
+
         def update(at: Point, register: Expr) -> Stmt:
             value = accumulate(self.stage, load(self.registers, [register]), {**at, **values})
             return store(self.registers, value, [register])
 
         return self._cells(columns, update)
+
+    def _step_of_pairs(self, dot: Bf16Dot, values: Point, columns: tuple[int, int]) -> Stmt:
+        """Return the step that adds two terms of the reduction to each sum."""
+        weights = self.analysis.weights
+        data = next(read for read in self.stage.loads() if not read.same_as(weights))
+
+        def update(at: Point, register: Expr) -> Stmt:
+            place = [tirx.Ramp(register, index(1), dot.lanes)]
+            operands = [substitute(read, {**at, **values}) for read in (weights, data)]
+            return store(self.registers, dot.accumulate(load(self.registers, place), *operands), place)
+
+        begin, end = columns
+        return unrolled(
+            end - begin, lambda j: unrolled(self.blocks, lambda o: update(*self._cell(j + begin, o, index(0))))
+        )

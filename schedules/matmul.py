@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
-from tvm.ir import Expr, TensorLoad
+from tvm.ir import TensorLoad
 from tvm.tirx.stmt import Stmt
 
 from schedules import dot, epilogue, tiling
 from schedules.access import Access, AxisGroup, Step, branches_on, group_axes
 from schedules.epilogue import Epilogue
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
+from schedules.intrin.bf16_conversion import is_product_of_bf16
 from schedules.intrin.bf16_dot import PAIR, bf16_dot
 from schedules.loops import Extent, ceiling, product
 from schedules.reducer import reducer_of
@@ -275,15 +276,7 @@ def takes_pairs(analysis: MatmulAnalysis) -> bool:
     other = other_operand(analysis.stage, analysis.operand)
     if reducer is None or not isinstance(along.extent, int) or along.extent % PAIR or step(other, along) != Step.UNIT:
         return False
-    term = reducer.term
-    factors = [term.a, term.b] if isinstance(term, tirx.Mul) else []
-    return len(factors) == 2 and all(_widens_bf16(factor) for factor in factors)
-
-
-def _widens_bf16(factor: Expr) -> bool:
-    """Return whether an expression is a read of bfloat16 as fp32."""
-    is_read = isinstance(factor, tirx.Cast) and isinstance(factor.value, TensorLoad)
-    return is_read and str(factor.ty.dtype) == "float32" and str(factor.value.source.dtype) == "bfloat16"
+    return is_product_of_bf16(reducer.term)
 
 
 def row_group(groups: Sequence[AxisGroup], stage: Stage, operand: TensorLoad) -> AxisGroup | None:

@@ -192,7 +192,8 @@ class _Task:
             corner = [at - before for at, before in zip(self._corner(tile), self.analysis.before, strict=True)]
 
             def element(row: Expr, column: Expr, v: Expr) -> Expr:
-                return load(self.analysis.data, [self.image, channels, corner[0] + row, corner[1] + column, v])
+                position = [self.image, channels, corner[0] + row, corner[1] + column, v]
+                return load(self.analysis.data, position).astype("float32")
 
             patch = local([window, window, self.lanes], "float32", "patch")
 

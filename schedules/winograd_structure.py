@@ -62,7 +62,8 @@ class WinogradAnalysis:
 def winograd(data: te.Tensor, weights: te.Tensor, tile: int, before: Size, size: Size) -> te.Tensor:
     """Return the convolution [N, O/block, *size, block] of blocked data with weights [O/block, window^2, C > 1, block].
 
-    Zeros surround the image, `before` of them in front. Lanes of the data past the last channel are not read.
+    The data are widened to fp32 where they are read. Zeros surround the image, `before` of them in front. Lanes of the
+    data past the last channel are not read.
     """
     chosen = transforms(tile)
     window, block = chosen.window, int(weights.shape[-1])
@@ -73,7 +74,8 @@ def winograd(data: te.Tensor, weights: te.Tensor, tile: int, before: Size, size:
     def transformed(n: Expr, c: Expr, i: Expr, j: Expr, p: Expr, q: Expr, lane: Expr) -> Expr:
         at = (i * tile + y.var - before[0], j * tile + x.var - before[1])
         inside = [condition for a, e in zip(at, data.shape[2:4], strict=True) for condition in (a >= 0, a < e)]
-        element = tirx.if_then_else(tirx.all(*inside), data(n, c, *at, lane), tirx.const(0, data.dtype))
+        read = data(n, c, *at, lane).astype("float32")
+        element = tirx.if_then_else(tirx.all(*inside), read, tirx.const(0, "float32"))
         factor = _coefficient(chosen.data, p, y.var) * _coefficient(chosen.data, q, x.var)
         return te.sum(factor * element, axis=[y, x])
 

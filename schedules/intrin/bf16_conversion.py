@@ -16,7 +16,7 @@ from tvm import ir, tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.stages import contains
+from schedules.stages import CONDITIONAL, contains
 
 BFLOAT16 = "bfloat16"
 _SHIFT = 16  # the bits of fp32 that bfloat16 has not
@@ -50,12 +50,24 @@ class Bf16Buffers:
             return cast
         return tirx.reinterpret("float32", bits.astype("uint32") << _u32(_SHIFT))
 
+    def _wide(self, value: Expr) -> Expr:
+        """Return a bfloat16 expression in fp32; padding, a choice between elements, as one between widened ones.
+
+        TVM's lowering crashes on a choice between elements of bfloat16 that is widened.
+        """
+        if isinstance(value, tirx.FloatImm):
+            return tirx.const(float(value.value), "float32")
+        if isinstance(value, ir.Call) and isinstance(value.op, ir.Op) and value.op.name == CONDITIONAL:
+            condition, then, otherwise = value.args
+            return tirx.if_then_else(condition, self._wide(then), self._wide(otherwise))
+        return self.widened(tirx.Cast("float32", value))
+
     def stored(self, store: tirx.BufferStore) -> tirx.BufferStore:
         """Return a store to one of the buffers that rounds as its readers expect; any other as it is."""
         exact = _cast_by(store)
         bits = self.integers.get(store.buffer)
         if bits is not None:
-            value = self.widened(tirx.Cast("float32", store.value)) if exact is None else exact
+            value = self._wide(store.value) if exact is None else exact
             return tirx.BufferStore(bits, rounded(value), store.indices)
         if exact is None or not contains(self.parameters, store.buffer):
             return store
@@ -89,6 +101,17 @@ def rounded(value: Expr) -> Expr:
     not_a_number = (bits & _u32(_MAGNITUDE)) > _u32(_INFINITY)
     result = tirx.Select(not_a_number, (high & _u32(_SIGN)) | _u32(_QUIET_NAN), nearest)
     return tirx.Let(bits, tirx.reinterpret("uint32", value), result).astype("uint16")
+
+
+def widens_bf16(expression: Expr) -> bool:
+    """Return whether an expression is a read of bfloat16 as fp32."""
+    is_read = isinstance(expression, tirx.Cast) and isinstance(expression.value, TensorLoad)
+    return is_read and str(expression.ty.dtype) == "float32" and str(expression.value.source.dtype) == BFLOAT16
+
+
+def is_product_of_bf16(term: Expr) -> bool:
+    """Return whether an expression is a product in fp32 of two reads of bfloat16."""
+    return isinstance(term, tirx.Mul) and widens_bf16(term.a) and widens_bf16(term.b)
 
 
 def computes_before(store: tirx.BufferStore) -> bool:

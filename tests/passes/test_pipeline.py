@@ -85,6 +85,7 @@ def test_a_pass_is_described_by_its_class() -> None:
     assert description.options == (
         pipeline.OptionDescription("block", "int", "16"),
         pipeline.OptionDescription("winograd", "int", "4"),
+        pipeline.OptionDescription("dtype", "str", "float32"),
     )
 
 

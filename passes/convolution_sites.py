@@ -1,0 +1,44 @@
+"""Which convolutions can be given blocks of channels, and their geometry."""
+
+from __future__ import annotations
+
+import tvm.ir
+import tvm.tirx
+
+from passes.base import Refusal
+from passes.blocked_operators import Geometry
+
+_PLAIN_LAYOUTS = ("NCW", "NCHW", "NCDHW", "OIW", "OIHW", "OIDHW", "IOW", "IOHW", "IODHW")
+
+
+def checked_geometry(call: tvm.ir.Call) -> Geometry:
+    """Return the geometry of a convolution that may be blocked; raises Refusal."""
+    check_operands(call)
+    attributes = call.attrs
+    rank, pads = len(attributes.strides), [int(pad) for pad in attributes.padding]
+    return Geometry(
+        strides=tuple(map(int, attributes.strides)),
+        dilations=tuple(map(int, attributes.dilation)),
+        pads_begin=tuple(pads[:rank]),
+        pads_end=tuple(pads[rank:]),
+    )
+
+
+def check_operands(call: tvm.ir.Call) -> None:
+    """Refuse a convolution that is not of fp32 in plain layouts, with constant weights and a known image size."""
+    data, weight = call.args
+    attributes = call.attrs
+    if attributes.data_layout not in _PLAIN_LAYOUTS or attributes.kernel_layout not in _PLAIN_LAYOUTS:
+        raise Refusal(f"the layouts {attributes.data_layout} and {attributes.kernel_layout} are not the plain ones")
+    types = {str(expr.ty.dtype.dtype) for expr in (data, weight, call)}
+    if types != {"float32"}:
+        raise Refusal(f"it computes with {', '.join(sorted(types))}, not with float32 alone")
+    if not isinstance(weight, tvm.ir.GenericConst):
+        raise Refusal("the weights are not constant")
+    if data.ty.shape is None or any(static(size) is None for size in data.ty.shape.values[1:]):
+        raise Refusal("the size of the image is not known at compile time")
+
+
+def static(size: tvm.ir.Expr) -> int | None:
+    """Return a size that is known at compile time, None for another."""
+    return int(size) if isinstance(size, tvm.tirx.IntImm) else None
