@@ -20,6 +20,7 @@ from schedules.quotients import truncate_quotients
 from schedules.registry import FAMILIES
 from schedules.report import SCHEDULED, Decide, KernelReport, is_scheduled
 from schedules.stages import OpaqueStage, StagedFunction, parse, sequence
+from schedules.streaming import streamed
 from schedules.workload import identity
 from targets.base import Target
 
@@ -81,6 +82,7 @@ def schedule_function(
         if kernel is main:
             reason = "; ".join(filter(None, (report.reason, scheduled.report.reason)))
             report = replace(scheduled.report, function=name, workload=workload, reason=reason)
+    statements = streamed(statements, staged, target)
     buffers = bf16_buffers(function, staged.intermediate, statements)
     inner = tuple(buffers.integers.get(buffer, buffer) for buffer in staged.intermediate)
     in_vectors = [round_in_vectors(statement, target, function.params) for statement in statements]
