@@ -3,7 +3,7 @@
 LLVM turns a vector exp, log, tanh or erf into one call of the C library for each lane. Here each is a polynomial with
 an exact argument reduction, written as a TIR expression. All compute in fp32 (fp16 is widened around them),
 propagate NaN, and give the limits at infinities. Largest errors against float64 over all of fp32's range, as the tests
-measure them: exp 0.9, log 0.9, tanh 2.5, erf 2.9, sigmoid 2 units in the last place; sigmoid below exp(-88) becomes 0.
+measure them: exp 2, log 0.9, tanh 2.5, erf 2.9, sigmoid 2 units in the last place; sigmoid below exp(-88) becomes 0.
 None takes a branch: an exponential less 1 that is exact around 0, too, serves tanh and erf over their whole range.
 
 The coefficients are weighted least-maximum fits (Lawson's algorithm on Chebyshev nodes) made for this file over the
@@ -117,7 +117,7 @@ def exp(x: Expr) -> Expr:
 
     def scaled(r: Expr, bits: Expr) -> Expr:
         half = bits >> _i32(1)
-        value = (_polynomial(r, EXP) * r + _f32(1.0)) * r + _f32(1.0)
+        value = _polynomial(r, EXP_SHORT) * r + _f32(1.0)
         return _let("half", half, lambda half: value * _power_of_two(half) * _power_of_two(bits - half))
 
     def value(x: Expr, shifted: Expr) -> Expr:
@@ -231,7 +231,29 @@ def erf(x: Expr) -> Expr:
 
 def sigmoid(x: Expr) -> Expr:
     """Return 1 / (1 + exp(-x)) of an fp32 expression."""
-    return _f32(1.0) / (_f32(1.0) + exp(_f32(0.0) - x))
+    return _f32(1.0) / _sigmoid_divisor(x)
+
+
+def _sigmoid_divisor(x: Expr) -> Expr:
+    """Return 1 + exp(-x) of an fp32 expression: what of the exponential is no normal number is 0 or infinite."""
+    shift = ROUNDING_SHIFT + EXPONENT_BIAS
+
+    def divisor(q: Expr, bits: Expr) -> Expr:
+        # exp(-q) = 1 - q + q**2 times a polynomial, whose odd powers have other signs than those of exp.
+        signed = [-coefficient if power % 2 else coefficient for power, coefficient in enumerate(EXP)]
+        value = (_polynomial(q, signed) * q - _f32(1.0)) * q + _f32(1.0)
+        return value * _power_of_two(bits) + _f32(1.0)
+
+    def reduced(x: Expr, shifted: Expr) -> Expr:
+        n = shifted - _f32(shift)
+        q = _let("n", n, lambda n: (x + n * _f32(LN2_HIGH)) + n * _f32(LN2_LOW))
+        return _let("q", q, lambda q: _let("bits", _bits(shifted), lambda bits: divisor(q, bits)))
+
+    def of_clamped(x: Expr) -> Expr:
+        return _let("shifted", x * _f32(-LOG2_E) + _f32(shift), lambda shifted: reduced(x, shifted))
+
+    # The powers at both ends are 2**128, whose bits are those of infinity, and 2**-127, whose bits are those of 0.
+    return _let("clamped", _clamp(x, -89.0, 88.0), of_clamped)
 
 
 FUNCTIONS: dict[str, Function] = {
@@ -265,6 +287,7 @@ def expand(expression: ir.Node, buffers: Bf16Buffers) -> ir.Node:
     rules = [
         (tirx.BufferStore, expand_store),
         (ir.Call, _expand_call),
+        (tirx.Mul, _expand_product),
         (tirx.Cast, expand_cast),
         (TensorLoad, expand_load),
     ]
@@ -284,6 +307,15 @@ def _expand_call(call: ir.Call, mutator: tvm_ffi.StructuralMutator) -> Expr:
     if dtype == "float32":
         return function(rewritten.args[0])
     return function(rewritten.args[0].astype("float32")).astype(dtype)
+
+
+def _expand_product(product: tirx.Mul, mutator: tvm_ffi.StructuralMutator) -> Expr:
+    """Return x * sigmoid(y), as in SiLU and gates, as x / (1 + exp(-y)), and every other product as it is."""
+    for factor, gate in ((product.a, product.b), (product.b, product.a)):
+        is_gate = isinstance(gate, ir.Call) and isinstance(gate.op, ir.Op) and gate.op.name == "tirx.sigmoid"
+        if is_gate and str(gate.ty.dtype) == "float32":
+            return mutator.mutate(factor) / _sigmoid_divisor(mutator.mutate(gate.args[0]))
+    return mutator.default_mutate(product)
 
 
 def _expand_power(call: ir.Call) -> Expr:
