@@ -9,13 +9,13 @@ computes again what it has in common with the one before it, so that all tiles o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tvm import tirx
-from tvm.ir import Expr, TensorLoad, Var
+from tvm import sym, tirx
+from tvm.ir import Expr, Range, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import AxisGroup, Step, branches_on, group_axes
+from schedules.access import Access, AxisGroup, Step, branches_on, group_axes
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
 from schedules.loops import (
     index,
@@ -23,6 +23,7 @@ from schedules.loops import (
     local,
     loop,
     parallel,
+    prefetch,
     product,
     store,
     unflatten,
@@ -31,7 +32,8 @@ from schedules.loops import (
     with_local,
 )
 from schedules.matmul import step
-from schedules.stages import Stage, replace_loads, sequence, substitute
+from schedules.stages import Axis, Stage, replace_loads, sequence, substitute
+from schedules.streaming import LAST_CACHE_BYTES
 from schedules.turn import turn_rows
 from targets.base import Target
 
@@ -39,6 +41,9 @@ from targets.base import Target
 SHORTEST_AXIS = 4
 # The elements that tiles are turned in registers of: shuffles of bytes and halves take more rounds than they save.
 REGISTER_BITS = 32
+# How many tiles ahead lines are asked for: rows are too far apart for the hardware to see what comes next.
+TILES_AHEAD = 4
+SECOND_LEVEL = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +66,10 @@ class Transpose:
     def takes(self, kernel: Kernel, target: Target) -> TransposeAnalysis | None:
         """Return the analysis of an elementwise stage with a read that is contiguous along another axis."""
         stage, *others = kernel.stages
-        if others or stage.is_reduction or any(branches_on(stage.value, axis) for axis in stage.spatial):
+        if others or stage.is_reduction:
+            return None
+        stage = _with_blocks_apart(stage)
+        if any(branches_on(stage.value, axis) for axis in stage.spatial):
             return None
         every = group_axes(stage.spatial, [stage])
         if not every or not _long(every[-1]):
@@ -85,7 +93,6 @@ class Transpose:
         """Return the loop nest."""
         side = parameters["side"]
         strip = side * parameters["tiles"]
-        lanes = target.vector_lanes(REGISTER_BITS)
         across, along = int(analysis.across.extent), int(analysis.along.extent)
         outer = [group.extent for group in analysis.outer]
 
@@ -103,7 +110,7 @@ class Transpose:
                         start,
                         rows,
                         side,
-                        lambda row, count: _tile(analysis, point, (row, count), (column, columns), lanes),
+                        lambda row, count: _tile(analysis, point, (row, count), (column, columns), target),
                     )
 
                 return _overlapping(index(0), along, side, column_of)
@@ -118,6 +125,28 @@ class Transpose:
             return tirx.IfThenElse(position < strips - 1, strip_of(start, strip), strip_of(start, last))
 
         return parallel(product([*outer, strips]), task, is_large(work_of(analysis.stage)))
+
+
+def _with_blocks_apart(stage: Stage) -> Stage:
+    """Return `stage` with each axis that is read in blocks, as [..., axis // b, ..., axis % b], as two axes."""
+    for axis in stage.spatial:
+        blocks = {Access(read.source, tuple(read.indices)).block(axis) for read in stage.loads()} - {0}
+        size = min(blocks, default=0)
+        if len(blocks) != 1 or not isinstance(axis.extent, int) or axis.extent % size:
+            continue
+        parts = [Axis(Var("block", axis.variable.ty), axis.extent // size), Axis(Var("member", axis.variable.ty), size)]
+        place = parts[0].variable * size + parts[1].variable
+        analyzer = sym.Analyzer()
+        for own in parts:
+            analyzer.bind(own.variable, Range(tirx.const(0, own.variable.ty), tirx.const(own.extent, own.variable.ty)))
+        indices, value = stage.at({axis.variable: place})
+
+        def simplified(read: TensorLoad, known: sym.Analyzer = analyzer) -> Expr:
+            return load(read.source, [known.simplify(each) for each in read.indices])
+
+        spatial = tuple(part for each in stage.spatial for part in (parts if each is axis else [each]))
+        stage = replace(stage, indices=indices, value=replace_loads(value, simplified), spatial=spatial)
+    return stage
 
 
 def _overlapping(start: Expr, extent: int, side: int, body: Callable[[Expr, int], Stmt]) -> Stmt:
@@ -141,13 +170,18 @@ def _long(group: AxisGroup) -> bool:
 
 
 def _tile(
-    analysis: TransposeAnalysis, point: dict[Var, Expr], across: tuple[Expr, int], along: tuple[Expr, int], lanes: int
+    analysis: TransposeAnalysis,
+    point: dict[Var, Expr],
+    across: tuple[Expr, int],
+    along: tuple[Expr, int],
+    target: Target,
 ) -> Stmt:
     """Return one tile; `across` and `along` are offset and count on the two axes."""
     rows, columns = across[1], along[1]
     stage = analysis.stage
     buffers = [local([columns * rows], str(read.source.dtype), "turned") for read in analysis.turned]
 
+    lanes = target.vector_lanes(REGISTER_BITS)
     in_registers = rows == columns and all(_is_register(buffer, rows, lanes) for buffer in buffers)
 
     def at(r: Expr, c: Expr) -> dict[Var, Expr]:
@@ -167,7 +201,29 @@ def _tile(
     copies = [fill(buffer, read) for buffer, read in zip(buffers, analysis.turned, strict=True)]
     each_row = unrolled if in_registers else loop
     turns = [turn for buffer in buffers for turn in turn_rows(buffer, rows)] if in_registers else []
-    return with_local(buffers, [*copies, *turns, each_row(rows, lambda r: vector(columns, lambda c: element(r, c)))])
+    ahead = _ahead(analysis, lambda r, c: at(r, c + TILES_AHEAD * columns), rows, target) if in_registers else []
+    written = each_row(rows, lambda r: vector(columns, lambda c: element(r, c)))
+    return with_local(buffers, [*copies, *ahead, *turns, written])
+
+
+def _ahead(
+    analysis: TransposeAnalysis, at: Callable[[Expr, Expr], dict[Var, Expr]], side: int, target: Target
+) -> list[Stmt]:
+    """Return requests for the lines of a tile of `side` rows whose elements `at` places, where they may be far away."""
+    stage, zero = analysis.stage, index(0)
+    elements = work_of(stage)
+    size = elements * stage.output.dtype.bits // 8 if isinstance(elements, int) else LAST_CACHE_BYTES
+    if size <= target.caches.level2 // 2:
+        return []
+
+    def line(read: TensorLoad, values: dict[Var, Expr]) -> Stmt:
+        return prefetch(substitute(read, values), SECOND_LEVEL)
+
+    reads = [unrolled(side, lambda c, r=read: line(r, at(zero, c))) for read in analysis.turned]
+    if size >= LAST_CACHE_BYTES:  # written past the caches
+        return reads
+    own = load(stage.output, stage.indices)
+    return [*reads, unrolled(side, lambda r: line(own, at(r, zero)))]
 
 
 def _is_register(buffer: Var, side: int, lanes: int) -> bool:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tvm import relax
 from tvm.relax import op
 
+from passes.blocked_operators import from_blocks
 from tests.schedules.execution import build, compiled, integers, normal, run
 
 SIZES = st.sampled_from([1, 2, 3, 7, 16, 17, 33, 65])
@@ -48,6 +49,16 @@ def test_transposition_of_whole_and_cut_tiles(dtype: str) -> None:
     x = integers(3, 80, 49, dtype=dtype)
     got, _ = run(lambda x: op.add(op.permute_dims(x, [0, 2, 1]), relax.const(1, dtype)), [x])
     np.testing.assert_array_equal(got, x.transpose(0, 2, 1) + np.ones((), dtype))
+
+
+@pytest.mark.parametrize(("channels", "size"), [(48, (28, 28)), (48, (5, 7)), (16, (9, 9)), (40, (13, 16))])
+def test_channels_out_of_blocks(channels: int, size: tuple[int, int]) -> None:
+    x = normal(2, -(-channels // 16), *size, 16)
+    got, families = run(
+        lambda x: relax.BlockBuilder.current().call_te(lambda data: from_blocks(data, channels), x), [x]
+    )
+    np.testing.assert_array_equal(got, x.transpose(0, 1, 4, 2, 3).reshape(2, -1, *size)[:, :channels])
+    assert channels % 16 or families == {"transpose"}
 
 
 def test_concatenation_padding_and_slices() -> None:
