@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules import tiling
+from schedules import column_strips, tiling
 from schedules.access import AxisGroup, Step, group_axes
-from schedules.epilogue import Epilogue
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
 from schedules.loops import load, local, nest, parallel, product, store, unflatten, with_local
 from schedules.matmul import follows_as_stage, split_epilogue, step, walks_in_lanes
 from schedules.reducer import Reducer, accumulate, accumulator_dtype, reduce_contiguous, reducer_of
+from schedules.reduction_structure import ReductionAnalysis
 from schedules.stages import Stage, substitute
 from targets.base import Target
-
-
-@dataclass(frozen=True, eq=False)
-class ReductionAnalysis:
-    """The axes of a reduction and which of them runs in lanes: one of the output's, one reduced (`along`), or none."""
-
-    stage: Stage
-    epilogue: Epilogue
-    groups: tuple[AxisGroup, ...]
-    reduction: tuple[AxisGroup, ...]
-    reducer: Reducer | None
-    columns: AxisGroup | None
-    along: AxisGroup | None
 
 
 class Reduction:
@@ -66,6 +52,8 @@ class Reduction:
         large = is_large(work_of(stage))
         if analysis.columns is None:
             return _rows(analysis, lanes, large)
+        if column_strips.applies(analysis, target):
+            return column_strips.emit(analysis, lanes, target)
         extent = analysis.columns.extent
         width = lanes * parameters["vectors"]
         if isinstance(extent, int):

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tvm import relax
 from tvm.relax import op
 
+from schedules import column_strips
 from tests.schedules.execution import integers, normal, run, sum_tolerance
 
 SIZES = st.sampled_from([1, 2, 3, 7, 16, 17, 33, 64, 65, 131])
@@ -31,6 +33,31 @@ def test_sum_over_several_axes(axis: list[int] | int | None) -> None:
     axes = tuple(axis) if isinstance(axis, list) else axis
     np.testing.assert_allclose(got, x.astype("float64").sum(axes), rtol=1e-5, atol=sum_tolerance(1001, 1.0))
     assert families == {"reduction"}
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.sampled_from([1, 3]), st.sampled_from([16, 53, 131]), st.sampled_from([64, 1021, 5003])),
+    dtype=st.sampled_from(["float32", "float16"]),
+)
+def test_long_rows_reduced_in_strips_of_columns(shape: tuple[int, int, int], dtype: str) -> None:
+    x = normal(*shape, dtype=dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(column_strips, "applies", lambda *_: True)
+        total, families = run(lambda x: op.multiply(op.sum(x, axis=1), relax.const(2, dtype)), [x])
+        largest, _ = run(lambda x: op.max(x, axis=1), [x])
+    wide = 2 * x.astype("float64").sum(1)
+    np.testing.assert_allclose(
+        total, wide, rtol=2 * float(np.finfo(dtype).eps), atol=2 * sum_tolerance(shape[1], 1.0, "float32")
+    )
+    np.testing.assert_array_equal(largest, x.max(1))
+    assert "reduction" in families
+
+
+def test_strips_of_columns_where_rows_exceed_the_caches() -> None:
+    x = normal(48, 8192)
+    got, _ = run(lambda x: op.mean(x, axis=0), [x])
+    np.testing.assert_allclose(got, x.astype("float64").mean(0), rtol=1e-5, atol=sum_tolerance(48, 1.0))
 
 
 def test_fp16_sum_is_rounded_once() -> None:
