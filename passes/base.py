@@ -102,8 +102,14 @@ class Dataflow:
         return None
 
     def read_once(self, expr: relax.Expr) -> bool:
-        """Return whether an expression has at most one reader."""
-        return not isinstance(expr, relax.Var) or self._uses[expr] <= 1
+        """Return whether an expression, and each variable that it is another name of, has at most one reader."""
+        while isinstance(expr, relax.Var):
+            if self._uses[expr] > 1:
+                return False
+            if expr not in self._producers:
+                break
+            expr = self._producers[expr]
+        return True
 
     def uses(self, variable: relax.Expr) -> int:
         """Return how often a variable is read."""

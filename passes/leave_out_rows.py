@@ -85,8 +85,6 @@ def _products(function: relax.Function) -> tuple[list[_Product], tuple[Site, ...
         location, nodes = getattr(field, "name", "result"), dataflow.nodes(field)
         try:
             call = _product(field, tokens, dataflow)
-            shared = any(call.same_as(other.call) for other in found)
-            require(not shared, "another result is made of the same product")
             found.append(_Product(position, call, tokens))
         except Refusal as refusal:
             sites.append(Site(location, str(refusal), nodes))

@@ -105,6 +105,19 @@ def test_dataflow_knows_producers_through_renamings_and_readers() -> None:
     assert dataflow.read_once(relax.const(1.0))
 
 
+def test_what_is_read_under_another_name_too_is_not_read_once() -> None:
+    def body(x):
+        y = relax.BlockBuilder.current().emit(op.exp(x))
+        return [y, op.tanh(y)]
+
+    function = _uncanonical(body)
+    dataflow = Dataflow(function)
+    exponential, renamed, total = (binding.var for binding in function.body.blocks[0].bindings)
+    assert not dataflow.read_once(exponential)
+    assert not dataflow.read_once(renamed)
+    assert dataflow.read_once(total)
+
+
 def _uncanonical(body) -> relax.Function:
     x = relax.Var("x", relax.TensorType((2,), "float32"))
     builder = relax.BlockBuilder()
