@@ -8,7 +8,7 @@ from tvm import relax
 from tvm.relax import op
 
 from passes.cancel_transposes import CancelTransposes, aligned_groups
-from tests.passes.graph import assert_kept, graph
+from tests.passes.graph import assert_kept, assert_rewritten, graph
 from tests.passes.relax_modules import operators, run
 
 
@@ -57,6 +57,12 @@ _CANCELLING = {
         1,
     ),
 }
+
+
+def test_transposes_around_an_operator_or_a_merge_of_axes_fall_away() -> None:
+    around, merge = _CANCELLING["over one elementwise operator"][0], _CANCELLING["over a merge of axes"][0]
+    assert_rewritten(CancelTransposes(), around, op.nn.gelu, ("n", 3, 4, 5))
+    assert_rewritten(CancelTransposes(), merge, lambda x: op.reshape(x, (_dims(x)[0], 3, 20)), ("n", 3, 4, 5))
 
 
 @pytest.mark.parametrize(("body", "shape", "left"), _CANCELLING.values(), ids=_CANCELLING)

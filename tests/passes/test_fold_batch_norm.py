@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import tvm
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from tvm import relax
 
 from passes.fold_batch_norm import FoldBatchNorm
-from tests.passes.graph import assert_kept, graph
+from tests.passes.graph import assert_kept, assert_rewritten, graph
 from tests.passes.properties.relax_interpreter import Interpreter
 from tests.passes.relax_modules import operators, run
 
@@ -71,6 +73,29 @@ def test_folding_keeps_the_result(spatial: int, groups: int, bias: str | None) -
     (before,), (after,) = (Interpreter(each).run([x]) for each in (module, outcome.module))
     # Sums of at most 4 * 27 products of order 1, rounded once more for each weight.
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=108 * np.finfo("float32").eps * np.abs(before).max())
+
+
+def test_the_factor_goes_into_the_weights_and_the_rest_into_one_bias() -> None:
+    weights = np.arange(12, dtype="float32").reshape(2, 3, 2)
+
+    def before(x: relax.Expr) -> relax.Expr:
+        convolution = relax.op.add(relax.op.nn.conv1d(x, relax.const(weights)), _bias(5, 6))
+        gamma, beta, mean, variance = map(_channels, ([4, 2], [3, 0], [1, 2], [3.75, 0.75]))  # factors of 2
+        parts = relax.op.nn.batch_norm(convolution, gamma, beta, mean, variance, axis=1, epsilon=0.25, training=False)
+        return relax.TupleGetItem(relax.BlockBuilder.current().emit(parts), 0)
+
+    def after(x: relax.Expr) -> relax.Expr:
+        return relax.op.add(relax.op.nn.conv1d(x, relax.const(2 * weights)), _bias(11, 8))
+
+    assert_rewritten(FoldBatchNorm(), before, after, ("n", 3, 9))
+
+
+def _channels(values: Sequence[float]) -> relax.Expr:
+    return relax.const(np.array(values, "float32"))
+
+
+def _bias(*values: float) -> relax.Expr:
+    return relax.const(np.array(values, "float32").reshape(1, -1, 1))
 
 
 @pytest.mark.parametrize(("spatial", "groups"), [(1, 1), (2, 2)])

@@ -6,7 +6,7 @@ import tvm
 from tvm import relax
 
 from passes.scale_batch_norm import ScaleBatchNorm
-from tests.passes.graph import assert_kept, graph
+from tests.passes.graph import assert_kept, assert_rewritten, graph
 from tests.passes.properties.relax_interpreter import Interpreter
 from tests.passes.relax_modules import operators, run
 
@@ -96,6 +96,19 @@ def test_scale_and_shift_are_those_of_the_statistics(options: dict) -> None:
     x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype("float32")
     (before,), (after,) = (Interpreter(each).run([x]) for each in (module, outcome.module))
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_the_normalization_becomes_a_product_and_a_sum() -> None:
+    def before(x: relax.Expr) -> relax.Expr:
+        statistics = [relax.const(np.array(v, "float32")) for v in ([4, 2], [3, 0], [1, 2], [3.75, 0.75])]
+        parts = relax.op.nn.batch_norm(x, *statistics, axis=-1, epsilon=0.25, training=False)
+        return relax.TupleGetItem(_emit(parts), 0)
+
+    def after(x: relax.Expr) -> relax.Expr:  # (x - 1) / 2 * 4 + 3 and (x - 2) / 1 * 2
+        factor, shift = (relax.const(np.array([[values]], "float32")) for values in ([2, 2], [1, -4]))
+        return relax.op.add(relax.op.multiply(x, factor), shift)
+
+    assert_rewritten(ScaleBatchNorm(), before, after, ("n", 3, 2))
 
 
 def test_training_is_refused() -> None:
