@@ -24,7 +24,7 @@ Dimension = int | str
 Draw = Callable[[st.SearchStrategy], object]
 
 FLOATS = ("float32", "float64", "float16", "bfloat16")
-INTEGERS = ("int8", "uint8", "int32", "int64")
+INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 SPECIAL = (0.0, -0.0, 1.0, -1.0, 2.0, 0.5, 3.0, float("inf"), float("-inf"), float("nan"))
 
 
@@ -157,7 +157,7 @@ def values(draw: Draw, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     if dtype == "bool":
         return rng.integers(0, 2, shape).astype(bool)
     if dtype in INTEGERS:
-        return rng.integers(0 if dtype == "uint8" else -9, 9, shape).astype(dtype)
+        return rng.integers(0 if dtype.startswith("u") else -9, 9, shape).astype(dtype)
     numbers = np.round(rng.standard_normal(shape) * 4, 2)
     if draw(st.booleans()):
         numbers = np.where(rng.random(shape) < 0.2, rng.choice(SPECIAL, shape), numbers)

@@ -207,8 +207,12 @@ _WIDER = {
     onnx.TensorProto.FLOAT: onnx.TensorProto.DOUBLE,
     onnx.TensorProto.FLOAT16: onnx.TensorProto.FLOAT,
     onnx.TensorProto.BFLOAT16: onnx.TensorProto.FLOAT,
+    onnx.TensorProto.INT8: onnx.TensorProto.INT16,
+    onnx.TensorProto.INT16: onnx.TensorProto.INT32,
     onnx.TensorProto.INT32: onnx.TensorProto.INT64,
     onnx.TensorProto.UINT8: onnx.TensorProto.INT32,
+    onnx.TensorProto.UINT16: onnx.TensorProto.UINT32,
+    onnx.TensorProto.UINT32: onnx.TensorProto.UINT64,
     onnx.TensorProto.BOOL: onnx.TensorProto.INT32,
 }
 
