@@ -245,8 +245,7 @@ class Matcher:
         call = self._dataflow.call(expr, "relax.matmul", "relax.reshape", "relax.permute_dims", *ELEMENTWISE)
         if call is None or call.op.name == "relax.matmul":
             return call
-        operands = call.args[:1] if call.op.name in ("relax.reshape", "relax.permute_dims") else call.args
-        for operand in operands:
+        for operand in call.args:
             scores = self._scores_above(operand)
             if scores is not None:
                 return scores

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tvm import relax
 
 from passes.combine_products import CombineProducts
+from passes.constant_products import ConstantProducts
 from tests.passes.graph import assert_kept, assert_rewritten, graph
 from tests.passes.properties.relax_interpreter import Interpreter
 from tests.passes.relax_modules import operators
@@ -161,6 +162,17 @@ def test_other_products_are_no_sites(weight: Callable[[relax.Expr], relax.Expr])
         return relax.op.add(*products)
 
     assert assert_kept(CombineProducts(), body, (3, 8), (8, 4)).sites == ()
+
+
+def test_a_product_under_another_name_is_one_product() -> None:
+    x = relax.Var("x", relax.TensorType((3, 8), "float32"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            product = builder.emit(relax.op.matmul(x, relax.const(_A)))
+            output = builder.emit_output(product)
+        builder.emit_func_output(output)
+    assert [each.product.name for each in ConstantProducts(builder.get()["main"])] == [product.name]
 
 
 def test_attention_reads_rows_that_lie_together() -> None:

@@ -106,6 +106,9 @@ def test_scaled_columns_lower_the_error_of_outputs(symmetric: bool) -> None:
     scheme = Scheme(symmetric=symmetric)
     fitted = scale_columns(matrices, moments, scheme)
     assert all(np.array_equal(each.input_scales, fitted[0].input_scales) for each in fitted)
+    factors = fitted[0].input_scales
+    assert factors is not None
+    assert factors.max() * factors.min() == pytest.approx(1, rel=1e-5)  # so that fp16 holds them
     for matrix, each in zip(matrices, fitted, strict=True):
         assert each.input_scales is not None
         scaled = output_error(matrix, each.matrix.dequantized() * each.input_scales, moments)

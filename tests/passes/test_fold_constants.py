@@ -6,8 +6,10 @@ import tvm
 from tvm import relax
 from tvm.relax import op
 
+from passes.base import Site
 from passes.fold_constants import FoldConstants
-from tests.passes.graph import assert_kept, graph
+from passes.provenance import annotate
+from tests.passes.graph import assert_kept, assert_rewritten, graph
 from tests.passes.properties.relax_interpreter import Interpreter
 from tests.passes.relax_modules import constants, operators, run
 
@@ -46,6 +48,16 @@ def test_constants_are_computed_at_compile_time(body) -> None:
     x = np.random.default_rng(0).standard_normal((2, 64)).astype("float32")
     np.testing.assert_array_equal(run(outcome.module, x), run(module, x))
     assert FoldConstants().run(outcome.module).rewritten == 0
+
+
+def test_a_transposed_weight_becomes_another_weight() -> None:
+    weights = np.arange(12, dtype="float32").reshape(3, 4)
+    assert_rewritten(
+        FoldConstants(),
+        lambda x: op.matmul(x, op.permute_dims(op.add(relax.const(weights), relax.const(1.0)))),
+        lambda x: op.matmul(x, relax.const(np.ascontiguousarray(weights.T + 1))),
+        ("n", 4),
+    )
 
 
 def test_expand_of_a_scalar_stays_an_operator() -> None:
@@ -133,6 +145,13 @@ def test_sites_tell_the_bindings_that_were_computed() -> None:
     outcome = FoldConstants().run(graph(lambda x: op.add(x, op.exp(op.negative(_weights(8)))), (8,)))
     assert [site.refusal for site in outcome.sites] == [None, None]
     assert len({site.location for site in outcome.sites}) == 2
+
+
+def test_the_site_of_a_refusal_names_the_binding_and_carries_its_nodes() -> None:
+    module = graph(lambda x: op.add(x, op.broadcast_to(relax.const(1.5), (900,))), (900,))
+    first = module["main"].body.blocks[0].bindings[0].var
+    sites = FoldConstants().run(annotate(module, {first: ("repeated",)})).sites
+    assert sites == (Site(first.name, "the constant would grow: 3600 bytes of 4", ("repeated",)),)
 
 
 @pytest.mark.parametrize(("sections", "axis"), [(2, 0), ([100, 250], -1)])

@@ -170,6 +170,8 @@ _COLUMNS_MOVE = "relax.reshape reads the normalized value too, which is no produ
         (_same_weights_twice, "others read a product's weights too: scaled, they would be stored twice"),
         (lambda x: _product(_rms(x, _SCALE * np.float32(1e30)), _A * np.float32(1e20)),
          "scaled, a product's weights or bias would leave the range of float32"),
+        (lambda x: _product(_layer(x, _ONES, _ONES * np.float32(3e38)), np.full((8, 4), 2, "float32"), _BIAS),
+         "scaled, a product's weights or bias would leave the range of float32"),
         (lambda x: _product(_rms(x, _SCALE * np.float32(1e-30)), _A * np.float32(1e-20)),
          "scaled, a product's weights or bias would leave the range of float32"),
     ],

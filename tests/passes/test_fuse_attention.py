@@ -416,6 +416,16 @@ def test_a_tensor_that_is_queries_keys_and_values_is_handed_over_once() -> None:
     assert len(binding.value.args[1].fields) == 1
 
 
+def test_operands_that_are_widened_are_handed_over_narrow() -> None:
+    def body(q, k, v):
+        return op.matmul(_weights(q, op.astype(k, "float32")), op.astype(v, "float32"))
+
+    module = graph(body, *[(6, 4)] * 3, dtype=["float32", "float16", "bfloat16"])
+    (binding,) = FuseAttention().run(module).module["main"].body.blocks[0].bindings
+    dtypes = {str(tensor.ty.dtype.dtype) for tensor in binding.value.args[1].fields}
+    assert dtypes == {"float32", "float16", "bfloat16"}
+
+
 @pytest.mark.parametrize(("keys", "read"), [(1 << 16, False), ((1 << 16) + 1, True)])
 def test_a_mask_of_one_number_is_that_number_unless_it_is_large(keys: int, read: bool) -> None:
     def body(q, k, v):

@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+from tvm import relax
 
 import targets
 from optimizer.frontend.importer import import_model
@@ -114,6 +115,20 @@ def test_a_table_tied_to_a_product_becomes_the_same_constants() -> None:
     rows = np.array([0, -1, OUTPUTS - 1])
     reference = run(PackQuantizedWeights(activations="reference").run(module).module, rows)
     np.testing.assert_allclose(reference, run(module, rows), rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_and_a_gathering_under_another_name_are_one_site() -> None:
+    x, rows = relax.Var("x", relax.TensorType((3, 64), "float32")), relax.Var("rows", relax.TensorType((2,), "int64"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x, rows]):
+        with builder.dataflow():
+            codes = builder.emit(relax.op.astype(relax.const(np.ones((64, 64), np.int8)), "float32"))
+            weights = builder.emit(relax.op.multiply(codes, relax.const(0.5)))
+            values = relax.op.matmul(x, weights), relax.op.take(weights, rows, axis=0)
+            outputs = [builder.emit_output(builder.emit(builder.emit(value))) for value in values]
+        builder.emit_func_output(relax.Tuple(outputs))
+    outcome = PackQuantizedWeights(activations="reference").run(builder.get())
+    assert [site.refusal for site in outcome.sites] == [None, None]
 
 
 _INTEGERS = {"int8": np.int8, "uint8": np.uint8, "int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4}

@@ -163,6 +163,9 @@ def test_exceptions_are_for_all_that_read_a_matrix() -> None:
     left = QuantizeWeights(target=TARGET.name, exceptions="*=model").run(module)
     assert {site.refusal for site in left.sites} >= {"left in the model's precision, as asked for"}
     assert left.rewritten == 0
+    for text in ("head", "=int8"):
+        with pytest.raises(SchemeError, match=rf"^'{text}' is not of the form PATTERN=PRECISION"):
+            QuantizeWeights(exceptions=text)
     with pytest.raises(SchemeError, match=r"^'head=int3' is not of the form PATTERN=PRECISION with int4, int8 or"):
         QuantizeWeights(exceptions="head=int3")
 
@@ -196,6 +199,35 @@ def test_fitted_matrices_are_taken_and_their_inputs_scaled_in_the_normalization(
     np.testing.assert_allclose(run(rewritten, x), normalized * factors @ matrix.dequantized().T, rtol=1e-4, atol=1e-4)
     with pytest.raises(SchemeError, match=r"^gptq fits weights to inputs, which only a compile observes"):
         QuantizeWeights(method="gptq").run(module)
+
+
+def test_inputs_that_no_normalization_makes_are_scaled_by_a_product() -> None:
+    rng = np.random.default_rng(3)
+    weights, factors = rng.standard_normal((HIDDEN, 80)).astype(np.float32), np.full(HIDDEN, 0.5, np.float32)
+    matrix = quantize(2 * weights.T, Scheme())
+    fitted = {digest(weights.T): FittedMatrix(matrix, factors)}
+    module = graph(lambda x: relax.op.matmul(relax.op.tanh(x), relax.const(weights)), (2, HIDDEN))
+    rewritten = QuantizeWeights(method="gptq", activations="reference", fitted=fitted).run(module).module
+    expected = graph(
+        lambda x: relax.op.matmul(
+            relax.op.multiply(relax.op.tanh(x), relax.const(factors)),
+            relax.const(np.ascontiguousarray(matrix.dequantized().T)),
+        ),
+        (2, HIDDEN),
+    )
+    tvm.ir.assert_structural_equal(rewritten, expected)
+
+
+@pytest.mark.parametrize("activations", ["int8", "float", "reference"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_results_keep_their_type(activations: str, dtype: str) -> None:
+    module = _language_model(dtype=dtype)
+    rewritten = QuantizeWeights(target=TARGET.name, activations=activations).run(module).module
+    tvm.ir.assert_structural_equal(rewritten["main"].ret_ty, module["main"].ret_ty, map_free_vars=True)
+    if activations == "reference" and dtype == "float32":
+        assert operators(rewritten) == operators(module)
+    if activations == "int8":
+        assert "quantize_rows" in {variable.name_hint for variable in rewritten.get_global_vars()}
 
 
 def test_an_exposed_module_returns_the_operands_of_products() -> None:

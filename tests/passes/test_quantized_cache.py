@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import parser
+from tvm import relax
 
 from optimizer.compile import CompileOptions, compile_in_memory, compile_model, find_target
 from optimizer.execution import Runner
@@ -19,7 +20,7 @@ from optimizer.package.manifest import CachePages
 from optimizer.runtime import cache_pages
 from passes.fuse_attention import FuseAttention
 from passes.rewrite_kv_cache import RewriteKvCache, caches_of
-from schedules.cache_pages import PAGE, RECENT
+from schedules.cache_pages import PAGE, READS_IN_PLACE, RECENT
 from targets import ToolchainError, cuda_compiler
 from tests.passes.test_rewrite_kv_cache import _GROUPED, _LAYER
 
@@ -31,8 +32,14 @@ def test_keys_get_scales_by_channel_and_values_by_token_and_attention_is_fused()
     outcome = RewriteKvCache("int4").run(import_model(parser.parse_model(_LAYER)).module)
     layouts = [cache.pages for cache in caches_of(outcome.module["main"])]
     assert [(pages.bits, pages.by_channel) for pages in layouts if pages is not None] == [(4, True), (4, False)]
-    (site,) = FuseAttention().run(outcome.module).sites
-    assert site.refusal is None
+    types = [p.ty for p in outcome.module["main"].params if isinstance(p.ty, relax.TensorType)]
+    held = ["uint8", "uint8", "float16", "float32", "float16", "float32"]
+    assert [str(kind.dtype.dtype) for kind in types[3:]] == held
+    fused = FuseAttention().run(outcome.module)
+    assert [site.refusal for site in fused.sites] == [None]
+    readers = [READS_IN_PLACE in (function.attrs or {}) for function in outcome.module.functions.values()]
+    assert sum(readers) == 2
+    assert not any(READS_IN_PLACE in (function.attrs or {}) for function in fused.module.functions.values())
 
 
 def test_a_cache_that_is_no_operand_of_attention_keeps_its_floats() -> None:

@@ -95,13 +95,22 @@ _REFUSED = {
 }
 
 
+_SENTENCES = {
+    "another reader": "the past has another reader, which would see the new tokens",
+    "not a symbol": "the number of tokens in the past is not a symbol",
+    "more than one tensor": "more than one tensor is put behind the past",
+    "does not return": "the function does not return the result, or more than once",
+    "nothing but the caller reads": "nothing but the caller reads the result",
+    "returns nothing else": "the function returns nothing else",
+}
+
+
 @pytest.mark.parametrize("reason", _REFUSED)
 def test_what_cannot_be_appended_to_is_refused_with_the_reason(reason: str) -> None:
     past, outputs, body = _REFUSED[reason]
     outcome = _rewritten(_FORM.format(past=past, outputs=outputs, body=body))
     (site,) = outcome.sites
-    assert site.refusal is not None
-    assert reason in site.refusal
+    assert site.refusal == _SENTENCES[reason]
     assert caches_of(outcome.module["main"]) == ()
 
 
@@ -233,6 +242,13 @@ def test_the_cache_of_group_query_attention_knows_its_total_from_the_inputs() ->
 @pytest.fixture(scope="module", params=["", ", local_window_size = 5"])
 def grouped(request: pytest.FixtureRequest) -> tuple:
     return _both(_GROUPED.replace("kv_num_heads = 2", f"kv_num_heads = 2{request.param}"))
+
+
+def test_a_window_of_one_token_is_a_ring_too() -> None:
+    text = _GROUPED.replace("kv_num_heads = 2", "kv_num_heads = 2, local_window_size = 1")
+    module = _rewritten(text).module
+    assert [cache.window for cache in caches_of(module["main"])] == [1, 1]
+    assert any(name.name_hint.startswith("read_ring") for name in module.get_global_vars())
 
 
 def test_a_window_that_something_else_reads_beyond_is_no_ring() -> None:
