@@ -90,27 +90,29 @@ class Coverage:
         return tuple(taken)
 
 
-def trace() -> Coverage:
-    """Run all tests once, each line of the passes recorded with the tests that execute it."""
+def trace(tests: Sequence[str]) -> Coverage:
+    """Run tests once, each line of the passes recorded with those that execute it."""
     read, write = os.pipe()
     if not os.fork():
         os.close(read)
         try:
             with os.fdopen(write, "w") as file:
-                json.dump(_traced(), file)
+                json.dump(_traced(tests), file)
         finally:
             os._exit(0)
     os.close(write)
     with os.fdopen(read) as file:
-        failed, tests, seconds = json.load(file)
+        failed, executing, seconds = json.load(file)
     os.wait()
     if failed:
         sys.exit("the tests fail without any mutant")
-    by_line = {path: {int(line): frozenset(names) for line, names in lines.items()} for path, lines in tests.items()}
+    by_line = {
+        path: {int(line): frozenset(names) for line, names in lines.items()} for path, lines in executing.items()
+    }
     return Coverage(by_line, seconds)
 
 
-def _traced() -> tuple[int, dict[str, dict[int, list[str]]], dict[str, float]]:
+def _traced(tests: Sequence[str]) -> tuple[int, dict[str, dict[int, list[str]]], dict[str, float]]:
     pytest = importlib.import_module("pytest")
     coverage = importlib.import_module("coverage").Coverage(data_file=None, include=[f"{PACKAGE}/*"])
     seconds: dict[str, float] = {}
@@ -124,11 +126,11 @@ def _traced() -> tuple[int, dict[str, dict[int, list[str]]], dict[str, float]]:
             seconds[nodeid] += time.process_time()
 
     coverage.start()
-    failed = pytest.main([*_OPTIONS, TESTS], plugins=[Contexts()])
+    failed = pytest.main([*_OPTIONS, *tests], plugins=[Contexts()])
     coverage.stop()
     data = coverage.get_data()
-    tests = {os.path.relpath(path): data.contexts_by_lineno(path) for path in data.measured_files()}
-    return int(failed), tests, seconds
+    executing = {os.path.relpath(path): data.contexts_by_lineno(path) for path in data.measured_files()}
+    return int(failed), executing, seconds
 
 
 _OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
@@ -251,6 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", type=Path, help="the files to mutate; all passes by default")
     parser.add_argument("--every", type=int, default=1, help="test only every so many mutants, always the same ones")
+    parser.add_argument("--tests", nargs="+", default=[TESTS], help="the tests to run; all of the passes by default")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--known", type=Path, help="a file that keeps the mutants that were killed: not tested again")
     parser.add_argument("--survivors", type=Path, default=Path("build/survivors.diff"))
@@ -260,7 +263,7 @@ def main() -> None:
         importlib.import_module(name)
     gc.freeze()
     known = set(arguments.known.read_text().split()) if arguments.known and arguments.known.exists() else set()
-    coverage = trace()
+    coverage = trace(arguments.tests)
     arguments.survivors.parent.mkdir(parents=True, exist_ok=True)
     counts: dict[Path, list[int]] = {}
     chosen: list[Mutant] = []
