@@ -8,6 +8,7 @@ from dataclasses import replace
 from tvm import ir, sym, tirx
 from tvm.ir import Expr, TensorLoad, Var
 
+from schedules.kernels import reuses_operands
 from schedules.loops import product
 from schedules.stages import (
     CONDITIONAL,
@@ -61,8 +62,9 @@ def inline(staged: StagedFunction) -> StagedFunction:
             readers = [other for other in stages if isinstance(other, Stage) and _reads(other, stage.output)]
             if all(_worth_inlining(stage, reader) for reader in readers):
                 inlined = {id(reader): inline_into(stage, reader) for reader in readers}
-                stages = [inlined.get(id(other), other) for other in stages if other is not stage]
-                continue
+                if not _makes_a_product(readers, list(inlined.values())):
+                    stages = [inlined.get(id(other), other) for other in stages if other is not stage]
+                    continue
         position += 1
     return replace(staged, stages=tuple(stages))
 
@@ -117,6 +119,18 @@ def _worth_inlining(producer: Stage, reader: Stage) -> bool:
     if len(reads) == 1 and _reads_once(producer, reader):
         return True
     return is_cheap(producer.value) and len(reads) * len(producer.loads()) <= MAXIMAL_INLINED_LOADS
+
+
+def _makes_a_product(before: Sequence[Stage], after: Sequence[Stage]) -> bool:
+    """Return whether a reduction of a row becomes a product of several operands beside others that read the row.
+
+    Alone it may be one: the rows of x * v summed are a matrix times a vector. The maximum of x * v before a softmax is
+    one step of its rows.
+    """
+    pairs = zip(before, after, strict=True)
+    return len(before) > 1 and any(
+        new.is_reduction and reuses_operands(new) and not reuses_operands(old) for old, new in pairs
+    )
 
 
 def _is_move(value: Expr) -> bool:

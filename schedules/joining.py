@@ -19,12 +19,14 @@ from schedules.direct_convolution import DirectConvolution
 from schedules.epilogue import Epilogue
 from schedules.family import Kernel
 from schedules.gated_product import GatedProduct, columns_of
+from schedules.kernels import reuses_operands
 from schedules.matmul import Matmul, split_epilogue
 from schedules.normalized_product import NormalizedProduct
 from schedules.prepack import with_packed_weights
 from schedules.reduction import Reduction
 from schedules.registry import FAMILIES
 from schedules.row_parts import PartedKernel
+from schedules.rowwise import Rowwise
 from schedules.schedule import kernels_of
 from schedules.stages import Axis, Stage, parse, sequence, substitute
 from schedules.winograd import Winograd
@@ -45,10 +47,10 @@ def joined(
 
     `shared` are positions of parameters of `second` and of `first` that get the same tensor. The parameters are those
     of `first`, then the others of `second`; the result of `first`, its last parameter, is kept inside, or `returned`,
-    too, before the result of `second`. None where `first` reduces nothing, and for functions that take more than
-    tensors or are not loop nests below a root block.
+    too, before the result of `second`. None where `first` reduces nothing but for what reads each of its elements
+    for itself, and for functions that take more than tensors or are not loop nests below a root block.
     """
-    if not all(map(_is_of_loop_nests, (first, second))) or not _reduces(first):
+    if not all(map(_is_of_loop_nests, (first, second))) or not _may_join(first, second):
         return None
     first, second = (s_tir.renew_defs(function) for function in (first, second))
     result = first.params[-1]
@@ -57,7 +59,8 @@ def joined(
     sizes = _sizes(given)
     if sizes is None:
         return None
-    renamed = {parameter: _resized(parameter, sizes) for parameter in second.params}
+    own = (*second.params, *second.body.block.alloc_buffers)
+    renamed = {buffer: _resized(buffer, sizes) for buffer in own}
     renamed |= sizes | given
     roots = [first.body.block, tvm_ffi.structural_map(second.body, (Var, lambda v: renamed.get(v, v))).block]
     body = sequence([statement for root in roots for statement in _statements(root)])
@@ -88,15 +91,15 @@ def _resized(buffer: Var, sizes: Mapping[Var, Expr]) -> Var:
     shape = [substitute(extent, sizes) for extent in buffer.shape]
     if all(new.same_as(old) for new, old in zip(shape, buffer.shape, strict=True)):
         return buffer
-    return tirx.decl_buffer(shape, str(buffer.dtype), buffer.name)
+    return tirx.decl_buffer(shape, str(buffer.dtype), buffer.name, layout=None)  # one would keep the old symbols
 
 
 def why_apart(first: tirx.PrimFunc, second: tirx.PrimFunc) -> str:
     """Return why `joined` makes no function of two."""
     if not all(map(_is_of_loop_nests, (first, second))):
         return "a function takes the value of a size, or is more than loop nests"
-    if not _reduces(first):
-        return "the first one reduces nothing: only what follows a product, a convolution or a reduction is merged"
+    if not _may_join(first, second):
+        return "the first one reduces nothing, and the second one is not of rows or a reduction of what it reads"
     return "the second one reads the first one's result as something of another shape"
 
 
@@ -124,7 +127,8 @@ def why_several(function: tirx.PrimFunc, target: Target, constant: Sequence[int]
         return _why_no_gate(with_packed_weights(function, target, constant)[0], target)
     kernels = kernels_of(staged, target)
     kernel = kernels[0] if len(kernels) == 1 else None
-    if not _is_static(function) and not isinstance(kernel, PartedKernel):
+    family = _family_of(kernel, target)
+    if not (_is_static(function) or isinstance(kernel, PartedKernel) or isinstance(family, Rowwise | Reduction)):
         return "a size is known only at run time"
     if not isinstance(kernel, Kernel):
         return _SEVERAL
@@ -134,8 +138,14 @@ def why_several(function: tirx.PrimFunc, target: Target, constant: Sequence[int]
     if isinstance(kernel, PartedKernel):
         contraction = kernel.parts[kernel.product]
         return NormalizedProduct().refusal(kernel, target) or _why_scattered(Matmul(), contraction, target)
-    family = next((family for family in FAMILIES if family.takes(kernel, target) is not None), None)
     return _why_scattered(family, kernel, target)
+
+
+def _family_of(kernel: object, target: Target) -> object | None:
+    """Return the family that takes a kernel; None for what is none."""
+    if not isinstance(kernel, Kernel):
+        return None
+    return next((family for family in FAMILIES if family.takes(kernel, target) is not None), None)
 
 
 def _why_no_gate(function: tirx.PrimFunc, target: Target) -> str | None:
@@ -164,6 +174,8 @@ def _stores_vectors(family: object, kernel: Kernel, target: Target) -> bool:
         return windows is not None and _is_contiguous(windows.epilogue, windows.lane, target)
     if isinstance(family, Winograd):
         return True
+    if isinstance(family, Rowwise):  # it takes a convolution's steps, too, where no better family does
+        return not any(stage.is_reduction and reuses_operands(stage) for stage in kernel.stages)
     stage, follows = split_epilogue(kernel)
     if stage is None or follows is None:
         return False
@@ -187,9 +199,29 @@ def _is_static(function: tirx.PrimFunc) -> bool:
     return all(as_int(extent) is not None for parameter in function.params for extent in parameter.shape)
 
 
+def _may_join(first: tirx.PrimFunc, second: tirx.PrimFunc) -> bool:
+    """Return whether two functions can be worth one kernel.
+
+    What reduces nothing is computed once for each element that a reduction reads, so it joins functions of rows and
+    reductions of one operand; products and convolutions read an element many times.
+    """
+    if _reduces(first):
+        return True
+    reductions = _reductions(second)
+    return _reductions(first) == [] and bool(reductions) and not any(map(reuses_operands, reductions or ()))
+
+
 def _reduces(function: tirx.PrimFunc) -> bool:
+    return bool(_reductions(function))
+
+
+def _reductions(function: tirx.PrimFunc) -> list[Stage] | None:
+    """Return the reductions of a function, None where it does more than what stages say."""
     staged = parse(function)
-    return staged is not None and any(isinstance(stage, Stage) and stage.is_reduction for stage in staged.stages)
+    if staged is None:
+        return None
+    stages = [stage for stage in staged.stages if isinstance(stage, Stage)]
+    return [stage for stage in stages if stage.is_reduction] if len(stages) == len(staged.stages) else None
 
 
 def _statements(root: s_tir.SBlock) -> list[tirx.Stmt]:

@@ -160,6 +160,14 @@ _MOVES = {
     "ReduceSum": "a = Exp(x)  y = ReduceSum(a, last)",
     "ReduceMean": "a = ReduceMean(x, last)  y = Sqrt(a)",
     "Softmax": "a = Softmax(x)  y = Mul(a, z)",
+    "Softmax, behind a sum": "a = Add(x, z)  y = Softmax(a)",
+    "Softmax, behind a factor for each column": "a = Mul(x, gamma)  y = Softmax(a)",
+    "LayerNorm": "a = Erf(x)  y = LayerNormalization(a, gamma, beta)",
+    "exponential averaged": "a = Exp(x)  y = ReduceMean(a, last)",
+    "maximum subtracted": "a = ReduceMax(x, last)  y = Sub(x, a)",
+    "unit rows": "a = Mul(x, x)  b = ReduceSum(a, last)  c = Sqrt(b)  y = Div(x, c)",
+    "LogSoftmax, written out": "a = ReduceMax(x, last)  b = Sub(x, a)  c = Exp(b)  d = ReduceSum(c, last)"
+    "  e = Log(d)  y = Sub(b, e)",
 }  # fmt: skip
 
 

@@ -107,7 +107,7 @@ _PAIRS = {
     "the function returns the first one's result": (
         "p (float[4,8] x, float[8,8] w) => (float[4,8] a, float[4,8] y) { a = MatMul (x, w)  y = Relu (a) }"
     ),
-    "the first one reduces nothing: only what follows a product, a convolution or a reduction is merged": (
+    "the first one reduces nothing, and the second one is not of rows or a reduction of what it reads": (
         "p (float[4,8] x, float[8,8] w) => (float[4,8] y) { a = Exp (x)  y = MatMul (a, w) }"
     ),
     "a size is known only at run time": (
