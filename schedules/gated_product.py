@@ -40,7 +40,7 @@ from targets.base import Target
 # 12 % longer where they come from memory (8 rows, 2048 x 8192, fp32, Zen 4); with fewer, cores wait for the last one.
 TASKS_OF_A_CORE = 4
 # The same for a row alone, which takes little beside its weights: whenever a task turns from one matrix to the other,
-# memory has to be asked anew (4 bits of 2048 x 8192 took 9 % longer with 4 tasks for each of 8 cores, Zen 4).
+# memory has to be asked anew.
 TASKS_OF_A_ROW = 2
 # The part of the second-level cache that may hold what is handed on, beside both matrices' columns.
 SCRATCH_PART = 4

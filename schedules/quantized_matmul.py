@@ -48,7 +48,7 @@ _NIBBLES = 0x0F0F0F0F
 # Rows that one task takes, so that few columns still make work for all cores.
 ROW_BLOCK = 128
 # How far ahead of its use a single row asks for weights: 8 KiB take as long to read as a few accesses to memory, also
-# where other programs use it, too (with 4 KiB gates of 2048 x 8192 took up to 6 % longer, Zen 4).
+# where other programs use it, too.
 PREFETCH_BYTES = 8192
 
 
