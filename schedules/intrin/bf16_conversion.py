@@ -16,7 +16,7 @@ from tvm import ir, tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.stages import CONDITIONAL, contains
+from schedules.stages import CONDITIONAL, contains, variables_of
 
 BFLOAT16 = "bfloat16"
 _SHIFT = 16  # the bits of fp32 that bfloat16 has not
@@ -69,9 +69,18 @@ class Bf16Buffers:
         if bits is not None:
             value = self._wide(store.value) if exact is None else exact
             return tirx.BufferStore(bits, rounded(value), store.indices)
-        if exact is None or not contains(self.parameters, store.buffer):
+        if not contains(self.parameters, store.buffer):
             return store
-        return tirx.BufferStore(store.buffer, tirx.reinterpret(BFLOAT16, rounded(exact)), store.indices)
+        repeated = _is_repeated(store)
+        if exact is not None:
+            value = rounded(exact)
+        elif repeated and isinstance(store.value, TensorLoad) and contains(self.parameters, store.value.source):
+            value = tirx.reinterpret("uint16", store.value)
+        else:
+            return store
+        if repeated:
+            value = value | _sign(store.indices[-1]).astype("uint16")
+        return tirx.BufferStore(store.buffer, tirx.reinterpret(BFLOAT16, value), store.indices)
 
 
 def bf16_buffers(function: tirx.PrimFunc, inner: Sequence[Var], statements: Sequence[Stmt]) -> Bf16Buffers:
@@ -101,6 +110,20 @@ def rounded(value: Expr) -> Expr:
     not_a_number = (bits & _u32(_MAGNITUDE)) > _u32(_INFINITY)
     result = tirx.Select(not_a_number, (high & _u32(_SIGN)) | _u32(_QUIET_NAN), nearest)
     return tirx.Let(bits, tirx.reinterpret("uint32", value), result).astype("uint16")
+
+
+def _is_repeated(store: tirx.BufferStore) -> bool:
+    """Return whether what is stored is the same for neighbours along the last axis.
+
+    Of a vector of such elements TVM repeats one, and then takes the integers that it repeated for bfloat16. The sign of
+    the index, zero, makes them differ in its eyes.
+    """
+    moving = variables_of(store.indices[-1]) if store.indices else []
+    return bool(moving) and not any(contains(variables_of(store.value), each) for each in moving)
+
+
+def _sign(position: Expr) -> Expr:
+    return position >> tirx.const(position.ty.dtype.bits - 1, position.ty)
 
 
 def widens_bf16(expression: Expr) -> bool:

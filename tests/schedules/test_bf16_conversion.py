@@ -57,6 +57,14 @@ def test_a_function_of_fp32_is_rounded_once(
     np.testing.assert_array_equal(got.view(np.uint16), bits(exact))
 
 
+def test_elements_that_are_repeated_along_rows_keep_their_bits() -> None:
+    x = inputs()[:64].reshape(-1, 1)
+    got, _ = run(lambda x: op.astype(op.broadcast_to(x, (64, 33)), "bfloat16"), [x])
+    np.testing.assert_array_equal(got.view(np.uint16), np.repeat(bits(x), 33, 1))
+    moved, _ = run(lambda x: op.broadcast_to(x, (64, 33)), [got[:, :1].copy()])
+    np.testing.assert_array_equal(moved.view(np.uint16), got.view(np.uint16))
+
+
 def test_what_is_read_as_bfloat16_is_widened_exactly() -> None:
     x = bits(inputs()[:900]).view(ml_dtypes.bfloat16).reshape(3, 300)
     got, _ = run(lambda x: op.astype(op.permute_dims(op.astype(x, "float32"), [1, 0]), "bfloat16"), [x])
