@@ -3,7 +3,7 @@
 LLVM turns a vector exp, log, tanh or erf into one call of the C library for each lane. Here each is a polynomial with
 an exact argument reduction, written as a TIR expression. All compute in fp32 (fp16 is widened around them),
 propagate NaN, and give the limits at infinities. Largest errors against float64 over all of fp32's range, as the tests
-measure them: exp 2, log 0.9, tanh 2.5, erf 2.9, sigmoid 2 units in the last place; sigmoid below exp(-88) becomes 0.
+measure them: exp 2, log 0.9, tanh 2.5, erf 2.9, sigmoid 2.4 units in the last place; sigmoid below exp(-88) becomes 0.
 None takes a branch: an exponential less 1 that is exact around 0, too, serves tanh and erf over their whole range.
 
 The coefficients are weighted least-maximum fits (Lawson's algorithm on Chebyshev nodes) made for this file over the

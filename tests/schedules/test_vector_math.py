@@ -17,7 +17,7 @@ REFERENCES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
     "log": (np.log, 0.9),
     "tanh": (np.tanh, 2.5),
     "erf": (np.vectorize(math.erf), 2.9),
-    "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), 2),
+    "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), 2.5),
 }
 
 
