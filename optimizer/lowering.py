@@ -21,6 +21,7 @@ from optimizer.shape_heap import lower_shapes
 from optimizer.shared_bindings import leave_out_tuples, share_sizes, share_views
 from optimizer.symbolic_arguments import keep_symbolic_functions_apart
 from optimizer.weight_checks import trust_weights
+from optimizer.widening import widen_at_readers
 from passes.base import Site
 from passes.fold_constants import FoldConstants
 from passes.provenance import carry
@@ -43,6 +44,7 @@ _LEGALIZE: _Transforms = {
     "dispatch-sampling": relax.backend.DispatchSampling,
     "dispatch-sort-scan": relax.backend.DispatchSortScan,
     "activate-groups": lambda: activate_groups,
+    "widen-at-readers": lambda: widen_at_readers,
     "legalize": lambda: relax.transform.LegalizeOps(LEGALIZATIONS),
     "annotate-patterns": relax.transform.AnnotateTIROpPattern,
     "let-gathers-fuse": lambda: let_gathers_fuse,
