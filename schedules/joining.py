@@ -205,14 +205,11 @@ def _may_join(first: tirx.PrimFunc, second: tirx.PrimFunc) -> bool:
     What reduces nothing is computed once for each element that a reduction reads, so it joins functions of rows and
     reductions of one operand; products and convolutions read an element many times.
     """
-    if _reduces(first):
-        return True
+    own = _reductions(first)
+    if own is None or own:
+        return bool(own)
     reductions = _reductions(second)
-    return _reductions(first) == [] and bool(reductions) and not any(map(reuses_operands, reductions or ()))
-
-
-def _reduces(function: tirx.PrimFunc) -> bool:
-    return bool(_reductions(function))
+    return bool(reductions) and not any(map(reuses_operands, reductions or ()))
 
 
 def _reductions(function: tirx.PrimFunc) -> list[Stage] | None:

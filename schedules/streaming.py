@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tvm_ffi
-from tvm import ir, sym, tirx
+from tvm import sym, tirx
 from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import linear_coefficient
+from schedules.intrin.llvm_functions import attributes, imported
 from schedules.loops import flatten, index, load, local, product, region, store, vector, with_local
 from schedules.stages import Stage, StagedFunction, as_extent, contains, loads_of, substitute
 from targets.base import Target
@@ -40,7 +41,7 @@ define weak_odr i32 @{fence}() #0 {{
   call void @llvm.x86.sse.sfence()
   ret i32 0
 }}
-attributes #0 = {{ alwaysinline nounwind "target-cpu"="{cpu}" "target-features"="{features}" }}
+attributes #0 = {{ {attributes} }}
 !0 = !{{i32 1}}
 """
 
@@ -86,7 +87,7 @@ class _Streams:
             return statement
         fence = tirx.Evaluate(tirx.call_extern("int32", _FENCE))
         body = region([rewritten, fence])
-        return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", ir.StringImm(self._source()), body)
+        return imported(body, self._source())
 
     def _loop(self, loop: tirx.For, mutator: tvm_ffi.StructuralMutator) -> Stmt:
         width = as_extent(loop.extent)
@@ -116,8 +117,7 @@ class _Streams:
             fence=_FENCE,
             lanes=LANES,
             bytes=LINE_BYTES,
-            cpu=self.target.llvm_cpu,
-            features=",".join(self.target.llvm_attributes),
+            attributes=attributes(self.target),
         )
 
 

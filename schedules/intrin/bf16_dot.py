@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvm import ir, tirx
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.stmt import Stmt
 
+from schedules.intrin.llvm_functions import attributes, imported
 from targets.base import Target
 
 # Neighbours of K that one lane consumes.
@@ -30,7 +31,7 @@ define weak_odr <{lanes} x float> @{call}(<{lanes} x float> %sum, ptr %weights, 
     @{intrinsic}(<{lanes} x float> %sum, <{elements} x bfloat> %w, <{elements} x bfloat> %x)
   ret <{lanes} x float> %result
 }}
-attributes #0 = {{ alwaysinline nounwind "target-cpu"="{cpu}" "target-features"="{features}" }}
+attributes #0 = {{ {attributes} }}
 """
 
 
@@ -52,7 +53,7 @@ class Bf16Dot:
 
     def imported(self, statement: Stmt) -> Stmt:
         """Return a statement that calls the function, with the function."""
-        return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", ir.StringImm(self.source), statement)
+        return imported(statement, self.source)
 
 
 def bf16_dot(target: Target) -> Bf16Dot | None:
@@ -71,7 +72,6 @@ def _dot(intrinsic: str, lanes: int, target: Target) -> Bf16Dot:
         lanes=lanes,
         elements=PAIR * lanes,
         alignment=4 * lanes,
-        cpu=target.llvm_cpu,
-        features=",".join(target.llvm_attributes),
+        attributes=attributes(target),
     )
     return Bf16Dot(lanes, intrinsic, source)

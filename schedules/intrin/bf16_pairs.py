@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvm import ir, tirx
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.stmt import Stmt
 
 from schedules.intrin.bf16_dot import PAIR, bf16_dot
+from schedules.intrin.llvm_functions import attributes, imported
 from targets.base import Target
 
 _DOT, _ALTERNATING, _ADJACENT = "optimizer_dot_pairs_bf16", "optimizer_alternate_bf16", "optimizer_join_bf16"
@@ -37,7 +38,7 @@ define weak_odr <{lanes} x float> @{call}(<{lanes} x float> %sum, <{lanes} x i32
   ret <{lanes} x float> %result
 }}
 {alternating}{adjacent}
-attributes #0 = {{ alwaysinline nounwind "target-cpu"="{cpu}" "target-features"="{features}" }}
+attributes #0 = {{ {attributes} }}
 """
 
 
@@ -62,7 +63,7 @@ class Bf16Pairs:
 
     def imported(self, statement: Stmt) -> Stmt:
         """Return a statement that calls the functions, with the functions."""
-        return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", ir.StringImm(self.source), statement)
+        return imported(statement, self.source)
 
 
 def bf16_pairs(target: Target) -> Bf16Pairs | None:
@@ -81,8 +82,7 @@ def bf16_pairs(target: Target) -> Bf16Pairs | None:
         call=_DOT,
         alternating=rounding(_ALTERNATING, [place for lane in range(lanes) for place in (lane, lanes + lane)]),
         adjacent=rounding(_ADJACENT, list(range(PAIR * lanes))),
-        cpu=target.llvm_cpu,
-        features=",".join(target.llvm_attributes),
+        attributes=attributes(target),
         **width,
     )
     return Bf16Pairs(lanes, source)

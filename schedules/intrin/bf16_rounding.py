@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import tvm_ffi
-from tvm import ir, tirx
+from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, Step, as_int
 from schedules.intrin.bf16_conversion import BFLOAT16
+from schedules.intrin.llvm_functions import attributes, imported
 from schedules.loops import index, load, local, store, vector, with_local
 from schedules.stages import Axis, contains, sequence, substitute
 from targets.base import Target
@@ -29,7 +30,7 @@ define weak_odr i32 @{call}(ptr %to, <16 x float> %value) #0 {{
   store <16 x bfloat> %rounded, ptr %to, align 2
   ret i32 0
 }}
-attributes #0 = {{ alwaysinline nounwind "target-cpu"="{cpu}" "target-features"="{features}" }}
+attributes #0 = {{ {attributes} }}
 """
 
 
@@ -53,8 +54,7 @@ def round_in_vectors(statement: Stmt, target: Target, parameters: Sequence[Var])
     result = tvm_ffi.structural_mutate(statement, (tirx.For, rounded))
     if not found:
         return statement
-    source = _SOURCE.format(call=_CALL, cpu=target.llvm_cpu, features=",".join(target.llvm_attributes))
-    return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", ir.StringImm(source), result)
+    return imported(result, _SOURCE.format(call=_CALL, attributes=attributes(target)))
 
 
 def _rounds_vectors(vectors: tirx.For, store: tirx.BufferStore, parameters: Sequence[Var]) -> bool:
