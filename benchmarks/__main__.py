@@ -19,6 +19,7 @@ from benchmarks.comparison import Judge, Row, compare
 from benchmarks.engines import BF16_ENGINES, ENGINES
 from benchmarks.exact import in_float64
 from benchmarks.llm import table as llm
+from benchmarks.models import Sizes
 from benchmarks.tables import REFERENCE, TABLES, Subject, subjects
 from optimizer.certificate.tolerance import arithmetic
 
@@ -44,6 +45,7 @@ _ENGINES = tuple(dict.fromkeys([*ENGINES, *BF16_ENGINES, "peak", *llm.ENGINES]))
 @click.option("--exporter", "exporters", multiple=True, type=click.Choice(EXPORTERS), help="Only of these exporters.")
 @click.option("--engine", "engines", multiple=True, type=click.Choice(_ENGINES), help="Only these engines.")
 @click.option("--batch", default=1, show_default=True, help="How many inputs the models take at once.")
+@click.option("--length", "lengths", multiple=True, type=click.IntRange(2), help="Tokens of a text; may be repeated.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of every engine; default: one per physical core.")
 @click.option("--rounds", default=5, show_default=True, help="How often all engines take their turn.")
 @click.option("--trials", multiple=True, type=click.IntRange(1), help="Table tuning: after how many trials to look.")
@@ -64,6 +66,7 @@ def main(
     exporters: tuple[Exporter, ...],
     engines: tuple[str, ...],
     batch: int,
+    lengths: tuple[int, ...],
     threads: int | None,
     rounds: int,
     trials: tuple[int, ...],
@@ -112,14 +115,14 @@ def main(
             click.echo(line)
         return
     if table in ("tuning", "transfer"):
-        chosen = subjects(table, models, exporters, Path(), batch)
+        chosen = subjects(table, models, exporters, Path(), Sizes(batch))
         for line in _searches(table, chosen, threads, rounds, trials, stock_trials, tuning.Kept(target, log)):
             click.echo(line)
         return
     click.echo(f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}")
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="optimizer-bench-") as folder:
-        for subject in subjects(table, models, exporters, Path(folder), batch):
+        for subject in subjects(table, models, exporters, Path(folder), Sizes(batch, lengths)):
             for line, fails in _lines(subject, engines or TABLES[table].engines, threads, rounds):
                 click.echo(line)
                 failed += [subject.label] if fails else []

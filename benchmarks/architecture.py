@@ -5,7 +5,7 @@ This module needs neither torch nor transformers; `benchmarks.export` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -24,6 +24,7 @@ EXPORTERS: tuple[Exporter, ...] = get_args(Exporter)
 
 SEED = 0
 PAST = "past_key_values."
+SEQUENCE = "sequence"
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,27 @@ class Variant:
         inputs = (replace(spec, dims=(batch, *spec.dims[1:])) if spec.dims[0] == 1 else spec for spec in self.inputs)
         return replace(self, inputs=tuple(inputs))
 
+    @property
+    def takes_a_text(self) -> bool:
+        """Return whether an input holds the tokens of one text of a fixed length."""
+        return any(_is_text(spec) for spec in self.inputs)
+
+    def with_lengths(self, lengths: Sequence[int]) -> Variant:
+        """Return the variant whose texts may have any length, with a case for each of `lengths`.
+
+        Texts are inputs of shape (1, tokens).
+        """
+        inputs = tuple(replace(spec, dims=(1, SEQUENCE)) if _is_text(spec) else spec for spec in self.inputs)
+        return replace(self, inputs=inputs, cases={f"{length} tokens": {SEQUENCE: length} for length in lengths})
+
     def draw(self, case: str) -> dict[str, Array]:
         """Return random inputs of the case called `case`, by name; the same on every call."""
         generator = np.random.default_rng([SEED, list(self.cases).index(case)])
         return {spec.name: spec.draw(generator, self.cases[case]) for spec in self.inputs}
+
+
+def _is_text(spec: Input) -> bool:
+    return len(spec.dims) == 2 and spec.dims[0] == 1 and isinstance(spec.dims[1], int)
 
 
 @dataclass(frozen=True)

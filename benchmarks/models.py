@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.architecture import EXPORTERS, Array, Exporter, Variant
@@ -27,31 +28,54 @@ def cache_folder() -> Path:
     return root / "models"
 
 
-def model_path(name: str, exporter: Exporter = "dynamo", batch: int = 1) -> Path:
+@dataclass(frozen=True)
+class Sizes:
+    """What differs from a full size of the architectures' table.
+
+    The models take `batch` images or texts at once, and with `lengths` texts of any length: those are what they run on.
+    """
+
+    batch: int = 1
+    lengths: tuple[int, ...] = ()
+
+
+USUAL = Sizes()
+# The length that a model of texts of any length is traced with.
+_TRACED = 128
+
+
+def model_path(name: str, exporter: Exporter = "dynamo", sizes: Sizes = USUAL) -> Path:
     """Return where the full-size model called `name` (a key of `FULL_SIZE`) is kept, whether or not it exists yet."""
-    several = f"_batch{batch}" if batch > 1 else ""
-    return cache_folder() / f"{name}_{exporter}{several}.onnx"
+    several = f"_batch{sizes.batch}" if sizes.batch > 1 else ""
+    any_length = "_any_length" if sizes.lengths else ""
+    return cache_folder() / f"{name}_{exporter}{several}{any_length}.onnx"
 
 
-def cases_of(name: str, batch: int = 1) -> dict[str, dict[str, Array]]:
+def cases_of(name: str, sizes: Sizes = USUAL) -> dict[str, dict[str, Array]]:
     """Return the inputs that the full-size model called `name` is run on, by case."""
-    full = _variant(name, batch)
+    full = _variant(name, sizes)
     return {case: full.draw(case) for case in full.cases}
 
 
-def _variant(name: str, batch: int) -> Variant:
+def takes_a_text(name: str) -> bool:
+    """Return whether the full-size model called `name` reads one text, which may have any length in `Sizes`."""
+    return _variant(name, USUAL).takes_a_text
+
+
+def _variant(name: str, sizes: Sizes) -> Variant:
     full = FULL_SIZE[name].full
     assert full is not None
-    return full if batch == 1 else full.with_batch(batch)
+    full = full.with_lengths(sizes.lengths) if sizes.lengths else full
+    return full if sizes.batch == 1 else full.with_batch(sizes.batch)
 
 
-def make(name: str, exporter: Exporter, batch: int = 1) -> Path:
+def make(name: str, exporter: Exporter, sizes: Sizes = USUAL) -> Path:
     """Export the full-size model called `name` into the cache; the files appear only when complete."""
     from benchmarks.export import build, export  # noqa: PLC0415 (needs torch)
 
     architecture = FULL_SIZE[name]
-    full = _variant(name, batch)
-    path = model_path(name, exporter, batch)
+    full = _variant(name, sizes)
+    path = model_path(name, exporter, sizes)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
         export(build(architecture, full), architecture, full, exporter, Path(folder) / path.name)
@@ -66,17 +90,21 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(FULL_SIZE)}")
     parser.add_argument("--exporter", choices=EXPORTERS, default="dynamo")
     parser.add_argument("--batch", type=int, default=1, help="how many images or texts at once; default: 1")
+    parser.add_argument("--any-length", action="store_true", help="texts of any length, for the models that take one")
     parser.add_argument("--force", action="store_true", help="make again what is there already")
     arguments = parser.parse_args()
     names = arguments.names or list(FULL_SIZE)
     if unknown := sorted(set(names) - set(FULL_SIZE)):
         parser.error(f"no model is called {', '.join(unknown)}; there are {', '.join(FULL_SIZE)}")
-    exporter, batch = arguments.exporter, arguments.batch
-    missing = [name for name in names if arguments.force or not model_path(name, exporter, batch).exists()]
+    exporter = arguments.exporter
+    sizes = Sizes(arguments.batch, (_TRACED,) if arguments.any_length else ())
+    missing = [name for name in names if arguments.force or not model_path(name, exporter, sizes).exists()]
     if missing and not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
         sys.exit(f"benchmarks.models: exporting models needs torch and transformers: pip install {REQUIREMENTS}")
     for name in names:
-        path = make(name, exporter, batch) if name in missing else model_path(name, exporter, batch)
+        if sizes.lengths and not takes_a_text(name):
+            parser.error(f"{name} takes no text whose length could vary")
+        path = make(name, exporter, sizes) if name in missing else model_path(name, exporter, sizes)
         size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
         print(f"{path}: {size / 1e6:.1f} MB", flush=True)
 

@@ -13,7 +13,7 @@ import onnx
 from benchmarks.architecture import EXPORTERS, Exporter
 from benchmarks.engines import ENGINES, Cases
 from benchmarks.kernels import cases
-from benchmarks.models import FULL_SIZE, cases_of, model_path
+from benchmarks.models import FULL_SIZE, USUAL, Sizes, cases_of, model_path, takes_a_text
 
 REFERENCE = "onnxruntime"
 _SEED = 0
@@ -57,11 +57,12 @@ TABLES: Mapping[str, Table] = {
 
 
 def subjects(
-    table: str, only: Sequence[str], exporters: Sequence[Exporter], folder: Path, batch: int = 1
+    table: str, only: Sequence[str], exporters: Sequence[Exporter], folder: Path, sizes: Sizes = USUAL
 ) -> Iterator[Subject]:
     """Yield the models of a table whose names match one of the patterns in `only`, or all if there are none.
 
-    Single kernels are written to `folder`; they take no notice of `exporters` and `batch`.
+    Single kernels are written to `folder`; they take no notice of `exporters` and `sizes`.
+    With lengths of texts there are but the models that take one.
     """
 
     def wanted(name: str) -> bool:
@@ -74,11 +75,14 @@ def subjects(
                 yield Subject(case.name, path, {"random": random_inputs(path)}, is_kernel=True)
         return
     several = len(exporters or TABLES[table].exporters) > 1
+    options = (f" --batch {sizes.batch}" if sizes.batch > 1 else "") + (" --any-length" if sizes.lengths else "")
     for name in filter(wanted, TABLES[table].models):
+        if sizes.lengths and not takes_a_text(name):
+            continue
         for exporter in exporters or TABLES[table].exporters:
-            make = f"python -m benchmarks.models {name} --exporter {exporter} --batch {batch}"
+            make = f"python -m benchmarks.models {name} --exporter {exporter}{options}"
             label = f"{name} {exporter}" if several else name
-            yield Subject(label, model_path(name, exporter, batch), cases_of(name, batch), make)
+            yield Subject(label, model_path(name, exporter, sizes), cases_of(name, sizes), make)
     if table == "tuning" and wanted(_BUNDLED):
         yield _bundled_decoder()
 
