@@ -12,6 +12,9 @@ from optimizer.certificate.tolerance import Arithmetic
 from optimizer.errors import CertificateError
 from optimizer.package.manifest import OutputComparison
 
+# Below these numbers a dtype has fewer digits, down to none: an error there is measured relative to them.
+_SMALLEST_NORMAL = {"float64": 2.0**-1022, "float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}
+
 Array = NDArray[np.generic]
 Outputs = Mapping[str, Array]
 
@@ -64,7 +67,8 @@ def compare(name: str, expected: Array, actual: Array, tolerance: float) -> Outp
     if not same_places:
         return OutputComparison(name, dtype, math.inf, math.inf, tolerance, None, ok=False)
     error = float(np.abs(result - reference).max(initial=0.0))
-    scale = float(np.abs(reference).max(initial=0.0)) or 1.0
+    largest = float(np.abs(reference).max(initial=0.0))
+    scale = max(largest, _SMALLEST_NORMAL.get(dtype, 0.0)) if largest else 1.0
     norms = float(np.linalg.norm(reference) * np.linalg.norm(result))
     cosine = float(np.dot(reference, result)) / norms if norms else None
     return OutputComparison(name, dtype, error, error / scale, tolerance, cosine, ok=error / scale <= tolerance)

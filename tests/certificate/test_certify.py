@@ -158,6 +158,15 @@ def test_infinity_of_the_other_sign_differs() -> None:
     assert not compare("y", np.array([np.inf]), np.array([-np.inf]), 1.0).ok
 
 
+def test_numbers_below_the_normal_ones_have_few_digits_to_agree_in() -> None:
+    expected = np.float32([1.8e-40, -3e-41])
+    half = np.float16([6e-7, -3e-7])
+
+    assert compare("y", expected, expected + np.float32(7e-45), 1e-6).ok
+    assert not compare("y", expected, expected + np.float32(2e-43), 1e-6).ok
+    assert compare("y", half, half + np.float16(6e-8), 1e-2).ok
+
+
 def test_unsigned_integers_do_not_wrap() -> None:
     comparison = compare("y", np.array([0], np.uint8), np.array([255], np.uint8), 1.0)
     assert (comparison.max_absolute_error, comparison.ok) == (255, False)
