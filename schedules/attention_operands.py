@@ -9,10 +9,11 @@ from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.attention_mask import choice_of
-from schedules.loops import INDEX, Extent, index, load, local, loop, store, tiles, vector
-from schedules.stages import Axis, sequence, substitute
+from schedules.loops import INDEX, Extent, index, load, local, loop, prefetch, store, tiles, vector
+from schedules.stages import Axis, loads_of, sequence, substitute
 
 FLOAT = "float32"
+LINE_BITS = 512
 
 
 def is_plain(element: Expr) -> bool:
@@ -40,6 +41,27 @@ def in_stores(
     split = Var("split", INDEX)
     inside = tirx.max(index(0), tirx.min(index(extent), substitute(condition.b, point) - base))
     return sequence([tirx.Bind(split, inside), body(below, index(0), split), body(above, split, index(extent) - split)])
+
+
+def alike(element: Expr, whole: Expr, other: Expr) -> Expr:
+    """Return what `other` is for the keys for which `whole` is `element`, as `in_stores` gives it."""
+    parts, others = choice_of(whole), choice_of(other)
+    if parts is None or others is None or element.same_as(whole):
+        return other
+    return others[1] if element.same_as(parts[1]) else others[2]
+
+
+def requests(element: Expr, axis: Axis, at: Callable[[Expr, Expr], Expr], cache: int) -> list[Stmt]:
+    """Return requests to bring one key's or value's memory to a cache; `at` puts a place on the axis into a read.
+
+    What an element is computed of beside its first read, the scales of codes, takes a fraction of the memory. There are
+    none where neighbours on the axis are no neighbours in memory.
+    """
+    reads = loads_of(element)
+    if not isinstance(axis.extent, int) or not reads or not reads[0].indices[-1].same_as(axis.variable):
+        return []
+    in_line = LINE_BITS // int(reads[0].source.dtype.bits)
+    return [prefetch(at(reads[0], index(first)), cache) for first in range(0, axis.extent, in_line)]
 
 
 class Operand:
@@ -86,4 +108,4 @@ class Operand:
         return substitute(self._element, values).astype(FLOAT)
 
 
-__all__ = ["Operand", "in_stores", "is_plain"]
+__all__ = ["Operand", "alike", "in_stores", "is_plain", "requests"]

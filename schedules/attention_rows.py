@@ -18,7 +18,7 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.access import as_int
 from schedules.attention_joining import LOWEST, ZERO, Row, joined
-from schedules.attention_operands import in_stores
+from schedules.attention_operands import alike, in_stores, requests
 from schedules.attention_structure import AttentionAnalysis
 from schedules.family import is_large
 from schedules.intrin.vector_math import exp_of_nonpositive
@@ -52,6 +52,9 @@ HEADS_AT_ONCE = 4
 # Vectors of sums in a loop: enough to hide the latency of a sum. With what is added to them they have to fit 16
 # registers: around the loops the compiler keeps the constants of the exponential in the others.
 SUMS_AT_ONCE = 8
+# How many keys ahead of their use are asked for. A step of a decoder reads its weights between two uses of a layer's
+# keys and values, which come from memory, and too few at a time for the hardware to foresee much.
+KEYS_AHEAD = 32
 
 _SUM = Reducer(lambda a, b: a + b, ZERO, ZERO)
 _MAXIMUM = Reducer(tirx.max, ZERO, tirx.const(LOWEST, FLOAT))
@@ -99,8 +102,8 @@ def emit(analysis: AttentionAnalysis, lanes: int, key_block: int) -> Stmt:
     groups = 1 if heads.axis is None else int(heads.axis.extent) // heads.count
     outer = [*(axis.extent for axis in axes), groups]
     keys = analysis.key.extent
-    size = min(key_block, keys) if isinstance(keys, int) else key_block
-    blocks = ceiling(keys, size)
+    room = min(key_block, keys) if isinstance(keys, int) else key_block
+    blocks, size = _blocks(keys, room, lanes, outer)
     results = product([*outer, blocks])
     columns = analysis.column.extent
     gathered = {
@@ -116,11 +119,11 @@ def emit(analysis: AttentionAnalysis, lanes: int, key_block: int) -> Stmt:
     def block(number: Expr) -> Stmt:
         *values, group, part = unflatten(number, [*outer, blocks])
         base = part * size
-        exact = isinstance(keys, int) and keys % size == 0
-        extent = size if exact else tirx.min(index(size), index(keys) - base)
+        exact = isinstance(keys, int) and isinstance(size, int) and keys % size == 0
+        extent = size if exact else tirx.max(index(0), tirx.min(index(size), index(keys) - base))
         buffers = {
             "query": local([heads.count, analysis.depth.extent], FLOAT, "query"),
-            "weights": local([heads.count, size], FLOAT, "weights"),
+            "weights": local([heads.count, room], FLOAT, "weights"),
             "partial": local([lanes], FLOAT, "partial"),
         }
         task = _Block(analysis, lanes, heads, point(values, group), number, base, extent, **buffers, **gathered)
@@ -143,6 +146,21 @@ def emit(analysis: AttentionAnalysis, lanes: int, key_block: int) -> Stmt:
             loop(product([*outer, heads.count]), row),
         ],
     )
+
+
+def _blocks(keys: Extent, room: int, lanes: int, outer: Sequence[Extent]) -> tuple[Extent, Extent]:
+    """Return how many blocks of at most `room` keys there are for each of the tasks `outer`, and their keys.
+
+    Where the keys are many or few only as the code runs, blocks are of about equal size, and their number is even where
+    that of heads is odd, so that threads get equal shares. The last ones may be empty.
+    """
+    blocks = ceiling(keys, room)
+    if isinstance(keys, int) or room % lanes:
+        return blocks, room
+    if not any(isinstance(extent, int) and extent % 2 == 0 for extent in outer):
+        blocks = ceiling(blocks, 2) * 2
+    each = tirx.floordiv(keys + blocks - 1, tirx.max(index(blocks), index(1)))
+    return blocks, index(ceiling(each, lanes)) * lanes
 
 
 def _axes(analysis: AttentionAnalysis) -> list[Axis]:
@@ -254,7 +272,9 @@ def _products(task: _Block) -> Stmt:
     in_heads = [(first, min(HEADS_AT_ONCE, count - first)) for first in range(0, count, HEADS_AT_ONCE)]
 
     def some(element: Expr, start: Expr, keys: int) -> Stmt:
-        return sequence([_products_of(task, element, start, keys, first, heads) for first, heads in in_heads])
+        requested = [each for key in range(keys) for each in _requests(task, element, start + key)]
+        products = [_products_of(task, element, start, keys, first, heads) for first, heads in in_heads]
+        return sequence([*requested, *products])
 
     at_once = min(KEYS_AT_ONCE, SUMS_AT_ONCE // min(count, HEADS_AT_ONCE))
 
@@ -262,6 +282,21 @@ def _products(task: _Block) -> Stmt:
         return tiles(extent, [at_once, 1], lambda base, keys: some(element, start + base, keys))
 
     return in_stores(analysis.keys, analysis.key, task.point, task.base, task.extent, part)
+
+
+def _requests(task: _Block, element: Expr, key: Expr) -> list[Stmt]:
+    """Return requests for the memory of a key further on, and of this key's value, which is read after all keys."""
+    analysis = task.analysis
+
+    def at(axis: Axis, position: Expr) -> Callable[[Expr, Expr], Expr]:
+        return lambda read, place: task.at(read, {analysis.key.variable: position, axis.variable: place})
+
+    value = alike(element, analysis.keys, analysis.values)
+    here = task.base + key
+    return [
+        *requests(element, analysis.depth, at(analysis.depth, here + KEYS_AHEAD), cache=1),
+        *requests(value, analysis.column, at(analysis.column, here), cache=2),
+    ]
 
 
 def _products_of(task: _Block, element: Expr, start: Expr, keys: int, first: int, heads: int) -> Stmt:
