@@ -96,6 +96,19 @@ class ChannelWindows:
     pairs: Axis | None
 
     @property
+    def block(self) -> int:
+        """The number of lanes."""
+        assert isinstance(self.lane.extent, int)
+        return self.lane.extent
+
+    @property
+    def column_window(self) -> ChannelWindow | None:
+        """The window of the columns whose taps may miss the image."""
+        if self.columns is None:
+            return None
+        return next((w for w in self.padded if any(w.axis is axis for axis in self.columns.axes)), None)
+
+    @property
     def weights(self) -> TensorLoad:
         """The other read of a product of two."""
         return next(read for read in self.stage.loads() if not read.same_as(self.data))

@@ -11,7 +11,7 @@ SC 2018.)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,36 +19,28 @@ from tvm import tirx
 from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import AxisGroup, occurs
-from schedules.channel_windows import ChannelWindow, ChannelWindows, channel_windows
+from schedules.access import AxisGroup
+from schedules.by_element import multiplies_by_element
+from schedules.channel_windows import ChannelWindows, channel_windows
 from schedules.convolution import split_producer
 from schedules.convolution_tile import column_extent, register_tile, task_shape
+from schedules.direct_convolution_tile import Point, RegisterTile
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
-from schedules.intrin.bf16_dot import PAIR, Bf16Dot, bf16_dot
+from schedules.intrin.bf16_dot import Bf16Dot, bf16_dot
 from schedules.loops import (
     Extent,
     ceiling,
     index,
-    load,
-    local,
     loop,
     parallel,
     product,
-    quotient,
-    store,
     tile_choice,
     tiles,
     unflatten,
-    unrolled,
-    vector,
-    with_local,
 )
 from schedules.matmul import branches_on_any, split_epilogue
-from schedules.reducer import accumulate, accumulator_dtype
-from schedules.stages import Axis, Stage, replace_loads, sequence, substitute, with_value
+from schedules.stages import Stage, sequence
 from targets.base import Target
-
-Point = Mapping[Var, Expr]
 
 
 class DirectConvolution:
@@ -79,7 +71,7 @@ class DirectConvolution:
     def apply(self, analysis: ChannelWindows, parameters: Parameters, target: Target) -> Stmt:
         """Return the loop nest."""
         dot = bf16_dot(target) if analysis.pairs is not None else None
-        statement = _Emitter(analysis, parameters, dot).statement()
+        statement = _Emitter(analysis, parameters, dot, multiplies_by_element(target)).statement()
         return statement if dot is None else dot.imported(statement)
 
 
@@ -99,24 +91,11 @@ class _Emitter:
     analysis: ChannelWindows
     parameters: Parameters
     dot: Bf16Dot | None
+    by_element: bool
 
     @cached_property
     def stage(self) -> Stage:
         return self.analysis.stage
-
-    @property
-    def block(self) -> int:
-        """The number of lanes."""
-        assert isinstance(self.analysis.lane.extent, int)
-        return self.analysis.lane.extent
-
-    @property
-    def column_window(self) -> ChannelWindow | None:
-        """The window of the columns whose taps may miss the image."""
-        columns = self.analysis.columns
-        if columns is None:
-            return None
-        return next((w for w in self.analysis.padded if any(w.axis is axis for axis in columns.axes)), None)
 
     def statement(self) -> Stmt:
         """Return the parallel loop over outer axes, groups, tiles of channels, rows and segments of columns."""
@@ -126,7 +105,7 @@ class _Emitter:
         rows = self.parameters["rows"]
         width = column_extent(analysis)
         segment = width
-        if self.column_window is None:
+        if self.analysis.column_window is None:
             segment = min(width, self.parameters["column_tiles"] * self.parameters["columns"])
         extents = [*(g.extent for g in batch), groups, tiles_per_group, ceiling(row_count, rows), -(-width // segment)]
 
@@ -181,7 +160,7 @@ class _Emitter:
 
     def _row(self, point: Point, group: Expr, first: Expr, count: int) -> Stmt:
         """Return the tiles of a whole row; those in which every tap is inside the image become one loop."""
-        window, size = self.column_window, self.parameters["columns"]
+        window, size = self.analysis.column_window, self.parameters["columns"]
         width = column_extent(self.analysis)
         if window is None:
             return self._segment(point, group, first, count, index(0), width)
@@ -213,170 +192,6 @@ class _Emitter:
         self, point: Point, group: Expr, first: Expr, count: int, start: Expr, columns: int, border: int | None = None
     ) -> Stmt:
         """Return `count` blocks of channels by `columns` at `start` (`border`: the same where taps may miss)."""
-        return _Tile(self, point, group, first, count, start, columns, border).statement()
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """One register tile: `blocks` from block `first` of group `group` by `columns` from `start`."""
-
-    emitter: _Emitter
-    point: Point
-    group: Expr
-    first: Expr
-    blocks: int
-    start: Expr
-    columns: int
-    border: int | None
-
-    @cached_property
-    def analysis(self) -> ChannelWindows:
-        return self.emitter.analysis
-
-    @cached_property
-    def dtype(self) -> str:
-        return accumulator_dtype(self.analysis.stage)
-
-    @cached_property
-    def registers(self) -> Var:
-        return local([self.blocks * self.columns * self.emitter.block], self.dtype, "accumulators")
-
-    @cached_property
-    def stage(self) -> Stage:
-        """The stage, with the data of the tile's group read as one: their channel does not vary within the tile."""
-        channel, data, stage = self.analysis.channel, self.analysis.data, self.analysis.stage
-        if channel is None or not any(occurs(position, channel.variable) for position in data.indices):
-            return stage
-        own = substitute(data, {channel.variable: self.group * self.analysis.per_group})
-        return with_value(stage, replace_loads(stage.value, lambda read: own if read.same_as(data) else None))
-
-    def statement(self) -> Stmt:
-        """Return initialization, reduction and epilogue."""
-        stage = self.analysis.stage
-        assert stage.initial is not None
-
-        def start(at: Point, register: Expr) -> Stmt:
-            return store(self.registers, substitute(stage.initial, at).astype(self.dtype), [register])
-
-        def finish(at: Point, register: Expr) -> Stmt:
-            total = load(self.registers, [register]).astype(stage.output.dtype)
-            return self.analysis.epilogue.store(total, at)
-
-        everywhere = (0, self.columns)
-        return with_local(
-            [self.registers],
-            [self._cells(everywhere, start), self._reduction(), self._cells(everywhere, finish)],
-        )
-
-    def _cells(self, columns: tuple[int, int], element: Callable[[Point, Expr], Stmt]) -> Stmt:
-        """Return `element` for columns [begin, end) and all blocks, each one vector."""
-        begin, end = columns
-
-        def cell(j: Expr, o: Expr) -> Stmt:
-            return vector(self.emitter.block, lambda v: element(*self._cell(j + begin, o, v)))
-
-        return unrolled(end - begin, lambda j: unrolled(self.blocks, lambda o: cell(j, o)))
-
-    def _cell(self, column: Expr, block: Expr, lane: Expr) -> tuple[Point, Expr]:
-        """Return where a lane of a column and a block of the tile is in the output, and among the registers."""
-        at = {**self.point, self.analysis.lane.variable: lane}
-        if self.analysis.columns is not None:
-            at.update(self.analysis.columns.point(self.start + column))
-        if self.analysis.channel is not None:
-            at[self.analysis.channel.variable] = self.group * self.analysis.per_group + self.first + block
-        return at, (block * self.columns + column) * self.emitter.block + lane
-
-    def _reduction(self) -> Stmt:
-        depth = self.analysis.depth
-        axes = [axis for axis in self.stage.reduction if axis is not depth]
-        everywhere = (0, self.columns)
-        if depth is None:
-            return self._steps(axes, {}, everywhere, None)
-        assert isinstance(depth.extent, int)
-        block = self.emitter.block
-        whole, rest = divmod(depth.extent, block)
-        parts = []
-        if whole:
-            parts.append(loop(whole, lambda i: self._steps(axes, {}, everywhere, (i * block, block))))
-        if rest:
-            parts.append(self._steps(axes, {}, everywhere, (index(whole * block), rest)))
-        return sequence(parts)
-
-    def _steps(
-        self, axes: list[Axis], values: Point, columns: tuple[int, int], channels: tuple[Expr, int] | None
-    ) -> Stmt:
-        """Return the loops over `axes`, and innermost over the `channels` [begin, count) of a block of the data."""
-        if not axes:
-            if channels is None:
-                return self._step(values, columns)
-            depth = self.analysis.depth
-            assert depth is not None
-            begin, count = channels
-            terms = self._terms(depth)
-            return loop(count // terms, lambda i: self._step({**values, depth.variable: begin + i * terms}, columns))
-        axis, *rest = axes
-
-        def inside(position: Expr, reached: tuple[int, int] = columns) -> Stmt:
-            return self._steps(rest, {**values, axis.variable: position}, reached, channels)
-
-        window = next((window for window in self.analysis.padded if window.tap is axis), None)
-        if window is None:
-            return self._plain_loop(axis, inside)
-        if window is self.emitter.column_window:
-            return self._plain_loop(axis, inside) if self.border is None else self._border(window, inside)
-        position = index(0) if window.axis is None else self.point[window.axis.variable]
-        first, count = window.taps_inside(position)
-        return loop(count, lambda i: inside(first + i))
-
-    def _plain_loop(self, axis: Axis, body: Callable[[Expr], Stmt]) -> Stmt:
-        innermost = axis is self.stage.reduction[-1]
-        by_lane = any(occurs(position, self.analysis.lane.variable) for position in self.analysis.data.indices)
-        if by_lane and innermost and isinstance(axis.extent, int):
-            # Lane by lane, neighbouring taps read the same vectors.
-            return unrolled(axis.extent, body)
-        terms = self._terms(axis)
-        return loop(quotient(axis.extent, terms), lambda i: body(i * terms))
-
-    def _terms(self, axis: Axis) -> int:
-        """Return how many positions of an axis one step of the reduction takes."""
-        return PAIR if self.emitter.dot is not None and axis is self.analysis.pairs else 1
-
-    def _border(self, window: ChannelWindow, body: Callable[[Expr, tuple[int, int]], Stmt]) -> Stmt:
-        """Return the taps of a tile at the border, those that reach the same columns of the image as one loop."""
-
-        def reached(tap: int) -> tuple[int, int]:
-            assert self.border is not None
-            inside = [j for j in range(self.columns) if window.reads_inside(self.border + j, tap)]
-            return (inside[0], inside[-1] + 1) if inside else (0, 0)
-
-        statements = []
-        for columns, run in itertools.groupby(range(int(window.tap.extent)), reached):
-            taps = list(run)
-            if columns[0] < columns[1]:
-                statements.append(loop(len(taps), lambda i, b=taps[0], c=columns: body(i + b, c)))
-        return sequence(statements) if statements else tirx.Evaluate(0)
-
-    def _step(self, values: Point, columns: tuple[int, int]) -> Stmt:
-        if self.emitter.dot is not None:
-            return self._step_of_pairs(self.emitter.dot, values, columns)
-
-        def update(at: Point, register: Expr) -> Stmt:
-            value = accumulate(self.stage, load(self.registers, [register]), {**at, **values})
-            return store(self.registers, value, [register])
-
-        return self._cells(columns, update)
-
-    def _step_of_pairs(self, dot: Bf16Dot, values: Point, columns: tuple[int, int]) -> Stmt:
-        """Return the step that adds two terms of the reduction to each sum."""
-        weights = self.analysis.weights
-        data = next(read for read in self.stage.loads() if not read.same_as(weights))
-
-        def update(at: Point, register: Expr) -> Stmt:
-            place = [tirx.Ramp(register, index(1), dot.lanes)]
-            operands = [substitute(read, {**at, **values}) for read in (weights, data)]
-            return store(self.registers, dot.accumulate(load(self.registers, place), *operands), place)
-
-        begin, end = columns
-        return unrolled(
-            end - begin, lambda j: unrolled(self.blocks, lambda o: update(*self._cell(j + begin, o, index(0))))
-        )
+        return RegisterTile(
+            self.analysis, self.dot, self.by_element, point, group, first, count, start, columns, border
+        ).statement()

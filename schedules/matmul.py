@@ -17,11 +17,13 @@ from tvm.tirx.stmt import Stmt
 
 from schedules import dot, epilogue, tiling
 from schedules.access import Access, AxisGroup, Step, branches_on, group_axes
+from schedules.by_element import multiplies_by_element
 from schedules.epilogue import Epilogue
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
 from schedules.intrin.bf16_conversion import is_product_of_bf16
 from schedules.intrin.bf16_dot import PAIR, bf16_dot
 from schedules.loops import Extent, ceiling, product
+from schedules.pair_products import PairProducts
 from schedules.reducer import reducer_of
 from schedules.stages import Stage
 from targets.base import Target
@@ -203,7 +205,8 @@ def tile_of(
         ahead=analysis.operand if panel is None else None,
         pairs=None
         if dot is None
-        else tiling.Pairs(dot, analysis.operand, other_operand(analysis.stage, analysis.operand)),
+        else PairProducts(dot, analysis.operand, other_operand(analysis.stage, analysis.operand)),
+        by_element=multiplies_by_element(target),
     )
 
 

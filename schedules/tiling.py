@@ -16,8 +16,9 @@ from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, AxisGroup, Step
+from schedules.by_element import element_read, in_terms, with_elements, with_read
 from schedules.epilogue import Epilogue
-from schedules.intrin.bf16_dot import PAIR, Bf16Dot
+from schedules.intrin.bf16_dot import PAIR
 from schedules.loops import (
     Extent,
     cells,
@@ -34,10 +35,10 @@ from schedules.loops import (
     tile_choice,
     tiles,
     unflatten,
-    unrolled,
     vector,
     with_local,
 )
+from schedules.pair_products import PairProducts
 from schedules.partial_sums import in_parts, part_steps
 from schedules.reducer import accumulate, accumulator_dtype
 from schedules.stages import Stage, replace_loads, sequence, substitute, with_value
@@ -55,21 +56,12 @@ Block = Callable[[Mapping[Var, Expr], Expr, int, Expr], Stmt]
 
 
 @dataclass(frozen=True, eq=False)
-class Pairs:
-    """The operands of a product that an instruction takes two neighbours of the reduction at once of."""
-
-    dot: Bf16Dot
-    weights: TensorLoad
-    activations: TensorLoad
-
-
-@dataclass(frozen=True, eq=False)
 class Tile:
     """How a reduction is cut: `width` elements of `vector_group` by `rows` of `row_group`, `row_block` rows a task.
 
     `panel` is the read that is copied to [reduction][width] in the task before its rows are computed, if any; `ahead`
     one whose next columns come into the second-level cache while these are computed. With `pairs` the sums are of dot
-    products of two terms.
+    products of two terms. `by_element` is whether instructions multiply by an element of a register.
     """
 
     stage: Stage
@@ -85,12 +77,18 @@ class Tile:
     panel: TensorLoad | None
     parallel: bool
     ahead: TensorLoad | None = None
-    pairs: Pairs | None = None
+    pairs: PairProducts | None = None
+    by_element: bool = False
 
     @property
     def terms(self) -> int:
         """How many terms of the reduction one step adds."""
         return 1 if self.pairs is None else PAIR
+
+    def request_steps(self, together: int) -> int:
+        """Return how many steps of the reduction, some taken `together`, there are from one request to the next."""
+        steps = self.row_block // self.rows
+        return steps - steps % together or steps
 
     @property
     def row_extent(self) -> Extent:
@@ -260,31 +258,47 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
         return values
 
     extents = [quotient(group.extent, tile.terms) for group in tile.reduction]
+    element = element_read(stage, tile.vector_group, tile.reduction[-1]) if tile.by_element else None
+    together = 1 if element is None else tile.lanes
     # The errors of sums in fp32 are small beside those of terms in bfloat16.
-    part = None if tile.pairs is not None else part_steps(tile.stage, extents, tile.row_block // tile.rows)
+    part = None if tile.pairs is not None else part_steps(tile.stage, extents, tile.request_steps(together))
     totals = registers if part is None else local([rows * pitch], dtype, "totals")
 
     def start(r: Expr, v: Expr) -> Stmt:
         assert tile.stage.initial is not None
         return store(totals, substitute(tile.stage.initial, at(r, v)).astype(dtype), [r * pitch + v])
 
-    def step(positions: Sequence[Expr]) -> Stmt:
-        inner: dict[Var, Expr] = {}
-        for group, position in zip(tile.reduction, positions, strict=True):
-            inner.update(group.point(position * tile.terms))
+    def inner(positions: Sequence[Expr], term: Expr | int) -> dict[Var, Expr]:
+        *outside, last = positions
+        values: dict[Var, Expr] = {}
+        for group, position in zip(tile.reduction, [*outside, last + term], strict=True):
+            values.update(group.point(position * tile.terms))
+        return values
+
+    def step(positions: Sequence[Expr], count: int, before: int) -> Stmt:
+        def add(term: int, source: Callable[[Expr], Stage]) -> Stmt:
+            def update(r: Expr, v: Expr) -> Stmt:
+                register = load(registers, [r * pitch + v])
+                value = accumulate(source(r), register, {**at(r, v), **inner(positions, term)})
+                return store(registers, value, [r * pitch + v])
+
+            return cells(rows, width, update)
+
         if tile.pairs is not None:
-            return _dot_pairs(tile.pairs, registers, (rows, pitch), lambda r, v: {**at(r, v), **inner})
-
-        def update(r: Expr, v: Expr) -> Stmt:
-            register = load(registers, [r * pitch + v])
-            return store(registers, accumulate(stage, register, {**at(r, v), **inner}), [r * pitch + v])
-
-        return cells(rows, width, update)
+            return tile.pairs.step(registers, (rows, pitch), lambda r, v: {**at(r, v), **inner(positions, 0)})
+        if element is None or before + count == 1:
+            return sequence([add(term, lambda _: stage) for term in range(count)])
+        return with_elements(
+            lambda r, term: substitute(element, {**at(r, index(0)), **inner(positions, term)}),
+            (rows, count),
+            before,
+            lambda term, of_row: add(term, lambda r: with_read(stage, element, of_row(r))),
+        )
 
     following = [at(index(0), index(width + column)) for column in range(0, width, _elements_of_a_line(tile))]
 
     def reduce(first: Expr, count: Extent) -> Stmt:
-        return _fetching_ahead(tile, following, row, (first, [count, *extents[1:]]), step)
+        return _fetching_ahead(tile, following, row, (first, [count, *extents[1:]]), together, step)
 
     def all_cells(element: Callable[[Expr], Stmt]) -> Stmt:
         return cells(rows, pitch, lambda r, v: element(r * pitch + v))
@@ -295,25 +309,6 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
         assert isinstance(extents[0], int)
         buffers, sums = [registers, totals], in_parts(registers, totals, extents[0], part, all_cells, reduce)
     return with_local(buffers, [cells(rows, pitch, start), sums, _write_back(tile, totals, (rows, width), pitch, at)])
-
-
-def _dot_pairs(
-    pairs: Pairs,
-    registers: Var,
-    shape: tuple[int, int],
-    at: Callable[[Expr, Expr], Mapping[Var, Expr]],
-) -> Stmt:
-    """Return the step of a tile of `shape` rows by lanes that adds two terms of the reduction to each sum."""
-    rows, pitch = shape
-    lanes = pairs.dot.lanes
-
-    def update(r: Expr, v: int) -> Stmt:
-        place = [tirx.Ramp(r * pitch + v, index(1), lanes)]
-        point = at(r, index(v))
-        weights, activations = substitute(pairs.weights, point), substitute(pairs.activations, point)
-        return store(registers, pairs.dot.accumulate(load(registers, place), weights, activations), place)
-
-    return unrolled(rows, lambda r: sequence([update(r, v) for v in range(0, pitch, lanes)]))
 
 
 def _elements_of_a_line(tile: Tile) -> int:
@@ -327,26 +322,38 @@ def _fetching_ahead(
     following: Sequence[Mapping[Var, Expr]],
     row: Expr,
     part: tuple[Expr, Sequence[Extent]],
-    step: Callable[[Sequence[Expr]], Stmt],
+    together: int,
+    step: Callable[[Sequence[Expr], int, int], Stmt],
 ) -> Stmt:
     """Return the loops over a `part` of the reduction, from its outermost axis's first step on, of given extents.
+
+    Some steps along the innermost axis are taken `together`.
 
     With `ahead` each tile of rows fetches its share of the following columns. Hardware fetches what a stream reads next
     only shortly before and only within a page. Steps between two requests are unrolled: leaving a loop of a dozen steps
     is mispredicted every time. `following` are the axes' values at the first column of each line.
     """
     begin, extents = part
-    every = tile.row_block // tile.rows
+    every = tile.request_steps(together)
     depth = quotient(tile.reduction[0].extent, tile.terms)
     if tile.ahead is None or len(extents) != 1 or not isinstance(depth, int) or every < FEWEST_TILES_TO_FETCH:
-        return nest(extents, lambda positions: step([begin + positions[0], *positions[1:]]))
+
+        def inside(positions: Sequence[Expr]) -> Stmt:
+            def some(last: Expr, count: int, before: int) -> Stmt:
+                first, *others = [*positions, last]
+                return step([begin + first, *others], count, before)
+
+            return in_terms(extents[-1], together, some)
+
+        return nest(extents[:-1], inside)
     read = tile.ahead
     first = tirx.floordiv(tirx.floormod(row, index(tile.row_block)), index(tile.rows)) * -(-depth // every)
 
     def chunk(done: Expr, count: int) -> Stmt:
         point = tile.reduction[0].point((first + tirx.floordiv(begin + done, index(every))) * tile.terms)
         lines = [prefetch(substitute(read, {**point, **columns}), cache=2) for columns in following]
-        return sequence([*lines, unrolled(count, lambda k: step([begin + done + k]))])
+        some = in_terms(count, together, lambda k, *terms: step([begin + done + k], *terms), whole=True)
+        return sequence([*lines, some])
 
     return tiles(extents[0], [every], chunk)
 

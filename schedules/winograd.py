@@ -8,7 +8,7 @@ tiles of the image, one vector register each, as in `direct_convolution`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +17,7 @@ from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, Step, as_int
+from schedules.by_element import in_terms, multiplies_by_element, with_elements
 from schedules.convolution_tile import most_columns
 from schedules.family import Choice, Kernel, Parameters, Space, is_large
 from schedules.loops import (
@@ -36,6 +37,7 @@ from schedules.loops import (
     with_local,
 )
 from schedules.stages import sequence
+from schedules.winograd_combination import combination
 from schedules.winograd_structure import WinogradAnalysis, analyse
 from schedules.winograd_transforms import Matrix
 from targets.base import Target
@@ -79,7 +81,7 @@ class Winograd:
 
     def apply(self, analysis: WinogradAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the loop nest."""
-        return _Emitter(analysis, parameters).statement()
+        return _Emitter(analysis, parameters, multiplies_by_element(target)).statement()
 
 
 def _task(target: Target, analysis: WinogradAnalysis, columns: int) -> tuple[int, int]:
@@ -107,6 +109,7 @@ class _Emitter:
 
     analysis: WinogradAnalysis
     parameters: Parameters
+    by_element: bool
 
     @cached_property
     def window(self) -> int:
@@ -279,19 +282,28 @@ class _Task:
         def at(t: Expr, o: Expr, v: Expr) -> Expr:
             return (t * count + o) * lanes + v
 
-        def step(channel: Expr) -> Stmt:
+        def image(t: Expr, channel: Expr) -> Expr:
+            return load(self.spectrum, [frequency, tile + t, channel])
+
+        def step(channel: Expr, image_of: Callable[[Expr], Expr]) -> Stmt:
             def add(t: Expr, o: Expr, v: Expr) -> Stmt:
                 weight = load(self.analysis.weights, [block + o, frequency, channel, v])
-                value = load(sums, [at(t, o, v)]) + load(self.spectrum, [frequency, tile + t, channel]) * weight
-                return store(sums, value, [at(t, o, v)])
+                return store(sums, load(sums, [at(t, o, v)]) + image_of(t) * weight, [at(t, o, v)])
 
             return cells(add)
+
+        def steps(first: Expr, count: int, before: int) -> Stmt:
+            if count == 1:
+                return step(first, lambda t: image(t, first))
+            return with_elements(
+                lambda t, c: image(t, first + c), (columns, count), before, lambda c, of_tile: step(first + c, of_tile)
+            )
 
         return with_local(
             [sums],
             [
                 cells(lambda t, o, v: store(sums, tirx.const(0, "float32"), [at(t, o, v)])),
-                loop(self.analysis.channels, step),
+                in_terms(self.analysis.channels, lanes if self.emitter.by_element else 1, steps),
                 cells(lambda t, o, v: store(products, load(sums, [at(t, o, v)]), [frequency, o, tile + t, v])),
             ],
         )
@@ -342,52 +354,3 @@ class _Task:
         rows = self.analysis.size[0]
         body = with_local([result], [compute, *map(finish, range(size))])
         return tirx.IfThenElse(corner[0] < rows, body, None) if rows % size else body
-
-
-def combination(matrix: Matrix, row: int, element: Callable[[int], Expr]) -> Expr:
-    """Return a row of `matrix` times the elements.
-
-    The points but 0 and infinity come in pairs of opposite sign. Where two rows differ by the sign of their odd terms,
-    or two columns by that of their odd rows, the sums that they share are written alike, and LLVM computes them once.
-    """
-    coefficients = matrix[row]
-    pairs = _paired_columns(matrix)
-    if pairs:
-        alone = [(c, element(i)) for i, c in enumerate(coefficients) if c and not any(i in pair for pair in pairs)]
-        terms = list(alone)
-        for left, right in pairs:
-            if coefficients[left]:
-                plus = coefficients[left] == coefficients[right]
-                a, b = element(left), element(right)
-                terms.append((coefficients[left], a + b if plus else a - b))
-        return _weighted(terms)
-    even = [(c, element(i)) for i, c in enumerate(coefficients) if c and i % 2 == 0]
-    odd = [(c, element(i)) for i, c in enumerate(coefficients) if c and i % 2 == 1]
-    if not even or not odd:
-        return _weighted(even or odd)
-    if odd[0][0] < 0:
-        return _weighted(even) - _weighted([(-c, value) for c, value in odd])
-    return _weighted(even) + _weighted(odd)
-
-
-def _paired_columns(matrix: Matrix) -> list[tuple[int, int]]:
-    """Return neighbouring columns whose elements differ in nothing but sign."""
-    columns = list(zip(*matrix, strict=True))
-    pairs = []
-    for i in range(len(columns) - 1):
-        same = all(abs(a) == abs(b) for a, b in zip(columns[i], columns[i + 1], strict=True))
-        if same and columns[i] != columns[i + 1] and not any(i in pair for pair in pairs):
-            pairs.append((i, i + 1))
-    return pairs
-
-
-def _weighted(terms: Sequence[tuple[float, Expr]]) -> Expr:
-    total: Expr | None = None
-    for coefficient, value in terms:
-        term = value if abs(coefficient) == 1 else value * tirx.const(abs(coefficient), "float32")
-        if total is None:
-            total = term if coefficient > 0 else -term
-        else:
-            total = total + term if coefficient > 0 else total - term
-    assert total is not None
-    return total

@@ -1,0 +1,227 @@
+"""One register tile of a direct convolution: its reduction over taps and channels, and what follows on the tile."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from tvm import tirx
+from tvm.ir import Expr, TensorLoad, Var
+from tvm.tirx.stmt import Stmt
+
+from schedules.access import Access, Step, occurs
+from schedules.by_element import in_terms, with_elements, with_read
+from schedules.channel_windows import ChannelWindow, ChannelWindows
+from schedules.intrin.bf16_dot import PAIR, Bf16Dot
+from schedules.loops import index, load, local, loop, quotient, store, unrolled, vector, with_local
+from schedules.reducer import accumulate, accumulator_dtype
+from schedules.stages import Axis, Stage, replace_loads, sequence, substitute, with_value
+
+Point = Mapping[Var, Expr]
+
+
+@dataclass(frozen=True)
+class RegisterTile:
+    """One register tile: `blocks` from block `first` of group `group` by `columns` from `start`."""
+
+    analysis: ChannelWindows
+    dot: Bf16Dot | None
+    by_element: bool
+    point: Point
+    group: Expr
+    first: Expr
+    blocks: int
+    start: Expr
+    columns: int
+    border: int | None
+
+    @cached_property
+    def dtype(self) -> str:
+        return accumulator_dtype(self.analysis.stage)
+
+    @cached_property
+    def registers(self) -> Var:
+        return local([self.blocks * self.columns * self.analysis.block], self.dtype, "accumulators")
+
+    @cached_property
+    def stage(self) -> Stage:
+        """The stage, with the data of the tile's group read as one: their channel does not vary within the tile."""
+        channel, data, stage = self.analysis.channel, self.analysis.data, self.analysis.stage
+        if channel is None or not any(occurs(position, channel.variable) for position in data.indices):
+            return stage
+        own = substitute(data, {channel.variable: self.group * self.analysis.per_group})
+        return with_value(stage, replace_loads(stage.value, lambda read: own if read.same_as(data) else None))
+
+    def statement(self) -> Stmt:
+        """Return initialization, reduction and epilogue."""
+        stage = self.analysis.stage
+        assert stage.initial is not None
+
+        def start(at: Point, register: Expr, _: Expr) -> Stmt:
+            return store(self.registers, substitute(stage.initial, at).astype(self.dtype), [register])
+
+        def finish(at: Point, register: Expr, _: Expr) -> Stmt:
+            total = load(self.registers, [register]).astype(stage.output.dtype)
+            return self.analysis.epilogue.store(total, at)
+
+        everywhere = (0, self.columns)
+        return with_local(
+            [self.registers],
+            [self._cells(everywhere, start), self._reduction(), self._cells(everywhere, finish)],
+        )
+
+    def _cells(self, columns: tuple[int, int], element: Callable[[Point, Expr, Expr], Stmt]) -> Stmt:
+        """Return `element` for columns [begin, end) and all blocks, each one vector; columns count from `begin`."""
+        begin, end = columns
+
+        def cell(j: Expr, o: Expr) -> Stmt:
+            return vector(self.analysis.block, lambda v: element(*self._cell(j + begin, o, v), j))
+
+        return unrolled(end - begin, lambda j: unrolled(self.blocks, lambda o: cell(j, o)))
+
+    def _cell(self, column: Expr, block: Expr, lane: Expr) -> tuple[Point, Expr]:
+        """Return where a lane of a column and a block of the tile is in the output, and among the registers."""
+        at = {**self.point, self.analysis.lane.variable: lane}
+        if self.analysis.columns is not None:
+            at.update(self.analysis.columns.point(self.start + column))
+        if self.analysis.channel is not None:
+            at[self.analysis.channel.variable] = self.group * self.analysis.per_group + self.first + block
+        return at, (block * self.columns + column) * self.analysis.block + lane
+
+    def _reduction(self) -> Stmt:
+        depth = self.analysis.depth
+        axes = [axis for axis in self.stage.reduction if axis is not depth]
+        everywhere = (0, self.columns)
+        if depth is None:
+            return self._steps(axes, {}, everywhere, None)
+        assert isinstance(depth.extent, int)
+        block = self.analysis.block
+        whole, rest = divmod(depth.extent, block)
+        parts = []
+        if whole:
+            parts.append(loop(whole, lambda i: self._steps(axes, {}, everywhere, (i * block, block))))
+        if rest:
+            parts.append(self._steps(axes, {}, everywhere, (index(whole * block), rest)))
+        return sequence(parts)
+
+    def _steps(
+        self, axes: list[Axis], values: Point, columns: tuple[int, int], channels: tuple[Expr, int] | None
+    ) -> Stmt:
+        """Return the loops over `axes`, and innermost over the `channels` [begin, count) of a block of the data."""
+        if not axes:
+            if channels is None:
+                return self._step(values, columns)
+            depth = self.analysis.depth
+            assert depth is not None
+            begin, count = channels
+            terms = self._terms(depth)
+            if self._element_read is not None:
+                return self._element_steps(self._element_read, depth, {**values, depth.variable: begin}, columns, count)
+            return loop(count // terms, lambda i: self._step({**values, depth.variable: begin + i * terms}, columns))
+        axis, *rest = axes
+        read = self._element_read
+        if read is not None and not rest and channels is None and _is_contiguous(read, axis):
+            return self._element_steps(read, axis, {**values, axis.variable: index(0)}, columns, int(axis.extent))
+
+        def inside(position: Expr, reached: tuple[int, int] = columns) -> Stmt:
+            return self._steps(rest, {**values, axis.variable: position}, reached, channels)
+
+        window = next((window for window in self.analysis.padded if window.tap is axis), None)
+        if window is None:
+            return self._plain_loop(axis, inside)
+        if window is self.analysis.column_window:
+            return self._plain_loop(axis, inside) if self.border is None else self._border(window, inside)
+        position = index(0) if window.axis is None else self.point[window.axis.variable]
+        first, count = window.taps_inside(position)
+        return loop(count, lambda i: inside(first + i))
+
+    def _plain_loop(self, axis: Axis, body: Callable[[Expr], Stmt]) -> Stmt:
+        innermost = axis is self.stage.reduction[-1]
+        by_lane = any(occurs(position, self.analysis.lane.variable) for position in self.analysis.data.indices)
+        if by_lane and innermost and isinstance(axis.extent, int):
+            # Lane by lane, neighbouring taps read the same vectors.
+            return unrolled(axis.extent, body)
+        terms = self._terms(axis)
+        return loop(quotient(axis.extent, terms), lambda i: body(i * terms))
+
+    def _terms(self, axis: Axis) -> int:
+        """Return how many positions of an axis one step of the reduction takes."""
+        return PAIR if self.dot is not None and axis is self.analysis.pairs else 1
+
+    def _border(self, window: ChannelWindow, body: Callable[[Expr, tuple[int, int]], Stmt]) -> Stmt:
+        """Return the taps of a tile at the border, those that reach the same columns of the image as one loop."""
+
+        def reached(tap: int) -> tuple[int, int]:
+            assert self.border is not None
+            inside = [j for j in range(self.columns) if window.reads_inside(self.border + j, tap)]
+            return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+        statements = []
+        for columns, run in itertools.groupby(range(int(window.tap.extent)), reached):
+            taps = list(run)
+            if columns[0] < columns[1]:
+                statements.append(loop(len(taps), lambda i, b=taps[0], c=columns: body(i + b, c)))
+        return sequence(statements) if statements else tirx.Evaluate(0)
+
+    def _step(self, values: Point, columns: tuple[int, int]) -> Stmt:
+        if self.dot is not None:
+            return self._step_of_pairs(self.dot, values, columns)
+
+        return self._add(columns, values, lambda _: self.stage)
+
+    def _add(self, columns: tuple[int, int], values: Point, source: Callable[[Expr], Stage]) -> Stmt:
+        """Return the step of a term, of which `source` gives what the stage is for a column."""
+
+        def update(at: Point, register: Expr, column: Expr) -> Stmt:
+            value = accumulate(source(column), load(self.registers, [register]), {**at, **values})
+            return store(self.registers, value, [register])
+
+        return self._cells(columns, update)
+
+    @cached_property
+    def _element_read(self) -> TensorLoad | None:
+        """The read of the data, where its elements along a block of channels are loaded as one vector."""
+        weights = self.analysis.weights
+        reads = [read for read in self.stage.loads() if not read.same_as(weights)]
+        plain = len(reads) == 1 and str(reads[0].source.dtype) == "float32" and self.dot is None
+        return reads[0] if plain and self.by_element else None
+
+    def _element_steps(self, read: TensorLoad, axis: Axis, values: Point, columns: tuple[int, int], count: int) -> Stmt:
+        """Return `count` steps of the axis along which the elements of `read` are neighbours."""
+        begin, end = columns
+
+        def some(first: Expr, terms: int, before: int) -> Stmt:
+            def at(term: Expr | int) -> Point:
+                return {**values, axis.variable: values[axis.variable] + first + term}
+
+            def element(column: Expr, term: Expr) -> Expr:
+                return substitute(read, {**self._cell(begin + column, index(0), index(0))[0], **at(term)})
+
+            def step(term: int, of_column: Callable[[Expr], Expr]) -> Stmt:
+                return self._add(columns, at(term), lambda j: with_read(self.stage, read, of_column(j)))
+
+            return with_elements(element, (end - begin, terms), before, step)
+
+        return in_terms(count, self.analysis.block, some)
+
+    def _step_of_pairs(self, dot: Bf16Dot, values: Point, columns: tuple[int, int]) -> Stmt:
+        """Return the step that adds two terms of the reduction to each sum."""
+        weights = self.analysis.weights
+        data = next(read for read in self.stage.loads() if not read.same_as(weights))
+
+        def update(at: Point, register: Expr) -> Stmt:
+            place = [tirx.Ramp(register, index(1), dot.lanes)]
+            operands = [substitute(read, {**at, **values}) for read in (weights, data)]
+            return store(self.registers, dot.accumulate(load(self.registers, place), *operands), place)
+
+        begin, end = columns
+        return unrolled(
+            end - begin, lambda j: unrolled(self.blocks, lambda o: update(*self._cell(j + begin, o, index(0))))
+        )
+
+
+def _is_contiguous(read: TensorLoad, axis: Axis) -> bool:
+    """Return whether an axis of known extent walks through neighbouring elements."""
+    return axis.static and Access(read.source, tuple(read.indices)).step(axis) == Step.UNIT

@@ -1,0 +1,59 @@
+"""Rows of Winograd's transforms times vectors, as expressions that share what they can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tvm import tirx
+from tvm.ir import Expr
+
+from schedules.winograd_transforms import Matrix
+
+
+def combination(matrix: Matrix, row: int, element: Callable[[int], Expr]) -> Expr:
+    """Return a row of `matrix` times the elements.
+
+    The points but 0 and infinity come in pairs of opposite sign. Where two rows differ by the sign of their odd terms,
+    or two columns by that of their odd rows, the sums that they share are written alike, and LLVM computes them once.
+    """
+    coefficients = matrix[row]
+    pairs = _paired_columns(matrix)
+    if pairs:
+        alone = [(c, element(i)) for i, c in enumerate(coefficients) if c and not any(i in pair for pair in pairs)]
+        terms = list(alone)
+        for left, right in pairs:
+            if coefficients[left]:
+                plus = coefficients[left] == coefficients[right]
+                a, b = element(left), element(right)
+                terms.append((coefficients[left], a + b if plus else a - b))
+        return _weighted(terms)
+    even = [(c, element(i)) for i, c in enumerate(coefficients) if c and i % 2 == 0]
+    odd = [(c, element(i)) for i, c in enumerate(coefficients) if c and i % 2 == 1]
+    if not even or not odd:
+        return _weighted(even or odd)
+    if odd[0][0] < 0:
+        return _weighted(even) - _weighted([(-c, value) for c, value in odd])
+    return _weighted(even) + _weighted(odd)
+
+
+def _paired_columns(matrix: Matrix) -> list[tuple[int, int]]:
+    """Return neighbouring columns whose elements differ in nothing but sign."""
+    columns = list(zip(*matrix, strict=True))
+    pairs = []
+    for i in range(len(columns) - 1):
+        same = all(abs(a) == abs(b) for a, b in zip(columns[i], columns[i + 1], strict=True))
+        if same and columns[i] != columns[i + 1] and not any(i in pair for pair in pairs):
+            pairs.append((i, i + 1))
+    return pairs
+
+
+def _weighted(terms: Sequence[tuple[float, Expr]]) -> Expr:
+    total: Expr | None = None
+    for coefficient, value in terms:
+        term = value if abs(coefficient) == 1 else value * tirx.const(abs(coefficient), "float32")
+        if total is None:
+            total = term if coefficient > 0 else -term
+        else:
+            total = total + term if coefficient > 0 else total - term
+    assert total is not None
+    return total
