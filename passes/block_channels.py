@@ -8,9 +8,8 @@ block hold anything and are never read. Values do not change but for the order o
 transforms where these are chosen (`passes.winograd`).
 
 With `dtype` bfloat16 what a convolution reads is rounded to it, once, where it is made; who else reads it gets it
-widened again. Products of its channels with weights of bfloat16 are of pairs of neighbouring channels, summed in fp32.
-Depthwise convolutions and Winograd's filtering keep weights of fp32, and so do sums, whatever follows them, and what no
-convolution reads.
+widened again. Products of its channels with weights of bfloat16, transformed by Winograd's filtering or not, are of
+pairs of neighbouring channels. Fp32 remain the weights of depthwise convolutions, sums, what follows, transforms.
 """
 
 from __future__ import annotations
@@ -218,8 +217,10 @@ class _Blocker(PyExprMutator):
 
     def _packing(self, channels: int) -> Callable[[np.ndarray, int], np.ndarray]:
         """Return how weights of `channels` inputs are laid out: in pairs where both sides of a product are rounded."""
-        in_pairs = self._dtype == BFLOAT16 and channels % PAIR == 0
-        return blocked_operators.pack_pairs if in_pairs else blocked_operators.pack_dense
+        return blocked_operators.pack_pairs if self._in_pairs(channels) else blocked_operators.pack_dense
+
+    def _in_pairs(self, channels: int) -> bool:
+        return self._dtype == BFLOAT16 and channels % PAIR == 0
 
     def _transposed(self, call: tvm.ir.Call) -> tuple[_Blocked, str]:
         """Return a transposed convolution whose taps do not overlap, as one of a single tap; raises Refusal."""
@@ -249,11 +250,11 @@ class _Blocker(PyExprMutator):
         batch, _, *image = call.ty.shape.values
         require(len(image) == 2, "it has not two spatial dimensions")
         size = int(image[0]), int(image[1])
-        tile = choose_tile(values.shape, size, static(batch) or 1, geometry, self._largest_tile)
+        in_pairs = self._in_pairs(values.shape[1])
+        tile = choose_tile(values.shape, size, static(batch) or 1, geometry, self._largest_tile, in_pairs)
         before = geometry.pads_begin[0], geometry.pads_begin[1]
-        result = self._computed(
-            call, lambda x, w: winograd(x, w, tile, before, size), pack_winograd(values, tile, self._block)
-        )
+        packed = pack_winograd(values, tile, self._block, in_pairs)
+        result = self._computed(call, lambda x, w: winograd(x, w, tile, before, size), packed)
         return result, f"by Winograd's F({tile}, {TAPS})"
 
     def _computed(

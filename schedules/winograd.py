@@ -3,7 +3,8 @@
 A task transforms all channels of its tiles of the image into (m + 2)^2 matrices of tiles by channels, multiplies each
 with the weights of some blocks of output channels, and computes what follows on the tiles transformed back: nothing
 but the result leaves the core's second-level cache. The products are register tiles of blocks of output channels by
-tiles of the image, one vector register each, as in `direct_convolution`.
+tiles of the image, one vector register each, as in `direct_convolution`; with weights of bfloat16 the transformed image
+is rounded to pairs of channels, which a dot product adds up in one instruction.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from schedules.access import Access, Step, as_int
 from schedules.by_element import in_terms, multiplies_by_element, with_elements
 from schedules.convolution_tile import most_columns
 from schedules.family import Choice, Kernel, Parameters, Space, is_large
+from schedules.intrin.bf16_dot import PAIR, Bf16Dot, bf16_dot
+from schedules.intrin.bf16_pairs import Bf16Pairs, bf16_pairs
 from schedules.loops import (
     Extent,
     index,
@@ -39,16 +42,9 @@ from schedules.loops import (
 from schedules.stages import sequence
 from schedules.winograd_combination import combination
 from schedules.winograd_structure import WinogradAnalysis, analyse
+from schedules.winograd_task import BLOCKS, task_shape
 from schedules.winograd_transforms import Matrix
 from targets.base import Target
-
-FLOAT_BYTES = 4
-# Blocks of output channels in a register tile: each element of the transformed image is loaded once for them.
-BLOCKS = 2
-# A part of the second-level cache for the transformed image; products and weights need the rest.
-IMAGE_SHARE = 2
-# Where channels are divided among tasks, each transforms its tiles again: more than this is not worth a core.
-MOST_PARTS = 4
 
 
 class Winograd:
@@ -62,6 +58,8 @@ class Winograd:
         analysis = analyse(kernel)
         if analysis is None or analysis.block != target.vector_lanes(32):
             return None
+        if analysis.in_pairs and bf16_pairs(target) is None:
+            return None
         lane = next((a for a in analysis.epilogue.source.spatial if a.variable.same_as(analysis.axes[-1])), None)
         written = Access(analysis.epilogue.stage.output, analysis.epilogue.indices)
         return analysis if lane is not None and written.step(lane) == Step.UNIT else None
@@ -70,7 +68,7 @@ class Winograd:
         """Return the register tile, and the tiles of the image and blocks of channels of one task."""
         blocks = min(BLOCKS, int(analysis.weights.shape[0]))
         most = most_columns(target, blocks)
-        count, parts = _task(target, analysis, most)
+        count, parts = task_shape(target, analysis, most)
         groups = -(-int(analysis.weights.shape[0]) // blocks)
         return (
             Choice("blocks", blocks, (1, 2, 3, 4)),
@@ -81,26 +79,20 @@ class Winograd:
 
     def apply(self, analysis: WinogradAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the loop nest."""
-        return _Emitter(analysis, parameters, multiplies_by_element(target)).statement()
+        by_element = multiplies_by_element(target)
+        pairs, dot = bf16_pairs(target), bf16_dot(target)
+        if not analysis.in_pairs or pairs is None or dot is None:
+            return _Emitter(analysis, parameters, by_element, None).statement()
+        statement = _Emitter(analysis, parameters, by_element, _Products(pairs, dot)).statement()
+        return pairs.imported(dot.imported(statement))
 
 
-def _task(target: Target, analysis: WinogradAnalysis, columns: int) -> tuple[int, int]:
-    """Return how many tiles of the image make a task, and into how many parts its output channels are divided.
+@dataclass(frozen=True)
+class _Products:
+    """The target's rounding to pairs of bfloat16, and its dot product of them."""
 
-    Every core gets a task, and each element of the weights that it loads is used for a register tile of `columns` tiles
-    or more, if possible.
-    """
-    bytes_of_tile = analysis.transforms.window**2 * analysis.channels * FLOAT_BYTES
-    most = max(1, target.caches.level2 // IMAGE_SHARE // bytes_of_tile)
-    rows, across = analysis.tiles
-    total = rows * across
-    groups = -(-int(analysis.weights.shape[0]) // BLOCKS)
-    wanted = max(1, target.cores // (as_int(analysis.data.shape[0]) or 1))
-    parts = 1
-    while total < 3 * columns * wanted // (4 * parts) and parts < min(MOST_PARTS, groups):
-        parts *= 2
-    count = max(-(-wanted // parts), -(-total // most))
-    return -(-total // count), min(parts, groups)
+    pairs: Bf16Pairs
+    dot: Bf16Dot
 
 
 @dataclass(frozen=True)
@@ -110,6 +102,7 @@ class _Emitter:
     analysis: WinogradAnalysis
     parameters: Parameters
     by_element: bool
+    rounded: _Products | None
 
     @cached_property
     def window(self) -> int:
@@ -166,8 +159,10 @@ class _Task:
 
     @cached_property
     def spectrum(self) -> Var:
-        """The transformed image: [window^2, tiles, channels]."""
+        """The transformed image: [window^2, tiles, channels], or pairs of channels."""
         channels = int(self.analysis.data.shape[1]) * self.lanes
+        if self.emitter.rounded is not None:
+            return local([self.window**2, self.width, channels // PAIR], "int32", "spectrum")
         return local([self.window**2, self.width, channels], "float32", "spectrum")
 
     def statement(self) -> Stmt:
@@ -228,6 +223,7 @@ class _Task:
     def _transform_tile(self, tile: Expr, channels: Expr, element: Callable[[Expr, Expr, Expr], Expr]) -> Stmt:
         window, matrix = self.window, self.analysis.transforms.data
         half = local([window, window, self.lanes], "float32", "half")
+        rounded = self.emitter.rounded
 
         def columns(column: Expr) -> Stmt:
             return self._combine(
@@ -240,9 +236,28 @@ class _Task:
             def put(column: int, value: Expr, v: Expr) -> Stmt:
                 return store(self.spectrum, value, [row * window + column, tile, channels * self.lanes + v])
 
+            if rounded is not None:
+                return self._rounded_row(rounded, half, row, tile, channels)
             return self._combine(matrix, lambda column, v: load(half, [row, index(column), v]), put)
 
         return with_local([half], [loop(window, columns), loop(window, rows)])
+
+    def _rounded_row(self, rounded: _Products, half: Var, row: Expr, tile: Expr, channels: Expr) -> Stmt:
+        """Return the transform of row `row` of `half` into the spectrum, rounded."""
+        window, lanes = self.window, self.lanes
+        values = local([window, lanes], "float32", "values")
+
+        def put(column: int, value: Expr, v: Expr) -> Stmt:
+            return store(values, value, [index(column), v])
+
+        def finish(column: int) -> Stmt:
+            every = load(values, [index(column), tirx.Ramp(index(0), index(1), lanes)])
+            place = tirx.Ramp(channels * (lanes // PAIR), index(1), lanes // PAIR)
+            return store(self.spectrum, rounded.pairs.neighbours(every), [row * window + column, tile, place])
+
+        matrix = self.analysis.transforms.data
+        compute = self._combine(matrix, lambda column, v: load(half, [row, index(column), v]), put)
+        return with_local([values], [compute, *map(finish, range(window))])
 
     def _combine(
         self, matrix: Matrix, element: Callable[[int, Expr], Expr], put: Callable[[int, Expr, Expr], Stmt]
@@ -299,14 +314,36 @@ class _Task:
                 lambda t, c: image(t, first + c), (columns, count), before, lambda c, of_tile: step(first + c, of_tile)
             )
 
+        rounded = self.emitter.rounded
+        if rounded is None:
+            reduction = in_terms(self.analysis.channels, lanes if self.emitter.by_element else 1, steps)
+        else:
+            shape, origin = (columns, count), (block, frequency, tile)
+            reduction = loop(
+                self.analysis.channels // PAIR, lambda p: self._step_of_pairs(rounded, sums, shape, origin, p)
+            )
         return with_local(
             [sums],
             [
                 cells(lambda t, o, v: store(sums, tirx.const(0, "float32"), [at(t, o, v)])),
-                in_terms(self.analysis.channels, lanes if self.emitter.by_element else 1, steps),
+                reduction,
                 cells(lambda t, o, v: store(products, load(sums, [at(t, o, v)]), [frequency, o, tile + t, v])),
             ],
         )
+
+    def _step_of_pairs(
+        self, rounded: _Products, sums: Var, shape: tuple[int, int], origin: tuple[Expr, Expr, Expr], pair: Expr
+    ) -> Stmt:
+        """Return the step of a register tile of `shape` at `origin`, its block, frequency and tile, by two channels."""
+        (columns, count), (block, frequency, tile) = shape, origin
+
+        def add(t: Expr, o: Expr) -> Stmt:
+            place = [tirx.Ramp((t * count + o) * self.lanes, index(1), self.lanes)]
+            weight = load(self.analysis.weights, [block + o, frequency, pair, index(0), index(0)])
+            image = load(self.spectrum, [frequency, tile + t, pair])
+            return store(sums, rounded.dot.accumulate(load(sums, place), weight, image), place)
+
+        return unrolled(columns, lambda t: unrolled(count, lambda o: add(t, o)))
 
     def _transform_back(self, products: Var, block: Expr, count: int) -> Stmt:
         """Return the transform of the products into tiles of the result, and what follows."""

@@ -17,6 +17,8 @@ from schedules.access import as_int
 from schedules.epilogue import Epilogue
 from schedules.family import Kernel
 from schedules.inline import inline
+from schedules.intrin.bf16_conversion import BFLOAT16
+from schedules.intrin.bf16_dot import PAIR
 from schedules.loops import INDEX, index
 from schedules.stages import Stage, StagedFunction, contains, parse, simplify_indices, substitute, variables_of
 from schedules.winograd_transforms import SIZES, Matrix, Transforms, transforms
@@ -28,6 +30,7 @@ Size = tuple[int, int]
 class WinogradAnalysis:
     """A convolution of `data` [N, C/block, H, W, block] with transformed `weights` [O/block, window^2, C, block].
 
+    Where products are of pairs of bfloat16, `weights` are [O/block, window^2, C/2, block, 2].
     `before` are the rows and columns of padding in front of the image, `size` those of the result, which `epilogue`
     follows. `axes` are the result's five indices.
     """
@@ -41,8 +44,12 @@ class WinogradAnalysis:
     axes: tuple[Expr, ...]
 
     @property
+    def in_pairs(self) -> bool:
+        return str(self.weights.dtype) == BFLOAT16
+
+    @property
     def channels(self) -> int:
-        return int(self.weights.shape[2])
+        return int(self.weights.shape[2]) * (PAIR if self.in_pairs else 1)
 
     @property
     def block(self) -> int:
@@ -62,12 +69,14 @@ class WinogradAnalysis:
 def winograd(data: te.Tensor, weights: te.Tensor, tile: int, before: Size, size: Size) -> te.Tensor:
     """Return the convolution [N, O/block, *size, block] of blocked data with weights [O/block, window^2, C > 1, block].
 
-    The data are widened to fp32 where they are read. Zeros surround the image, `before` of them in front. Lanes of the
-    data past the last channel are not read.
+    The data are widened to fp32 where they are read. With weights of bfloat16 [O/block, window^2, C/2, block, 2] the
+    transformed data are rounded to it, too; sums are in fp32. Zeros surround the image, `before` of them in front.
+    Lanes of the data past the last channel are not read.
     """
     chosen = transforms(tile)
-    window, block = chosen.window, int(weights.shape[-1])
-    channels = int(weights.shape[2])
+    in_pairs = str(weights.dtype) == BFLOAT16
+    window, block = chosen.window, int(weights.shape[3])
+    channels = int(weights.shape[2]) * (PAIR if in_pairs else 1)
     tile_rows, tile_columns = (-(-extent // tile) for extent in size)
     y, x = (te.reduce_axis((0, window), name) for name in "yx")
 
@@ -85,7 +94,10 @@ def winograd(data: te.Tensor, weights: te.Tensor, tile: int, before: Size, size:
 
     def multiplied(n: Expr, o: Expr, i: Expr, j: Expr, p: Expr, q: Expr, lane: Expr) -> Expr:
         read = spectrum(n, tirx.floordiv(c.var, block), i, j, p, q, tirx.floormod(c.var, block))
-        return te.sum(read * weights(o, p * window + q, c.var, lane), axis=[c])
+        if not in_pairs:
+            return te.sum(read * weights(o, p * window + q, c.var, lane), axis=[c])
+        weight = weights(o, p * window + q, tirx.floordiv(c.var, PAIR), lane, tirx.floormod(c.var, PAIR))
+        return te.sum(read.astype(BFLOAT16).astype("float32") * weight.astype("float32"), axis=[c])
 
     shape = (batch, weights.shape[0], tile_rows, tile_columns, window, window, block)
     products = te.compute(shape, multiplied, name="products")
@@ -127,7 +139,7 @@ def analyse(kernel: Kernel) -> WinogradAnalysis | None:
     spectrum, products, result = found
     reads = [load.source for load in products.loads() if not load.source.same_as(spectrum.output)]
     data = spectrum.loads()
-    if len(reads) != 1 or len(data) != 1 or len(reads[0].shape) != 4 or len(data[0].indices) != 5:
+    if len(reads) != 1 or len(data) != 1 or len(reads[0].shape) not in (4, 5) or len(data[0].indices) != 5:
         return None
     tile = next((size for size in SIZES if as_int(reads[0].shape[1]) == transforms(size).window ** 2), None)
     size = tuple(map(as_int, result.output.shape[2:4])) if len(result.output.shape) == 5 else ()

@@ -17,6 +17,7 @@ from schedules.intrin.llvm_functions import attributes, imported
 from targets.base import Target
 
 _DOT, _ALTERNATING, _ADJACENT = "optimizer_dot_pairs_bf16", "optimizer_alternate_bf16", "optimizer_join_bf16"
+_NEIGHBOURS = "optimizer_neighbours_bf16"
 _ROUND = """
 define weak_odr <{lanes} x i32> @{call}(<{lanes} x float> %first, <{lanes} x float> %second) #0 {{
   %a = fptrunc <{lanes} x float> %first to <{lanes} x bfloat>
@@ -24,6 +25,13 @@ define weak_odr <{lanes} x i32> @{call}(<{lanes} x float> %first, <{lanes} x flo
   %both = shufflevector <{lanes} x bfloat> %a, <{lanes} x bfloat> %b, <{elements} x i32> <{order}>
   %pairs = bitcast <{elements} x bfloat> %both to <{lanes} x i32>
   ret <{lanes} x i32> %pairs
+}}
+"""
+_NEIGHBOURS_SOURCE = """
+define weak_odr <{half} x i32> @{call}(<{lanes} x float> %values) #0 {{
+  %rounded = fptrunc <{lanes} x float> %values to <{lanes} x bfloat>
+  %pairs = bitcast <{lanes} x bfloat> %rounded to <{half} x i32>
+  ret <{half} x i32> %pairs
 }}
 """
 _SOURCE = """
@@ -37,7 +45,7 @@ define weak_odr <{lanes} x float> @{call}(<{lanes} x float> %sum, <{lanes} x i32
     @{intrinsic}(<{lanes} x float> %sum, <{elements} x bfloat> %w, <{elements} x bfloat> %x)
   ret <{lanes} x float> %result
 }}
-{alternating}{adjacent}
+{alternating}{adjacent}{neighbours}
 attributes #0 = {{ {attributes} }}
 """
 
@@ -61,6 +69,10 @@ class Bf16Pairs:
         """Return the pairs of neighbours in one vector of fp32 and the one that follows it, rounded."""
         return tirx.call_extern(f"int32x{self.lanes}", _ADJACENT, first, second)
 
+    def neighbours(self, values: Expr) -> Expr:
+        """Return the pairs of neighbours in one vector of fp32, half as many as it has lanes, rounded."""
+        return tirx.call_extern(f"int32x{self.lanes // PAIR}", _NEIGHBOURS, values)
+
     def imported(self, statement: Stmt) -> Stmt:
         """Return a statement that calls the functions, with the functions."""
         return imported(statement, self.source)
@@ -82,6 +94,7 @@ def bf16_pairs(target: Target) -> Bf16Pairs | None:
         call=_DOT,
         alternating=rounding(_ALTERNATING, [place for lane in range(lanes) for place in (lane, lanes + lane)]),
         adjacent=rounding(_ADJACENT, list(range(PAIR * lanes))),
+        neighbours=_NEIGHBOURS_SOURCE.format(call=_NEIGHBOURS, lanes=lanes, half=lanes // PAIR),
         attributes=attributes(target),
         **width,
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -9,14 +10,16 @@ from optimizer.certificate.tolerance import arithmetic
 from passes.base import Refusal
 from passes.blocked_operators import Geometry
 from passes.winograd import ALLOWANCE, choose_tile, error_growth, pack_winograd
-from schedules.winograd_transforms import SIZES
+from schedules.winograd_transforms import SIZES, transforms
 
 PLAIN = Geometry((1, 1), (1, 1), (1, 1), (1, 1))
 
 
-def refusal(shape: tuple[int, ...], image: tuple[int, int], geometry: Geometry = PLAIN, largest: int = 4) -> str:
+def refusal(
+    shape: tuple[int, ...], image: tuple[int, int], geometry: Geometry = PLAIN, largest: int = 4, in_pairs: bool = False
+) -> str:
     with pytest.raises(Refusal) as refused:
-        choose_tile(shape, image, 1, geometry, largest)
+        choose_tile(shape, image, 1, geometry, largest, in_pairs)
     return str(refused.value)
 
 
@@ -32,6 +35,17 @@ def test_refusals_give_the_reason() -> None:
     assert "kernel is 5x5" in refusal((64, 64, 5, 5), (28, 28))
     assert refusal((64, 64, 3, 3), (28, 28), Geometry((2, 2), (1, 1), (1, 1), (1, 1))) == "it is strided or dilated"
     assert "times as fast" in refusal((4, 4, 3, 3), (56, 56))
+
+
+@pytest.mark.parametrize(("channels", "size", "batch"), [(64, 56, 1), (256, 14, 1), (512, 7, 1), (256, 14, 8)])
+def test_tile_of_pairs_is_one_that_keeps_bfloat16_exact_enough(channels: int, size: int, batch: int) -> None:
+    assert choose_tile((channels, channels, 3, 3), (size, size), batch, PLAIN, 4, in_pairs=True) == 2
+    assert transforms(2).amplification < ALLOWANCE < transforms(4).amplification
+
+
+def test_few_channels_in_pairs_do_not_pay_for_transforms_in_fp32() -> None:
+    assert choose_tile((24, 24, 3, 3), (56, 56), 1, PLAIN, 2) == 2
+    assert "times as fast" in refusal((24, 24, 3, 3), (56, 56), in_pairs=True)
 
 
 def test_largest_tile_is_an_option() -> None:
@@ -60,3 +74,11 @@ def test_packed_weights_are_zero_past_the_last_channel() -> None:
     assert (packed.shape, packed.dtype) == ((1, 16, 3, 8), np.float32)
     assert not packed[..., 5:].any()
     np.testing.assert_array_equal(packed[0, 15, :, :5], weights[:, :, 2, 2].T)
+
+
+def test_packed_pairs_are_neighbouring_inputs_rounded() -> None:
+    weights = np.random.default_rng(0).standard_normal((5, 6, 3, 3)).astype(np.float32)
+    pairs = pack_winograd(weights, 2, 8, in_pairs=True)
+    assert (pairs.shape, pairs.dtype) == ((1, 16, 3, 8, 2), ml_dtypes.bfloat16)
+    plain = pack_winograd(weights, 2, 8).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(pairs[:, :, 2, :, 1], plain[:, :, 5])
