@@ -121,5 +121,5 @@ QUANTIZED.append(quantized(11, 18, 64, 8, zero_points=True))
 @pytest.mark.parametrize(("target", "cases"), [("arm64", FLOATS + QUANTIZED), ("arm64-i8mm", QUANTIZED)])
 def test_kernels_compute_what_numpy_does(target: str, cases: list[Case], tmp_path: Path) -> None:
     for case, actual in zip(cases, run(cases, target, tmp_path), strict=True):
-        # Sums of fp32, some of them of scaled groups that are exact; Winograd's filtering makes errors ten times larger.
+        # Sums of fp32, some of scaled groups that are exact; Winograd's filtering makes errors ten times as large.
         np.testing.assert_allclose(actual, case.wanted, rtol=0, atol=2.0**-18 * np.abs(case.wanted).max())
