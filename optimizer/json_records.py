@@ -8,7 +8,7 @@ import json
 import math
 import types
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 JsonValue = None | bool | int | float | str | Sequence["JsonValue"] | Mapping[str, "JsonValue"]
 Record = TypeVar("Record")
@@ -73,8 +73,14 @@ def _hints(kind: type) -> dict[str, object]:
     return get_type_hints(kind)
 
 
+@functools.cache
+def _form(hint: object) -> tuple[object, tuple[object, ...], bool]:
+    """Return origin and arguments of a type, and whether it is a record; asked for each of thousands of values."""
+    return get_origin(hint), get_args(hint), isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
 def _decode(hint: object, value: JsonValue, where: str) -> object:
-    origin, arguments = get_origin(hint), get_args(hint)
+    origin, arguments, is_record = _form(hint)
     if origin is tuple:
         if not isinstance(value, list):
             raise _mismatch(where, "an array", value)
@@ -91,8 +97,8 @@ def _decode(hint: object, value: JsonValue, where: str) -> object:
         return value
     if origin in (Union, types.UnionType):
         return _decode_union(arguments, value, where)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return decode(hint, value, where)
+    if is_record:
+        return decode(cast("type[object]", hint), value, where)
     return _decode_scalar(hint, value, where)
 
 
@@ -114,7 +120,7 @@ def _decode_scalar(hint: object, value: JsonValue, where: str) -> object:
     if hint is bool and isinstance(value, bool):
         return value
     if hint is str and isinstance(value, str):
-        if any("\ud800" <= character <= "\udfff" for character in value):
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
             raise _mismatch(where, "text without lone surrogates", value)
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_INTEGER:

@@ -52,9 +52,11 @@ class Optimizer(DecoderEngine):
 
     def __init__(self, decoder: Decoder, threads: int, context: int) -> None:
         from optimizer.runtime import load  # noqa: PLC0415
-        from optimizer.runtime.generation import DecoderSession  # noqa: PLC0415
 
-        self._session = DecoderSession(load(package_path(decoder), threads=threads), capacity=context)
+        model = load(package_path(decoder), threads=threads)
+        from optimizer.runtime.generation import DecoderSession  # noqa: PLC0415 - loading imports most of it
+
+        self._session = DecoderSession(model, capacity=context)
         self._token = 0
 
     def start(self, prompt: Sequence[int]) -> None:

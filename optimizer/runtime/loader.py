@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from optimizer.errors import IncompatibleMachineError
@@ -27,10 +28,15 @@ def load(
     """
     package = open_package(path)
     check_machine(package.manifest.requirements)
-    if verify:
-        package.verify()
-    from optimizer.runtime.model import CompiledModel  # noqa: PLC0415 - TVM is imported once all checks have passed
+    with ThreadPoolExecutor(1) as digesting:
+        verified = digesting.submit(package.verify) if verify else None
+        # Meanwhile TVM, which takes as long to import as 70 MB to digest; nothing of the package is loaded.
+        from optimizer.runtime.library import load_library  # noqa: PLC0415
+        from optimizer.runtime.model import CompiledModel  # noqa: PLC0415
 
+        load_library("tvm_runtime", shared=True)
+        if verified is not None:
+            verified.result()
     return CompiledModel(package, device=device, threads=threads)
 
 

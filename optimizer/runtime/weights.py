@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -23,10 +22,7 @@ def map_file(location: FileLocation) -> NDArray[np.uint8]:
     """
     if not location.bytes:
         return np.empty(0, np.uint8)
-    start = location.offset - location.offset % mmap.ALLOCATIONGRANULARITY
-    skipped = location.offset - start
-    with location.open() as stream:
-        mapping = mmap.mmap(stream.fileno(), skipped + location.bytes, access=mmap.ACCESS_READ, offset=start)
+    mapping, skipped = location.map()
     view = np.frombuffer(mapping, np.uint8)
     memory = (ctypes.c_uint8 * view.size).from_address(view.ctypes.data)
     vars(memory)["mapping"] = view
