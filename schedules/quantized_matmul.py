@@ -19,7 +19,6 @@ from schedules.access import AxisGroup, group_axes
 from schedules.epilogue import Epilogue
 from schedules.family import Choice, Kernel, Parameters, Space, is_large
 from schedules.intrin.integer_dot import IntegerDot, integer_dot
-from schedules.intrin.llvm_call import splat
 from schedules.loops import (
     Extent,
     ceiling,
@@ -44,7 +43,6 @@ from schedules.stages import Axis, Stage, sequence, substitute
 from schedules.tiling import Block
 from targets.base import Target
 
-_NIBBLES = 0x0F0F0F0F
 # Rows that one task takes, so that few columns still make work for all cores.
 ROW_BLOCK = 128
 # How far ahead of its use a single row asks for weights: 8 KiB take as long to read as a few accesses to memory, also
@@ -261,7 +259,7 @@ class QuantizedEmitter:
                     )
                     statements += write(cell, self.dot.accumulate(read(cell), codes[v][half], x))
         for cell, (r, v) in enumerate(cells):
-            exact = tirx.Cast(f"float32x{lanes}", self.dot.total(read(cell), offsets[r]))
+            exact = self.dot.total(read(cell), offsets[r])
             here = _ramp(index(cell * lanes), lanes)
             value = load(totals, [here]) + self._scaled(exact, group, base + v * lanes, points[r], sums[r])
             statements.append(store(totals, value, [here]))
@@ -284,17 +282,7 @@ class QuantizedEmitter:
         first = tirx.floormod(column, columns) * layout.reduction
         source = self.operands.packed.source
         packed = load(source, [tirx.floordiv(column, columns), step, _ramp(first, lanes * layout.reduction)])
-        dtype = f"int32x{lanes * layout.reduction // 4}"
-        words = tirx.reinterpret(dtype, packed)
-        if layout.bits == 8:
-            return [words]
-        if self.dot.shifts_bytes:
-            width = lanes * layout.reduction
-            low = tirx.bitwise_and(packed, tirx.Broadcast(tirx.const(15, "uint8"), width))
-            high = tirx.shift_right(packed, tirx.Broadcast(tirx.const(4, "uint8"), width))
-            return [tirx.reinterpret(dtype, low), tirx.reinterpret(dtype, high)]
-        mask = splat(_NIBBLES, lanes)
-        return [tirx.bitwise_and(words, mask), tirx.bitwise_and(tirx.shift_right(words, splat(4, lanes)), mask)]
+        return self.dot.unpack(packed, layout.bits)
 
     def _activation(self, read: TensorLoad, point: Mapping[Var, Expr], last: Sequence[Expr]) -> Expr:
         """Return an element of the activations of one row."""

@@ -47,6 +47,8 @@ class QuantizedProduct:
             lane + tirx.floormod(k, index(layout.reduction)),
         )
         value = tirx.Cast("int32", byte)
+        if layout.turned_bits:
+            value = tirx.bitwise_xor(value, tirx.const(layout.turned_bits, "int32"))
         if layout.bits == 8:
             return value
         low = tirx.floormod(k, index(layout.step)) < index(layout.reduction)

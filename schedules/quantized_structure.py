@@ -11,7 +11,7 @@ from tvm.ir import TensorLoad, Var
 from schedules.access import as_int, occurs
 from schedules.quantized_operators import QuantizedProduct
 from schedules.stages import Axis, Stage
-from schedules.weight_layout import WeightLayout
+from schedules.weight_layout import layout_of
 from targets.base import Target
 
 
@@ -62,7 +62,7 @@ def described_by(operands: Operands, target: Target) -> QuantizedProduct | None:
     reduction, bits, group = width // columns, 8 * steps * width // (columns * inputs), inputs // weight_groups
     if bits not in (4, 8) or reduction != target.layouts.reduction_group or group % activation_group:
         return None
-    layout = WeightLayout(bits, columns, reduction)
+    layout = layout_of(target, bits)
     return QuantizedProduct(layout, group, activation_group, operands.zero_points is not None)
 
 

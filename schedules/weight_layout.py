@@ -2,8 +2,9 @@
 
 With B columns (outputs) side by side and dot products over R neighbours of K, codes of 8 bits are
 [N/B][K/R][B][R], and a byte of two codes of 4 bits holds in its low half what comes first: [N/B][K/(2R)][B][R] with
-k = 2R * step + j below and k = 2R * step + R + j above. Scales and zero points are [N/B][G][B]. Outputs past N are
-zeros that nothing reads.
+k = 2R * step + j below and k = 2R * step + R + j above. Where instructions multiply signed bytes, each code's highest
+bit is turned, so that it is a number in two's complement with the middle of the codes as zero. Scales and zero points
+are [N/B][G][B]. What is there for outputs past N nothing reads.
 """
 
 from __future__ import annotations
@@ -18,16 +19,22 @@ from targets.base import Target
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """The layout of codes: `bits` of each, `columns` side by side, `reduction` neighbours of K together."""
+    """The layout of codes: `bits` of each, `columns` side by side, `reduction` neighbours of K together, `signed`."""
 
     bits: int
     columns: int
     reduction: int
+    signed: bool = False
 
     @property
     def step(self) -> int:
         """How many neighbours of K the bytes of one lane hold."""
         return self.reduction * 8 // self.bits
+
+    @property
+    def turned_bits(self) -> int:
+        """The bits of a byte that are turned in memory: the highest of each code where these are signed."""
+        return (0x80 if self.bits == 8 else 0x88) if self.signed else 0
 
     def pack(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return codes [N, K] as bytes [ceil(N / columns), K / step, columns * reduction]; K is a multiple of step."""
@@ -35,13 +42,13 @@ class WeightLayout:
         padded = np.pad(codes, [(0, blocks * self.columns - len(codes)), (0, 0)]).astype(np.uint8)
         parts = padded.reshape(blocks, self.columns, inputs // self.step, self.step // self.reduction, self.reduction)
         halves = parts.transpose(3, 0, 2, 1, 4)
-        packed = halves[0] if self.bits == 8 else halves[0] | (halves[1] << np.uint8(4))
+        packed = (halves[0] if self.bits == 8 else halves[0] | (halves[1] << np.uint8(4))) ^ np.uint8(self.turned_bits)
         return np.ascontiguousarray(packed.reshape(blocks, inputs // self.step, self.columns * self.reduction))
 
     def unpack(self, packed: NDArray[np.uint8], rows: int) -> NDArray[np.uint8]:
         """Return the codes [rows, K] of packed bytes: the inverse of `pack`."""
         blocks, steps, _ = packed.shape
-        lanes = packed.reshape(blocks, steps, self.columns, self.reduction)
+        lanes = packed.reshape(blocks, steps, self.columns, self.reduction) ^ np.uint8(self.turned_bits)
         halves = [lanes] if self.bits == 8 else [lanes & np.uint8(15), lanes >> np.uint8(4)]
         codes = np.stack(halves, -2).transpose(0, 2, 1, 3, 4)
         return np.ascontiguousarray(codes.reshape(blocks * self.columns, -1)[:rows])
@@ -60,4 +67,5 @@ class WeightLayout:
 
 def layout_of(target: Target, bits: int) -> WeightLayout:
     """Return the layout of weights of `bits` bits on a target."""
-    return WeightLayout(bits, target.layouts.quantized_columns, target.layouts.reduction_group)
+    layouts = target.layouts
+    return WeightLayout(bits, layouts.quantized_columns, layouts.reduction_group, layouts.signed_codes)

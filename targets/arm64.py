@@ -17,7 +17,7 @@ ARM64 = Target(
     # The least of Cortex-A76 (64 KiB, 256 KiB) and Neoverse N1 (64 KiB, 512 KiB) as their technical reference
     # manuals allow, and half a MiB of the shared cache per core, as in a phone's 4 MiB for eight cores.
     caches=CacheSizes(level1=64 * 1024, level2=256 * 1024, level3=512 * 1024),
-    layouts=DataLayouts(channel_block=4, column_block=8, reduction_group=4),
+    layouts=DataLayouts(channel_block=4, column_block=8, reduction_group=4, signed_codes=True),
     cores=4,
     emulated_cpu="cortex-a76",
 )

@@ -36,14 +36,15 @@ class DataLayouts:
     `channel_block`: images are [N, C/block, H, W, block]. `column_block`: matrix multiplication weights are
     [N/block, K, block]. `reduction_group`: how many neighbouring int8 elements of K one lane of the dot-product
     instruction consumes. `quantized_columns`: outputs that lie side by side in quantized weights, each with
-    `reduction_group` neighbours of K (`schedules/weight_layout.py`). `kv_cache`: the order of dimensions of keys and
-    values.
+    `reduction_group` neighbours of K (`schedules/weight_layout.py`); `signed_codes`: these lie as signed numbers.
+    `kv_cache`: the order of dimensions of keys and values.
     """
 
     channel_block: int
     column_block: int
     reduction_group: int
     quantized_columns: int = 16
+    signed_codes: bool = False
     kv_cache: Literal["BHSD"] = "BHSD"
 
 

@@ -1,6 +1,7 @@
 """Arm's dot product extension: sdot adds four products of signed bytes to each of four sums of 32 bits, exactly.
 
-Codes are unsigned: 128 is taken from those of 8 bits, which would not fit.
+Codes lie in memory as signed numbers. Those of 4 bits are multiplied in the upper half of a byte, as 16 times
+themselves, so that each takes one instruction to unpack; the conversion of a sum to a float takes fraction bits.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from tvm.ir import Expr
 
 from schedules.intrin.llvm_call import intrinsic, splat
 
-_SIGN_BITS = -0x7F7F7F80
 # Bytes of a vector: activations are loaded whole, and sdot takes four of them by their place.
 _BYTES = 16
+_NIBBLE_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,23 @@ class ArmDot:
     bits: int
     lanes = 4
     reduction = 4
-    shifts_bytes = True
 
     @property
     def center(self) -> int:
-        """The half of codes of 8 bits, whose sign bit is turned."""
-        return 128 if self.bits == 8 else 0
+        """The middle of the codes, which signed ones have as zero."""
+        return 1 << (self.bits - 1)
+
+    def unpack(self, packed: Expr, bits: int) -> list[Expr]:
+        """Move each code to the upper end of a byte."""
+        if bits == 8:
+            return [tirx.reinterpret("int32x4", packed)]
+        four, upper = (tirx.Broadcast(tirx.const(value, "uint8"), _BYTES) for value in (_NIBBLE_BITS, 0xF0))
+        codes = (tirx.shift_left(packed, four), tirx.bitwise_and(packed, upper))
+        return [tirx.reinterpret("int32x4", each) for each in codes]
 
     def start(self, offset: Expr) -> list[Expr]:
         """Start from the offset."""
-        return [splat(offset, self.lanes)]
+        return [splat(offset * (1 if self.bits == 8 else 1 << _NIBBLE_BITS), self.lanes)]
 
     def activations(self, read: Callable[[int, int], Expr], k: int) -> Expr:
         """Take four bytes out of a vector, which the instruction does by itself."""
@@ -44,10 +52,12 @@ class ArmDot:
 
     def accumulate(self, accumulator: Sequence[Expr], codes: Expr, activations: Expr) -> list[Expr]:
         """Add the products with one instruction."""
-        signed = tirx.bitwise_xor(codes, splat(_SIGN_BITS, self.lanes)) if self.bits == 8 else codes
-        operands = (tirx.reinterpret("int8x16", signed), tirx.reinterpret("int8x16", activations))
+        operands = (tirx.reinterpret("int8x16", codes), tirx.reinterpret("int8x16", activations))
         return [intrinsic("int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", accumulator[0], *operands)]
 
     def total(self, accumulator: Sequence[Expr], offset: Expr) -> Expr:
-        """Return the sums."""
-        return accumulator[0]
+        """Convert the sums."""
+        if self.bits == 8:
+            return tirx.Cast("float32x4", accumulator[0])
+        name = "llvm.aarch64.neon.vcvtfxs2fp.v4f32.v4i32"
+        return intrinsic("float32x4", name, accumulator[0], tirx.const(_NIBBLE_BITS, "int32"))

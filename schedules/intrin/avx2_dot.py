@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.ir import Expr
 
-from schedules.intrin.llvm_call import broadcast_bytes, intrinsic, splat
+from schedules.intrin.llvm_call import broadcast_bytes, intrinsic, splat, unpacked
 
 _NIBBLES = 0x0F0F0F0F
 
@@ -25,7 +25,10 @@ class Avx2Dot:
     lanes = 8
     reduction = 4
     center = 0
-    shifts_bytes = False
+
+    def unpack(self, packed: Expr, bits: int) -> list[Expr]:
+        """Take the codes as they are."""
+        return unpacked(packed, bits, self.lanes)
 
     def start(self, offset: Expr) -> list[Expr]:
         """Start from zero: the offset may not fit into 16 bits."""
@@ -53,4 +56,4 @@ class Avx2Dot:
         for number, pairs in enumerate(accumulator):
             weights = tirx.Broadcast(tirx.const(16**number, "int16"), 16)
             result = result + intrinsic("int32x8", "llvm.x86.avx2.pmadd.wd", pairs, weights)
-        return result
+        return tirx.Cast("float32x8", result)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from tvm import tirx
 from tvm.ir import Expr
 
-from schedules.intrin.llvm_call import broadcast_bytes, intrinsic, splat
+from schedules.intrin.llvm_call import broadcast_bytes, intrinsic, splat, unpacked
 
 
 class Avx512Vnni:
@@ -16,7 +16,10 @@ class Avx512Vnni:
     lanes = 16
     reduction = 4
     center = 0
-    shifts_bytes = False
+
+    def unpack(self, packed: Expr, bits: int) -> list[Expr]:
+        """Take the codes as they are."""
+        return unpacked(packed, bits, self.lanes)
 
     def start(self, offset: Expr) -> list[Expr]:
         """Start from the offset, which costs nothing."""
@@ -33,4 +36,4 @@ class Avx512Vnni:
 
     def total(self, accumulator: Sequence[Expr], offset: Expr) -> Expr:
         """Return the sums."""
-        return accumulator[0]
+        return tirx.Cast("float32x16", accumulator[0])

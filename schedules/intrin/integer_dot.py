@@ -14,18 +14,21 @@ from targets.base import Target
 
 
 class IntegerDot(Protocol):
-    """Sums of products of unsigned codes with signed bytes, for `lanes` outputs at a time.
+    """Sums of products of codes with signed bytes, for `lanes` outputs at a time.
 
     An accumulator is a list of vectors. `reduction` is how many neighbours of K a lane takes at once. `center` is what
-    `accumulate` takes from each code before it multiplies. `shifts_bytes` says whether vectors of bytes can be shifted.
+    is taken from each code before it is multiplied.
     """
 
     lanes: int
     reduction: int
-    shifts_bytes: bool
 
     @property
     def center(self) -> int: ...
+
+    def unpack(self, packed: Expr, bits: int) -> list[Expr]:
+        """Return the codes of `bits` bits in a vector of bytes: bytes, as int32 lanes, in the order of K."""
+        ...
 
     def start(self, offset: Expr) -> list[Expr]:
         """Return an accumulator; `offset` is an int32 that `total` has in every lane."""
@@ -43,7 +46,7 @@ class IntegerDot(Protocol):
         ...
 
     def total(self, accumulator: Sequence[Expr], offset: Expr) -> Expr:
-        """Return the int32 sums of the lanes."""
+        """Return the sums of the lanes as float32."""
         ...
 
 

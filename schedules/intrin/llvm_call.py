@@ -13,6 +13,15 @@ def intrinsic(dtype: str, name: str, *arguments: Expr) -> Expr:
     return tirx.call_llvm_pure_intrin(dtype, name, *arguments)
 
 
+def unpacked(packed: Expr, bits: int, lanes: int) -> list[Expr]:
+    """Return the unsigned codes in a vector of bytes, of each byte the lower one first, as bytes of int32 lanes."""
+    words = tirx.reinterpret(f"int32x{lanes}", packed)
+    if bits == 8:
+        return [words]
+    mask = splat(0x0F0F0F0F, lanes)
+    return [tirx.bitwise_and(words, mask), tirx.bitwise_and(tirx.shift_right(words, splat(4, lanes)), mask)]
+
+
 def splat(value: Expr | int, lanes: int) -> Expr:
     """Return an int32 in every lane of a vector."""
     return tirx.Broadcast(tirx.const(value, "int32") if isinstance(value, int) else value, lanes)
