@@ -59,8 +59,8 @@ class FlatModule(nn.Module):
         return (result.logits, *present)
 
 
-def build(architecture: Architecture, variant: Variant) -> FlatModule:
-    """Return the network in evaluation mode with random weights that are the same on every call."""
+def build(architecture: Architecture, variant: Variant, dtype: str = "float32") -> FlatModule:
+    """Return the network in evaluation mode with random weights that are the same on every call, but for rounding."""
     torch.manual_seed(SEED)
     config = getattr(transformers, architecture.config)(**variant.settings)
     model: nn.Module = getattr(transformers, architecture.model)(config)
@@ -68,7 +68,11 @@ def build(architecture: Architecture, variant: Variant) -> FlatModule:
         model = model.get_submodule("encoder")
     randomize(model)
     names = tuple(spec.name for spec in variant.inputs)
-    return FlatModule(model, architecture.call, names, tuple(architecture.outputs_of(variant))).eval()
+    return (
+        FlatModule(model, architecture.call, names, tuple(architecture.outputs_of(variant)))
+        .eval()
+        .to(getattr(torch, dtype))
+    )
 
 
 def randomize(model: nn.Module) -> None:
@@ -111,8 +115,15 @@ def _deviation(owner: nn.Module, name: str, tensor: Tensor) -> float:
 def run_torch(module: FlatModule, inputs: dict[str, Array]) -> dict[str, Array]:
     """Return the outputs of the network by name."""
     with torch.no_grad():
-        outputs = module(*(torch.from_numpy(inputs[name]) for name in module.inputs))
+        outputs = module(*_arguments(module, inputs))
     return {name: tensor.numpy() for name, tensor in zip(module.outputs, outputs, strict=True)}
+
+
+def _arguments(module: FlatModule, inputs: dict[str, Array]) -> tuple[Tensor, ...]:
+    """Return the inputs in order, floats in the type of the weights."""
+    dtype = next(module.parameters()).dtype
+    tensors = (torch.from_numpy(inputs[name]) for name in module.inputs)
+    return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
 
 
 def export(module: FlatModule, architecture: Architecture, variant: Variant, exporter: Exporter, path: Path) -> None:
@@ -143,8 +154,7 @@ def _export(
     *,
     external_data: bool,
 ) -> None:
-    example = variant.draw(next(iter(variant.cases)))
-    arguments = tuple(torch.from_numpy(example[name]) for name in module.inputs)
+    arguments = _arguments(module, variant.draw(next(iter(variant.cases))))
     axes = {
         spec.name: {axis: dim for axis, dim in enumerate(spec.dims) if isinstance(dim, str)} for spec in variant.inputs
     }

@@ -106,6 +106,27 @@ QWEN2_5_0_5B: Settings = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     "tie_word_embeddings": True,
 }
+GEMMA3_270M: Settings = {
+    "hidden_size": 640,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "intermediate_size": 2048,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 512,
+    "tie_word_embeddings": True,
+}
+# The first layer sees a window that the test sequences exceed, the second everything; each turns by a base of its own.
+GEMMA3: Settings = {
+    **GROUPED_QUERY,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "tie_word_embeddings": True,
+}
 
 LANGUAGE: Mapping[str, Architecture] = {
     "clip": Architecture(
@@ -244,6 +265,15 @@ LANGUAGE: Mapping[str, Architecture] = {
         with_past(LAYERS, 2, 8, VOCABULARY, CACHE_CASES, {"tie_word_embeddings": True, **GROUPED_QUERY}),
         with_past(24, 2, 64, 151936, FULL_CACHE_CASES, QWEN2_5_0_5B),
         "qwen2.5_0.5b",
+        call="decoder_with_past",
+    ),
+    "gemma3": Architecture(
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        LOGITS,
+        with_past(LAYERS, 2, 8, VOCABULARY, CACHE_CASES, GEMMA3),
+        with_past(18, 1, 256, 262144, FULL_CACHE_CASES, GEMMA3_270M),
+        "gemma3_270m",
         call="decoder_with_past",
     ),
 }

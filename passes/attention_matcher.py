@@ -223,12 +223,12 @@ class Matcher:
         return self._dataflow.call(source, operator) if both else None
 
     def _without_nan(self, call: tvm.ir.Call) -> relax.Expr:
-        """Return x of where(isnan(x), 0, x)."""
+        """Return x of where(isnan(x), 0, x), in which 16-bit numbers may be widened to be tested."""
         condition, zero, kept = call.args
         test = self._dataflow.call(condition, "relax.isnan")
         replacement = self._dataflow.producer(zero)
         is_zero = isinstance(replacement, tvm.ir.GenericConst) and not replacement.value.numpy().any()
-        if test is None or not is_zero or not self._same(test.args[0], kept):
+        if test is None or not is_zero or not self._is_or_widens(test.args[0], kept):
             raise Refusal("the probabilities are chosen by a condition")
         self._zero_if_empty = True
         return kept
@@ -236,6 +236,12 @@ class Matcher:
     def _require_one_reader(self, expr: relax.Expr, what: str) -> None:
         if not self._dataflow.read_once(expr):
             raise Refusal(f"{what} another reader")
+
+    def _is_or_widens(self, expr: relax.Expr, narrow: relax.Expr) -> bool:
+        cast = self._dataflow.call(expr, "relax.astype")
+        return self._same(expr, narrow) or (
+            cast is not None and dtype_of(cast) == FLOAT and self._same(cast.args[0], narrow)
+        )
 
     def _same(self, left: relax.Expr, right: relax.Expr) -> bool:
         return self._dataflow.producer(left).same_as(self._dataflow.producer(right))

@@ -26,6 +26,7 @@ class ExportedModel:
     exporter: str
     path: Path
     cases: tuple[str, ...]
+    keeps_a_cache: bool
 
     def case(self, name: str) -> Case:
         """Read the case called `name`; raises KeyError for a name that is not in `cases`."""
@@ -45,7 +46,8 @@ def _read(path: Path) -> ExportedModel:
     name, exporter = path.stem.rsplit("_", 1)
     with np.load(path.with_suffix(".npz")) as arrays:
         cases = tuple(dict.fromkeys(key.split("/")[0] for key in arrays.files))
-    return ExportedModel(name, exporter, path, cases)
+        keeps_a_cache = any("/inputs/past_key_values." in key for key in arrays.files)
+    return ExportedModel(name, exporter, path, cases, keeps_a_cache)
 
 
 MODELS: tuple[ExportedModel, ...] = tuple(_read(path) for path in sorted(FOLDER.glob("*.onnx")))

@@ -2,6 +2,7 @@
 
 Every architecture of `benchmarks.architectures` is built small with random weights and exported by both exporters of
 torch; onnxruntime, with its graph optimizations off, gives the reference outputs, which must agree with torch.
+Decoders in `NARROW` are exported with weights and caches of 16 bits as well.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ FOLDER = Path(__file__).parent
 TOLERANCE = 100 * 2.0**-23
 # An output that varies less than this has collapsed, and would agree with almost anything.
 LEAST_DEVIATION = 0.05
+NARROW = {"llama": ("float16", "bfloat16")}
 
 
 def make(name: str) -> None:
@@ -33,6 +35,9 @@ def make(name: str) -> None:
         arrays = _reference(path, module, architecture)
         np.savez_compressed(path.with_suffix(".npz"), allow_pickle=False, **arrays)
         print(f"{path.name}: {path.stat().st_size} bytes", flush=True)
+    for dtype in NARROW.get(name, ()):
+        path = FOLDER / "narrow" / f"{name}_{dtype}.onnx"
+        export(build(architecture, architecture.small, dtype), architecture, architecture.small, "dynamo", path)
 
 
 def _reference(path: Path, module: FlatModule, architecture: Architecture) -> dict[str, Array]:

@@ -194,11 +194,15 @@ def test_attention_of_16_bits_rounds_its_result_alone(form: Form, dtype: str) ->
     assert (np.abs(result.astype("float64") - exact) <= half_a_step + 1e-5).all()
 
 
-def test_products_of_16_bits_with_wide_sums_and_roundings_between_them_are_one_function() -> None:
+@pytest.mark.parametrize("tested_in", [None, "float16", "float32"])
+def test_products_of_16_bits_with_wide_sums_and_roundings_between_them_are_one_function(tested_in: str | None) -> None:
     def body(q, k, v):
         scores = op.astype(op.matmul(q, op.permute_dims(k), out_dtype="float32"), "float16")
         scores = op.astype(op.multiply(scores, relax.const(0.5, "float16")), "float32")
         weights = op.astype(op.nn.softmax(scores), "float16")
+        if tested_in is not None:
+            tested = op.astype(weights, tested_in) if tested_in == "float32" else weights
+            weights = op.where(op.isnan(tested), relax.const(0.0, "float16"), weights)
         return op.reshape(op.astype(op.matmul(weights, v, out_dtype="float32"), "float16"), (2, 9))
 
     module = graph(body, (6, 4), (5, 4), (5, 3), dtype="float16")

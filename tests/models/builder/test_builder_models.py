@@ -1,4 +1,4 @@
-"""Decoders of onnxruntime-genai's builder give onnxruntime's logits: a prompt beyond the window, steps, a chunk."""
+"""Decoders of onnxruntime-genai's builder give onnxruntime's logits, for prompts beyond the window, and its texts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import pytest
 
 from optimizer.compile import CompileOptions, compile_in_memory, compile_model, find_target
 from optimizer.execution import Runner
+from optimizer.runtime import load
+from optimizer.runtime.model import CompiledModel
+from tests.models.comparison import require_equal_texts
 
 FAMILIES = tuple(path.stem for path in sorted(Path(__file__).parent.glob("*.onnx")))
 
@@ -52,12 +55,24 @@ def logits(name: str, run: Runner) -> Iterator[np.ndarray]:
         cache = {past: outputs[past.replace("past_key_values", "present")] for past in cache}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_logits_equal_onnxruntimes(name: str) -> None:
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, CompiledModel]:
+    """Return the name of a family and its model, compiled."""
+    package = tmp_path_factory.mktemp(request.param) / "model.opt"
     options = CompileOptions(find_target("host"), activations="float")
-    run = compile_in_memory(onnx.load(FOLDER / f"{name}.onnx"), options)
+    compile_model(FOLDER / f"{request.param}.onnx", package, options, certify=False)
+    return request.param, load(package)
+
+
+def test_logits_equal_onnxruntimes(family: tuple[str, CompiledModel]) -> None:
+    name, run = family
     for ours, theirs in zip(logits(name, run), logits(name, reference(name)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE * np.abs(theirs).max())
+
+
+def test_generated_tokens_equal_onnxruntimes(family: tuple[str, CompiledModel]) -> None:
+    name, model = family
+    require_equal_texts(model, reference(name), tolerance=TOLERANCE)
 
 
 def test_int8_activations_change_the_distribution_little() -> None:
