@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import tvm_ffi
-from tvm import sym, tirx
-from tvm.ir import Expr, Range, Var
+from tvm import tirx
+from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
+from schedules import pooling_planes
 from schedules.access import occurs
 from schedules.channel_windows import ChannelWindow, unpadded, windows_of
 from schedules.convolution import split_producer
@@ -38,28 +38,16 @@ from schedules.loops import (
     with_local,
 )
 from schedules.matmul import branches_on_any, split_epilogue
-from schedules.reducer import Reducer, accumulator_dtype, load_lanes, reducer_of, term_at
-from schedules.rowwise import in_tasks
-from schedules.stages import Axis, Stage, as_extent, replace_loads, sequence, with_value
+from schedules.pooling_structure import MOST_WRITTEN, PoolingAnalysis, inside, narrowed, term_of
+from schedules.reducer import accumulator_dtype, load_lanes, reducer_of
+from schedules.rowwise import TASKS_PER_CORE, in_tasks
+from schedules.stages import as_extent, replace_loads, sequence, with_value
 from targets.base import Target
 
 # Beyond this stride rows are not parted: outputs' elements are taken one by one.
 LARGEST_SHUFFLED_STRIDE = 4
-# The most rows, or columns, of a window whose combination is written out.
-MOST_WRITTEN = 16
 
 Point = Mapping[Var, Expr]
-
-
-@dataclass(frozen=True, eq=False)
-class PoolingAnalysis:
-    """A reduction over `windows`, of which the last moves along the row; `outer` are the output's other axes."""
-
-    stage: Stage
-    epilogue: Epilogue
-    reducer: Reducer
-    outer: tuple[Axis, ...]
-    windows: tuple[ChannelWindow, ...]
 
 
 class Pooling:
@@ -102,6 +90,10 @@ class Pooling:
     def apply(self, analysis: PoolingAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the parallel loop over tasks of several rows of the output."""
         lanes = vector_width(target, analysis.stage)
+        if pooling_planes.applies(analysis, TASKS_PER_CORE * target.cores):
+            count = product([axis.extent for axis in pooling_planes.planes(analysis)])
+            planes = pooling_planes.Planes(analysis, target.vector_lanes(pooling_planes.REGISTER_BITS))
+            return in_tasks(count, work_of(analysis.stage), target, planes.emit)
         emitter = _Emitter(analysis, lanes, parameters["vectors"])
         count = product([axis.extent for axis in analysis.outer])
         return in_tasks(count, work_of(analysis.stage), target, emitter.rows)
@@ -160,23 +152,16 @@ class _Emitter:
         missing = [window for window in self._above if window.may_miss]
         if any(window.axis is None for window in missing):
             return bounded
-        inside: dict[Var, tuple[int, int]] = {}
+        within: dict[Var, tuple[int, int]] = {}
         for window in missing:
             assert window.axis is not None
-            inside[window.axis.variable] = _inside(window)
-        written = sequence([self._written(padded, point), self._outputs(padded, point, inside)])
+            within[window.axis.variable] = inside(window)
+        written = sequence([self._written(padded, point), self._outputs(padded, point, within)])
         conditions = [
             tirx.And(index(begin) <= point[variable], point[variable] < index(end))
-            for variable, (begin, end) in inside.items()
+            for variable, (begin, end) in within.items()
         ]
         return tirx.IfThenElse(functools.reduce(tirx.And, conditions), written, bounded) if conditions else written
-
-    def _term(self, point: Point, taps: Sequence[Expr], column: Expr) -> Expr:
-        """Return the term of the image's element at `taps` of the rows' windows in `column`."""
-        first = {self._axis.variable: index(0), self._window.tap.variable: index(0)}
-        values = {window.tap.variable: tap for window, tap in zip(self._above, taps, strict=True)}
-        term = term_at(self._stage, self._analysis.reducer, {**point, **first, **values})
-        return replace_loads(term, lambda read: load(read.source, [*list(read.indices)[:-1], column]))
 
     def _written(self, padded: Var, point: Point) -> Stmt:
         """Return the combination of all rows of a window, whatever their place, as one expression."""
@@ -184,7 +169,7 @@ class _Emitter:
 
         def combine(combined: Var, start: Expr, width: int) -> list[Stmt]:
             def element(v: Expr) -> Stmt:
-                terms = [self._term(point, [index(tap) for tap in taps], start + v) for taps in every]
+                terms = [term_of(self._analysis, point, [index(tap) for tap in taps], start + v) for taps in every]
                 return store(combined, functools.reduce(self._combine, terms), [v])
 
             clear = [self._clear(combined, self._block)] if width < self._block else []
@@ -204,7 +189,11 @@ class _Emitter:
                 taps = [first + number for (first, _), number in zip(bounds, numbers, strict=True)]
 
                 def element(v: Expr) -> Stmt:
-                    return store(combined, self._combine(load(combined, [v]), self._term(point, taps, start + v)), [v])
+                    return store(
+                        combined,
+                        self._combine(load(combined, [v]), term_of(self._analysis, point, taps, start + v)),
+                        [v],
+                    )
 
                 return vector(width, element)
 
@@ -237,17 +226,17 @@ class _Emitter:
     def _combine(self, left: Expr, right: Expr) -> Expr:
         return self._analysis.reducer.combine(left, right)
 
-    def _outputs(self, padded: Var, point: Point, inside: Mapping[Var, tuple[int, int]]) -> Stmt:
-        """Return the stores of a row of the output; axes are known to be in the ranges of `inside`."""
+    def _outputs(self, padded: Var, point: Point, within: Mapping[Var, tuple[int, int]]) -> Stmt:
+        """Return the stores of a row of the output; axes are known to be in the ranges of `within`."""
         whole, rest = divmod(self._columns, self._lanes)
         width = self._lanes if whole else rest
         starts = [number * self._lanes for number in range(whole)] + ([self._columns - width] if rest else [])
-        begin, end = _inside(self._window)
+        begin, end = inside(self._window)
         statements: list[Stmt] = []
         for among, run in itertools.groupby(starts, lambda start: begin <= start and start + width <= end):
             own = list(run)
-            ranges = {**inside, self._axis.variable: (begin, end)} if among else inside
-            epilogue = _narrowed(self._analysis.epilogue, ranges)
+            ranges = {**within, self._axis.variable: (begin, end)} if among else within
+            epilogue = narrowed(self._analysis.epilogue, ranges)
             steady = [start for start in own if (start - own[0]) % self._lanes == 0]
             statements.append(
                 loop(
@@ -303,26 +292,3 @@ class _Emitter:
 
 def _taps(windows: Sequence[ChannelWindow]) -> int:
     return functools.reduce(lambda count, window: count * int(window.tap.extent), windows, 1)
-
-
-def _inside(window: ChannelWindow) -> tuple[int, int]:
-    """Return the positions [begin, end) of the output whose windows are all inside the image."""
-    taps = range(int(window.tap.extent))
-    assert window.axis is not None
-    positions = range(int(window.axis.extent))
-    inside = [position for position in positions if all(window.reads_inside(position, tap) for tap in taps)]
-    return (inside[0], inside[-1] + 1) if inside else (0, 0)
-
-
-def _narrowed(epilogue: Epilogue, ranges: Mapping[Var, tuple[int, int]]) -> Epilogue:
-    """Return an epilogue with the integers in it, such as how many elements a window has, simplified for `ranges`."""
-    analyzer = sym.Analyzer()
-    for variable, (begin, end) in ranges.items():
-        analyzer.bind(variable, Range(tirx.const(begin, variable.ty), tirx.const(end, variable.ty)))
-
-    def simplify(cast: tirx.Cast, mutator: tvm_ffi.StructuralMutator) -> Expr:
-        if "int" in str(cast.value.ty.dtype):
-            return tirx.Cast(cast.ty.dtype, analyzer.simplify(cast.value))
-        return mutator.default_mutate(cast)
-
-    return replace(epilogue, value=tvm_ffi.structural_mutate(epilogue.value, (tirx.Cast, simplify)))
