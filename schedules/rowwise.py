@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import AxisGroup, as_int, branches_on, group_axes, same_extent
+from schedules.access import AxisGroup, Step, as_int, branches_on, group_axes, occurs, same_extent
 from schedules.elementwise import overlapping_vectors
 from schedules.family import Choice, Kernel, Parameters, Space, parallel_if_large, vector_width, work_of
 from schedules.loops import (
@@ -25,16 +25,17 @@ from schedules.loops import (
     local,
     loop,
     nest,
+    prefetch,
     product,
     store,
     unflatten,
     with_local,
 )
-from schedules.matmul import walks_in_lanes
+from schedules.matmul import step, walks_in_lanes
 from schedules.reducer import reducer_of
 from schedules.reduction import reduce_element
 from schedules.softmax import simplified
-from schedules.stages import Axis, Stage, as_extent, bind, replace_loads, sequence
+from schedules.stages import Axis, Stage, as_extent, bind, contains, replace_loads, sequence, substitute
 from targets.base import Target
 
 TASKS_PER_CORE = 4
@@ -42,6 +43,9 @@ SYMBOLIC_ROWS_PER_TASK = 4
 # The work of a row that takes as long as the division that finds its place, and what a row may grow to.
 SHORT_ROW = 64
 LONGEST_ROW = 8192
+LINE_BITS = 512
+# Shorter rows the hardware sees coming.
+FEWEST_LINES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,14 +115,44 @@ def consecutive_rows(analysis: RowwiseAnalysis, start: Expr, extent: Extent, vec
 
     def row(number: Expr) -> Stmt:
         position = unflatten(number, extents)
-        return sequence(
-            [
-                _step(stage, analysis.leading, buffers, position, lanes, first)
-                for first, stage in _in_one_walk(analysis.stages, analysis.leading)
-            ]
-        )
+        first, *others = [
+            _step(stage, analysis.leading, buffers, position, lanes, first)
+            for first, stage in _in_one_walk(analysis.stages, analysis.leading)
+        ]
+        return sequence([first, *_ahead(analysis, unflatten(number + 1, extents), target), *others])
 
     return with_local([each.local for each in buffers], [loop(extent, lambda i: row(start + i))])
+
+
+def _ahead(analysis: RowwiseAnalysis, position: Sequence[Expr], target: Target) -> list[Stmt]:
+    """Return requests for the lines that the row at `position`, past the last one or not, reads, where they are far.
+
+    The first step waits for a row's lines, the others find them in the first-level cache: meanwhile those of the next
+    row can come.
+    """
+    outputs = [stage.output for stage in analysis.stages]
+    asked: dict[Var, Stmt] = {}
+    for stage in analysis.stages:
+        work = work_of(stage)
+        far = isinstance(work, int) and work * stage.output.dtype.bits // 8 > target.caches.level2 // 2
+        point = bind(stage.indices[: analysis.leading], position)
+        groups = group_axes([axis for axis in stage.axes if axis.variable not in point], [stage])
+        if not far or len(groups) != 1:
+            continue
+        for read in stage.loads():
+            place = read.indices
+            own = all(any(occurs(each, variable) for each in place) for variable in point)
+            if own and read.source not in asked and not contains(outputs, read.source):
+                line = LINE_BITS // read.source.dtype.bits
+                count = ceiling(groups[0].extent, line)
+                if step(read, groups[0]) == Step.UNIT and isinstance(count, int) and count >= FEWEST_LINES:
+                    asked[read.source] = _lines(read, point, groups[0], count, line)
+    return list(asked.values())
+
+
+def _lines(read: TensorLoad, point: Mapping[Var, Expr], group: AxisGroup, count: int, elements: int) -> Stmt:
+    """Return requests for `count` lines of so many elements each, along the only group of a row's axes."""
+    return loop(count, lambda i: prefetch(substitute(read, {**point, **group.point(i * elements)})))
 
 
 def _most_work(stages: Sequence[Stage]) -> Extent:
