@@ -234,7 +234,10 @@ def _is_blocked(stage: Stage, data: TensorLoad, lane: Axis, *, by_channel: bool,
         return False
     if _moves(data, lane):
         by_lane = Access(data.source, tuple(data.indices)).step(lane) == Step.UNIT
-        return by_lane and not by_channel and sliding
+        # A row of an image may be as long as a block, but windows slide along it.
+        along = [position for position in data.indices if occurs(position, lane.variable)]
+        slides = any(occurs(position, tap.variable) for position in along for tap in stage.reduction)
+        return by_lane and not slides and not by_channel and sliding
     in_blocks = len(data.indices) > 3 and as_int(data.source.shape[-1]) == lane.extent
     return bool(weights) and (sliding or in_blocks)
 

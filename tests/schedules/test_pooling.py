@@ -78,7 +78,7 @@ def test_maxima_of_whole_planes(
 @pytest.mark.parametrize("include", [True, False])
 @pytest.mark.parametrize("channels", [FEW, MANY])
 @pytest.mark.parametrize(
-    ("size", "kernel", "stride"), [((37, 50), 3, 2), ((9, 5), 2, 1), ((17, 40), 5, 3), ((8, 8), 3, 1)]
+    ("size", "kernel", "stride"), [((37, 50), 3, 2), ((9, 5), 2, 1), ((17, 40), 5, 3), ((8, 8), 3, 1), ((5, 16), 3, 1)]
 )
 def test_averages_count_what_is_asked_for(
     include: bool, channels: int, size: tuple[int, int], kernel: int, stride: int
