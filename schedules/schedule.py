@@ -86,7 +86,7 @@ def schedule_function(
     buffers = bf16_buffers(function, staged.intermediate, statements)
     inner = tuple(buffers.integers.get(buffer, buffer) for buffer in staged.intermediate)
     in_vectors = [round_in_vectors(statement, target, function.params) for statement in statements]
-    expanded = [vector_math.expand(statement, buffers) for statement in in_vectors]
+    expanded = [vector_math.expand(statement, buffers, target) for statement in in_vectors]
     rebuilt = replace(staged, intermediate=inner).rebuild(expanded)
     lost = _undefined(rebuilt) - _undefined(function)
     if lost:

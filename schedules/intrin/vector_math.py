@@ -12,6 +12,7 @@ intervals given with them.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 
 import tvm_ffi
@@ -20,6 +21,8 @@ from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.intrin.bf16_conversion import Bf16Buffers, computes_before
+from schedules.intrin.llvm_call import intrinsic
+from targets.base import Target
 
 LOG2_E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -30,6 +33,7 @@ LN2_LOW = -2.12194440e-4
 ROUNDING_SHIFT = 12582912.0
 MANTISSA_BITS = 23
 EXPONENT_BIAS = 127
+SCALED_LANES = 16
 # The logarithm of the smallest normal number, rounded up.
 SMALLEST_EXPONENT = -87.33654
 
@@ -103,25 +107,49 @@ def _power_of_two(biased: Expr) -> Expr:
     return tirx.reinterpret("float32", biased << _i32(MANTISSA_BITS))
 
 
+def scales(target: Target) -> bool:
+    """Return whether vectors are multiplied by powers of two, given as integers, with one instruction (AVX-512's)."""
+    return target.architecture == "x86_64" and target.vector_lanes(32) == SCALED_LANES
+
+
+def _times_power(value: Expr, bits: Expr, shift: float) -> Expr:
+    """Return `value` times 2**n, rounded once and not clamped, from the bits of n + `shift`."""
+    (offset,) = struct.unpack("<i", struct.pack("<f", shift))
+    return intrinsic("float32", "llvm.ldexp", value, bits - _i32(offset))
+
+
 def _bits(x: Expr) -> Expr:
     return tirx.reinterpret("int32", x)
 
 
 def exp(x: Expr) -> Expr:
     """Return the exponential of an fp32 expression: x = n ln 2 + r, a polynomial in r, times 2**n in two steps."""
-    shift = ROUNDING_SHIFT + 2 * EXPONENT_BIAS  # both steps are biased, so their sum is twice
+
+    def in_two_steps(value: Expr, bits: Expr) -> Expr:
+        half = bits >> _i32(1)
+        return _let("half", half, lambda half: value * _power_of_two(half) * _power_of_two(bits - half))
+
+    # Both steps are biased, so their sum is twice.
+    return _exp(x, ROUNDING_SHIFT + 2 * EXPONENT_BIAS, in_two_steps)
+
+
+def exp_with_scaling(x: Expr) -> Expr:
+    """Return the same with one instruction that multiplies by 2**n, for processors that have one (`scales`)."""
+    return _exp(x, ROUNDING_SHIFT, lambda value, bits: _times_power(value, bits, ROUNDING_SHIFT))
+
+
+def _exp(x: Expr, shift: float, scaled: Callable[[Expr, Expr], Expr]) -> Expr:
+    """Return the exponential; `scaled` multiplies by 2**n, from the bits of n + `shift`."""
 
     def reduced(x: Expr, shifted: Expr) -> Expr:
         n = shifted - _f32(shift)
         return _let("n", n, lambda n: (x - n * _f32(LN2_HIGH)) - n * _f32(LN2_LOW))
 
-    def scaled(r: Expr, bits: Expr) -> Expr:
-        half = bits >> _i32(1)
-        value = _polynomial(r, EXP_SHORT) * r + _f32(1.0)
-        return _let("half", half, lambda half: value * _power_of_two(half) * _power_of_two(bits - half))
+    def of_reduced(r: Expr, bits: Expr) -> Expr:
+        return scaled(_polynomial(r, EXP_SHORT) * r + _f32(1.0), bits)
 
     def value(x: Expr, shifted: Expr) -> Expr:
-        return _let("r", reduced(x, shifted), lambda r: _let("bits", _bits(shifted), lambda bits: scaled(r, bits)))
+        return _let("r", reduced(x, shifted), lambda r: _let("bits", _bits(shifted), lambda bits: of_reduced(r, bits)))
 
     def of_clamped(x: Expr) -> Expr:
         return _let("shifted", x * _f32(LOG2_E) + _f32(shift), lambda shifted: value(x, shifted))
@@ -129,28 +157,31 @@ def exp(x: Expr) -> Expr:
     return _let("clamped", _clamp(x, -104.0, 89.0), of_clamped)
 
 
-def exp_of_nonpositive(x: Expr, coefficients: Sequence[float] = EXP_SHORT) -> Expr:
+def exp_of_nonpositive(x: Expr, coefficients: Sequence[float] = EXP_SHORT, *, scaled: bool = False) -> Expr:
     """Return the exponential of an fp32 expression that is at most 0, as in a softmax: half the arithmetic of `exp`.
 
     Below -87.3, where results are no longer normal numbers, it is 0. One part of ln 2 suffices: the relative error,
     2 units in the last place near 0, grows by 2e-9 for each factor of 2 that the result is below 1. `coefficients` are
-    those of (exp(r) - 1) / r: EXP_SHORT, or EXP_TO_ROUND.
+    those of (exp(r) - 1) / r: EXP_SHORT, or EXP_TO_ROUND. `scaled` is for targets that `scales` names.
     """
+    shift = ROUNDING_SHIFT if scaled else ROUNDING_SHIFT + EXPONENT_BIAS
+
+    def times_power(value: Expr, bits: Expr) -> Expr:
+        return _times_power(value, bits, shift) if scaled else value * _power_of_two(bits)
 
     def value(x: Expr) -> Expr:
-        result = _reduced(x, lambda r, power: (_polynomial(r, coefficients) * r + _f32(1.0)) * power)
+        result = _reduced(x, lambda r, bits: times_power(_polynomial(r, coefficients) * r + _f32(1.0), bits), shift)
         return tirx.Select(x < _f32(SMALLEST_EXPONENT), _f32(0.0), result)
 
     return _let("x", x, value)
 
 
-def _reduced(x: Expr, body: Callable[[Expr, Expr], Expr]) -> Expr:
-    """Return `body` of r and 2**n, where x = n ln 2 + r with |r| <= ln(2) / 2 and 2**n is a normal number."""
-    shift = ROUNDING_SHIFT + EXPONENT_BIAS
+def _reduced(x: Expr, body: Callable[[Expr, Expr], Expr], shift: float) -> Expr:
+    """Return `body` of r and the bits of n + `shift`, where x = n ln 2 + r with |r| <= ln(2) / 2."""
 
     def parts(shifted: Expr) -> Expr:
         r = x - (shifted - _f32(shift)) * _f32(LN2)
-        return _let("r", r, lambda r: _let("power", _power_of_two(_bits(shifted)), lambda power: body(r, power)))
+        return _let("r", r, lambda r: _let("bits", _bits(shifted), lambda bits: body(r, bits)))
 
     return _let("shifted", x * _f32(LOG2_E) + _f32(shift), parts)
 
@@ -158,10 +189,13 @@ def _reduced(x: Expr, body: Callable[[Expr, Expr], Expr]) -> Expr:
 def _expm1(x: Expr) -> Expr:
     """Return exp(x) - 1 of an fp32 variable with |x| < 30, exact to a unit in the last place around 0, too."""
 
-    def value(r: Expr, power: Expr) -> Expr:
-        return ((_polynomial(r, EXPM1) * r) * r + r) * power + (power - _f32(1.0))
+    def value(r: Expr, bits: Expr) -> Expr:
+        def of_power(power: Expr) -> Expr:
+            return ((_polynomial(r, EXPM1) * r) * r + r) * power + (power - _f32(1.0))
 
-    return _reduced(x, value)
+        return _let("power", _power_of_two(bits), of_power)
+
+    return _reduced(x, value, ROUNDING_SHIFT + EXPONENT_BIAS)
 
 
 def log(x: Expr) -> Expr:
@@ -263,10 +297,11 @@ FUNCTIONS: dict[str, Function] = {
     "tirx.erf": erf,
     "tirx.sigmoid": sigmoid,
 }
+SCALED: dict[Function, Function] = {exp: exp_with_scaling}
 LARGEST_EXPANDED_POWER = 4
 
 
-def expand(expression: ir.Node, buffers: Bf16Buffers) -> ir.Node:
+def expand(expression: ir.Node, buffers: Bf16Buffers, target: Target) -> ir.Node:
     """Return an expression or statement with its calls of elementary functions on floats up to 32 bits expanded.
 
     What is read from and stored to `buffers` of bfloat16 is converted here, too. Stores that do more in bfloat16 are
@@ -284,9 +319,12 @@ def expand(expression: ir.Node, buffers: Bf16Buffers) -> ir.Node:
     def expand_load(load: TensorLoad, mutator: tvm_ffi.StructuralMutator) -> Expr:
         return buffers.read(mutator.default_mutate(load))
 
+    def expand_call(call: ir.Call, mutator: tvm_ffi.StructuralMutator) -> Expr:
+        return _expand_call(mutator.default_mutate(call), target)
+
     rules = [
         (tirx.BufferStore, expand_store),
-        (ir.Call, _expand_call),
+        (ir.Call, expand_call),
         (tirx.Mul, _expand_product),
         (tirx.Cast, expand_cast),
         (TensorLoad, expand_load),
@@ -294,8 +332,7 @@ def expand(expression: ir.Node, buffers: Bf16Buffers) -> ir.Node:
     return tvm_ffi.structural_mutate(expression, rules)
 
 
-def _expand_call(call: ir.Call, mutator: tvm_ffi.StructuralMutator) -> Expr:
-    rewritten = mutator.default_mutate(call)
+def _expand_call(rewritten: Expr, target: Target) -> Expr:
     if not isinstance(rewritten, ir.Call) or not isinstance(rewritten.op, ir.Op):
         return rewritten
     if rewritten.op.name == "tirx.pow":
@@ -304,6 +341,8 @@ def _expand_call(call: ir.Call, mutator: tvm_ffi.StructuralMutator) -> Expr:
     dtype = str(rewritten.args[0].ty.dtype) if function is not None else ""
     if function is None or dtype not in ("float32", "float16"):
         return rewritten
+    if scales(target):
+        function = SCALED.get(function, function)
     if dtype == "float32":
         return function(rewritten.args[0])
     return function(rewritten.args[0].astype("float32")).astype(dtype)

@@ -10,7 +10,7 @@ import pytest
 from tvm.relax import op
 
 from schedules.intrin import vector_math
-from tests.schedules.execution import normal, run
+from tests.schedules.execution import TARGET, normal, run
 
 REFERENCES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
     "exp": (np.exp, 2),
@@ -51,8 +51,11 @@ def test_error_in_units_in_the_last_place(name: str) -> None:
         assert np.abs(got[finite]).max() <= 1
 
 
-def test_exponential_of_what_is_not_positive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(vector_math.FUNCTIONS, "tirx.exp", vector_math.exp_of_nonpositive)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_exponential_of_what_is_not_positive(monkeypatch: pytest.MonkeyPatch, scaled: bool) -> None:
+    if scaled and not vector_math.scales(TARGET):
+        pytest.skip("this machine has no such instruction")
+    monkeypatch.setitem(vector_math.FUNCTIONS, "tirx.exp", lambda x: vector_math.exp_of_nonpositive(x, scaled=scaled))
     x = np.concatenate([-np.abs(inputs()), np.linspace(-20, 0, 40001, dtype="float32")])
     got, _ = run(op.exp, [x])
     assert np.array_equal(np.isnan(got), np.isnan(x))
