@@ -183,10 +183,11 @@ class RegisterTile:
     @cached_property
     def _element_read(self) -> TensorLoad | None:
         """The read of the data, where its elements along a block of channels are loaded as one vector."""
-        weights = self.analysis.weights
-        reads = [read for read in self.stage.loads() if not read.same_as(weights)]
-        plain = len(reads) == 1 and str(reads[0].source.dtype) == "float32" and self.dot is None
-        return reads[0] if plain and self.by_element else None
+        loads = self.stage.loads()
+        if not self.by_element or self.dot is not None or len(loads) < 2:
+            return None  # A pooling reads nothing beside the data.
+        reads = [read for read in loads if not read.same_as(self.analysis.weights)]
+        return reads[0] if len(reads) == 1 and str(reads[0].source.dtype) == "float32" else None
 
     def _element_steps(self, read: TensorLoad, axis: Axis, values: Point, columns: tuple[int, int], count: int) -> Stmt:
         """Return `count` steps of the axis along which the elements of `read` are neighbours."""
