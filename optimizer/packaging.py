@@ -20,7 +20,7 @@ from optimizer.package.manifest import (
     Requirements,
     TuningRecord,
 )
-from optimizer.runtime.generation.roles import TOKENS
+from optimizer.runtime.generation.step_inputs import TOKENS
 from optimizer.runtime.generation.text import COMPANION_FILES
 from optimizer.signature import entry_point
 from passes.base import Pass, options_of

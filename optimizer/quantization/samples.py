@@ -15,7 +15,8 @@ from optimizer.errors import InputMismatchError, OptionError
 from optimizer.package.dtypes import numpy_dtype
 from optimizer.package.manifest import EntryPoint, TensorSpec
 from optimizer.runtime.array_files import read_arrays
-from optimizer.runtime.generation.roles import LOGITS, MASK, POSITIONS, TOKENS
+from optimizer.runtime.generation.roles import LOGITS
+from optimizer.runtime.generation.step_inputs import MASK, POSITIONS, TOKENS
 from optimizer.runtime.generation.tokenizer import TOKENIZER_FILE, Tokenizer
 
 Array = NDArray[np.generic]

@@ -149,13 +149,17 @@ def _whole_capacity(entry: EntryPoint, capacity: int | None) -> int:
     sizes = {record.length for record in entry.caches}
     if len(sizes) > 1 or not all(record.is_whole for record in entry.caches):
         raise OptionError("the package has caches of several kinds or sizes; call it with the past as inputs")
-    (size,) = sizes
-    fixed = int(size) if size.isdecimal() else capacity
+    fixed = fixed_room(entry) or capacity
     if fixed is None:
-        raise OptionError("the package's cache does not grow; give its capacity")
+        raise OptionError("the package's cache does not grow; give its capacity (generate's --max-context)")
     if capacity not in (None, fixed):
         raise OptionError(f"the package's cache holds {fixed} tokens and cannot have a capacity of {capacity}")
     return fixed
+
+
+def fixed_room(entry: EntryPoint) -> int | None:
+    """Return how many tokens caches that are whole have room for, where the model says a number; else None."""
+    return next((int(r.length) for r in entry.caches if r.is_whole and r.length.isdecimal()), None)
 
 
 def require_room(capacity: int | None, length: int, more: int) -> None:

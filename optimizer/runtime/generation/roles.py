@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from optimizer.errors import OptionError
-from optimizer.package.manifest import EntryPoint, TensorSpec
+from optimizer.package.manifest import CacheRecord, EntryPoint, TensorSpec
+from optimizer.runtime.generation.step_inputs import MASK, PER_SEQUENCE, RANKS, TOKENS
 
-TOKENS, MASK, POSITIONS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
+LOGITS = "logits"
 _PAST = re.compile(r"past_key_values\.(\d+)\.(?:(?:decoder|self)\.)?(key|value)")
 _PRESENT = re.compile(r"present(?:_key_values)?\.(\d+)\.(?:(?:decoder|self)\.)?(key|value)")
 
@@ -30,13 +30,15 @@ class CacheTensor:
 
 @dataclass(frozen=True)
 class DecoderRoles:
-    """The parts of a decoder's signature. `mask` and `positions` are None where the model does not take them."""
+    """The parts of a decoder's signature. `inputs` are those of `step_inputs.VALUES` that it takes.
 
-    tokens: TensorSpec
-    mask: TensorSpec | None
-    positions: TensorSpec | None
+    A mask `over_room` has a place for all that a cache has room for, and not for the tokens so far alone.
+    """
+
+    inputs: tuple[str, ...]
     logits: TensorSpec
     cache: tuple[CacheTensor, ...]
+    has_mask_over_room: bool = False
 
 
 def roles_of(entry: EntryPoint) -> DecoderRoles:
@@ -48,41 +50,55 @@ def roles_of(entry: EntryPoint) -> DecoderRoles:
             f"the package is no language model: it needs an input '{TOKENS}' and an output '{LOGITS}', "
             f"and has {entry}; 'optimizer run' runs any package"
         )
-    tokens = inputs.pop(TOKENS)
-    mask, positions = inputs.pop(MASK, None), inputs.pop(POSITIONS, None)
-    _require_one_sequence((tokens, *filter(None, (mask, positions))))
-    presents = {match.groups(): name for name in outputs if (match := _PRESENT.fullmatch(name))}
+    given = {name: inputs.pop(name) for name in RANKS if name in inputs}
+    rooms = {record.length for record in entry.caches if record.is_whole}
+    has_mask_over_room = MASK in given and str(given[MASK].shape[-1]) in rooms
+    for name, spec in given.items():
+        _require_one_sequence(spec, is_of_any_length=name != MASK or not has_mask_over_room)
+    records = {record.past: record for record in entry.caches}
+    presents = {match.groups(): spec for name, spec in outputs.items() if (match := _PRESENT.fullmatch(name))}
     cache: list[CacheTensor] = []
     for name in list(inputs):
         match = _PAST.fullmatch(name)
         if match is not None and match.groups() in presents:
-            cache.append(_cache_tensor(inputs.pop(name), presents[match.groups()]))
+            cache.append(_cache_tensor(inputs.pop(name), presents[match.groups()], records.get(name)))
     if inputs:
         raise OptionError(f"generation does not know what the inputs {', '.join(inputs)} are for; call the package")
     if not cache:
         raise OptionError(
             "the package keeps no cache (past_key_values.N.key to present.N.key); export the model with it"
         )
-    return DecoderRoles(tokens, mask, positions, outputs[LOGITS], tuple(cache))
+    return DecoderRoles(tuple(given), outputs[LOGITS], tuple(cache), has_mask_over_room)
 
 
-def _cache_tensor(spec: TensorSpec, present: str) -> CacheTensor:
-    growing = [axis for axis, size in enumerate(spec.shape) if axis > 0 and isinstance(size, str)]
-    if len(growing) != 1:
-        raise OptionError(
-            f"'{spec}' does not have one dimension that grows with the text; compile without fixing its shape"
-        )
-    (axis,) = growing
+def _cache_tensor(spec: TensorSpec, present: TensorSpec, record: CacheRecord | None) -> CacheTensor:
     sizes = [1 if isinstance(size, str) else size for size in spec.shape]
+    if spec.shape == present.shape and record is None:
+        raise OptionError(
+            f"'{spec}' has room for all tokens from the start, and the code returns a copy of it with every step; "
+            "compile with --kv-cache in-place, whose --explain says what stands against it"
+        )
+    if record is not None:
+        axis = record.axis
+    else:
+        growing = [axis for axis, size in enumerate(spec.shape) if axis > 0 and isinstance(size, str)]
+        if len(growing) != 1:
+            raise OptionError(
+                f"'{spec}' does not have one dimension that grows with the text; compile without fixing its shape"
+            )
+        (axis,) = growing
     sizes[axis] = 0
-    return CacheTensor(spec.name, present, spec.dtype, tuple(sizes), axis)
+    return CacheTensor(spec.name, present.name, spec.dtype, tuple(sizes), axis)
 
 
-def _require_one_sequence(specs: Iterable[TensorSpec]) -> None:
-    for spec in specs:
-        if spec.dtype != "int64" or len(spec.shape) != 2:
-            raise OptionError(f"generation gives '{spec.name}' as int64 [batch, tokens]; the package takes {spec}")
-        if not isinstance(spec.shape[0], str) and spec.shape[0] != 1:
-            raise OptionError(f"'{spec}' takes {spec.shape[0]} sequences at once; compile with a batch of 1")
-        if not isinstance(spec.shape[1], str):
-            raise OptionError(f"'{spec}' takes {spec.shape[1]} tokens at once; compile without fixing its shape")
+def _require_one_sequence(spec: TensorSpec, *, is_of_any_length: bool) -> None:
+    """Require a first dimension that can be 1 where it is that of sequences, and a symbol where tokens lie."""
+    rank = RANKS[spec.name]
+    if spec.dtype != "int64" or len(spec.shape) != rank:
+        dimensions = "[batch, tokens]" if rank == 2 else "[batch]" if spec.name in PER_SEQUENCE else "[tokens]"
+        raise OptionError(f"generation gives '{spec.name}' as int64 {dimensions}; the package takes {spec}")
+    *sequences, tokens = (*spec.shape, None) if spec.name in PER_SEQUENCE else spec.shape
+    if any(not isinstance(size, str) and size != 1 for size in sequences):
+        raise OptionError(f"'{spec}' takes {sequences[0]} sequences at once; compile with a batch of 1")
+    if is_of_any_length and isinstance(tokens, int):
+        raise OptionError(f"'{spec}' takes {tokens} tokens at once; compile without fixing its shape")

@@ -10,7 +10,8 @@ import numpy as np
 from optimizer.errors import OptionError
 from optimizer.runtime.generation.returned_cache import ReturnedCache
 from optimizer.runtime.generation.roles import DecoderRoles, roles_of
-from optimizer.runtime.kv_cache import require_room
+from optimizer.runtime.generation.step_inputs import VALUES, Step
+from optimizer.runtime.kv_cache import fixed_room, require_room
 from optimizer.runtime.tensors import host_view
 
 if TYPE_CHECKING:
@@ -33,16 +34,19 @@ class DecoderSession:
 
     `capacity` is the largest number of tokens, or None for no bound but memory. Sessions of one model share its weights
     and nothing else. Where the package appends to its cache in place, the session owns the buffers, and a step copies
-    nothing of what was read before; a longer text is read `most_at_once` tokens at a time. Raises OptionError for a
-    package that is not a decoder with a cache.
+    nothing of what was read before; a longer text is read `most_at_once` tokens at a time. A cache that the model gives
+    room for a number of tokens, and no more, bounds the capacity, too. Raises OptionError for a package that is not a
+    decoder with a cache, and for no capacity where the model leaves the room of such a cache to the caller.
     """
 
     def __init__(self, model: CompiledModel, *, capacity: int | None = None, most_at_once: int = MOST_AT_ONCE) -> None:
         self._entry = model.entry("main")
         self._roles: DecoderRoles = roles_of(self._entry.signature)
         self._cache: KeyValueCache | ReturnedCache
+        room = fixed_room(self._entry.signature)
+        self._capacity = capacity if room is None else min(room, capacity or room)
         if len(self._entry.signature.caches) == len(self._roles.cache):
-            self._cache = self._entry.new_cache(capacity=capacity)
+            self._cache = self._entry.new_cache(capacity=room or capacity)
         else:
             self._cache = ReturnedCache(model, self._roles.cache, capacity=capacity)
         self._most_at_once = most_at_once
@@ -51,7 +55,7 @@ class DecoderSession:
     @property
     def capacity(self) -> int | None:
         """Return the largest number of tokens, or None for no bound but memory."""
-        return self._cache.capacity
+        return self._capacity
 
     @property
     def cache_bytes(self) -> int:
@@ -77,11 +81,9 @@ class DecoderSession:
     def _read(self, tokens: Sequence[int]) -> Logits:
         """Read tokens by one call of the code and return the logits that follow the last of them."""
         past, count = len(self.tokens), len(tokens)
-        inputs: dict[str, Input] = {self._roles.tokens.name: np.asarray([tokens], np.int64)}
-        if self._roles.mask is not None:
-            inputs[self._roles.mask.name] = np.ones((1, past + count), np.int64)
-        if self._roles.positions is not None:
-            inputs[self._roles.positions.name] = np.arange(past, past + count)[None]
+        room = self._cache.capacity if self._roles.has_mask_over_room else None
+        step = Step(tokens, past, room or past + count)
+        inputs: dict[str, Input] = {name: VALUES[name](step) for name in self._roles.inputs}
         outputs = self._step(inputs, count)
         self.tokens += tokens
         logits = host_view(outputs[self._roles.logits.name], self._roles.logits.dtype)
@@ -104,6 +106,7 @@ class DecoderSession:
         """Return a session with the same tokens that goes its own way from here."""
         other = object.__new__(DecoderSession)
         other._entry, other._roles, other._most_at_once = self._entry, self._roles, self._most_at_once
+        other._capacity = self._capacity
         other._cache = self._cache.fork()
         other.tokens = list(self.tokens)
         return other

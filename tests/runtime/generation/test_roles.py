@@ -27,9 +27,13 @@ def test_the_empty_cache_of_one_sequence_has_no_tokens() -> None:
         ((TensorSpec("x", "float32", (1,)),), (_LOGITS,), "no language model"),
         ((_TOKENS,), (_LOGITS,), "no cache"),
         ((_TOKENS, _PAST, TensorSpec("beam", "int64", (1,))), (_LOGITS, _PRESENT), "inputs beam"),
+        ((_TOKENS, _PAST, TensorSpec("write_indices", "int64", (4,))), (_LOGITS, _PRESENT), "4 sequences"),
+        ((_TOKENS, _PAST, TensorSpec("write_indices", "int64", ("batch", 1))), (_LOGITS, _PRESENT), r"int64 \[batch\]"),
+        ((_TOKENS, _PAST, TensorSpec("cache_position", "int64", (4,))), (_LOGITS, _PRESENT), "4 tokens"),
         ((TensorSpec("input_ids", "int64", (4, "new")), _PAST), (_LOGITS, _PRESENT), "4 sequences"),
         ((TensorSpec("input_ids", "int64", ("batch", 8)), _PAST), (_LOGITS, _PRESENT), "8 tokens"),
         ((TensorSpec("input_ids", "int32", ("batch", "new")), _PAST), (_LOGITS, _PRESENT), "as int64"),
+        ((_TOKENS, _PAST), (_LOGITS, dataclasses.replace(_PRESENT, shape=_PAST.shape)), "--kv-cache in-place"),
         ((_TOKENS, dataclasses.replace(_PAST, shape=("batch", 2, 64, 32))), (_LOGITS, _PRESENT), "grows"),
     ],
 )
