@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,15 +12,17 @@ import click
 if TYPE_CHECKING:
     from optimizer.runtime.generation import Generation
 
+_DEFAULT = "default: as the settings beside the model say, else"
+
 
 @click.command(name="generate")
 @click.argument("package", type=click.Path(path_type=Path))
 @click.option("--prompt", "-p", required=True, help="The text to continue.")
 @click.option("--max-new-tokens", "-n", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token each time.")
-@click.option("--top-k", default=0, show_default=True, help="Draw from the k likeliest tokens; 0: from all.")
-@click.option("--top-p", default=1.0, show_default=True, help="Draw from the likeliest tokens that together reach p.")
-@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 makes repetition less likely.")
+@click.option("--temperature", type=float, help=f"0 takes the likeliest token each time; {_DEFAULT} 0.")
+@click.option("--top-k", type=int, help=f"Draw from the k likeliest tokens, 0: from all; {_DEFAULT} 0.")
+@click.option("--top-p", type=float, help=f"Draw from the likeliest tokens that together reach p; {_DEFAULT} 1.")
+@click.option("--repetition-penalty", type=float, help=f"Above 1 makes repetition less likely; {_DEFAULT} 1.")
 @click.option("--seed", default=0, show_default=True, help="Equal seeds give equal texts.")
 @click.option("--max-context", type=click.IntRange(1), help="Tokens at most, prompt included; default: the model's.")
 @click.option("--chunk", type=click.IntRange(1), help="Tokens of the prompt to read at a time; fewer take less memory.")
@@ -33,10 +36,10 @@ def command(
     package: Path,
     prompt: str,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    repetition_penalty: float,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    repetition_penalty: float | None,
     seed: int,
     max_context: int | None,
     chunk: int | None,
@@ -48,12 +51,14 @@ def command(
     """Continue a prompt with PACKAGE, a compiled decoder language model; the text appears as it is made."""
     start = time.perf_counter()
     from optimizer.runtime import load
-    from optimizer.runtime.generation import DecoderSession, Sampling, TextGenerator
+    from optimizer.runtime.generation import DecoderSession, TextGenerator
     from optimizer.runtime.generation.session import MOST_AT_ONCE
 
-    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     model = load(package, device=device, threads=threads)
     generator = TextGenerator(model, tokenizer)
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    sampling = replace(generator.settings.sampling, seed=seed, **chosen)
     capacity = max_context or generator.settings.capacity
     session = DecoderSession(model, capacity=capacity, most_at_once=chunk or MOST_AT_ONCE)
     loaded = time.perf_counter() - start

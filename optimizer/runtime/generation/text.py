@@ -75,7 +75,8 @@ class TextGenerator:
     """A decoder with its tokenizer.
 
     The tokenizer (tokenizer.json) and the settings (generation_config.json or genai_config.json: stop tokens, length of
-    the context) are those in the package, which the compiler takes from beside the model, or those in `folder`.
+    the context, sampling) are those in the package, which the compiler takes from beside the model, or those in
+    `folder`.
     Raises OptionError where there is no tokenizer or the `tokenizers` library is missing.
     """
 
@@ -99,6 +100,7 @@ class TextGenerator:
     ) -> Generation:
         """Return the continuation of `prompt`, which is generated as it is iterated over.
 
+        Tokens are chosen as `sampling` says, by default as the model's settings do.
         `session` continues a text that was begun before. Iterating raises OptionError for an empty prompt of a model
         that has no token to begin with, and for a prompt that is longer than the context.
         """
@@ -106,7 +108,7 @@ class TextGenerator:
         tokens = self.tokenizer.encode(prompt)
         if not tokens and not session.tokens and self.settings.begin is not None:
             tokens = [self.settings.begin]
-        return Generation(self, session, tokens, Sampler(sampling or Sampling()), max_new_tokens)
+        return Generation(self, session, tokens, Sampler(sampling or self.settings.sampling), max_new_tokens)
 
 
 def _files(model: CompiledModel, folder: Path | None) -> dict[str, bytes]:

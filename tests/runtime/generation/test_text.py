@@ -82,3 +82,41 @@ def test_malformed_files_are_package_errors() -> None:
 )
 def test_settings_of_both_kinds_are_read(name: str, document: object, settings: Settings) -> None:
     assert read_settings({name: json.dumps(document).encode()}) == settings
+
+
+_SAMPLED = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1}
+
+
+@pytest.mark.parametrize(
+    ("name", "document", "sampling"),
+    [
+        ("genai_config.json", {"model": {}, "search": _SAMPLED}, Sampling(0.6, 20, 0.9, 1.1)),
+        ("generation_config.json", _SAMPLED, Sampling(0.6, 20, 0.9, 1.1)),
+        ("generation_config.json", {**_SAMPLED, "do_sample": False}, Sampling(repetition_penalty=1.1)),
+        ("generation_config.json", {"do_sample": True}, Sampling(1.0)),
+        ("generation_config.json", {"temperature": 0.6}, Sampling()),
+    ],
+)
+def test_tokens_are_chosen_as_the_settings_say(name: str, document: object, sampling: Sampling) -> None:
+    assert read_settings({name: json.dumps(document).encode()}).sampling == sampling
+
+
+def test_impossible_sampling_in_a_file_is_a_package_error() -> None:
+    with pytest.raises(PackageError, match=r"generation_config\.json: temperature -1"):
+        read_settings({"generation_config.json": b'{"do_sample": true, "temperature": -1}'})
+
+
+def test_each_setting_comes_from_the_first_file_that_has_it_and_the_context_from_the_builders() -> None:
+    transformers = {"eos_token_id": [2, 3], "max_length": 20}
+    builder = {"model": {"eos_token_id": 9, "bos_token_id": 1, "context_length": 128}, "search": _SAMPLED}
+    files = {"generation_config.json": transformers, "genai_config.json": builder}
+    settings = read_settings({name: json.dumps(document).encode() for name, document in files.items()})
+    assert settings == Settings(1, (2, 3), 128, Sampling(0.6, 20, 0.9, 1.1))
+
+
+def test_a_generator_draws_as_its_settings_say(decoder: CompiledModel, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(decoder.read_file("tokenizer.json") or b"")
+    (tmp_path / "generation_config.json").write_text(json.dumps(_SAMPLED))
+    default = "".join(TextGenerator(decoder, tmp_path).generate(_PROMPT, max_new_tokens=12))
+    asked = TextGenerator(decoder).generate(_PROMPT, Sampling(0.6, 20, 0.9, 1.1), max_new_tokens=12)
+    assert default == "".join(asked)
