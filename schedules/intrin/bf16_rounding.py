@@ -15,6 +15,7 @@ from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, Step, as_int
+from schedules.intrin.bf16_activation import to_round
 from schedules.intrin.bf16_conversion import BFLOAT16
 from schedules.intrin.llvm_functions import attributes, imported
 from schedules.loops import index, load, local, store, vector, with_local
@@ -73,7 +74,11 @@ def _rounds_vectors(vectors: tirx.For, store: tirx.BufferStore, parameters: Sequ
 def _rounded(lane: Var, vectors: tirx.BufferStore, start: Expr) -> Stmt:
     """Return the store of one vector from lane `start` on."""
     values = local([_LANES], "float32", "values")
-    compute = vector(_LANES, lambda v: store(values, substitute(vectors.value.value, {lane: start + v}), [v]))
+
+    def computed(v: Expr) -> Expr:
+        return to_round(substitute(vectors.value.value, {lane: start + v}))
+
+    compute = vector(_LANES, lambda v: store(values, computed(v), [v]))
     first = load(vectors.buffer, [substitute(position, {lane: start}) for position in vectors.indices])
     every = load(values, [tirx.Ramp(index(0), index(1), _LANES)])
     call = tirx.call_extern("int32", _CALL, tirx.address_of(first), every)

@@ -67,6 +67,21 @@ def test_exponential_of_what_is_not_positive(monkeypatch: pytest.MonkeyPatch, sc
     assert got[x == 0].min() == got[x == 0].max() == 1
 
 
+def test_gelu_to_round_is_exact_enough_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vector_math.FUNCTIONS, "tirx.erf", vector_math.gelu_to_round)
+    x = np.concatenate([inputs(), np.linspace(-6, 6, 40001, dtype="float32")])
+    got, _ = run(op.erf, [x])
+    assert np.array_equal(np.isnan(got), np.isnan(x))
+    inside = np.abs(x) < 5.5
+    exact = x[inside].astype("float64")
+    want = exact * np.vectorize(math.erfc)(-exact / math.sqrt(2)) / 2
+    assert np.max(np.abs(got[inside] - want) - np.abs(want) * 2.0**-11) <= 2.0**-149
+    assert np.abs(got[x <= -5.5]).max() < 1.1e-7
+    assert not got[x <= -vector_math.GELU_LIMIT].any()
+    large = x >= 5.5
+    np.testing.assert_allclose(got[large], x[large], rtol=2.0**-22)
+
+
 def test_fp16_is_rounded_once() -> None:
     x = normal(300, dtype="float16")
     got, _ = run(op.exp, [x])
