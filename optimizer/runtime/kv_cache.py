@@ -32,9 +32,14 @@ class Steps:
 
 @dataclass(frozen=True)
 class CacheTensors:
-    """What the code takes of all caches: the tensors that stand in place of inputs by their names, and the others."""
+    """What the code takes of all caches: tensors in the places of inputs, and the `others`.
 
-    first: Mapping[str, Tensor]
+    `row` has None where an input stands that is no cache; `given` says of each of these where, and its name. They are
+    made once for many steps: between two of them a step's weights push most of what Python has out of the caches.
+    """
+
+    row: Sequence[Tensor | None]
+    given: Sequence[tuple[int, str]]
     others: Sequence[Tensor]
 
 
@@ -85,8 +90,9 @@ class KeyValueCache:
             room = replace(room, tokens=max(total, 2 * room.tokens))
         if self._pages is not None and not recent <= room.recent <= max(2 * recent, SMALLEST_RECENT):
             room = replace(room, recent=recent)
-        room = replace(room, step=max(room.step, total - self.length))
-        if room != self._room:
+        if total - self.length > room.step:
+            room = replace(room, step=total - self.length)
+        if room is not self._room:
             self._move_to(self._allocated(room))
             self._room = room
         return Steps(before, quantized)
@@ -179,7 +185,9 @@ def pages_of(entry: EntryPoint) -> CachePages | None:
 def tensors_of(entry: EntryPoint, buffers: Mapping[str, CacheBuffers]) -> CacheTensors:
     """Return the tensors that the code takes of the entry point's caches."""
     first = {record.past: buffers[record.past].tensors[0] for record in entry.caches}
-    return CacheTensors(first, [part for record in entry.caches for part in buffers[record.past].tensors[1:]])
+    row = [first.get(spec.name) for spec in entry.inputs]
+    given = [(place, spec.name) for place, spec in enumerate(entry.inputs) if spec.name not in first]
+    return CacheTensors(row, given, [part for record in entry.caches for part in buffers[record.past].tensors[1:]])
 
 
 def arguments(
@@ -195,8 +203,9 @@ def arguments(
     The numbers are each symbol's length, in the order of the caches, `steps` of those with quantized caches, and how
     many rows of shortened outputs are `skipped`.
     """
-    values = {**given, **caches.first}
-    result: list[object] = [values[spec.name] for spec in entry.inputs]
+    result: list[object] = list(caches.row)
+    for place, name in caches.given:
+        result[place] = given[name]
     if not entry.caches:
         return result
     result += caches.others
