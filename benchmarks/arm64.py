@@ -51,6 +51,8 @@ def kernels() -> Iterator[Kernel]:
     both = ("arm64", "arm64-i8mm")
     yield Kernel("gemm_128x768x768", _single("MatMul", (128, 768), (768, 768), (128, 768)))
     yield Kernel("gemm_385x511x767", _single("MatMul", (385, 767), (767, 511), (385, 511)))
+    yield Kernel("gemm_bf16_128x768x768", _narrow_product(128, 768, 768, TensorProto.BFLOAT16), ("arm64-i8mm",))
+    yield Kernel("gemm_fp16_128x768x768", _narrow_product(128, 768, 768, TensorProto.FLOAT16))
     yield Kernel("pointwise_256_256_14", _convolution(256, 14, 1))
     yield Kernel("convolution3x3_128_28", _convolution(128, 28, 3))
     yield Kernel("depthwise3x3_192_28", _convolution(192, 28, 3, group=192))
@@ -92,8 +94,9 @@ def find_mca() -> str:
 def fraction_of_peak(mca: str, loop: InnerLoop, core: str) -> float:
     """Return the multiply-adds that the loop does in a cycle over those that the core can do at best."""
     kind = next(match[1] for line in loop.instructions if (match := MULTIPLY_ADD.search(line)))
-    element, vector = ("16b", "4s") if "dot" in kind or "mmla" in kind else ("4s", "4s")
-    best = [f"\t{kind}\tv{number}.{vector}, v30.{element}, v31.{element}" for number in range(_CHAINS)]
+    narrow = "8h" if kind.startswith("bf") else "16b"
+    element = narrow if "dot" in kind or "mmla" in kind else "4s"
+    best = [f"\t{kind}\tv{number}.4s, v30.{element}, v31.{element}" for number in range(_CHAINS)]
     own = loop.multiply_adds / _cycles(mca, loop.instructions, core)
     return own / (len(best) / _cycles(mca, best, core))
 
@@ -123,7 +126,16 @@ def _single(
 ) -> onnx.ModelProto:
     node = helper.make_node(operator, ["x", "w"], ["y"])
     node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
-    return _model(node, shape, output, {"w": np.ones(weights, np.float32)})
+    return _model([node], shape, output, [numpy_helper.from_array(np.ones(weights, np.float32), "w")])
+
+
+def _narrow_product(rows: int, depth: int, columns: int, kind: int) -> onnx.ModelProto:
+    """Return a product of floats of 16 bits, which are those of the graph's inputs and outputs rounded."""
+    weights = numpy_helper.from_array(np.ones((depth, columns), np.float32), "w")
+    nodes = [helper.make_node("Cast", [name], [f"{name}_narrow"], to=kind) for name in ("x", "w")]
+    nodes.append(helper.make_node("MatMul", ["x_narrow", "w_narrow"], ["y_narrow"]))
+    nodes.append(helper.make_node("Cast", ["y_narrow"], ["y"], to=TensorProto.FLOAT))
+    return _model(nodes, (rows, depth), (rows, columns), [weights])
 
 
 def quantized_product(rows: int, outputs: int, inputs: int, bits: int) -> onnx.ModelProto:
@@ -136,18 +148,22 @@ def quantized_product(rows: int, outputs: int, inputs: int, bits: int) -> onnx.M
     sizes = {"K": inputs, "N": outputs, "bits": bits, "block_size": 32, "accuracy_level": 4}
     node = helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft")
     node.attribute.extend(helper.make_attribute(name, value) for name, value in sizes.items())
-    return _model(node, (rows, inputs), (rows, outputs), constants)
+    arrays = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    return _model([node], (rows, inputs), (rows, outputs), arrays)
 
 
 def _model(
-    node: onnx.NodeProto, shape: tuple[int, ...], output: tuple[int, ...], constants: dict[str, np.ndarray]
+    nodes: list[onnx.NodeProto],
+    shape: tuple[int, ...],
+    output: tuple[int, ...],
+    constants: list[TensorProto],
 ) -> onnx.ModelProto:
     graph = helper.make_graph(
-        [node],
+        nodes,
         "kernel",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, output)],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+        constants,
     )
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
