@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from optimizer.errors import UnsupportedModelError
@@ -123,6 +123,64 @@ def test_gather_block_quantized_of_int4(gather_axis: int, quantize_axis: int):
     inputs = {"data": data, "indices": np.array([[3, 1]]), "scales": draw(*blocks), "zero_points": zero_points}
     axes = {"gather_axis": gather_axis, "quantize_axis": quantize_axis, "block_size": 16}
     assert_same("GatherBlockQuantized", inputs, ["output"], constants=["data", "scales", "zero_points"], **axes)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@example(("int4", 4), [0, 1, 2], 16, (9, 9), False, True, "float32")
+@given(
+    form=st.sampled_from([("uint8", 2), ("uint8", 4), ("uint8", 8), ("int4", 4), ("uint4", 4)]),
+    axes=st.permutations(range(3)),
+    block=st.sampled_from([16, 32, 64, 128]),
+    sizes=st.tuples(st.integers(1, 13), st.integers(1, 40)),
+    is_symmetric=st.booleans(),
+    is_constant=st.booleans(),
+    dtype=st.sampled_from(["float32", "float16"]),
+)
+def test_gather_block_quantized_of_any_form_is_a_row_of_what_numpy_dequantizes(
+    form: tuple[str, int],
+    axes: list[int],
+    block: int,
+    sizes: tuple[int, int],
+    is_symmetric: bool,
+    is_constant: bool,
+    dtype: str,
+):
+    kind, bits = form
+    gather, quantize, _ = axes if kind != "uint8" else (0, 2, 1)  # bytes hold consecutive integers of a block
+    shape = [2, 2, 2]
+    shape[gather], shape[quantize] = sizes[0], 4 * sizes[1]
+    per_block = [-(-size // block) if axis == quantize else size for axis, size in enumerate(shape)]
+    lowest = -8 if kind == "int4" else 0
+    values, zeros = (RANDOM.integers(lowest, lowest + (1 << bits), size) for size in (shape, per_block))
+    if is_symmetric:
+        zeros = np.full(per_block, 1 << (bits - 1) if kind == "uint8" else 0)
+    scales = draw(*per_block, dtype=dtype)
+    wide_scales, wide_zeros = (
+        np.repeat(each, block, quantize).take(range(shape[quantize]), quantize) for each in (scales, zeros)
+    )
+    indices = RANDOM.integers(-shape[gather], shape[gather], (2, 3))
+    expected = ((values - wide_zeros).astype(dtype) * wide_scales).take(indices, gather)
+
+    def stored(integers: np.ndarray) -> np.ndarray:
+        return packed(integers, bits) if kind == "uint8" else integers.astype(getattr(ml_dtypes, kind))
+
+    inputs = {"data": stored(values), "indices": indices, "scales": scales}
+    if not is_symmetric:
+        inputs["zero_points"] = stored(zeros)
+    constants = [name for name in inputs if name != "indices" and (is_constant or name != "scales")]
+    axes_of = {"gather_axis": gather, "quantize_axis": quantize, "block_size": block, "bits": bits}
+    model = node_model("GatherBlockQuantized", inputs, ["output"], constants=constants, **axes_of)
+    given = {value.name: inputs[value.name] for value in model.graph.input}
+    np.testing.assert_array_equal(ours(model)(given)["output"], expected)
+
+
+def packed(integers: np.ndarray, bits: int) -> np.ndarray:
+    """Return the bytes of unsigned integers along the last axis, low bits first."""
+    per_byte = 8 // bits
+    padding = -integers.shape[-1] % per_byte
+    padded = np.pad(integers, [(0, 0)] * (integers.ndim - 1) + [(0, padding)])
+    apart = padded.reshape(*padded.shape[:-1], -1, per_byte) << (np.arange(per_byte) * bits)
+    return apart.sum(-1).astype(np.uint8)
 
 
 ROWS, BIAS = draw(2, 3, 8), draw(8)

@@ -64,7 +64,8 @@ def gather_block_quantized(node: Node) -> Result:
         zero_points = unpacked(node, zero_points, bits, _known(node, scales.shape[-1]))
     count = _known(node, data.shape[gather_axis])
     row, inside = _checked_indices(node, indices, count)
-    table = _constant_table(node, (data, scales, zero_points), bits) if (gather_axis, axis) == (0, 1) else None
+    is_matrix = (gather_axis, axis, data.rank) == (0, 1, 2)
+    table = _constant_table(node, (data, scales, zero_points), bits) if is_matrix else None
     if table is not None:
         rows = node.emit(relax.op.take(table.expr, row.expr, axis=0, mode="clip"))
         mask = node.emit(relax.op.expand_dims(inside.expr, indices.rank))
@@ -81,7 +82,7 @@ def gather_block_quantized(node: Node) -> Result:
 
 
 def _constant_table(node: Node, parts: tuple[Value, Value, Value], bits: int) -> Value | None:
-    """Return a constant table as its dequantization, which the passes compute gathered rows of from the integers.
+    """Return a constant matrix as its dequantization, which the passes compute gathered rows of from the integers.
 
     None where a part is no constant, or blocks do not fill the rows.
     """
