@@ -121,18 +121,18 @@ class RegisterTile:
                 return self._element_steps(self._element_read, depth, {**values, depth.variable: begin}, columns, count)
             return loop(count // terms, lambda i: self._step({**values, depth.variable: begin + i * terms}, columns))
         axis, *rest = axes
-        read = self._element_read
-        if read is not None and not rest and channels is None and _is_contiguous(read, axis):
-            return self._element_steps(read, axis, {**values, axis.variable: index(0)}, columns, int(axis.extent))
 
         def inside(position: Expr, reached: tuple[int, int] = columns) -> Stmt:
             return self._steps(rest, {**values, axis.variable: position}, reached, channels)
 
         window = next((window for window in self.analysis.padded if window.tap is axis), None)
-        if window is None:
+        if window is None or (window is self.analysis.column_window and self.border is None):
+            read = self._element_read
+            if read is not None and not rest and channels is None and _is_contiguous(read, axis):
+                return self._element_steps(read, axis, {**values, axis.variable: index(0)}, columns, int(axis.extent))
             return self._plain_loop(axis, inside)
         if window is self.analysis.column_window:
-            return self._plain_loop(axis, inside) if self.border is None else self._border(window, inside)
+            return self._border(window, inside)
         position = index(0) if window.axis is None else self.point[window.axis.variable]
         first, count = window.taps_inside(position)
         return loop(count, lambda i: inside(first + i))

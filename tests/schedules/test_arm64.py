@@ -112,7 +112,9 @@ def run(cases: list[Case], target: str, folder: Path) -> list[Array]:
 
 
 FLOATS = [product(*sizes) for sizes in ((9, 67, 19), (9, 3, 17), (1, 131, 40), (32, 514, 16))]
-FLOATS += [convolution(*sizes) for sizes in ((12, 8, 7, 1), (16, 20, 13, 3), (8, 8, 9, 5), (24, 24, 11, 3, 24))]
+FLOATS += [
+    convolution(*sizes) for sizes in ((12, 8, 7, 1), (16, 20, 13, 3), (8, 8, 9, 5), (24, 24, 11, 3, 24), (3, 8, 9, 7))
+]
 QUANTIZED = [quantized(*shape, bits) for shape in [(1, 19, 64), (17, 37, 96)] for bits in (4, 8)]
 QUANTIZED.append(quantized(11, 18, 64, 8, zero_points=True))
 
