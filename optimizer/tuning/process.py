@@ -176,7 +176,7 @@ class BenchProcess:
             if self._address is not None:
                 self.require_healthy()
         task, default = self._task, defaults(self._task.space)
-        self._ask(SetTask(tvm.ir.save_json(task.function), task.arguments, task.outputs), START_SECONDS)
+        self._ask(SetTask(tvm.ir.save_json(task.function), task.arguments, task.outputs, task.is_cold), START_SECONDS)
         self._ask(Build(default), BUILD_SECONDS)
         self._built = [default]
 

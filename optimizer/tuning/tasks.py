@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tvm
 import tvm.ir
@@ -21,6 +21,9 @@ from schedules.stages import Stage, parse, substitute, variables_of
 
 Sizes = Mapping[str, int]
 
+# Weights of a step beyond this come from memory each time: no CPU at hand has a larger cache for two of its cores.
+CACHED_BYTES = 32 << 20
+
 
 @dataclass(frozen=True)
 class Argument:
@@ -36,7 +39,8 @@ class Task:
     """A workload with the space of its schedule.
 
     `arguments` are those of one call, the `outputs` last ones written by it; `calls` says how often a step makes it.
-    `operations` are those of the sums of one call, two to a term, of 8-bit integers where `integer`.
+    `operations` are those of the sums of one call, two to a term, of 8-bit integers where `integer`. What `is_cold`
+    finds nothing in the caches but its first argument, as the weights of a step are too many to stay there.
     """
 
     workload: str
@@ -50,6 +54,7 @@ class Task:
     description: str
     operations: int
     integer: bool
+    is_cold: bool = False
 
     @property
     def bytes(self) -> int:
@@ -76,7 +81,19 @@ def tasks_of(lowered: LoweredModule, sizes: Sizes) -> tuple[Task, ...]:
             continue
         counts[report.workload] = counts.get(report.workload, 0) + 1
         first.setdefault(report.workload, (report, lowered.unscheduled[call.args[0]], call))
-    return tuple(_task(*first[workload], counts[workload], sizes) for workload in first)
+    is_cold = _weight_bytes(lowered.unscheduled) > CACHED_BYTES
+    return tuple(replace(_task(*first[workload], counts[workload], sizes), is_cold=is_cold) for workload in first)
+
+
+def _weight_bytes(module: tvm.IRModule) -> int:
+    """Return the bytes of the constants that the kernels of one step read, each once."""
+    constants = {
+        argument.value.data_ptr(): argument.value.numpy().nbytes
+        for call in _kernel_calls(module)
+        for argument in call.args[1].fields
+        if isinstance(argument, tvm.ir.GenericConst)
+    }
+    return sum(constants.values())
 
 
 def _kernel_calls(module: tvm.IRModule) -> list[tvm.ir.Call]:

@@ -19,9 +19,10 @@ def pool() -> Iterator[BenchPool]:
         yield started
 
 
-def test_candidates_are_timed_beside_the_default(pool: BenchPool) -> None:
+@pytest.mark.parametrize("is_cold", [False, True])
+def test_candidates_are_timed_beside_the_default(is_cold: bool, pool: BenchPool) -> None:
     slower = {**defaults(_TASK.space), "rows": 4, "vectors": 1}
-    default, measured = pool.measure(_TASK, [slower], 3)
+    default, measured = pool.measure(replace(_TASK, is_cold=is_cold), [slower], 3)
     assert default.seconds > 0
     assert default.ratio == 1
     assert measured.ratio == pytest.approx(measured.seconds / default.seconds, rel=1)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
+import pytest
 from tvm import relax
 
 from optimizer.lowering import lower
+from optimizer.tuning import tasks
 from optimizer.tuning.tasks import Argument, features_of, tasks_of
 from tests.passes.graph import graph
 from tests.tuning.examples import TARGET, matmul_task
@@ -51,3 +54,14 @@ def test_operations_are_those_of_one_call_at_its_sizes() -> None:
     assert matmul_task(96, 64, 48).operations == 2 * 96 * 64 * 48
     assert matmul_task("rows", 64, 48).operations == 2 * 24 * 64 * 48
     assert not matmul_task().integer
+
+
+@pytest.mark.parametrize(("cached", "is_cold"), [(4 * 48 * 64, False), (4 * 48 * 64 - 1, True)])
+def test_weights_that_no_cache_holds_come_from_memory(
+    cached: int, is_cold: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "CACHED_BYTES", cached)
+    weights = relax.const(np.ones((48, 64), np.float32))
+    module = graph(lambda x: relax.op.matmul(x, weights), (96, 48))
+    (task,) = tasks_of(lower(module, TARGET), {})
+    assert task.is_cold == is_cold
