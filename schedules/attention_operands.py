@@ -9,11 +9,10 @@ from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.attention_mask import choice_of
-from schedules.loops import INDEX, Extent, index, load, local, loop, prefetch, store, tiles, vector
+from schedules.loops import INDEX, LINE_BITS, Extent, index, load, local, loop, prefetch, store, tiles, vector
 from schedules.stages import Axis, loads_of, sequence, substitute
 
 FLOAT = "float32"
-LINE_BITS = 512
 
 
 def is_plain(element: Expr) -> bool:

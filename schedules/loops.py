@@ -12,6 +12,8 @@ from schedules.stages import sequence
 
 Extent = int | Expr
 INDEX = "int64"
+# What a cache brings from memory at once.
+LINE_BITS = 512
 # Code for one cell of a register tile, from its row and column.
 Element = Callable[[Expr, Expr], Stmt]
 

@@ -18,6 +18,7 @@ from schedules.access import AxisGroup, Step, as_int, branches_on, group_axes, o
 from schedules.elementwise import overlapping_vectors
 from schedules.family import Choice, Kernel, Parameters, Space, parallel_if_large, vector_width, work_of
 from schedules.loops import (
+    LINE_BITS,
     Extent,
     ceiling,
     index,
@@ -43,7 +44,6 @@ SYMBOLIC_ROWS_PER_TASK = 4
 # The work of a row that takes as long as the division that finds its place, and what a row may grow to.
 SHORT_ROW = 64
 LONGEST_ROW = 8192
-LINE_BITS = 512
 # Shorter rows the hardware sees coming.
 FEWEST_LINES = 8
 

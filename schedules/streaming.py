@@ -19,14 +19,14 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.access import linear_coefficient
 from schedules.intrin.llvm_functions import attributes, imported
-from schedules.loops import flatten, index, load, local, product, region, store, vector, with_local
+from schedules.loops import LINE_BITS, flatten, index, load, local, product, region, store, vector, with_local
 from schedules.stages import Stage, StagedFunction, as_extent, contains, loads_of, substitute
 from targets.base import Target
 
 # The last cache of most machines, all cores' together, is no larger: 32 MiB of a Zen 4's eight.
 LAST_CACHE_BYTES = 32 * 1024 * 1024
 # What one store has to cover whole; TVM aligns buffers to as much.
-LINE_BYTES = 64
+LINE_BYTES = LINE_BITS // 8
 ELEMENT = "float32"
 LANES = LINE_BYTES // 4
 _STORE, _FENCE = "optimizer_stream_line", "optimizer_order_streams"

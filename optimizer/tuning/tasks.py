@@ -18,11 +18,9 @@ from schedules import KernelReport
 from schedules.family import Space
 from schedules.loops import Extent
 from schedules.stages import Stage, parse, substitute, variables_of
+from schedules.streaming import LAST_CACHE_BYTES
 
 Sizes = Mapping[str, int]
-
-# Weights of a step beyond this come from memory each time: no CPU at hand has a larger cache for two of its cores.
-CACHED_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -74,22 +72,24 @@ def tasks_of(lowered: LoweredModule, sizes: Sizes) -> tuple[Task, ...]:
     reports = {kernel.function: kernel for kernel in lowered.kernels}
     counts: dict[str, int] = {}
     first: dict[str, tuple[KernelReport, tirx.PrimFunc, tvm.ir.Call]] = {}
-    for call in _kernel_calls(lowered.unscheduled):
+    kernel_calls = _kernel_calls(lowered.unscheduled)
+    for call in kernel_calls:
         name = call.args[0].name_hint
         report = reports.get(name)
         if report is None or not any(len(choice.candidates) > 1 for choice in report.space):
             continue
         counts[report.workload] = counts.get(report.workload, 0) + 1
         first.setdefault(report.workload, (report, lowered.unscheduled[call.args[0]], call))
-    is_cold = _weight_bytes(lowered.unscheduled) > CACHED_BYTES
+    # More than that comes from memory in each step.
+    is_cold = _weight_bytes(kernel_calls) > LAST_CACHE_BYTES
     return tuple(replace(_task(*first[workload], counts[workload], sizes), is_cold=is_cold) for workload in first)
 
 
-def _weight_bytes(module: tvm.IRModule) -> int:
+def _weight_bytes(kernel_calls: Sequence[tvm.ir.Call]) -> int:
     """Return the bytes of the constants that the kernels of one step read, each once."""
     constants = {
-        argument.value.data_ptr(): argument.value.numpy().nbytes
-        for call in _kernel_calls(module)
+        argument.value.data_ptr(): math.prod(argument.value.shape) * ITEM_BYTES[str(argument.value.dtype)]
+        for call in kernel_calls
         for argument in call.args[1].fields
         if isinstance(argument, tvm.ir.GenericConst)
     }

@@ -60,7 +60,7 @@ def test_operations_are_those_of_one_call_at_its_sizes() -> None:
 def test_weights_that_no_cache_holds_come_from_memory(
     cached: int, is_cold: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "CACHED_BYTES", cached)
+    monkeypatch.setattr(tasks, "LAST_CACHE_BYTES", cached)
     weights = relax.const(np.ones((48, 64), np.float32))
     module = graph(lambda x: relax.op.matmul(x, weights), (96, 48))
     (task,) = tasks_of(lower(module, TARGET), {})
