@@ -148,7 +148,7 @@ def _analyse(kernel: GatedKernel, target: Target) -> GatedProductAnalysis | None
 
 def _kind(product: MatmulAnalysis) -> tuple[object, ...]:
     """Return what has to agree for both products to have tiles of the same size."""
-    return product.block, product.pairs, str(product.stage.output.dtype), str(product.operand.source.dtype)
+    return product.block, product.group, str(product.stage.output.dtype), str(product.operand.source.dtype)
 
 
 def _sources(product: Product) -> list[Var]:

@@ -20,10 +20,11 @@ from schedules.access import Access, AxisGroup, Step, branches_on, group_axes
 from schedules.by_element import multiplies_by_element
 from schedules.epilogue import Epilogue
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
-from schedules.intrin.bf16_conversion import is_product_of_bf16
-from schedules.intrin.bf16_dot import PAIR, bf16_dot
+from schedules.grouped_products import GroupedProducts
+from schedules.intrin.bf16_dot import PAIR
+from schedules.intrin.byte_dot import FOUR
+from schedules.intrin.grouped_dot import GroupedDot, grouped_dot, is_grouped_term
 from schedules.loops import Extent, ceiling, product
-from schedules.pair_products import PairProducts
 from schedules.reducer import reducer_of
 from schedules.stages import Stage
 from targets.base import Target
@@ -38,8 +39,8 @@ ROWS_TO_TRANSPOSE = 48
 class MatmulAnalysis:
     """The axes of a contraction: `columns` in lanes, `rows` in registers, and the operand read along the columns.
 
-    `block` is how many columns of the operand lie together where it is packed, 0 where it is not, and `pairs` whether
-    two neighbours of K do, as bfloat16.
+    `block` is how many columns of the operand lie together where it is packed, 0 where it is not, and `group` how
+    many neighbours of K do, for an instruction that adds their products at once.
     """
 
     stage: Stage
@@ -51,7 +52,7 @@ class MatmulAnalysis:
     operand: TensorLoad
     transposed: bool
     block: int
-    pairs: bool = False
+    group: int = 1
 
 
 class Matmul:
@@ -65,7 +66,7 @@ class Matmul:
         analysis = self.analyse(kernel)
         if analysis is not None and analysis.block % vector_width(target, analysis.stage):
             return None
-        if analysis is not None and analysis.pairs and bf16_dot(target) is None:
+        if analysis is not None and analysis.group > 1 and dot_of(analysis, target) is None:
             return None
         return analysis
 
@@ -87,14 +88,14 @@ class Matmul:
         if rows is None and not any(not load.same_as(operand) and reduces(load, reduction) for load in stage.loads()):
             return None
         along = step(operand, columns)
-        pairs = is_pair_of(operand, reduction)
-        packed = operand.indices[:-1] if pairs else operand.indices
+        group = group_of(stage, operand, reduction)
+        packed = operand.indices[:-1] if group > 1 else operand.indices
         block = Access(operand.source, tuple(packed)).block(columns.inner)
         if along == Step.IRREGULAR and not block:
             return None
         outer = tuple(group for group in groups[:-1] if group is not rows)
         return MatmulAnalysis(
-            stage, follows, outer, rows, columns, tuple(reduction), operand, along == Step.STRIDED, block, pairs
+            stage, follows, outer, rows, columns, tuple(reduction), operand, along == Step.STRIDED, block, group
         )
 
     def space(self, target: Target, analysis: MatmulAnalysis) -> Space:
@@ -188,7 +189,7 @@ def tile_of(
     extent: Extent = analysis.rows.extent if analysis.rows is not None else 1
     if isinstance(extent, int):
         row_block = _even_block(extent, row_block, rows)
-    dot = bf16_dot(target) if analysis.pairs else None
+    dot = dot_of(analysis, target) if analysis.group > 1 else None
     return tiling.Tile(
         stage=analysis.stage,
         epilogue=analysis.epilogue,
@@ -203,9 +204,9 @@ def tile_of(
         panel=panel,
         parallel=is_large(work_of(analysis.stage)),
         ahead=analysis.operand if panel is None else None,
-        pairs=None
+        grouped=None
         if dot is None
-        else PairProducts(dot, analysis.operand, other_operand(analysis.stage, analysis.operand)),
+        else GroupedProducts(dot, analysis.operand, other_operand(analysis.stage, analysis.operand)),
         by_element=multiplies_by_element(target),
     )
 
@@ -264,22 +265,35 @@ def other_operand(stage: Stage, operand: TensorLoad) -> TensorLoad:
     return next(load for load in stage.loads() if not load.same_as(operand))
 
 
-def is_pair_of(operand: TensorLoad, reduction: Sequence[AxisGroup]) -> bool:
-    """Return whether `operand` is read at [..., k // 2, ..., k % 2] along the only axis k of a reduction."""
+def group_of(stage: Stage, operand: TensorLoad, reduction: Sequence[AxisGroup]) -> int:
+    """Return g where `operand` is read at [..., k // g, ..., k % g] along the only axis k of a reduction, 1 elsewhere.
+
+    It is the number of neighbours that an instruction takes of such operands.
+    """
     if len(reduction) != 1 or len(reduction[0].axes) != 1 or not operand.indices:
-        return False
-    return Access(operand.source, tuple(operand.indices)).block(reduction[0].inner) == PAIR
+        return 1
+    reducer = reducer_of(stage)
+    if reducer is None or not is_grouped_term(reducer.term):
+        return 1
+    block = Access(operand.source, tuple(operand.indices)).block(reduction[0].inner)
+    return block if block in (PAIR, FOUR) else 1
 
 
-def takes_pairs(analysis: MatmulAnalysis) -> bool:
-    """Return whether a product adds terms of two bfloat16, an even number, whose rows are contiguous along K."""
+def dot_of(analysis: MatmulAnalysis, target: Target) -> GroupedDot | None:
+    """Return the instruction that adds several terms of a product, whose other operand is contiguous along K.
+
+    None where the target has none, or where weights in its groups would have to be filled up that cannot be.
+    """
     if len(analysis.reduction) != 1 or len(analysis.stage.loads()) != 2:
-        return False
+        return None
     along, reducer = analysis.reduction[0], reducer_of(analysis.stage)
     other = other_operand(analysis.stage, analysis.operand)
-    if reducer is None or not isinstance(along.extent, int) or along.extent % PAIR or step(other, along) != Step.UNIT:
-        return False
-    return is_product_of_bf16(reducer.term)
+    if reducer is None or not isinstance(along.extent, int) or step(other, along) != Step.UNIT:
+        return None
+    dot = grouped_dot(target, analysis.operand, reducer.term)
+    if dot is None or (analysis.group > 1 and dot.terms != analysis.group):
+        return None
+    return dot if dot.terms == FOUR or along.extent % dot.terms == 0 else None
 
 
 def row_group(groups: Sequence[AxisGroup], stage: Stage, operand: TensorLoad) -> AxisGroup | None:

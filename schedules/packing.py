@@ -16,7 +16,8 @@ from schedules.loops import flatten, index
 class Packing:
     """How a parameter of a function is packed: the positions of its dimensions in (reduction, columns) order.
 
-    `group` neighbours of the reduction lie side by side, for instructions that consume them at once.
+    `group` neighbours of the reduction lie side by side, for instructions that consume them at once; the last group is
+    filled up with zeros.
     """
 
     parameter: int
@@ -26,15 +27,15 @@ class Packing:
     group: int = 1
 
     def pack(self, values: np.ndarray) -> np.ndarray:
-        """Return `values` as [ceil(N / block)][K][block], or [ceil(N / block)][K / group][block][group]."""
+        """Return `values` as [ceil(N / block)][K][block], or [ceil(N / block)][ceil(K / group)][block][group]."""
         matrix = values.transpose(self.order).reshape(-1, self.columns)
-        padded = np.pad(matrix, [(0, 0), (0, -self.columns % self.block)])
+        padded = np.pad(matrix, [(0, -len(matrix) % self.group), (0, -self.columns % self.block)])
         grouped = padded.reshape(-1, self.group, padded.shape[1] // self.block, self.block).transpose(2, 0, 3, 1)
         return np.ascontiguousarray(grouped).reshape(self.shape(len(matrix)))
 
     def shape(self, depth: int) -> tuple[int, ...]:
         """Return the shape of the packed form of a matrix of `depth` rows."""
-        grouped = (-(-self.columns // self.block), depth // self.group, self.block, self.group)
+        grouped = (-(-self.columns // self.block), -(-depth // self.group), self.block, self.group)
         return grouped if self.group > 1 else grouped[:-1]
 
     def place(self, row: Expr, column: Expr) -> list[Expr]:

@@ -1,10 +1,10 @@
 """Constant matmul operands laid out ahead of time as the register tile reads them.
 
 A weight of K x N becomes [ceil(N / block)][K][block] with the target's column block, so that a tile streams it from
-memory in order, or [ceil(N / block)][K / 2][block][2] where the target has dot products of pairs of bfloat16; columns
-past N are zeros that nothing reads. The functions that read it are rewritten to index the new layout; their schedule
-recognizes it by its indices. An embedding that is tied to a product is gathered from the product's weights. Values do
-not change.
+memory in order, or [ceil(N / block)][ceil(K / g)][block][g] where the target has dot products of g neighbours of K:
+pairs of bfloat16, fours of bytes. Columns past N and rows past K are zeros that change nothing. The functions that read
+it are rewritten to index the new layout; their schedule recognizes it by its indices. An embedding that is tied to a
+product is gathered from the product's weights. Values do not change.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from schedules import direct_convolution, row_parts, winograd_structure
 from schedules.access import AxisGroup, as_int
 from schedules.family import Kernel
 from schedules.inline import inline
-from schedules.intrin.bf16_dot import PAIR, bf16_dot
 from schedules.kernels import cut
-from schedules.matmul import Matmul, MatmulAnalysis, takes_pairs
+from schedules.matmul import Matmul, MatmulAnalysis, dot_of
 from schedules.packing import Packing, reading_packed
 from schedules.report import is_scheduled
 from schedules.stages import contains, parse
@@ -126,7 +125,8 @@ def _packing(analysis: MatmulAnalysis, parameter: int, target: Target) -> Packin
     columns = analysis.columns.extent
     if order is None or not isinstance(columns, int) or len(analysis.columns.axes) != 1:
         return None
-    group = PAIR if bf16_dot(target) is not None and takes_pairs(analysis) else 1
+    dot = dot_of(analysis, target)
+    group = 1 if dot is None else dot.terms
     return Packing(parameter, order, columns, target.layouts.column_block, group)
 
 

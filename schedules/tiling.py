@@ -18,7 +18,7 @@ from tvm.tirx.stmt import Stmt
 from schedules.access import Access, AxisGroup, Step
 from schedules.by_element import element_read, in_terms, with_elements, with_read
 from schedules.epilogue import Epilogue
-from schedules.intrin.bf16_dot import PAIR
+from schedules.grouped_products import GroupedProducts
 from schedules.loops import (
     Extent,
     cells,
@@ -31,6 +31,7 @@ from schedules.loops import (
     prefetch,
     product,
     quotient,
+    remainder,
     store,
     tile_choice,
     tiles,
@@ -38,7 +39,6 @@ from schedules.loops import (
     vector,
     with_local,
 )
-from schedules.pair_products import PairProducts
 from schedules.partial_sums import in_parts, part_steps
 from schedules.reducer import accumulate, accumulator_dtype
 from schedules.stages import Stage, replace_loads, sequence, substitute, with_value
@@ -60,8 +60,8 @@ class Tile:
     """How a reduction is cut: `width` elements of `vector_group` by `rows` of `row_group`, `row_block` rows a task.
 
     `panel` is the read that is copied to [reduction][width] in the task before its rows are computed, if any; `ahead`
-    one whose next columns come into the second-level cache while these are computed. With `pairs` the sums are of dot
-    products of two terms. `by_element` is whether instructions multiply by an element of a register.
+    one whose next columns come into the second-level cache while these are computed. With `grouped` the sums are of
+    dot products of several terms. `by_element` is whether instructions multiply by an element of a register.
     """
 
     stage: Stage
@@ -77,13 +77,13 @@ class Tile:
     panel: TensorLoad | None
     parallel: bool
     ahead: TensorLoad | None = None
-    pairs: PairProducts | None = None
+    grouped: GroupedProducts | None = None
     by_element: bool = False
 
     @property
     def terms(self) -> int:
         """How many terms of the reduction one step adds."""
-        return 1 if self.pairs is None else PAIR
+        return 1 if self.grouped is None else self.grouped.dot.terms
 
     def request_steps(self, together: int) -> int:
         """Return how many steps of the reduction, some taken `together`, there are from one request to the next."""
@@ -102,7 +102,7 @@ def emit(tile: Tile, block: Block | None = None) -> Stmt:
 
 def with_instructions(tile: Tile, statement: Stmt) -> Stmt:
     """Return a statement that computes blocks of `tile`, with the functions that their code calls."""
-    return statement if tile.pairs is None else tile.pairs.dot.imported(statement)
+    return statement if tile.grouped is None else tile.grouped.dot.imported(statement)
 
 
 def _nest(tile: Tile, block: Block) -> Stmt:
@@ -247,8 +247,8 @@ def _reading_panel(tile: Tile, read: TensorLoad, panel: Var, base: Expr) -> Stag
 def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, width: int, row: Expr, rows: int) -> Stmt:
     """Return `rows` x `width` elements: accumulators in registers, then the epilogue."""
     dtype = accumulator_dtype(tile.stage)
-    # Instructions on pairs have no narrower form: lanes past the columns multiply what pads the weights.
-    pitch = width if tile.pairs is None else -(-width // tile.lanes) * tile.lanes
+    # Instructions on several terms have no narrower form: lanes past the columns multiply what pads the weights.
+    pitch = width if tile.grouped is None else -(-width // tile.lanes) * tile.lanes
     registers = local([rows * pitch], dtype, "accumulators")
 
     def at(r: Expr, v: Expr) -> dict[Var, Expr]:
@@ -261,7 +261,7 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
     element = element_read(stage, tile.vector_group, tile.reduction[-1]) if tile.by_element else None
     together = 1 if element is None else tile.lanes
     # The errors of sums in fp32 are small beside those of terms in bfloat16.
-    part = None if tile.pairs is not None else part_steps(tile.stage, extents, tile.request_steps(together))
+    part = None if tile.grouped is not None else part_steps(tile.stage, extents, tile.request_steps(together))
     totals = registers if part is None else local([rows * pitch], dtype, "totals")
 
     def start(r: Expr, v: Expr) -> Stmt:
@@ -275,6 +275,9 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
             values.update(group.point(position * tile.terms))
         return values
 
+    def grouped_step(grouped: GroupedProducts, positions: Sequence[Expr], terms: int) -> Stmt:
+        return grouped.step(registers, (rows, pitch), lambda r, v: {**at(r, v), **inner(positions, 0)}, terms)
+
     def step(positions: Sequence[Expr], count: int, before: int) -> Stmt:
         def add(term: int, source: Callable[[Expr], Stage]) -> Stmt:
             def update(r: Expr, v: Expr) -> Stmt:
@@ -284,8 +287,8 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
 
             return cells(rows, width, update)
 
-        if tile.pairs is not None:
-            return tile.pairs.step(registers, (rows, pitch), lambda r, v: {**at(r, v), **inner(positions, 0)})
+        if tile.grouped is not None:
+            return grouped_step(tile.grouped, positions, tile.terms)
         if element is None or before + count == 1:
             return sequence([add(term, lambda _: stage) for term in range(count)])
         return with_elements(
@@ -304,7 +307,11 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
         return cells(rows, pitch, lambda r, v: element(r * pitch + v))
 
     if part is None:
-        buffers, sums = [registers], reduce(index(0), extents[0])
+        buffers, rest = [registers], remainder(tile.reduction[0].extent, tile.terms)
+        parts = [] if extents[0] == 0 else [reduce(index(0), extents[0])]
+        if tile.grouped is not None and isinstance(rest, int) and rest:
+            parts.append(grouped_step(tile.grouped, [index(extents[0])], rest))
+        sums = sequence(parts)
     else:
         assert isinstance(extents[0], int)
         buffers, sums = [registers, totals], in_parts(registers, totals, extents[0], part, all_cells, reduce)

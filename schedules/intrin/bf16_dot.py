@@ -42,12 +42,14 @@ class Bf16Dot:
     lanes: int
     intrinsic: str
     source: str
+    terms: int = PAIR
 
-    def accumulate(self, sums: Expr, weights: Expr, activations: Expr) -> Expr:
+    def accumulate(self, sums: Expr, weights: Expr, activations: Expr, terms: int = PAIR) -> Expr:
         """Return sums[l] + w[l][0] * x[0] + w[l][1] * x[1].
 
         `weights` and `activations` are the reads of the first of `lanes` pairs, aligned to a vector, and of one pair.
         """
+        assert terms == PAIR
         addresses = [tirx.address_of(read) for read in (weights, activations)]
         return tirx.call_extern(f"float32x{self.lanes}", _CALL, sums, *addresses)
 

@@ -1,0 +1,142 @@
+"""Dot products of fours of bytes that add to int32 lanes, exactly: vpdpbusd, what AVX2 has instead, sdot and usdot.
+
+They come in as functions in LLVM's language, as `bf16_dot` does: a row's four bytes are one number of 32 bits in all
+lanes, and where a reduction ends there may be fewer. Which sign the activations may have is up to the instruction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.ir import Expr, TensorLoad
+from tvm.tirx.stmt import Stmt
+
+from schedules.intrin.llvm_functions import attributes, imported
+from targets.base import Target
+
+# Neighbours of K that one lane consumes.
+FOUR = 4
+_DOT, _READ = "optimizer_dot_bytes", "optimizer_read_bytes"
+_SOURCE = """
+define weak_odr <{lanes} x i32> @{call}(<{lanes} x i32> %sum, ptr %weights, i32 %four) #0 {{
+  %w = load <{bytes} x i8>, ptr %weights, align {bytes}
+  %first = insertelement <{lanes} x i32> poison, i32 %four, i32 0
+  %every = shufflevector <{lanes} x i32> %first, <{lanes} x i32> poison, <{lanes} x i32> zeroinitializer
+  %x = bitcast <{lanes} x i32> %every to <{bytes} x i8>
+{body}
+  ret <{lanes} x i32> %result
+}}
+{readers}
+attributes #0 = {{ {attributes} }}
+"""
+_READER = """
+define weak_odr i32 @{call}_{count}(ptr %from) #0 {{
+  %bytes = load i{bits}, ptr %from, align 1
+  {widened}
+  ret i32 %four
+}}
+"""
+_ONE = """
+  %result = call <{lanes} x i32>
+    @{intrinsic}(<{lanes} x i32> %sum, <{bytes} x i8> {first}, <{bytes} x i8> {second})"""
+_DECLARED = "declare <{lanes} x i32> @{intrinsic}(<{lanes} x i32>, <{bytes} x i8>, <{bytes} x i8>)"
+# One product of an unsigned and a signed byte fits into 16 bits, the sum of two does not: vpmaddubsw gets every other
+# weight, and vpmaddwd adds what it makes in pairs.
+_AVX2 = """
+  %pairs = bitcast <32 x i8> %w to <16 x i16>
+  %low = and <16 x i16> %pairs, splat (i16 255)
+  %high = and <16 x i16> %pairs, splat (i16 -256)
+  %even = bitcast <16 x i16> %low to <32 x i8>
+  %odd = bitcast <16 x i16> %high to <32 x i8>
+  %p = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %x, <32 x i8> %even)
+  %q = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %x, <32 x i8> %odd)
+  %s = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %p, <16 x i16> splat (i16 1))
+  %t = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %q, <16 x i16> splat (i16 1))
+  %both = add <8 x i32> %s, %t
+  %result = add <8 x i32> %sum, %both"""
+_AVX2_DECLARED = """declare <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8>, <32 x i8>)
+declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)"""
+
+
+@dataclass(frozen=True)
+class ByteDot:
+    """The instruction of one target and type of activations, for `lanes` outputs at a time; weights are int8."""
+
+    lanes: int
+    call: str
+    source: str
+    terms: int = FOUR
+
+    def accumulate(self, sums: Expr, weights: Expr, activations: Expr, terms: int = FOUR) -> Expr:
+        """Return sums[l] + the sum of w[l][k] * x[k] over `terms` neighbours.
+
+        `weights` is the read of the first of `lanes` fours, aligned to a vector, `activations` that of the first byte.
+        """
+        four = tirx.call_extern("int32", f"{_READ}_{terms}", tirx.address_of(activations))
+        return tirx.call_extern(f"int32x{self.lanes}", self.call, sums, tirx.address_of(weights), four)
+
+    def imported(self, statement: Stmt) -> Stmt:
+        """Return a statement that calls the functions, with the functions."""
+        return imported(statement, self.source)
+
+
+def activation_types(target: Target) -> tuple[str, ...]:
+    """Return the types of activations that the target multiplies with int8 weights, the best first; none without."""
+    if target.device != "cpu":
+        return ()
+    if target.architecture == "x86_64":
+        return ("uint8",) if {"avx512_vnni", "avx2"} & set(target.features) else ()
+    if "asimddp" not in target.features:
+        return ()
+    return ("int8", "uint8") if "i8mm" in target.features else ("int8",)
+
+
+def byte_dot(target: Target, activations: str, weights: str) -> ByteDot | None:
+    """Return the dot product of a CPU target for two types of bytes, None where it has none."""
+    if weights != "int8" or activations not in activation_types(target):
+        return None
+    if "avx512_vnni" in target.features:
+        return _single("llvm.x86.avx512.vpdpbusd.512", 16, ("%x", "%w"), activations, target)
+    if target.architecture == "x86_64":
+        return _dot(8, activations, _AVX2_DECLARED, _AVX2, target)
+    if activations == "uint8":
+        return _single("llvm.aarch64.neon.usdot.v4i32.v16i8", 4, ("%x", "%w"), activations, target)
+    return _single("llvm.aarch64.neon.sdot.v4i32.v16i8", 4, ("%w", "%x"), activations, target)
+
+
+def is_product_of_bytes(term: Expr) -> bool:
+    """Return whether an expression is a product in int32 of two reads of 8 bits."""
+    return isinstance(term, tirx.Mul) and _widens_byte(term.a) and _widens_byte(term.b)
+
+
+def _widens_byte(expression: Expr) -> bool:
+    is_read = isinstance(expression, tirx.Cast) and isinstance(expression.value, TensorLoad)
+    return is_read and str(expression.ty.dtype) == "int32" and str(expression.value.source.dtype) in ("int8", "uint8")
+
+
+def _single(intrinsic: str, lanes: int, operands: tuple[str, str], activations: str, target: Target) -> ByteDot:
+    """Return a dot product that is one instruction."""
+    names = {"lanes": lanes, "bytes": FOUR * lanes, "intrinsic": intrinsic}
+    body = _ONE.format(**names, first=operands[0], second=operands[1])
+    return _dot(lanes, activations, _DECLARED.format(**names), body, target)
+
+
+def _dot(lanes: int, activations: str, declared: str, body: str, target: Target) -> ByteDot:
+    call = f"{_DOT}_{activations}"
+    definition = _SOURCE.format(
+        lanes=lanes,
+        call=call,
+        bytes=FOUR * lanes,
+        body=body,
+        readers="".join(_reader(count) for count in range(1, FOUR + 1)),
+        attributes=attributes(target),
+    )
+    return ByteDot(lanes, call, f"{declared}\n{definition}")
+
+
+def _reader(count: int) -> str:
+    """Return the function that reads so many bytes of a four, the others being zero."""
+    bits = 8 * count
+    widened = "%four = add i32 %bytes, 0" if count == FOUR else f"%four = zext i{bits} %bytes to i32"
+    return _READER.format(call=_READ, count=count, bits=bits, widened=widened)

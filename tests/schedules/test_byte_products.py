@@ -1,0 +1,116 @@
+"""Products of bytes by dot products of fours, where the target has them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tvm import relax
+from tvm.relax import op
+
+import targets
+from optimizer.lowering import build, fuse, lower
+from schedules.intrin.byte_dot import activation_types
+from targets.base import Target
+from targets.host import missing_features
+from tests.schedules.execution import TARGET, module_of
+
+HERE = [target for target in map(targets.get, ("x86-avx2", "x86-avx512")) if not missing_features(target)]
+
+
+def product(weights: np.ndarray, x: relax.Var) -> relax.Expr:
+    return op.matmul(x, relax.const(weights), out_dtype="int32")
+
+
+def byte_values(*shape: int, dtype: str, seed: int = 0) -> np.ndarray:
+    limits = np.iinfo(dtype)
+    return np.random.default_rng([seed, *shape]).integers(limits.min, limits.max + 1, shape).astype(dtype)
+
+
+def result(module: tvm.IRModule, x: np.ndarray, target: Target) -> np.ndarray:
+    machine = relax.VirtualMachine(build(lower(module, target).module, target), tvm.cpu())
+    return machine["main"](tvm.runtime.tensor(x)).numpy()
+
+
+def packed_shapes(module: tvm.IRModule, target: Target) -> list[tuple[int, ...]]:
+    functions = fuse(module, target).module.functions_items()
+    return [
+        tuple(map(int, parameter.shape))
+        for _, function in functions
+        if isinstance(function, tvm.tirx.PrimFunc)
+        for parameter in function.params
+        if str(parameter.dtype) == "int8" and len(parameter.shape) == 4
+    ]
+
+
+@pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    rows=st.sampled_from([1, 2, 7, 13, 37]),
+    columns=st.sampled_from([1, 16, 31, 33, 67]),
+    depth=st.sampled_from([1, 2, 3, 4, 5, 31, 64, 131]),
+    data=st.sampled_from(["uint8", "int8"]),
+    symbolic=st.booleans(),
+)
+def test_sums_are_exact(target: Target, rows: int, columns: int, depth: int, data: str, *, symbolic: bool) -> None:
+    weights, x = byte_values(depth, columns, dtype="int8"), byte_values(rows, depth, dtype=data)
+    module = module_of(lambda v: product(weights, v), [("m" if symbolic else rows, depth)], [data])
+    want = x.astype(np.int64) @ weights.astype(np.int64)
+    np.testing.assert_array_equal(result(module, x, target), want)
+
+
+@pytest.mark.parametrize("depth", [2, 64, 65])
+def test_weights_lie_in_fours_where_the_target_takes_the_data(depth: int) -> None:
+    weights = byte_values(depth, 40, dtype="int8")
+    for name, kinds in (("x86-avx512", {"uint8"}), ("arm64", {"int8"}), ("arm64-i8mm", {"uint8", "int8"})):
+        target = targets.get(name)
+        assert set(activation_types(target)) == kinds
+        blocks = -(-40 // target.layouts.column_block)
+        for data in ("uint8", "int8"):
+            module = module_of(lambda v: product(weights, v), [(16, depth)], [data])
+            shapes = [(blocks, -(-depth // 4), target.layouts.column_block, 4)] if data in kinds else []
+            assert packed_shapes(module, target) == shapes
+
+
+@pytest.mark.parametrize(
+    ("target", "data", "instruction"),
+    [
+        ("x86-avx512", "uint8", "vpdpbusd"),
+        ("x86-avx2", "uint8", "vpmaddubsw"),
+        ("arm64", "int8", "sdot"),
+        ("arm64-i8mm", "uint8", "usdot"),
+    ],
+)
+def test_code_has_the_instruction_and_no_call(target: str, data: str, instruction: str) -> None:
+    chosen, weights = targets.get(target), byte_values(33, 64, dtype="int8")
+    lowered = lower(module_of(lambda v: product(weights, v), [(16, 33)], [data]), chosen)
+    modules = build(lowered.module, chosen).mod.imports
+    assembly = "".join(each.inspect_source("asm") for each in modules if each.kind == "llvm")
+    assert instruction in assembly
+    calls = [line for line in assembly.splitlines() if "optimizer_" in line and ("call" in line or "\tbl\t" in line)]
+    assert not calls
+
+
+def test_extremes_do_not_saturate() -> None:
+    weights, x = np.full((64, 32), -128, np.int8), np.full((8, 64), 255, np.uint8)
+    for target in HERE:
+        module = module_of(lambda v: product(weights, v), [(8, 64)], ["uint8"])
+        assert (result(module, x, target) == -128 * 255 * 64).all()
+
+
+def test_what_follows_is_computed_in_the_kernel() -> None:
+    weights, x = byte_values(64, 40, dtype="int8"), byte_values(9, 64, dtype="uint8")
+    scales = np.linspace(0.001, 0.002, 40, dtype=np.float32)
+
+    def quantized(v: relax.Var) -> relax.Expr:
+        scaled = op.multiply(op.astype(product(weights, v), "float32"), relax.const(scales))
+        return op.astype(op.clip(op.add(op.round(scaled), relax.const(np.float32(128))), 0, 255), "uint8")
+
+    lowered = lower(module_of(quantized, [(9, 64)], ["uint8"]), TARGET)
+    assert [kernel.family for kernel in lowered.kernels] == ["matmul"]
+    machine = relax.VirtualMachine(build(lowered.module, TARGET), tvm.cpu())
+    got = machine["main"](tvm.runtime.tensor(x)).numpy()
+    sums = (x.astype(np.int64) @ weights.astype(np.int64)).astype(np.float32) * scales
+    np.testing.assert_array_equal(got, np.clip(np.rint(sums) + 128, 0, 255).astype(np.uint8))
