@@ -31,6 +31,7 @@ _PASSES = {
     "fuse-attention": ("passes.fuse_attention", "FuseAttention"),
     "leave-out-rows": ("passes.leave_out_rows", "LeaveOutRows"),
     "recognize-activations": ("passes.recognize_activations", "RecognizeActivations"),
+    "recognize-integer-products": ("passes.recognize_integer_products", "RecognizeIntegerProducts"),
     "recognize-normalization": ("passes.recognize_normalization", "RecognizeNormalization"),
     "recognize-rotary-embedding": ("passes.recognize_rotary_embedding", "RecognizeRotaryEmbedding"),
     "recognize-softmax": ("passes.recognize_softmax", "RecognizeSoftmax"),

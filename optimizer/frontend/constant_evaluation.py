@@ -27,12 +27,12 @@ def evaluate(node: Node) -> list[ConstantValue] | None:
     """Return the outputs of a node whose inputs are all constant, or None if it is to be left to the module.
 
     What would grow the constants without a gain (an Expand of a scalar to a large tensor) is left alone, and so are
-    quantized matrices, whose products are computed from the integers.
+    quantized matrices and filters, whose products are computed from the integers.
     """
     constants = _constant_inputs(node)
     if constants is None or node.domain != "" or node.operator in _RANDOM or _grows_too_much(node, constants):
         return None
-    if node.operator == "DequantizeLinear" and constants[0] is not None and constants[0].ndim == 2:
+    if node.operator == "DequantizeLinear" and constants[0] is not None and constants[0].ndim >= 2:
         return None
     if any(attribute.HasField("g") for attribute in node.proto.attribute):
         return None

@@ -123,9 +123,9 @@ def dequantize_linear(node: Node) -> Result:
     given = node.integer("output_dtype", 0)
     dtype = helper.tensor_dtype_to_np_dtype(given).name if given else scale.dtype
     _check_granularity(node, data, scale)
-    matrix = _constant_matrix(node, data, scale, zero_point) if dtype == scale.dtype else None
-    if matrix is not None:
-        return matrix
+    weights = _constant_weights(node, data, scale, zero_point) if dtype == scale.dtype else None
+    if weights is not None:
+        return weights
     if dtype == scale.dtype == "float32" and scale.rank <= 1 and data.dtype in _WHOLE_BYTES:
         zero = zero_point.expr if zero_point is not None else node.scalar(0, data.dtype)
         return relax.op.dequantize(data.expr, scale.expr, zero, axis=_axis(node, data), out_dtype="float32")
@@ -148,21 +148,21 @@ def dequantize_linear(node: Node) -> Result:
     return node.compute(dequantize, *operands, primfunc_name_hint="dequantize")
 
 
-def _constant_matrix(node: Node, data: Value, scale: Value, zero_point: Value | None) -> relax.Expr | None:
-    """Return a dequantized matrix of constant bytes by plain operators, from which passes read off the integers.
+def _constant_weights(node: Node, data: Value, scale: Value, zero_point: Value | None) -> relax.Expr | None:
+    """Return a dequantized matrix or filter of constant bytes by plain operators, whose integers passes read off.
 
-    None where a part is no constant or the data are no matrix.
+    None where a part is no constant or the data have one axis.
     """
     given = (data, scale) if zero_point is None else (data, scale, zero_point)
     parts = [part.constant for part in given if part.constant is not None]
-    if data.rank != 2 or data.dtype not in ("int8", "uint8") or len(parts) < len(given):
+    if data.rank < 2 or data.dtype not in ("int8", "uint8") or len(parts) < len(given):
         return None
     codes, *parameters = parts
-    axis, block = _axis(node, data), node.integer("block_size", 0) if scale.rank == 2 else 0
+    axis, block = _axis(node, data), node.integer("block_size", 0) if scale.rank > 1 else 0
     shape = list(codes.shape)
     blocks = -(-shape[axis] // block) if block else 1
-    padding = [(0, blocks * block - shape[axis] if block and place == axis else 0) for place in range(2)]
-    apart, single = [*shape], [1, 1]
+    padding = [(0, blocks * block - shape[axis] if block and place == axis else 0) for place in range(data.rank)]
+    apart, single = [*shape], [1] * data.rank
     if block:
         apart[axis : axis + 1] = [blocks, block]
         single = [*apart]
