@@ -3,6 +3,8 @@
 For every buffer of 1 KiB and more TVM takes memory from a workspace, by a call, and LLVM then stores a tile of sums at
 the end of each loop instead of keeping it in registers. TVM has an annotation that leaves a buffer to LLVM, but its
 rewriting of storage forgets it, and its compaction of buffers may make their sizes symbolic: so it comes after both.
+TVM aligns what is on the stack to 16 bytes at most, where nearly every wider vector lies in two lines of the cache; but
+memory for vectors it leaves to LLVM to align. So buffers there are views of such memory.
 
 A kernel's parameters are named as the dimensions of the model. TVM's writer of C keeps out of the way of C's keywords
 alone, and a model may well call a dimension `new`.
@@ -23,6 +25,7 @@ from targets.base import Target
 # Several such buffers of nested tiles fit the stack of any thread.
 MOST_STACK_BYTES = 16 * 1024
 _PIPELINE = "small_buffers_on_stack"
+_WORD, _WORD_BITS = "float32", 32
 _DEVICE_PIPELINE = "names_for_cxx"
 # What C++17 reserves (ISO/IEC 14882:2017, 5.11, and the alternative tokens of 5.5), and CUDA's own of such a form.
 _CXX_KEYWORDS = frozenset([
@@ -52,13 +55,14 @@ def pipeline(target: Target) -> str:
     if target.device != "cpu":
         compilation_pipeline.register_tir_pipeline(_DEVICE_PIPELINE, _device_lowering)
         return _DEVICE_PIPELINE
-    compilation_pipeline.register_tir_pipeline(_PIPELINE, _lowering)
-    return _PIPELINE
+    name = f"{_PIPELINE}_of_{target.vector_bits}_bits"
+    compilation_pipeline.register_tir_pipeline(name, lambda: _lowering(target.vector_lanes(_WORD_BITS)))
+    return name
 
 
-def _lowering() -> tuple[tvm.transform.Pass, _Finalize, _Finalize]:
+def _lowering(lanes: int) -> tuple[tvm.transform.Pass, _Finalize, _Finalize]:
     lower, finalize_host, finalize_device = compilation_pipeline.get_tir_pipeline("s_tir")
-    return tvm.transform.Sequential([lower, _on_stack()]), finalize_host, finalize_device
+    return tvm.transform.Sequential([lower, _on_stack(lanes)]), finalize_host, finalize_device
 
 
 def _device_lowering() -> tuple[tvm.transform.Pass, _Finalize, _Finalize]:
@@ -79,14 +83,22 @@ def _without_keywords() -> tvm.transform.Pass:
     return rename
 
 
-def _on_stack() -> tvm.transform.Pass:
-    def keep(allocation: tirx.AllocBuffer, _: tvm_ffi.StructuralMutator) -> tirx.AllocBuffer:
+def _on_stack(lanes: int) -> tvm.transform.Pass:
+    """Return the pass that leaves small buffers to LLVM, aligned as vectors of `lanes` words are."""
+    line = lanes * _WORD_BITS // 8
+
+    def keep(allocation: tirx.AllocBuffer, _: tvm_ffi.StructuralMutator) -> tirx.Stmt:
         buffer = allocation.buffer
         extents = [int(extent) for extent in buffer.shape if isinstance(extent, tirx.IntImm)]
-        small = math.prod(extents) * (buffer.dtype.bits * buffer.dtype.lanes // 8) <= MOST_STACK_BYTES
-        if not small or len(extents) < len(buffer.shape):
+        size = math.prod(extents) * (buffer.dtype.bits * buffer.dtype.lanes // 8)
+        if size > MOST_STACK_BYTES or len(extents) < len(buffer.shape):
             return allocation
-        return tirx.AllocBuffer(buffer, {**allocation.annotations, "disable_lower_builtin": tirx.IntImm("int32", 1)})
+        annotations = {**allocation.annotations, "disable_lower_builtin": tirx.IntImm("int32", 1)}
+        if size < line:
+            return tirx.AllocBuffer(buffer, annotations)
+        memory = tirx.decl_buffer([-(-size // line)], f"{_WORD}x{lanes}", f"{buffer.name}_memory", scope=buffer.scope())
+        view = tirx.DeclBuffer(buffer, data=tirx.buffer_data(memory))
+        return tirx.SeqStmt([tirx.AllocBuffer(memory, annotations), view])
 
     @tirx.transform.prim_func_pass(opt_level=0)
     def mark(function: tirx.PrimFunc, _module: tvm.IRModule, _context: tvm.transform.PassContext) -> tirx.PrimFunc:

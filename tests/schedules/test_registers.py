@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,20 @@ def test_inner_loops_keep_their_tile_in_registers(kernel: str, target: str, tmp_
         assert not loop.spills
         assert not loop.scalar_multiply_adds
         assert not loop.scalar_loads
+
+
+@pytest.mark.parametrize("target", ["x86-avx512", "x86-avx2"])
+def test_rows_on_the_stack_are_aligned_to_vectors(target: str, tmp_path: Path) -> None:
+    node = helper.make_node("Softmax", ["x"], ["y"])
+    tensors = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (64, 256)) for name in ("x", "y")]
+    graph = helper.make_graph([node], "kernel", tensors[:1], tensors[1:])
+    opset = [helper.make_opsetid("", 18)]
+    assembly = save_and_compile(
+        helper.make_model(graph, opset_imports=opset, ir_version=10), targets.get(target), tmp_path
+    )
+    vectors = re.findall(r"(vmov[au]ps)\s.*%[yz]mm\d+, \d+\(%rsp,", assembly)
+    assert vectors
+    assert set(vectors) == {"vmovaps"}
 
 
 @pytest.mark.parametrize("bits", [4, 8])
