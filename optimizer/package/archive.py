@@ -12,13 +12,14 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from optimizer.errors import PackageError
 from optimizer.package.manifest import MAX_FILES
+from optimizer.package.pieces import write_in_pieces
 
 DATA_ALIGNMENT = 4096
 
@@ -115,21 +116,28 @@ def _end_records(count: int, entries_bytes: int, position: int) -> bytes:
 def write_archive(path: Path, files: Sequence[tuple[str, Path]]) -> None:
     """Write the archive of `files` (name in the archive, where to read it) to `path`, which must not exist."""
     layout = lay_out([Member(name, source.stat().st_size, _crc(source)) for name, source in files])
-    with path.open("xb") as archive:
+
+    def parts() -> Iterator[bytes]:
         for (_, header), (_, source) in zip(layout.headers, files, strict=True):
-            archive.write(header)
-            with source.open("rb") as data:
-                while chunk := data.read(_CHUNK_BYTES):
-                    archive.write(chunk)
-        archive.write(layout.directory)
+            yield header
+            yield from _chunks(source)
+        yield layout.directory
+
+    with path.open("xb") as archive:
+        write_in_pieces(archive, parts())
 
 
 def _crc(path: Path) -> int:
     crc = 0
+    for chunk in _chunks(path):
+        crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as data:
         while chunk := data.read(_CHUNK_BYTES):
-            crc = zlib.crc32(chunk, crc)
-    return crc
+            yield chunk
 
 
 def read_members(archive: BinaryIO, what: str) -> dict[str, tuple[int, int]]:

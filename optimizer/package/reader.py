@@ -14,6 +14,7 @@ from typing import BinaryIO
 from optimizer.errors import PackageError
 from optimizer.package.archive import read_members
 from optimizer.package.manifest import DIGEST_NAME, FORMAT, MANIFEST_NAME, MAX_FILES, MAX_MANIFEST_BYTES, Manifest
+from optimizer.package.pieces import ask_for_huge_pages
 
 _DIGEST_LINE_BYTES = 64 + 2 + len(MANIFEST_NAME) + 1
 
@@ -42,7 +43,9 @@ class FileLocation:
         skipped = self.offset % mmap.ALLOCATIONGRANULARITY
         with self.open() as stream:
             length, start = skipped + self.bytes, self.offset - skipped
-            return mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ, offset=start), skipped
+            mapping = mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ, offset=start)
+        ask_for_huge_pages(mapping)
+        return mapping, skipped
 
     def sha256(self) -> str:
         """Return the sha256 of the bytes in hexadecimal; other threads run meanwhile, as one call digests them all."""

@@ -29,6 +29,7 @@ from optimizer.package.manifest import (
     WeightRecord,
     require_file_name,
 )
+from optimizer.package.pieces import write_in_pieces
 from optimizer.package.reader import FileLocation, digest_line, is_package
 
 if TYPE_CHECKING:
@@ -127,7 +128,9 @@ def _record(path: Path) -> FileRecord:
 def _write_weights(path: Path, weights: Iterable[Weight]) -> tuple[WeightRecord, ...]:
     """Write the tensors one after another, those of a page and more on page boundaries."""
     records: list[WeightRecord] = []
-    with path.open("xb") as stream:
+
+    def parts() -> Iterator[bytes | memoryview]:
+        end = 0
         for weight in weights:
             array = np.ascontiguousarray(weight.array).reshape(weight.array.shape)
             if array.dtype.name not in ITEM_BYTES or array.dtype.name in ("int4", "uint4"):
@@ -135,10 +138,14 @@ def _write_weights(path: Path, weights: Iterable[Weight]) -> tuple[WeightRecord,
             if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and sys.byteorder == "big"):
                 array = array.astype(array.dtype.newbyteorder("<"))
             alignment = DATA_ALIGNMENT if array.nbytes >= DATA_ALIGNMENT else WEIGHT_ALIGNMENT
-            offset = stream.tell() + -stream.tell() % alignment
-            stream.write(bytes(offset - stream.tell()))
-            stream.write(array.reshape(-1).view(np.uint8).data)
+            offset = end + -end % alignment
+            yield bytes(offset - end)
+            yield array.reshape(-1).view(np.uint8).data
+            end = offset + array.nbytes
             records.append(WeightRecord(weight.name, array.dtype.name, array.shape, offset, array.nbytes))
+
+    with path.open("xb") as stream:
+        write_in_pieces(stream, parts())
     return tuple(records)
 
 
