@@ -54,23 +54,34 @@ def show(target: str, log: Path | None, trials: bool, as_json: bool) -> None:
     """Show the decisions in the log of TARGET."""
     from optimizer.cli.console import print_json, print_table, seconds_text
     from optimizer.json_records import encode
+    from optimizer.tuning.log import ratios_in_steps
 
     (chosen,) = _logs(log, target)
-    records = [record for record in chosen.read().records if trials or record.kind == "decision"]
+    everything = chosen.read().records
+    records = [record for record in everything if record.kind == "decision" or (trials and record.kind == "trial")]
     if as_json:
         print_json([encode(record) for record in records])
         return
+    in_steps = ratios_in_steps(everything)
     rows = [
         (
             record.description,
             ", ".join(f"{name}={value}" for name, value in record.parameters.items()),
             seconds_text(record.seconds),
             f"{1 / record.ratio:.2f}" if record.ratio else record.failure,
+            _speed_up_in_step(in_steps.get((record.key, record.choice))),
             f"{record.origin.cpu}, {record.origin.threads} threads",
         )
         for record in records
     ]
-    print_table(f"{chosen.folder}", ("workload", "parameters", "time", "speed-up", "measured on"), rows)
+    print_table(f"{chosen.folder}", ("workload", "parameters", "time", "speed-up", "in a step", "measured on"), rows)
+
+
+def _speed_up_in_step(ratio: float | None) -> str:
+    """Return in words what confirmations say of parameters."""
+    if ratio is None:
+        return ""
+    return f"{1 / ratio:.2f}" + (", taken back" if ratio >= 1 else "")
 
 
 @command.command(name="merge")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -103,6 +103,7 @@ def run_and_show(model: Path, options: CompileOptions, tuning: TuneOptions, *, a
         ("kernels", f"{seconds_text(before)} -> {seconds_text(after)} a step, at the sizes that were measured"),
         ("measured on", f"{tuned.devices} x {tuned.machine.cpu}" if tuning.device != "host" else tuned.machine.cpu),
         *(("given up", reason) for reason in tuned.refused),
+        *(("in a step", text) for text in _in_step(tuned)),
         (
             "trials",
             f"{trials} {'checked' if folder is None else 'in the log'}, {failed} failed",
@@ -113,12 +114,22 @@ def run_and_show(model: Path, options: CompileOptions, tuning: TuneOptions, *, a
     print_facts("", facts)
 
 
+def _in_step(tuned: Tuned) -> Iterator[str]:
+    """Yield what came of comparing decisions with defaults in a step of the model."""
+    if tuned.unconfirmed:
+        yield f"decisions were not compared with defaults there: {tuned.unconfirmed}"
+    elif compared := [task for task in tuned.progress if task.in_step]:
+        back = sum(task.in_step >= 1 for task in compared)
+        yield f"{len(compared)} decisions compared with defaults there, {back} of them no faster and taken back"
+
+
 def _measured_on(tuned: Tuned) -> dict[str, object]:
     return {
         "cpu": tuned.machine.cpu,
         "emulated": tuned.machine.emulated,
         "devices": tuned.devices,
         "given_up": list(tuned.refused),
+        "unconfirmed": tuned.unconfirmed or None,
     }
 
 
@@ -161,6 +172,7 @@ def _document(task: Progress) -> dict[str, object]:
         "calls": task.task.calls,
         "default_seconds": task.default_seconds,
         "ratio": task.ratio,
+        "ratio_in_step": task.in_step or None,
         "operations": task.task.operations,
         "least_seconds": task.least_seconds,
         "trials": task.trials,

@@ -27,7 +27,7 @@ def kernel_times(model: CompiledModel, call: Callable[[], object], *, runs: int)
     The model stays observed, which costs each kernel's call about a microsecond.
     """
     call()
-    rounds = [_Stopwatch() for _ in range(runs)]
+    rounds = [Stopwatch() for _ in range(runs)]
     for stopwatch in rounds:
         model.observe(stopwatch)
         call()
@@ -45,7 +45,7 @@ def kernel_times(model: CompiledModel, call: Callable[[], object], *, runs: int)
     return tuple(sorted(found, key=lambda kernel: -kernel.seconds))
 
 
-class _Stopwatch:
+class Stopwatch:
     """Adds up the time between the beginning and the end of functions by their names."""
 
     def __init__(self) -> None:

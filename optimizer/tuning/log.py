@@ -7,6 +7,7 @@ record begins on a line of its own.
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,7 @@ from pathlib import Path
 import targets
 from optimizer.errors import TuningLogError
 from optimizer.json_records import RecordError
-from optimizer.tuning.records import Record, target_digest
+from optimizer.tuning.records import Choice, Record, WorkloadKey, target_digest
 from schedules import KernelReport
 from schedules.family import Parameters, Space
 from targets.base import Target
@@ -145,7 +146,7 @@ def _ends_with_newline(path: Path) -> bool:
 class Decisions:
     """What logs decide for a target: by workload, family and version; `unusable` are lines that were passed over."""
 
-    records: Mapping[tuple[str, str, int], Record]
+    records: Mapping[WorkloadKey, Record]
     unusable: tuple[Unusable, ...] = ()
 
     def decide(self, report: KernelReport) -> Parameters | None:
@@ -169,24 +170,47 @@ def decisions_for(target: Target, root: Path) -> Decisions:
     return Decisions(records, contents.unusable)
 
 
-def decisions_of(contents: LogContents, target: Target) -> Decisions:
-    """Return the decision of each workload that was measured for just this `target`: the one of the least ratio.
+def ratios_in_steps(records: Iterable[Record]) -> dict[tuple[WorkloadKey, Choice], float]:
+    """Return the median ratio that confirmations of a workload's parameters found in steps of models."""
+    found: dict[tuple[WorkloadKey, Choice], list[float]] = {}
+    for record in records:
+        if record.kind == "confirmation" and not record.failure:
+            found.setdefault((record.key, record.choice), []).append(record.ratio)
+    return {of: statistics.median(ratios) for of, ratios in found.items()}
 
-    Where ratios are equal the parameters decide, so that the order of lines does not matter.
+
+def is_taken_back(record: Record, in_steps: Mapping[tuple[WorkloadKey, Choice], float]) -> bool:
+    """Return whether what a record decides was no faster than the default in steps of models."""
+    return in_steps.get((record.key, record.choice), 0.0) >= 1
+
+
+def decisions_of(contents: LogContents, target: Target) -> Decisions:
+    """Return the decision of each workload that was measured for just this `target`."""
+    return Decisions(best_decisions(contents.records, target_digest(target)), contents.unusable)
+
+
+def best_decisions(records: Iterable[Record], digest: str) -> dict[WorkloadKey, Record]:
+    """Return the best decision of each workload, of those for the target with a digest.
+
+    What gained most in steps of models is best, and where nothing was confirmed there, what gained most alone; what
+    confirmations took back does not count. Where ratios are equal the parameters decide, so that the order of lines
+    does not matter.
     """
-    digest = target_digest(target)
-    chosen: dict[tuple[str, str, int], Record] = {}
-    for record in contents.records:
-        if record.kind != "decision" or record.failure or record.origin.target_digest != digest:
+    own = [record for record in records if record.origin.target_digest == digest and not record.failure]
+    in_steps = ratios_in_steps(own)
+    chosen: dict[WorkloadKey, Record] = {}
+    for record in own:
+        if record.kind != "decision" or is_taken_back(record, in_steps):
             continue
         best = chosen.get(record.key)
-        if best is None or _rank(record) < _rank(best):
+        if best is None or _rank(record, in_steps) < _rank(best, in_steps):
             chosen[record.key] = record
-    return Decisions(chosen, contents.unusable)
+    return chosen
 
 
-def _rank(record: Record) -> tuple[float, list[tuple[str, int]]]:
-    return record.ratio, sorted(record.parameters.items())
+def _rank(record: Record, in_steps: Mapping[tuple[WorkloadKey, Choice], float]) -> tuple[bool, float, Choice]:
+    ratio = in_steps.get((record.key, record.choice))
+    return ratio is None, record.ratio if ratio is None else ratio, record.choice
 
 
 def fits(parameters: Parameters, space: Space) -> bool:

@@ -145,7 +145,7 @@ class BenchPool:
                 return None
             process = pairs[place][0]
             times = self._attempt(lambda: process.time([0], DEFAULT_ROUNDS), process)
-            return None if times is None else _measurement(times[0])
+            return None if times is None else measurement_of(times[0])
 
         return [time(place) for place in range(len(pairs))]
 
@@ -188,7 +188,7 @@ class BenchPool:
             process, numbers = pair
             if numbers is None:
                 return None
-            return list(map(_measurement, process.time([0, *numbers], rounds)))
+            return list(map(measurement_of, process.time([0, *numbers], rounds)))
 
         built = self._together(build, list(zip(working, shares, strict=True)))
         pairs = list(zip(working, built, strict=True))
@@ -226,7 +226,8 @@ class BenchPool:
             raise TuningError(f"no device is left: {'; '.join(dict.fromkeys(self.refused))}")
 
 
-def _measurement(times: Times | str) -> Measurement:
+def measurement_of(times: Times | str) -> Measurement:
+    """Return what the times of a candidate, and of the default in the same rounds, come to."""
     if isinstance(times, str):
         return Measurement(failure=times)
     low, median, high = np.percentile(times.own, (10, 50, 90))

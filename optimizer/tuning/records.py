@@ -10,9 +10,16 @@ from importlib import metadata
 from typing import Literal
 
 from optimizer.json_records import RecordError, decode, encode, parse
+from schedules.family import Parameters
 from targets.base import Target
 
 MAX_LINE_BYTES = 64 << 10
+
+Kind = Literal["trial", "decision", "confirmation"]
+# A workload, its family, and the version of its schedule.
+WorkloadKey = tuple[str, str, int]
+# Parameters in a form that can be looked up.
+Choice = tuple[tuple[str, int], ...]
 
 _WORKLOAD = re.compile(r"[0-9a-f]{16}")
 # Families and targets name files and folders.
@@ -33,14 +40,15 @@ class Origin:
 
 @dataclass(frozen=True)
 class Record:
-    """A measurement of a workload under `parameters`, or the decision that its measurements led to.
+    """A measurement of a workload under `parameters`, the decision that its measurements led to, or a confirmation.
 
+    A confirmation compares a decision with the default in a whole step of a model, among its other kernels.
     `seconds` is the median of one call, `spread` the width of the central 80 % relative to it, `ratio` the median of
     `seconds` over the default schedule's in the same rounds: it outlives the machine's changes of speed. All three are
     0 where `failure` says why there is no measurement. `features` describe the workload to the cost model.
     """
 
-    kind: Literal["trial", "decision"]
+    kind: Kind
     workload: str
     family: str
     version: int
@@ -66,9 +74,14 @@ class Record:
             raise RecordError("a measurement without a time")
 
     @property
-    def key(self) -> tuple[str, str, int]:
+    def key(self) -> WorkloadKey:
         """Return what a decision is looked up by, beside the target: workload, family and the schedule's version."""
         return self.workload, self.family, self.version
+
+    @property
+    def choice(self) -> Choice:
+        """Return the parameters in a form that can be looked up."""
+        return choice_of(self.parameters)
 
     def to_line(self) -> bytes:
         """Return the record as one line of JSON, without the line's end."""
@@ -80,6 +93,11 @@ class Record:
         if len(line) > MAX_LINE_BYTES:
             raise RecordError(f"the line has {len(line)} bytes, over the limit of {MAX_LINE_BYTES}")
         return decode(Record, parse(line, "the line"), "record")
+
+
+def choice_of(parameters: Parameters) -> Choice:
+    """Return parameters in a form that can be looked up."""
+    return tuple(sorted(parameters.items()))
 
 
 def origin_of(target: Target, cpu: str, threads: int) -> Origin:

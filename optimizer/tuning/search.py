@@ -9,20 +9,13 @@ from collections.abc import Mapping, Sequence
 
 from optimizer.tuning.cost_model import CostModel
 from optimizer.tuning.log import fits
-from optimizer.tuning.records import Record
+from optimizer.tuning.records import Record, choice_of
 from schedules.family import Parameters, Space, defaults
 
 # Of a larger space that many random candidates are ranked.
 _MOST_RANKED = 4096
 # The share of a batch that is chosen at random, so that the model also learns where it is wrong.
 _EXPLORATION = 0.25
-
-_Key = tuple[tuple[str, int], ...]
-
-
-def key_of(parameters: Parameters) -> _Key:
-    """Return parameters in a form that can be looked up."""
-    return tuple(sorted(parameters.items()))
 
 
 def size_of(space: Space) -> int:
@@ -44,15 +37,15 @@ def propose(
 
     Without a trained model they are the default's neighbours, one parameter changed, and then random ones.
     """
-    taken = {key_of(parameters) for parameters in (defaults(space), *tried)}
+    taken = {choice_of(parameters) for parameters in (defaults(space), *tried)}
     chosen: list[Parameters] = []
 
     def take(candidates: Sequence[Parameters], limit: int) -> None:
         for parameters in candidates:
             if len(chosen) >= limit:
                 return
-            if key_of(parameters) not in taken:
-                taken.add(key_of(parameters))
+            if choice_of(parameters) not in taken:
+                taken.add(choice_of(parameters))
                 chosen.append(parameters)
 
     take([seed for seed in seeds if fits(seed, space)], count)
@@ -97,7 +90,7 @@ def nearest_decisions(
         for record in records
         if record.kind == "decision" and not record.failure and (record.family, record.version) == (family, version)
     ]
-    decided.sort(key=lambda record: (_distance(record.features, features), key_of(record.parameters)))
+    decided.sort(key=lambda record: (_distance(record.features, features), choice_of(record.parameters)))
     return [record.parameters for record in decided[:count]]
 
 

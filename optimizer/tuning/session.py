@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from optimizer.errors import TuningError
 from optimizer.tuning import cost_model
 from optimizer.tuning.cost_model import CostModel
-from optimizer.tuning.log import TuningLog, fits
+from optimizer.tuning.log import TuningLog, best_decisions, fits, is_taken_back, ratios_in_steps
 from optimizer.tuning.pool import BenchPool, Measurement
 from optimizer.tuning.process import FailedError
-from optimizer.tuning.records import Origin, Record
-from optimizer.tuning.search import key_of, nearest_decisions, propose, size_of
+from optimizer.tuning.records import Kind, Origin, Record, WorkloadKey, choice_of
+from optimizer.tuning.search import nearest_decisions, propose, size_of
 from optimizer.tuning.tasks import Task, features_of
 from schedules.family import Parameters, defaults
 
@@ -31,6 +31,7 @@ LEAST_GAIN = 0.02
 class Progress:
     """Where the search of one task stands; `ratio` is the best over the default's time so far.
 
+    `in_step` is that in a whole step of the model of what was decided first, 0 where it was not compared there.
     `least_seconds` is what the machine's peak allows at best, 0 where that is not known.
     """
 
@@ -45,6 +46,7 @@ class Progress:
     failures: dict[str, int] = field(default_factory=dict)
     skipped: str = ""
     decided: Parameters | None = None
+    in_step: float = 0.0
     trials_of: list[Record] = field(default_factory=list)
 
     @property
@@ -72,6 +74,8 @@ class Budget:
 
 
 Watch = Callable[[Sequence[Progress]], None]
+# Returns what decisions measure in a step of the model, beside the defaults.
+CompareInStep = Callable[[Mapping[WorkloadKey, Parameters]], Mapping[WorkloadKey, Measurement]]
 
 
 class TuningSession:
@@ -118,15 +122,59 @@ class TuningSession:
             first = self.progress[0]
             raise TuningError(f"no kernel could be measured; '{first.task.description}' says: {first.skipped}")
 
+    def confirm(self, compare: CompareInStep) -> None:
+        """Compare decisions with the defaults in a step of the model; those that gain nothing there are taken back.
+
+        What then applies instead, of earlier decisions, is compared in its turn.
+        """
+        while chosen := self._unconfirmed():
+            measured = compare({key: record.parameters for key, (_, record) in chosen.items()})
+            confirmations = [
+                self._record("confirmation", chosen[key][0].task, chosen[key][1].parameters, result, {})
+                for key, result in measured.items()
+            ]
+            if not confirmations:
+                break
+            self._log.append(confirmations)
+            self._known += confirmations
+        self._settle()
+
+    def _unconfirmed(self) -> dict[WorkloadKey, tuple[Progress, Record]]:
+        """Return the tasks whose defaults are replaced by a decision that was not compared in a step yet."""
+        best, in_steps = best_decisions(self._known, self._origin.target_digest), ratios_in_steps(self._known)
+        found = ((each, best[each.task.key]) for each in self.progress if each.task.key in best)
+        return {
+            record.key: (each, record)
+            for each, record in found
+            if fits(record.parameters, each.task.space)
+            and record.choice != choice_of(defaults(each.task.space))
+            and (record.key, record.choice) not in in_steps
+        }
+
+    def _settle(self) -> None:
+        """Note what applies to each task that was decided."""
+        best, in_steps = best_decisions(self._known, self._origin.target_digest), ratios_in_steps(self._known)
+        for progress in self.progress:
+            if progress.decided is None:
+                continue
+            key = progress.task.key
+            progress.in_step = in_steps.get((key, choice_of(progress.decided)), 0.0)
+            record = best.get(key)
+            if record is None:
+                progress.decided, progress.ratio = defaults(progress.task.space), 1.0
+            else:
+                progress.decided = record.parameters
+                progress.ratio = in_steps.get((key, record.choice), record.ratio)
+
     def _resume(self, task: Task) -> Progress:
         progress = Progress(task)
         for record in self._known:
-            mine = record.key == (task.workload, task.family, task.version) and record.origin == self._origin
+            mine = record.key == task.key and record.origin == self._origin
             if not mine or not fits(record.parameters, task.space):
                 continue
             if record.kind == "trial":
                 self._note(progress, record)
-            else:
+            elif record.kind == "decision":
                 progress.decided, progress.ratio, progress.undecided = record.parameters, record.ratio, 0
         return progress
 
@@ -205,7 +253,9 @@ class TuningSession:
         if not progress.undecided or self._lost:
             return
         task = progress.task
-        good = sorted((r for r in progress.trials_of if not r.failure), key=lambda record: record.ratio)
+        in_steps = ratios_in_steps(self._known)
+        usable = [r for r in progress.trials_of if not r.failure and not is_taken_back(r, in_steps)]
+        good = sorted(usable, key=lambda record: record.ratio)
         finalists = [record.parameters for record in good[:FINALISTS] if record.ratio < 1]
         default = defaults(task.space)
         measured = self._measure(progress, finalists, FINAL_ROUNDS)
@@ -213,7 +263,7 @@ class TuningSession:
             return
         best = min(
             (
-                (result.ratio, key_of(parameters), parameters, result)
+                (result.ratio, choice_of(parameters), parameters, result)
                 for parameters, result in zip(finalists, measured, strict=True)
                 if not result.failure and result.ratio < 1 - LEAST_GAIN
             ),
@@ -222,13 +272,15 @@ class TuningSession:
         )
         progress.ratio, _, progress.decided, result = best
         progress.undecided = 0
-        self._log.append([self._record("decision", task, progress.decided, result, features_of(task))])
+        decision = self._record("decision", task, progress.decided, result, features_of(task))
+        self._log.append([decision])
+        self._known.append(decision)
 
     def _record(
-        self, kind: str, task: Task, parameters: Parameters, result: Measurement, features: Mapping[str, float]
+        self, kind: Kind, task: Task, parameters: Parameters, result: Measurement, features: Mapping[str, float]
     ) -> Record:
         return Record(
-            kind="decision" if kind == "decision" else "trial",
+            kind=kind,
             workload=task.workload,
             family=task.family,
             version=task.version,

@@ -14,6 +14,7 @@ from tvm.ir import Expr, Var
 from optimizer.lowering import LoweredModule
 from optimizer.package.dtypes import ITEM_BYTES
 from optimizer.report.inputs import default_size
+from optimizer.tuning.records import WorkloadKey
 from schedules import KernelReport
 from schedules.family import Space
 from schedules.loops import Extent
@@ -53,6 +54,11 @@ class Task:
     operations: int
     integer: bool
     is_cold: bool = False
+
+    @property
+    def key(self) -> WorkloadKey:
+        """Return what records of this task are looked up by."""
+        return self.workload, self.family, self.version
 
     @property
     def bytes(self) -> int:

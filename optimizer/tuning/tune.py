@@ -10,10 +10,11 @@ from pathlib import Path
 
 import targets
 from optimizer.compile import CompileOptions, plan_model
-from optimizer.progress import Watcher
+from optimizer.progress import Silent, Timeline, Watcher
 from optimizer.runtime.device_server import Description
 from optimizer.runtime.threads import resolve_thread_count
 from optimizer.tuning import devices
+from optimizer.tuning.in_step import PlannedModel, StepError, compare_in_step
 from optimizer.tuning.log import TuningLog
 from optimizer.tuning.peak import Peaks
 from optimizer.tuning.pool import BenchPool
@@ -40,6 +41,7 @@ class TuneOptions:
 class Tuned:
     """Where the search of each task ended, on what; `refused` says which devices were given up, and why.
 
+    `unconfirmed` says why decisions were not compared with defaults in a step of the model, where they could not be.
     An emulated device's figures are in no log: they only show that candidates build and compute right.
     """
 
@@ -47,6 +49,7 @@ class Tuned:
     machine: Description
     devices: int
     refused: tuple[str, ...]
+    unconfirmed: str = ""
 
 
 def tune_model(
@@ -63,7 +66,7 @@ def tune_model(
     target = options.target
     with devices.opened(tuning.device, target) as chosen:
         threads = resolve_thread_count(tuning.threads) if chosen.address is None else tuning.threads
-        _, plan = plan_model(model, replace(options, tuning_log=None), watcher)
+        source, plan = plan_model(model, replace(options, tuning_log=None), watcher)
         tasks = tasks_of(plan.lowered, tuning.sizes)
         with BenchPool(target, threads, chosen.count, chosen.address) as pool:
             machine = pool.open()
@@ -75,7 +78,21 @@ def tune_model(
                 if target.device == "cpu" and not machine.emulated:
                     _note_peaks(session.progress, pool.measure_peaks(origin.threads))
                 session.run(tuning.budget, watch)
-            return Tuned(tuple(session.progress), machine, pool.size, tuple(pool.refused))
+                unconfirmed = ""
+                if target.device == "cpu" and chosen.address is None:
+                    planned = PlannedModel(source, plan, options, tuning.sizes)
+                    with Timeline(watcher or Silent()).stage("compare whole steps"):
+                        unconfirmed = _confirm(session, planned, origin.threads)
+            return Tuned(tuple(session.progress), machine, pool.size, tuple(pool.refused), unconfirmed)
+
+
+def _confirm(session: TuningSession, model: PlannedModel, threads: int) -> str:
+    """Compare the session's decisions with defaults in a step of the model; return why that could not be done."""
+    try:
+        session.confirm(lambda decided: compare_in_step(model, decided, threads))
+    except StepError as error:
+        return str(error)
+    return ""
 
 
 def _note_peaks(progress: Sequence[Progress], peaks: Peaks | None) -> None:

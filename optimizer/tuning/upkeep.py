@@ -12,7 +12,7 @@ import targets
 from optimizer.errors import TuningLogError
 from optimizer.json_records import RecordError
 from optimizer.tuning.log import TuningLog
-from optimizer.tuning.records import Record, target_digest
+from optimizer.tuning.records import Record, WorkloadKey, target_digest
 from schedules.registry import versions
 
 MAX_ARCHIVE_BYTES = 1 << 30
@@ -70,18 +70,20 @@ def merge(records: Iterable[Record], log: TuningLog) -> int:
 def prune(log: TuningLog, keep: int) -> int:
     """Keep of each workload its decisions of the current schedules and the `keep` best trials; return how many went.
 
-    Of decisions that were made on one machine with one version of everything the last stays.
+    Of decisions that were made on one machine with one version of everything, and of confirmations of the same
+    parameters, the last stays.
     """
     records = log.read().records
     known = _versions(log.target)
     current = [record for record in records if known.get(record.family) == record.version]
     decisions = {(record.key, record.origin): record for record in current if record.kind == "decision"}
-    trials: dict[tuple[str, str, int], list[Record]] = {}
+    confirmations = {(r.key, r.choice, r.origin): r for r in current if r.kind == "confirmation"}
+    trials: dict[WorkloadKey, list[Record]] = {}
     for record in current:
         if record.kind == "trial" and not record.failure:
             trials.setdefault(record.key, []).append(record)
     best = [r for group in trials.values() for r in sorted(group, key=lambda record: record.ratio)[:keep]]
-    kept = {id(record) for record in (*decisions.values(), *best)}
+    kept = {id(record) for record in (*decisions.values(), *confirmations.values(), *best)}
     log.replace(record for record in records if id(record) in kept)
     return len(records) - len(kept)
 

@@ -114,5 +114,25 @@ def test_the_order_of_lines_does_not_matter(order: list[int]) -> None:
     assert shuffled.decide(_REPORT) == {"rows": 4, "vectors": 1}
 
 
+_CONFIRMATION = replace(RECORD, kind="confirmation")
+
+
+def test_what_gained_most_in_steps_of_models_applies() -> None:
+    other = replace(RECORD, parameters={"rows": 4, "vectors": 2}, ratio=0.9)
+    records = (RECORD, other, replace(_CONFIRMATION, ratio=0.99), replace(other, kind="confirmation", ratio=0.95))
+    assert _decisions(*records).decide(_REPORT) == other.parameters
+
+
+def test_what_was_no_faster_in_steps_of_models_does_not_apply() -> None:
+    slower, faster = replace(_CONFIRMATION, ratio=1.0), replace(_CONFIRMATION, ratio=0.9)
+    assert _decisions(RECORD, slower).decide(_REPORT) is None
+    assert _decisions(RECORD, slower, faster).decide(_REPORT) == RECORD.parameters
+
+
+def test_what_is_confirmed_goes_before_what_is_not() -> None:
+    unconfirmed = replace(RECORD, parameters={"rows": 4, "vectors": 2}, ratio=0.1)
+    assert _decisions(unconfirmed, RECORD, replace(_CONFIRMATION, ratio=0.9)).decide(_REPORT) == RECORD.parameters
+
+
 def test_the_default_fits_a_space_that_does_not_list_it() -> None:
     assert fits({"rows": 7}, (Choice("rows", 7, (4, 8)),))

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimizer.tuning.cost_model import CostModel
-from optimizer.tuning.search import key_of, nearest_decisions, propose, size_of
+from optimizer.tuning.records import choice_of
+from optimizer.tuning.search import nearest_decisions, propose, size_of
 from schedules.family import Choice, Parameters, Space, defaults
 from tests.tuning.examples import RECORD
 
@@ -31,9 +32,9 @@ def test_every_candidate_comes_once_and_the_default_never(space: Space, count: i
     while batch := _propose(space, tried, count):
         assert len(batch) <= count
         tried += batch
-    keys = {key_of(parameters) for parameters in tried}
+    keys = {choice_of(parameters) for parameters in tried}
     assert len(keys) == len(tried) == size_of(space) - 1
-    assert key_of(defaults(space)) not in keys
+    assert choice_of(defaults(space)) not in keys
 
 
 def test_the_size_counts_a_default_that_is_no_candidate() -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +8,9 @@ import pytest
 
 from optimizer.errors import TuningError
 from optimizer.tuning.log import TuningLog, decisions_of
-from optimizer.tuning.session import Budget, Progress, TuningSession
+from optimizer.tuning.pool import Measurement
+from optimizer.tuning.records import WorkloadKey
+from optimizer.tuning.session import Budget, CompareInStep, Progress, TuningSession
 from optimizer.tuning.tasks import Task
 from schedules.family import Choice, Parameters, defaults
 from tests.tuning.examples import ORIGIN, TARGET, Bench, matmul_task
@@ -132,6 +134,69 @@ def test_trials_go_to_the_task_that_takes_most_of_a_step(tmp_path: Path) -> None
     session = _session(Bench(lambda task, _: 1e-6 if task is light else 1e-3), tmp_path, (light, _TASK))
     session.run(Budget(trials=32))
     assert session.progress[1].trials > session.progress[0].trials
+
+
+def _in_step(ratio: float) -> CompareInStep:
+    """Return a step of a model in which each decision takes `ratio` times as long as the default."""
+    return lambda decided: {key: Measurement(1e-3 * ratio, 0.0, ratio) for key in decided}
+
+
+def _applied(folder: Path) -> Parameters | None:
+    record = decisions_of(TuningLog(folder, TARGET.name).read(), TARGET).records.get(_TASK.key)
+    return None if record is None else record.parameters
+
+
+def test_a_decision_that_is_no_faster_in_a_step_is_taken_back(tmp_path: Path) -> None:
+    session = _session(Bench(_distance), tmp_path)
+    session.run(Budget(trials=10_000))
+    session.confirm(_in_step(1.0))
+    assert _applied(tmp_path) is None
+    assert (session.progress[0].decided, session.progress[0].ratio) == (defaults(_TASK.space), 1)
+    assert session.progress[0].in_step == 1
+
+
+def test_a_decision_that_is_faster_in_a_step_stays_with_what_it_gains_there(tmp_path: Path) -> None:
+    session = _session(Bench(_distance), tmp_path)
+    session.run(Budget(trials=10_000))
+    session.confirm(_in_step(0.9))
+    assert _applied(tmp_path) == session.progress[0].decided == _BEST
+    assert session.progress[0].ratio == 0.9
+
+
+def test_what_was_taken_back_is_not_decided_again(tmp_path: Path) -> None:
+    session = _session(Bench(_distance), tmp_path)
+    session.run(Budget(trials=24))
+    session.confirm(_in_step(1.1))
+    taken_back = [r.parameters for r in TuningLog(tmp_path, TARGET.name).read().records if r.kind == "confirmation"]
+    again = _session(Bench(_distance), tmp_path)
+    again.run(Budget(trials=10_000))
+    assert again.progress[0].decided not in taken_back
+
+
+def test_an_earlier_decision_is_compared_before_it_takes_the_place_of_one_taken_back(tmp_path: Path) -> None:
+    _session(Bench(_distance), tmp_path).run(Budget(trials=8))
+    earlier = _applied(tmp_path)
+    session = _session(Bench(_distance), tmp_path)
+    session.run(Budget(trials=10_000))
+    compared: list[Parameters] = []
+
+    def compare(decided: Mapping[WorkloadKey, Parameters]) -> dict[WorkloadKey, Measurement]:
+        compared.extend(decided.values())
+        return {key: Measurement(1e-3, 0.0, 1.2 if len(compared) == 1 else 0.8) for key in decided}
+
+    session.confirm(compare)
+    assert compared == [_BEST, earlier]
+    assert _applied(tmp_path) == earlier
+
+
+def test_a_decision_is_compared_in_a_step_once(tmp_path: Path) -> None:
+    session = _session(Bench(_distance), tmp_path)
+    session.run(Budget(trials=8))
+    session.confirm(_in_step(0.9))
+    again = _session(Bench(_distance), tmp_path)
+    again.run(Budget(trials=8))
+    again.confirm(lambda _: pytest.fail("compared again"))
+    assert again.progress[0].ratio == 0.9
 
 
 def test_a_trained_model_is_left_beside_the_log(tmp_path: Path) -> None:

@@ -43,6 +43,15 @@ def test_pruning_keeps_the_best_trials_and_the_last_decision(log: TuningLog) -> 
     assert log.read().records == (_TRIALS[1], _TRIALS[2], last)
 
 
+def test_pruning_keeps_the_last_confirmation_of_each_choice(tmp_path: Path) -> None:
+    first = replace(RECORD, kind="confirmation", ratio=1.1)
+    last, other = replace(first, ratio=1.2), replace(first, parameters={"rows": 4, "vectors": 2})
+    log = TuningLog(tmp_path, TARGET.name)
+    log.append([first, last, other])
+    assert upkeep.prune(log, keep=0) == 1
+    assert log.read().records == (last, other)
+
+
 def test_records_of_a_gpu_are_kept_and_nothing_is_said_of_them(tmp_path: Path) -> None:
     gpu = TuningLog(tmp_path, "cuda")
     origin = replace(
