@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from schedules.access import occurs
+from schedules.access import linear_coefficient, occurs
 from schedules.channel_windows import ChannelWindows
 from schedules.loops import Extent, product
 from targets.base import Target
@@ -89,11 +89,12 @@ def _fits(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -
     """Return whether the tile's sums and what a step multiplies fit the vector registers.
 
     On Arm LLVM loads the next channel's weights early only where no loop over taps lies between. Where neighbouring
-    columns read the same elements at neighbouring taps of one loop, LLVM keeps these, too.
+    columns read the same elements at neighbouring taps of one loop, LLVM keeps these, too: lane by lane all that a row
+    of taps reaches, of which a stride is a multiple of the columns.
     """
     last = analysis.data.indices[-1]
     if occurs(last, analysis.lane.variable):
-        operands = columns + BORDER_OPERANDS
+        operands = columns * _stride(analysis) + BORDER_OPERANDS
     elif analysis.columns is not None and occurs(last, analysis.columns.inner.variable):
         operands = blocks + 2 * columns
     else:
@@ -103,6 +104,14 @@ def _fits(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -
         if target.architecture == "aarch64" and taps:
             operands -= blocks
     return blocks * columns + operands <= _registers(target)
+
+
+def _stride(analysis: ChannelWindows) -> int:
+    """Return how far apart the elements are that neighbouring columns read."""
+    if analysis.columns is None:
+        return 1
+    variable = analysis.columns.inner.variable
+    return max(1, *(linear_coefficient(position, variable) or 1 for position in analysis.data.indices))
 
 
 def _tile_sizes(extent: int, size: int) -> list[int]:

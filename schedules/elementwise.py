@@ -101,12 +101,17 @@ def overlapping_vectors(extent: Extent, lanes: int, element: Callable[[Expr], St
 
     `element` must store the same whenever it is done. A vector of odd width would be taken apart into several.
     """
+    return overlapping_tiles(extent, lanes, lambda base, width: vector(width, lambda i: element(base + i)))
+
+
+def overlapping_tiles(extent: Extent, lanes: int, tile: Callable[[Expr, int], Stmt]) -> Stmt:
+    """Return the same of tiles, of which `tile` gets the first position and how many there are."""
     rest = extent % lanes if isinstance(extent, int) else 0
     width = 1 << (rest - 1).bit_length() if rest else 0
     if not isinstance(extent, int) or not rest or width > extent:
-        return vector_tiles(extent, lanes, element)
-    last = vector(width, lambda i: element(index(extent - width) + i))
-    return sequence([vector_tiles(extent - rest, lanes, element), last]) if extent > rest else last
+        return tiles(extent, [lanes] if isinstance(extent, int) else [lanes, 1], tile)
+    last = tile(index(extent - width), width)
+    return sequence([tiles(extent - rest, [lanes], tile), last]) if extent > rest else last
 
 
 def split_row(extent: Extent, chunk: int, row: Callable[[Expr, Extent], Stmt]) -> Stmt:

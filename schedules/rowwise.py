@@ -15,7 +15,7 @@ from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import AxisGroup, Step, as_int, branches_on, group_axes, occurs, same_extent
-from schedules.elementwise import overlapping_vectors
+from schedules.elementwise import overlapping_tiles, overlapping_vectors
 from schedules.family import Choice, Kernel, Parameters, Space, parallel_if_large, vector_width, work_of
 from schedules.loops import (
     LINE_BITS,
@@ -30,10 +30,11 @@ from schedules.loops import (
     product,
     store,
     unflatten,
+    vector,
     with_local,
 )
 from schedules.matmul import step, walks_in_lanes
-from schedules.reducer import reducer_of
+from schedules.reducer import accumulate, accumulator_dtype, reducer_of
 from schedules.reduction import reduce_element
 from schedules.softmax import simplified
 from schedules.stages import Axis, Stage, as_extent, bind, contains, replace_loads, sequence, substitute
@@ -335,6 +336,9 @@ def _reduce(
     reduction = tuple(group_axes(stage.reduction, [stage]))
     reducer = reducer_of(stage)
     along = reduction[-1] if reducer is not None and walks_in_lanes(stage, reduction[-1]) else None
+    columns = group_axes(inner, [stage])
+    if along is None and reducer is not None and columns and walks_in_lanes(stage, columns[-1]):
+        return _reduce_columns(stage, reduction, columns, point, lanes)
 
     def one(positions: Sequence[Expr]) -> Stmt:
         values = {**point, **{axis.variable: p for axis, p in zip(inner, positions, strict=True)}}
@@ -344,3 +348,46 @@ def _reduce(
         )
 
     return nest([axis.extent for axis in inner], one)
+
+
+def _reduce_columns(
+    stage: Stage,
+    reduction: Sequence[AxisGroup],
+    groups: Sequence[AxisGroup],
+    point: Mapping[Var, Expr],
+    lanes: int,
+) -> Stmt:
+    """Return code that reduces neighbouring elements of a row, of axes `groups`, side by side in lanes."""
+    dtype, initial = accumulator_dtype(stage), stage.initial
+    assert initial is not None
+    *outer, columns = groups
+
+    def tile(outside: Sequence[Expr], start: Expr, width: int) -> Stmt:
+        totals = local([width], dtype, "totals")
+
+        def each(element: Callable[[Expr, Mapping[Var, Expr]], Stmt]) -> Stmt:
+            def at(v: Expr) -> Stmt:
+                positions = zip(groups, [*outside, start + v], strict=True)
+                own = [group.point(position) for group, position in positions]
+                return element(v, {**point, **{axis: value for values in own for axis, value in values.items()}})
+
+            return vector(width, at)
+
+        def step_at(positions: list[Expr]) -> Stmt:
+            reached = {axis: value for group, position in zip(reduction, positions, strict=True)
+                       for axis, value in group.point(position).items()}  # fmt: skip
+            return each(
+                lambda v, values: store(totals, accumulate(stage, load(totals, [v]), {**values, **reached}), [v])
+            )
+
+        def finish(v: Expr, values: Mapping[Var, Expr]) -> Stmt:
+            return store(stage.output, load(totals, [v]).astype(stage.output.dtype), stage.at(values)[0])
+
+        start_at = each(lambda v, values: store(totals, substitute(initial, values).astype(dtype), [v]))
+        steps = nest([group.extent for group in reduction], step_at)
+        return with_local([totals], [start_at, steps, each(finish)])
+
+    return nest(
+        [group.extent for group in outer],
+        lambda outside: overlapping_tiles(columns.extent, lanes, lambda start, width: tile(outside, start, width)),
+    )

@@ -211,6 +211,8 @@ def _ahead(
 ) -> list[Stmt]:
     """Return requests for the lines of a tile of `side` rows whose elements `at` places, where they may be far away."""
     stage, zero = analysis.stage, index(0)
+    if int(analysis.along.extent) <= TILES_AHEAD * side:  # rows are so short that the hardware sees what comes next
+        return []
     elements = work_of(stage)
     size = elements * stage.output.dtype.bits // 8 if isinstance(elements, int) else LAST_CACHE_BYTES
     if size <= target.caches.level2 // 2:

@@ -83,6 +83,16 @@ def test_softmax(shape: tuple[int, int], axis: int) -> None:
     np.testing.assert_allclose(got, exponentials / exponentials.sum(axis, keepdims=True), rtol=1e-5)
 
 
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(shape=st.tuples(st.sampled_from([1, 3]), SIZES, SIZES))
+def test_softmax_of_neighbouring_rows(shape: tuple[int, int, int]) -> None:
+    x = normal(*shape) * 10
+    got, families = run(lambda x: op.nn.softmax(x, axis=1), [x])
+    exponentials = np.exp(x.astype("float64") - x.max(1, keepdims=True))
+    np.testing.assert_allclose(got, exponentials / exponentials.sum(1, keepdims=True), rtol=1e-5)
+    assert 1 in shape or families == {"rowwise"}
+
+
 @pytest.mark.parametrize("width", [1, 7, 31, 131])
 def test_softmax_keeps_infinities_and_not_a_numbers(width: int) -> None:
     x = normal(6, width)
