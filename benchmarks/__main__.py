@@ -46,6 +46,7 @@ _ENGINES = tuple(dict.fromkeys([*ENGINES, *BF16_ENGINES, "peak", *llm.ENGINES]))
 @click.option("--engine", "engines", multiple=True, type=click.Choice(_ENGINES), help="Only these engines.")
 @click.option("--batch", default=1, show_default=True, help="How many inputs the models take at once.")
 @click.option("--length", "lengths", multiple=True, type=click.IntRange(2), help="Tokens of a text; may be repeated.")
+@click.option("--int8", is_flag=True, help="Models quantized to 8 bits (`python -m benchmarks.models --int8`).")
 @click.option("--threads", type=click.IntRange(1), help="Threads of every engine; default: one per physical core.")
 @click.option("--rounds", default=5, show_default=True, help="How often all engines take their turn.")
 @click.option("--trials", multiple=True, type=click.IntRange(1), help="Table tuning: after how many trials to look.")
@@ -67,6 +68,7 @@ def main(
     engines: tuple[str, ...],
     batch: int,
     lengths: tuple[int, ...],
+    int8: bool,
     threads: int | None,
     rounds: int,
     trials: tuple[int, ...],
@@ -122,7 +124,7 @@ def main(
     click.echo(f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}")
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="optimizer-bench-") as folder:
-        for subject in subjects(table, models, exporters, Path(folder), Sizes(batch, lengths)):
+        for subject in subjects(table, models, exporters, Path(folder), Sizes(batch, lengths, int8)):
             for line, fails in _lines(subject, engines or TABLES[table].engines, threads, rounds):
                 click.echo(line)
                 failed += [subject.label] if fails else []

@@ -76,6 +76,7 @@ def subjects(
         return
     several = len(exporters or TABLES[table].exporters) > 1
     options = (f" --batch {sizes.batch}" if sizes.batch > 1 else "") + (" --any-length" if sizes.lengths else "")
+    options += " --int8" if sizes.int8 else ""
     for name in filter(wanted, TABLES[table].models):
         if sizes.lengths and not takes_a_text(name):
             continue

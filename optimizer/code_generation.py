@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 
 import tvm
+import tvm.ir
 import tvm_ffi
 from tvm import tirx
 from tvm.tirx import compilation_pipeline
@@ -39,6 +40,8 @@ _CXX_KEYWORDS = frozenset([
     "uint", "union", "unsigned", "using", "virtual", "void", "volatile", "warpSize", "wchar_t", "while", "xor",
     "xor_eq",
 ])  # fmt: skip
+# TVM knows of no vector of it, and would compute whatever is rounded, such as codes of 8 bits, one by one.
+tvm.ir.register_op_attr("tirx.nearbyint", "TVectorizable", True)
 _Finalize = Callable[[], tvm.transform.Pass]
 
 

@@ -100,17 +100,28 @@ def test_extremes_do_not_saturate() -> None:
         assert (result(module, x, target) == -128 * 255 * 64).all()
 
 
+SCALES = np.linspace(0.001, 0.002, 40, dtype=np.float32)
+
+
+def requantized(weights: np.ndarray, x: relax.Var) -> relax.Expr:
+    scaled = op.multiply(op.astype(product(weights, x), "float32"), relax.const(SCALES))
+    return op.astype(op.clip(op.add(op.round(scaled), relax.const(np.float32(128))), 0, 255), "uint8")
+
+
 def test_what_follows_is_computed_in_the_kernel() -> None:
     weights, x = byte_values(64, 40, dtype="int8"), byte_values(9, 64, dtype="uint8")
-    scales = np.linspace(0.001, 0.002, 40, dtype=np.float32)
-
-    def quantized(v: relax.Var) -> relax.Expr:
-        scaled = op.multiply(op.astype(product(weights, v), "float32"), relax.const(scales))
-        return op.astype(op.clip(op.add(op.round(scaled), relax.const(np.float32(128))), 0, 255), "uint8")
-
-    lowered = lower(module_of(quantized, [(9, 64)], ["uint8"]), TARGET)
+    lowered = lower(module_of(lambda v: requantized(weights, v), [(9, 64)], ["uint8"]), TARGET)
     assert [kernel.family for kernel in lowered.kernels] == ["matmul"]
     machine = relax.VirtualMachine(build(lowered.module, TARGET), tvm.cpu())
     got = machine["main"](tvm.runtime.tensor(x)).numpy()
-    sums = (x.astype(np.int64) @ weights.astype(np.int64)).astype(np.float32) * scales
+    sums = (x.astype(np.int64) @ weights.astype(np.int64)).astype(np.float32) * SCALES
     np.testing.assert_array_equal(got, np.clip(np.rint(sums) + 128, 0, 255).astype(np.uint8))
+
+
+def test_sums_are_rounded_to_codes_in_vectors() -> None:
+    weights, chosen = byte_values(64, 40, dtype="int8"), targets.get("x86-avx512")
+    lowered = lower(module_of(lambda v: requantized(weights, v), [(16, 64)], ["uint8"]), chosen)
+    modules = build(lowered.module, chosen).mod.imports
+    assembly = "".join(each.inspect_source("asm") for each in modules if each.kind == "llvm")
+    assert "vrndscaleps" in assembly
+    assert not {"vroundss", "vrndscaless"} & set(assembly.split())
