@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
 from onnxruntime.quantization import (
     CalibrationDataReader,
     QuantFormat,
@@ -36,6 +37,9 @@ def quantize(model: Path, output: Path, cases: Mapping[str, Mapping[str, Array]]
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
+        graph = onnx.load(prepared, load_external_data=False).graph
+        weights = {tensor.name for tensor in graph.initializer}
+        attention = [node.name for node in graph.node if node.op_type == "MatMul" and not weights & set(node.input)]
         quantize_static(
             str(prepared),
             str(output),
@@ -45,5 +49,5 @@ def quantize(model: Path, output: Path, cases: Mapping[str, Mapping[str, Array]]
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=_IMAGES if images else _PRODUCTS,
-            extra_options={"MatMulConstBOnly": True},
+            nodes_to_exclude=attention,
         )
