@@ -37,6 +37,7 @@ from passes.quantization.scheme import SchemeError
 from passes.quantize_weights import QuantizeWeights
 from schedules.intrin.bf16_conversion import BFLOAT16
 from schedules.intrin.bf16_dot import bf16_dot
+from schedules.intrin.byte_dot import activation_types
 from targets.base import Target
 from targets.linking import export_library
 
@@ -107,7 +108,9 @@ class CompileOptions:
         if self.target.device == "cpu":
             in_pairs = self.operand_dtype == BFLOAT16 and bf16_dot(self.target) is not None
             dtype = BFLOAT16 if in_pairs else "float32"
-            steps.append(f"block-channels{{block={self.target.layouts.channel_block},dtype={dtype}}}")
+            integers = "".join(activation_types(self.target)[:1])
+            block = self.target.layouts.channel_block
+            steps.append(f"block-channels{{block={block},dtype={dtype},integers={integers}}}")
         if self.operand_dtype is not None:
             steps.append(f"convert-precision{{dtype={self.operand_dtype}}}")
             if self.operand_dtype == "bfloat16" and self.target.device == "cpu":

@@ -10,50 +10,42 @@ transforms where these are chosen (`passes.winograd`).
 With `dtype` bfloat16 what a convolution reads is rounded to it, once, where it is made; who else reads it gets it
 widened again. Products of its channels with weights of bfloat16, transformed by Winograd's filtering or not, are of
 pairs of neighbouring channels. Fp32 remain the weights of depthwise convolutions, sums, what follows, transforms.
+
+Convolutions of bytes that are summed in int32 read fours of neighbouring channels (`passes.integer_convolutions`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import tvm
 import tvm.ir
 from tvm import relax, te
-from tvm.relax.expr_functor import PyExprMutator, mutator
+from tvm.relax.expr_functor import mutator
 
 from passes import blocked_operators
 from passes.base import Pass, PassOutcome, Refusal, Site, require
+from passes.blocked_forms import Blocked, BlockedForms
 from passes.blocked_operators import Geometry
+from passes.channelwise_operators import CONVOLUTIONS, ELEMENTWISE, POOLINGS, QUANTIZATIONS, REDUCTIONS, TRANSPOSED
 from passes.convolution_sites import check_operands, checked_geometry, static
+from passes.integer_convolutions import (
+    Border,
+    IntegerConvolution,
+    border_of,
+    integer_convolution,
+    is_integer,
+)
 from passes.provenance import nodes_of
+from passes.tensor_types import constant_of
 from passes.winograd import choose_tile, pack_winograd
 from schedules.intrin.bf16_conversion import BFLOAT16
 from schedules.intrin.bf16_dot import PAIR
 from schedules.winograd_structure import winograd
 from schedules.winograd_transforms import TAPS
-
-_CONVOLUTIONS = {"relax.nn.conv1d": 1, "relax.nn.conv2d": 2, "relax.nn.conv3d": 3}
-_TRANSPOSED = {"relax.nn.conv1d_transpose": 1, "relax.nn.conv2d_transpose": 2, "relax.nn.conv3d_transpose": 3}
-_ELEMENTWISE = frozenset(
-    f"relax.{name}"
-    for name in [
-        *("nn.relu", "nn.leakyrelu", "nn.gelu", "nn.gelu_tanh", "nn.silu", "sigmoid", "tanh", "erf", "exp", "log"),
-        *("negative", "abs", "sqrt", "rsqrt", "square", "clip", "floor", "ceil", "round", "astype"),
-        *("add", "subtract", "multiply", "divide", "power", "maximum", "minimum", "where"),
-        *("less", "less_equal", "greater", "greater_equal", "equal", "not_equal"),
-        *("logical_and", "logical_or", "logical_not"),
-    ]
-)
-_REDUCTIONS = {
-    "relax.mean": relax.op.mean,
-    "relax.sum": relax.op.sum,
-    "relax.max": relax.op.max,
-    "relax.min": relax.op.min,
-}
-_POOLINGS = {"relax.nn.max_pool2d": relax.op.nn.max_pool2d, "relax.nn.avg_pool2d": relax.op.nn.avg_pool2d}
 
 
 @dataclass(frozen=True)
@@ -61,13 +53,15 @@ class BlockChannels(Pass):
     """Give convolutions of fp32 with constant weights, and what lies between them, blocks of `block` channels.
 
     Where it pays, 3x3 filters are computed by Winograd's F(m, 3) with m up to `winograd`: 2, 4, or 0 for none. `dtype`
-    is what convolutions read: float32, or bfloat16 for targets that have dot products of pairs of it.
+    is what convolutions read: float32, or bfloat16 for targets that have dot products of pairs of it;
+    `integers` what dot products of fours of bytes read, uint8 or int8, nothing where there are none.
     """
 
     name: ClassVar[str] = "block-channels"
     block: int = 16
     winograd: int = 4
     dtype: str = "float32"
+    integers: str = ""
 
     def run(self, module: tvm.IRModule) -> PassOutcome:
         """Rewrite all Relax functions of the module."""
@@ -80,36 +74,16 @@ class BlockChannels(Pass):
         return PassOutcome(rewritten, tuple(sites))
 
 
-@dataclass(frozen=True)
-class _Blocked:
-    """A blocked tensor with the number of its channels and the shape that it has unblocked.
-
-    `rounded` is what a convolution reads of it where that is of another type.
-    """
-
-    var: relax.Var
-    shape: tuple[tvm.ir.Expr, ...]
-    rounded: relax.Var | None = None
-
-    @property
-    def channels(self) -> int:
-        return int(self.shape[1])
-
-
 @mutator
-class _Blocker(PyExprMutator):
-    """Walks the bindings in order; `_blocked` holds what has a blocked form, `_plain` what was converted back."""
+class _Blocker(BlockedForms):
+    """Walks the bindings in order; `_borders` holds what is padded with a constant."""
 
     def __init__(self, module: tvm.IRModule, options: BlockChannels, sites: list[Site]) -> None:
-        super().__init__(module)
-        self._block = options.block
+        super().__init__(module, options.block, options.dtype)
         self._largest_tile = options.winograd
-        self._dtype = options.dtype
-        self._name = ""
+        self._integers = options.integers
+        self._borders: dict[relax.Var, Border] = {}
         self._sites = sites
-        self._blocked: dict[relax.Var, _Blocked] = {}
-        self._plain: dict[relax.Var, relax.Expr] = {}
-        self._converted: dict[relax.Var, _Blocked] = {}
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         """Bind the blocked form of the value where it has one."""
@@ -118,7 +92,7 @@ class _Blocker(PyExprMutator):
         if value is None:
             super().visit_var_binding_(binding)
             return
-        if isinstance(value, _Blocked):
+        if isinstance(value, Blocked):
             self._blocked[binding.var] = value
             if isinstance(binding.var, relax.DataflowVar):
                 return
@@ -126,57 +100,92 @@ class _Blocker(PyExprMutator):
         super().visit_var_binding_(relax.VarBinding(binding.var, value))
 
     def visit_dataflow_block_(self, block: relax.DataflowBlock) -> relax.BindingBlock:
-        """Forget blocked forms at the end of a block: others do not see its variables."""
+        """Forget borders at the end of a block: others do not see what is inside."""
         result = super().visit_dataflow_block_(block)
-        for known in (self._blocked, self._plain, self._converted):
-            known.clear()
+        self._borders.clear()
         return result
 
-    def visit_dataflow_var_(self, op: relax.DataflowVar) -> relax.Expr:
-        """Convert a blocked tensor back for a reader that wants it plain."""
-        blocked = self._blocked.get(op)
-        if blocked is None:
-            return super().visit_dataflow_var_(op)
-        if op not in self._plain:
-            self._plain[op] = self._emit(self._unblocked(blocked))
-        return self._plain[op]
-
-    def _rewritten(self, binding: relax.VarBinding) -> _Blocked | relax.Expr | None:
+    def _rewritten(self, binding: relax.VarBinding) -> Blocked | relax.Expr | None:
         """Return the blocked form of a binding's value, another expression for it, or None to leave it."""
         call = binding.value
         if not isinstance(call, tvm.ir.Call) or not isinstance(call.op, tvm.ir.Op):
             return None
         name = call.op.name
-        if name in _CONVOLUTIONS or name in _TRANSPOSED:
+        if name in CONVOLUTIONS or name in TRANSPOSED:
             try:
-                result, choice = self._convolution(call) if name in _CONVOLUTIONS else self._transposed(call)
+                result, choice = self._any_convolution(call)
             except Refusal as refusal:
                 self._sites.append(Site(binding.var.name, str(refusal), nodes_of(call)))
                 return None
             self._sites.append(Site(binding.var.name, None, nodes_of(call), choice))
             return result
+        border = border_of(call)
+        if border is not None:
+            self._borders[binding.var] = border
         if name == "relax.concat":
             return self._concatenation(call)
         if not any(self._is_blocked(argument) for argument in call.args):
             return None
-        if name in _ELEMENTWISE:
+        if name in ELEMENTWISE:
             return self._elementwise(call)
-        if name in _POOLINGS:
+        if name in QUANTIZATIONS:
+            return self._quantization(call)
+        if name in POOLINGS:
             return self._pooling(call)
-        if name in _REDUCTIONS:
+        if name in REDUCTIONS:
             return self._reduction(call)
         if name == "relax.permute_dims":
             return self._permutation(call)
         return None
 
-    def _emit(self, expr: relax.Expr) -> relax.Var:
-        """Bind what is made of the present binding, under its name."""
-        return self.builder_.emit(expr, self._name)
+    def _any_convolution(self, call: tvm.ir.Call) -> tuple[Blocked, str]:
+        if call.op.name in TRANSPOSED:
+            return self._transposed(call)
+        if not is_integer(call):
+            return self._convolution(call)
+        border = self._borders.get(call.args[0]) if isinstance(call.args[0], relax.Var) else None
+        return self._integer(call, integer_convolution(call, border, self._integers)), "in integers"
 
-    def _is_blocked(self, expr: relax.Expr) -> bool:
-        return isinstance(expr, relax.Var) and expr in self._blocked
+    def _integer(self, call: tvm.ir.Call, site: IntegerConvolution) -> Blocked:
+        """Return a convolution of bytes in blocked form; raises Refusal."""
+        values, block, is_blocked = site.weights, self._block, self._is_blocked(site.source)
+        if site.depthwise:
+            several = len(values) // site.groups
+            require(several == 1, f"a depthwise convolution with {several} outputs a channel")
+            depth, packed = block, blocked_operators.pack_depthwise(values, block)
+        else:
+            self._require_blocks(values, site.groups, is_blocked)
+            depth = block if is_blocked or site.channels > block else site.channels
+            packed = blocked_operators.pack_fours(values, block, depth)
+        geometry, border = site.split()
+        data = self._as_blocked(site.source).var if depth == block else self._in_blocks(site.source, depth)
+        if any((*border.pads_begin, *border.pads_end)):
+            data = self._bordered(data, border, site.border)
 
-    def _convolution(self, call: tvm.ir.Call) -> tuple[_Blocked, str]:
+        def compute(x: te.Tensor, w: te.Tensor) -> te.Tensor:
+            if site.depthwise:
+                return blocked_operators.depthwise(x, w, geometry)
+            return blocked_operators.dense(x, w, site.channels, site.groups, geometry)
+
+        return self._computed(call, compute, packed, data)
+
+    def _bordered(self, data: relax.Expr, border: Geometry, value: int) -> relax.Var:
+        """Return a blocked image with a border of some value."""
+        return self._emit(
+            self.builder_.call_te(
+                lambda x: blocked_operators.with_border(x, border, value), data, primfunc_name_hint="border"
+            )
+        )
+
+    def _require_blocks(self, values: np.ndarray, groups: int, is_blocked: bool) -> None:
+        """Refuse groups that are no whole blocks, and blocks that would be mostly empty."""
+        (outputs, per_group), block = values.shape[:2], self._block
+        if groups > 1 and (per_group % block or outputs // groups % block):
+            raise Refusal(f"groups of {per_group} to {outputs // groups} channels are not whole blocks of {block}")
+        if 2 * outputs < block and not is_blocked:
+            raise Refusal(f"{outputs} output channels would leave most of a block of {block} empty")
+
+    def _convolution(self, call: tvm.ir.Call) -> tuple[Blocked, str]:
         """Return a convolution in blocked form, and how it is computed; raises Refusal."""
         geometry = checked_geometry(call)
         values, block = call.args[1].value.numpy(), self._block
@@ -189,10 +198,7 @@ class _Blocker(PyExprMutator):
                 raise Refusal(f"a depthwise convolution with {outputs // channels} outputs a channel")
             packed = blocked_operators.pack_depthwise(values, block)
             return self._computed(call, lambda x, w: blocked_operators.depthwise(x, w, geometry), packed), ""
-        if groups > 1 and (per_group % block or outputs // groups % block):
-            raise Refusal(f"groups of {per_group} to {outputs // groups} channels are not whole blocks of {block}")
-        if 2 * outputs < block and not self._is_blocked(data):
-            raise Refusal(f"{outputs} output channels would leave most of a block of {block} empty")
+        self._require_blocks(values, groups, self._is_blocked(data))
         if channels < block and max(values.shape[2:]) > 1 and not self._is_blocked(data):
             return self._first(call, values, geometry), ""
         try:
@@ -205,7 +211,7 @@ class _Blocker(PyExprMutator):
             )
             return result, f"directly: {refusal}"
 
-    def _first(self, call: tvm.ir.Call, values: np.ndarray, geometry: Geometry) -> _Blocked:
+    def _first(self, call: tvm.ir.Call, values: np.ndarray, geometry: Geometry) -> Blocked:
         """Return a convolution of few channels in plain layout; where pairs are rounded they become a narrow block."""
         if self._dtype != BFLOAT16 or values.shape[1] < PAIR:
             packed, plain = blocked_operators.pack_shallow(values, self._block), self.visit_expr(call.args[0])
@@ -222,7 +228,7 @@ class _Blocker(PyExprMutator):
     def _in_pairs(self, channels: int) -> bool:
         return self._dtype == BFLOAT16 and channels % PAIR == 0
 
-    def _transposed(self, call: tvm.ir.Call) -> tuple[_Blocked, str]:
+    def _transposed(self, call: tvm.ir.Call) -> tuple[Blocked, str]:
         """Return a transposed convolution whose taps do not overlap, as one of a single tap; raises Refusal."""
         check_operands(call)
         attributes, values = call.attrs, call.args[1].value.numpy()
@@ -242,9 +248,9 @@ class _Blocker(PyExprMutator):
         image = self.builder_.call_te(
             lambda x: blocked_operators.scatter(x, kernel), products.var, primfunc_name_hint="scatter"
         )
-        return _Blocked(self._emit(image), products.shape), "as a product, whose results are put side by side"
+        return Blocked(self._emit(image), products.shape), "as a product, whose results are put side by side"
 
-    def _filtered(self, call: tvm.ir.Call, values: np.ndarray, geometry: Geometry) -> tuple[_Blocked, str]:
+    def _filtered(self, call: tvm.ir.Call, values: np.ndarray, geometry: Geometry) -> tuple[Blocked, str]:
         """Return a convolution by Winograd's minimal filtering, and which; raises Refusal."""
         require(self._largest_tile > 0, "Winograd's filtering is switched off")
         batch, _, *image = call.ty.shape.values
@@ -259,94 +265,36 @@ class _Blocker(PyExprMutator):
 
     def _computed(
         self, call: tvm.ir.Call, compute: Callable[..., te.Tensor], packed: np.ndarray, data: relax.Expr | None = None
-    ) -> _Blocked:
+    ) -> Blocked:
         """Return what `compute` makes of a convolution's data, blocked unless given, and its packed weights."""
         data = self._rounded(call.args[0]) if data is None else data
         name = call.op.name.rpartition(".")[2]
         result = self.builder_.call_te(compute, data, relax.const(packed), primfunc_name_hint=name)
-        return _Blocked(self._emit(result), tuple(call.ty.shape.values))
+        return Blocked(self._emit(result), tuple(call.ty.shape.values))
 
-    def _rounded(self, expr: relax.Expr) -> relax.Var:
-        """Return a blocked tensor as convolutions read it; from now on others read it so, too."""
-        blocked = self._as_blocked(expr)
-        if self._dtype == "float32" or str(expr.ty.dtype.dtype) != "float32":
-            return blocked.var
-        if blocked.rounded is None:
-            blocked = replace(blocked, rounded=self._emit(relax.op.astype(blocked.var, self._dtype)))
-            if isinstance(expr, relax.Var):
-                (self._blocked if expr in self._blocked else self._converted)[expr] = blocked
-        assert blocked.rounded is not None
-        return blocked.rounded
-
-    def _read(self, blocked: _Blocked) -> relax.Var:
-        """Return a blocked tensor of the type that it has unblocked."""
-        if blocked.rounded is None:
-            return blocked.var
-        return self._emit(relax.op.astype(blocked.rounded, blocked.var.ty.dtype.dtype))
-
-    def _as_blocked(self, expr: relax.Expr) -> _Blocked:
-        """Return the blocked form of a tensor [N, C, spatial...], converting it where it has none."""
-        if isinstance(expr, relax.Var):
-            known = self._blocked.get(expr) or self._converted.get(expr)
-            if known is not None:
-                return known
-        blocked = _Blocked(self._in_blocks(expr, self._block), tuple(expr.ty.shape.values))
-        if isinstance(expr, relax.Var):
-            self._converted[expr] = blocked
-        return blocked
-
-    def _in_blocks(self, expr: relax.Expr, block: int) -> relax.Var:
-        """Return a plain tensor converted to blocks."""
-        plain, to_blocks = self.visit_expr(expr), blocked_operators.to_blocks
-        return self._emit(self.builder_.call_te(to_blocks, plain, block, primfunc_name_hint="to_blocks"))
-
-    def _unblocked(self, blocked: _Blocked) -> relax.Expr:
-        """Return the call that gives a blocked tensor its plain layout again."""
-        image = blocked.shape[2:]
-        if all(static(size) == 1 for size in image) and blocked.channels % self._block == 0:
-            return relax.op.reshape(self._read(blocked), list(blocked.shape))
-        from_blocks, data = blocked_operators.from_blocks, self._read(blocked)
-        return self.builder_.call_te(from_blocks, data, blocked.channels, primfunc_name_hint="from_blocks")
-
-    def _elementwise(self, call: tvm.ir.Call) -> _Blocked | None:
+    def _elementwise(self, call: tvm.ir.Call) -> Blocked | None:
         shape = tuple(call.ty.shape.values)
         operands = [self._operand(argument, shape) for argument in call.args]
         if any(operand is None for operand in operands):
             return None
-        return _Blocked(self._emit(tvm.ir.Call(call.op, operands, call.attrs, call.ty_args)), shape)
+        return Blocked(self._emit(tvm.ir.Call(call.op, operands, call.attrs, call.ty_args)), shape)
 
-    def _operand(self, expr: relax.Expr, result: Sequence[tvm.ir.Expr]) -> relax.Expr | None:
-        """Return an operand that broadcasts to blocked `result`, None where it cannot."""
-        if not isinstance(expr.ty, relax.TensorType):
-            return expr  # a bound of clip
-        if expr.ty.ndim == 0:
-            return self.visit_expr(expr)
-        if self._is_blocked(expr):
-            known = self._blocked[expr]
-            own = known.channels == static(result[1]) and len(known.shape) == len(result)
-            return self._read(known) if own else None
-        shape = expr.ty.shape
-        if shape is None or len(shape.values) > len(result):
+    def _quantization(self, call: tvm.ir.Call) -> Blocked | None:
+        """Quantization by one scale treats all elements alike."""
+        parameters = [constant_of(parameter) for parameter in call.args[1:]]
+        scalars = [relax.const(each.reshape(())) for each in parameters if each is not None and each.size == 1]
+        if len(scalars) < len(parameters) or not self._is_blocked(call.args[0]):
             return None
-        ones = [tvm.tirx.IntImm("int64", 1)] * (len(result) - len(shape.values))
-        aligned = [*ones, *shape.values]
-        if static(aligned[1]) == 1:
-            return relax.op.reshape(self.visit_expr(expr), [*aligned, 1])
-        if static(aligned[1]) != static(result[1]):
-            return None
-        if isinstance(expr, tvm.ir.GenericConst):
-            values = expr.value.numpy().reshape([int(size) for size in aligned])
-            return relax.const(blocked_operators.pack_tensor(values, self._block), str(expr.ty.dtype.dtype))
-        if ones:
-            return None
-        return self._read(self._as_blocked(expr))
+        known = self._blocked[call.args[0]]
+        changed = tvm.ir.Call(call.op, [self._read(known), *scalars], call.attrs, call.ty_args)
+        return Blocked(self._emit(changed), known.shape)
 
-    def _pooling(self, call: tvm.ir.Call) -> _Blocked | None:
+    def _pooling(self, call: tvm.ir.Call) -> Blocked | None:
         attributes = call.attrs
         if attributes.layout != "NCHW" or attributes.out_layout != "NCHW":
             return None
         layout = f"NCHW{self._block}c"
-        pooled = _POOLINGS[call.op.name](
+        pooled = POOLINGS[call.op.name](
             self._read(self._blocked[call.args[0]]),
             pool_size=attributes.pool_size,
             strides=attributes.strides,
@@ -357,9 +305,9 @@ class _Blocker(PyExprMutator):
             layout=layout,
             out_layout=layout,
         )
-        return _Blocked(self._emit(pooled), tuple(call.ty.shape.values))
+        return Blocked(self._emit(pooled), tuple(call.ty.shape.values))
 
-    def _reduction(self, call: tvm.ir.Call) -> _Blocked | relax.Expr | None:
+    def _reduction(self, call: tvm.ir.Call) -> Blocked | relax.Expr | None:
         """Reductions over the whole image stay blocked, without the axes if these are dropped."""
         blocked = self._blocked[call.args[0]]
         rank = len(blocked.shape)
@@ -369,13 +317,13 @@ class _Blocker(PyExprMutator):
             return None
         self._rounded(call.args[0])  # it is stored: no kernel computes it and the reduction
         data = self._read(self._blocked[call.args[0]])
-        kept = self._emit(_REDUCTIONS[call.op.name](data, image, keepdims=True))
-        result = _Blocked(kept, (*blocked.shape[:2], *[tvm.tirx.IntImm("int64", 1)] * len(image)))
+        kept = self._emit(REDUCTIONS[call.op.name](data, image, keepdims=True))
+        result = Blocked(kept, (*blocked.shape[:2], *[tvm.tirx.IntImm("int64", 1)] * len(image)))
         if call.attrs.keepdims:
             return result
         return relax.op.reshape(self._emit(self._unblocked(result)), list(blocked.shape[:2]))
 
-    def _concatenation(self, call: tvm.ir.Call) -> _Blocked | None:
+    def _concatenation(self, call: tvm.ir.Call) -> Blocked | None:
         fields = call.args[0].fields if isinstance(call.args[0], relax.Tuple) else []
         if not any(self._is_blocked(field) for field in fields):
             return None
@@ -386,7 +334,7 @@ class _Blocker(PyExprMutator):
         if any(count is None or count % self._block for count in counts[:-1]) or counts[-1] is None:
             return None
         parts = [self._read(self._as_blocked(field)) for field in fields]
-        return _Blocked(self._emit(relax.op.concat(parts, axis=1)), shape)
+        return Blocked(self._emit(relax.op.concat(parts, axis=1)), shape)
 
     def _permutation(self, call: tvm.ir.Call) -> relax.Expr | None:
         """Channels moved to the end: read straight from the blocks."""

@@ -14,9 +14,11 @@ import numpy as np
 from tvm import te, tirx
 
 from schedules.intrin.bf16_dot import PAIR
+from schedules.intrin.byte_dot import FOUR
 
-# What products are summed in.
-SUM = "float32"
+# What products are summed in: those of integers exactly.
+SUM, INTEGER_SUM = "float32", "int32"
+BYTES = ("int8", "uint8")
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,17 @@ def pack_dense(weights: np.ndarray, block: int, depth: int | None = None) -> np.
 
 def pack_pairs(weights: np.ndarray, block: int, depth: int | None = None) -> np.ndarray:
     """Return `pack_dense` in bfloat16 with pairs of inputs together: [..., depth of I / 2, block of O, 2]."""
-    packed = pack_dense(weights, block, depth)
-    pairs = packed.reshape(*packed.shape[:-2], -1, PAIR, block)
-    return np.ascontiguousarray(pairs.swapaxes(-1, -2)).astype(ml_dtypes.bfloat16)
+    return _grouped(pack_dense(weights, block, depth), PAIR).astype(ml_dtypes.bfloat16)
+
+
+def pack_fours(weights: np.ndarray, block: int, depth: int | None = None) -> np.ndarray:
+    """Return `pack_dense` of bytes with fours of inputs together: [..., depth of I / 4, block of O, 4]."""
+    return _grouped(pack_dense(weights, block, depth), FOUR)
+
+
+def _grouped(packed: np.ndarray, terms: int) -> np.ndarray:
+    groups = packed.reshape(*packed.shape[:-2], -1, terms, packed.shape[-1])
+    return np.ascontiguousarray(groups.swapaxes(-1, -2))
 
 
 def pack_shallow(weights: np.ndarray, block: int) -> np.ndarray:
@@ -74,14 +84,14 @@ def scattered(weights: np.ndarray, block: int) -> np.ndarray:
 
 
 def dense(data: te.Tensor, weights: te.Tensor, channels: int, groups: int, geometry: Geometry) -> te.Tensor:
-    """Return the convolution of blocked `data` of `channels` with weights of `pack_dense` or `pack_pairs`, blocked.
+    """Return the convolution of blocked `data` of `channels` with weights packed dense, in pairs, or in fours.
 
-    With `groups`, the channels of a group are whole blocks. Sums are in fp32.
+    The result is blocked. With `groups`, the channels of a group are whole blocks.
     """
-    in_pairs = len(weights.shape) > len(data.shape) + 1
-    block, lanes = int(data.shape[-1]), int(weights.shape[-2 if in_pairs else -1])
+    terms = int(weights.shape[-1]) if len(weights.shape) > len(data.shape) + 1 else 1
+    block, lanes = int(data.shape[-1]), int(weights.shape[-1 if terms == 1 else -2])
     kernel = [int(size) for size in weights.shape[2 : len(data.shape) - 1]]
-    padded = _padded(data, 2, geometry)
+    padded = with_border(data, geometry)
     taps = [te.reduce_axis((0, size), "k") for size in kernel]
     per_group = channels // groups
     outputs = int(weights.shape[0])
@@ -102,9 +112,9 @@ def dense(data: te.Tensor, weights: te.Tensor, channels: int, groups: int, geome
         read = padded(batch, first + outer_at, *_taps(position, taps, geometry), lane_at)
         offsets = [tap.var for tap in taps]
         within = [lane_at, lane]
-        if in_pairs:
-            within = [tirx.floordiv(lane_at, PAIR), lane, tirx.floormod(lane_at, PAIR)]
-        return te.sum(read.astype(SUM) * weights(output, outer_at, *offsets, *within).astype(SUM), axis=axes)
+        if terms > 1:
+            within = [tirx.floordiv(lane_at, terms), lane, tirx.floormod(lane_at, terms)]
+        return _sum(read, weights(output, outer_at, *offsets, *within), axes)
 
     return te.compute((data.shape[0], outputs, *_extents(padded, 2, kernel, geometry), lanes), element, name="conv")
 
@@ -113,7 +123,7 @@ def shallow(data: te.Tensor, weights: te.Tensor, geometry: Geometry) -> te.Tenso
     """Return the convolution of plain `data` [N, C, spatial...] with weights of `pack_shallow`, blocked."""
     block = int(weights.shape[-1])
     kernel = [int(size) for size in weights.shape[2:-1]]
-    padded = _padded(data, 2, geometry)
+    padded = with_border(data, geometry)
     channel = te.reduce_axis((0, int(weights.shape[1])), "c")
     taps = [te.reduce_axis((0, size), "k") for size in kernel]
 
@@ -128,18 +138,23 @@ def shallow(data: te.Tensor, weights: te.Tensor, geometry: Geometry) -> te.Tenso
 
 
 def depthwise(data: te.Tensor, weights: te.Tensor, geometry: Geometry) -> te.Tensor:
-    """Return the convolution of each channel of blocked `data` with its own of `pack_depthwise`, blocked, in fp32."""
+    """Return the convolution of each channel of blocked `data` with its own of `pack_depthwise`, blocked."""
     kernel = [int(size) for size in weights.shape[1:-1]]
-    padded = _padded(data, 2, geometry)
+    padded = with_border(data, geometry)
     taps = [te.reduce_axis((0, size), "k") for size in kernel]
 
     def element(batch: tirx.Expr, channel: tirx.Expr, *rest: tirx.Expr) -> tirx.Expr:
         *position, lane = rest
         read = padded(batch, channel, *_taps(position, taps, geometry), lane)
-        return te.sum(read.astype(SUM) * weights(channel, *[tap.var for tap in taps], lane), axis=taps)
+        return _sum(read, weights(channel, *[tap.var for tap in taps], lane), taps)
 
     shape = (data.shape[0], data.shape[1], *_extents(padded, 2, kernel, geometry), weights.shape[-1])
     return te.compute(shape, element, name="conv")
+
+
+def _sum(data: tirx.Expr, weights: tirx.Expr, axes: Sequence[tirx.IterVar]) -> tirx.Expr:
+    wide = INTEGER_SUM if str(data.ty.dtype) in BYTES else SUM
+    return te.sum(data.astype(wide) * weights.astype(wide), axis=axes)
 
 
 def scatter(data: te.Tensor, kernel: Sequence[int]) -> te.Tensor:
@@ -159,10 +174,11 @@ def scatter(data: te.Tensor, kernel: Sequence[int]) -> te.Tensor:
     return te.compute((batch, count, *size, block), element, name="scatter")
 
 
-def _padded(data: te.Tensor, first: int, geometry: Geometry) -> te.Tensor:
-    """Return `data` with zeros around its spatial axes, which begin at `first`."""
+def with_border(data: te.Tensor, geometry: Geometry, value: int = 0) -> te.Tensor:
+    """Return `data` with a border of `value` around its spatial axes, the third and those after it."""
     if not any((*geometry.pads_begin, *geometry.pads_end)):
         return data
+    first = 2
     rank = len(geometry.strides)
     sizes = data.shape[first : first + rank]
     shape = list(data.shape)
@@ -177,7 +193,7 @@ def _padded(data: te.Tensor, first: int, geometry: Geometry) -> te.Tensor:
                 at[axis] = position[axis] - begin
             if end:
                 inside.append(position[axis] < data.shape[axis] + begin)
-        return tirx.if_then_else(tirx.all(*inside), data(*at), tirx.const(0, data.dtype))
+        return tirx.if_then_else(tirx.all(*inside), data(*at), tirx.const(value, data.dtype))
 
     return te.compute(shape, element, name="padded")
 

@@ -14,6 +14,11 @@ _PLAIN_LAYOUTS = ("NCW", "NCHW", "NCDHW", "OIW", "OIHW", "OIDHW", "IOW", "IOHW",
 def checked_geometry(call: tvm.ir.Call) -> Geometry:
     """Return the geometry of a convolution that may be blocked; raises Refusal."""
     check_operands(call)
+    return geometry_of(call)
+
+
+def geometry_of(call: tvm.ir.Call) -> Geometry:
+    """Return the geometry of a convolution."""
     attributes = call.attrs
     rank, pads = len(attributes.strides), [int(pad) for pad in attributes.padding]
     return Geometry(
@@ -27,14 +32,19 @@ def checked_geometry(call: tvm.ir.Call) -> Geometry:
 def check_operands(call: tvm.ir.Call) -> None:
     """Refuse a convolution that is not of fp32 in plain layouts, with constant weights and a known image size."""
     data, weight = call.args
-    attributes = call.attrs
-    if attributes.data_layout not in _PLAIN_LAYOUTS or attributes.kernel_layout not in _PLAIN_LAYOUTS:
-        raise Refusal(f"the layouts {attributes.data_layout} and {attributes.kernel_layout} are not the plain ones")
+    check_layouts(call)
     types = {str(expr.ty.dtype.dtype) for expr in (data, weight, call)}
     if types != {"float32"}:
         raise Refusal(f"it computes with {', '.join(sorted(types))}, not with float32 alone")
     if not isinstance(weight, tvm.ir.GenericConst):
         raise Refusal("the weights are not constant")
+
+
+def check_layouts(call: tvm.ir.Call) -> None:
+    """Refuse a convolution that is not in plain layouts, or of an image of unknown size."""
+    data, attributes = call.args[0], call.attrs
+    if attributes.data_layout not in _PLAIN_LAYOUTS or attributes.kernel_layout not in _PLAIN_LAYOUTS:
+        raise Refusal(f"the layouts {attributes.data_layout} and {attributes.kernel_layout} are not the plain ones")
     if data.ty.shape is None or any(static(size) is None for size in data.ty.shape.values[1:]):
         raise Refusal("the size of the image is not known at compile time")
 

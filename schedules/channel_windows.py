@@ -16,8 +16,9 @@ from tvm.ir import Expr, TensorLoad
 
 from schedules.access import Access, AxisGroup, Step, as_int, group_axes, linear_coefficient, occurs
 from schedules.epilogue import Epilogue
-from schedules.intrin.bf16_conversion import is_product_of_bf16, widens_bf16
 from schedules.intrin.bf16_dot import PAIR
+from schedules.intrin.byte_dot import FOUR
+from schedules.intrin.grouped_dot import is_grouped_term
 from schedules.loops import index, load
 from schedules.reducer import reducer_of
 from schedules.stages import (
@@ -79,8 +80,9 @@ class ChannelWindows:
     the axis within a block, `channel` the one over blocks of output channels that share what they read, in runs of
     `per_group` (None where data and output channels go together). `columns` is the innermost of the other axes (None
     where it is not static), `outer` the rest of them. `depth` is the axis over input channels that are read as
-    [channel // block, ..., channel % block], None where there is none. `pairs` is the axis over input channels of which
-    neighbours of bfloat16 lie together in data and weights, an even number of them, None where there is none.
+    [channel // block, ..., channel % block], None where there is none. `grouped` is the axis over input channels of
+    which `terms` neighbours lie together in data and weights, pairs of bfloat16 or fours of bytes, None where there is
+    none.
     """
 
     stage: Stage
@@ -93,7 +95,8 @@ class ChannelWindows:
     columns: AxisGroup | None
     padded: tuple[ChannelWindow, ...]
     depth: Axis | None
-    pairs: Axis | None
+    grouped: Axis | None
+    terms: int
 
     @property
     def block(self) -> int:
@@ -142,8 +145,8 @@ def channel_windows(producer: Stage | None, stage: Stage, follows: Epilogue) -> 
     groups = group_axes(others, [stage, following])
     columns = groups[-1] if groups and groups[-1].static else None
     outer = tuple(groups[:-1] if columns is not None else groups)
-    depth, pairs = _blocked_depth(stage, data, lane), _pairs(stage, data, lane)
-    return ChannelWindows(stage, follows, data, lane, channel, per_group, outer, columns, padded, depth, pairs)
+    depth, (grouped, terms) = _blocked_depth(stage, data, lane), _grouped(stage, data, lane)
+    return ChannelWindows(stage, follows, data, lane, channel, per_group, outer, columns, padded, depth, grouped, terms)
 
 
 def _lane(stage: Stage, follows: Epilogue) -> Axis | None:
@@ -229,8 +232,8 @@ def _constant(expression: Expr) -> int | None:
 def _is_blocked(stage: Stage, data: TensorLoad, lane: Axis, *, by_channel: bool, sliding: bool) -> bool:
     """Return whether the reads are those of blocked channels, and not of some other reduction."""
     weights = [read for read in stage.loads() if not read.same_as(data)]
-    in_pairs = _pairs(stage, data, lane) is not None
-    if not in_pairs and any(Access(read.source, tuple(read.indices)).step(lane) != Step.UNIT for read in weights):
+    in_groups = _grouped(stage, data, lane)[0] is not None
+    if not in_groups and any(Access(read.source, tuple(read.indices)).step(lane) != Step.UNIT for read in weights):
         return False
     if _moves(data, lane):
         by_lane = Access(data.source, tuple(data.indices)).step(lane) == Step.UNIT
@@ -247,31 +250,35 @@ def _blocked_depth(stage: Stage, data: TensorLoad, lane: Axis) -> Axis | None:
     return next((axis for axis in stage.reduction if access.block(axis) == lane.extent), None)
 
 
-def _pairs(stage: Stage, data: TensorLoad, lane: Axis) -> Axis | None:
-    """Return the axis k of a sum of products of bfloat16: data at [..., k], weights at [..., k // 2, lane, k % 2].
+def _grouped(stage: Stage, data: TensorLoad, lane: Axis) -> tuple[Axis | None, int]:
+    """Return the axis k of a sum of products of g neighbours: data at [..., k], weights at [..., k // g, lane, k % g].
 
-    The data may be blocked: those at [k // block, ..., k % block] are read with such weights of k % block.
+    The data may be blocked: those at [k // block, ..., k % block] are read with such weights of k % block. With it
+    comes g, 1 where there is no such axis.
     """
     reducer, weights = reducer_of(stage), [read for read in stage.loads() if not read.same_as(data)]
-    if reducer is None or not is_product_of_bf16(reducer.term) or not isinstance(stage.value, tirx.Add):
-        return None
+    if reducer is None or not is_grouped_term(reducer.term) or not isinstance(stage.value, tirx.Add):
+        return None, 1
     if len(weights) != 1 or len(weights[0].indices) != len(data.indices) + 2 or len(data.indices) < 3:
-        return None
-    *others, half, own_lane, parity = weights[0].indices
+        return None, 1
+    *others, part, own_lane, place = weights[0].indices
     *before, last = data.indices
+    terms = as_int(weights[0].source.shape[-1])
     axis = next((axis for axis in stage.reduction if occurs(last, axis.variable)), None)
-    if axis is None or not isinstance(axis.extent, int) or axis.extent % PAIR or not own_lane.same_as(lane.variable):
-        return None
+    if axis is None or terms not in (PAIR, FOUR) or not own_lane.same_as(lane.variable):
+        return None, 1
+    if not isinstance(axis.extent, int) or axis.extent % terms:
+        return None, 1
     block = Access(data.source, tuple(data.indices)).block(axis)
     blocked = [position for position in before if occurs(position, axis.variable)]
-    if not (last.same_as(axis.variable) and not blocked) and (block == 0 or block % PAIR):
-        return None
+    if not (last.same_as(axis.variable) and not blocked) and (block == 0 or block % terms):
+        return None, 1
     analyzer = sym.Analyzer()
     analyzer.bind(axis.variable, ir.Range(0, axis.extent))
-    read = [half, parity, *(at for at in others if occurs(at, axis.variable))]
-    expected = [tirx.floordiv(last, index(PAIR)), tirx.floormod(last, index(PAIR)), *blocked]
+    read = [part, place, *(at for at in others if occurs(at, axis.variable))]
+    expected = [tirx.floordiv(last, index(terms)), tirx.floormod(last, index(terms)), *blocked]
     same = len(read) == len(expected) and all(map(analyzer.can_prove_equal, read, expected))
-    return axis if same else None
+    return (axis, terms) if same else (None, 1)
 
 
 def unpadded(producer: Stage, stage: Stage, data: TensorLoad) -> TensorLoad | None:
@@ -303,7 +310,7 @@ def _is_neutral(padding: Expr, stage: Stage, data: TensorLoad) -> bool:
     if reducer.term.same_as(data):
         return bool(tvm_ffi.structural_equal(padding, stage.initial))
     factors = (reducer.term.a, reducer.term.b) if isinstance(reducer.term, tirx.Mul) else ()
-    factor = any(each.same_as(data) or (widens_bf16(each) and each.value.same_as(data)) for each in factors)
+    factor = any(each.same_as(data) or (isinstance(each, tirx.Cast) and each.value.same_as(data)) for each in factors)
     return factor and isinstance(stage.value, tirx.Add) and float(padding.value) == 0
 
 

@@ -26,7 +26,8 @@ from schedules.convolution import split_producer
 from schedules.convolution_tile import column_extent, register_tile, task_shape
 from schedules.direct_convolution_tile import Point, RegisterTile
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
-from schedules.intrin.bf16_dot import Bf16Dot, bf16_dot
+from schedules.intrin.grouped_dot import GroupedDot, grouped_dot
+from schedules.intrin.load_fence import with_fences
 from schedules.loops import (
     Extent,
     ceiling,
@@ -39,6 +40,7 @@ from schedules.loops import (
     unflatten,
 )
 from schedules.matmul import branches_on_any, split_epilogue
+from schedules.reducer import reducer_of
 from schedules.stages import Stage, sequence
 from targets.base import Target
 
@@ -54,8 +56,10 @@ class DirectConvolution:
         analysis = analyse(kernel)
         if analysis is None or branches_on_any(analysis.stage):
             return None
-        lanes = target.vector_lanes(max(8, min(32, analysis.stage.output.dtype.bits)))
-        return analysis if analysis.lane.extent == lanes else None
+        dtype = analysis.stage.output.dtype
+        # Bytes lie in blocks of as many channels as what convolutions make of them.
+        bits = 32 if str(dtype) in ("int8", "uint8") else max(8, min(32, dtype.bits))
+        return analysis if analysis.lane.extent == target.vector_lanes(bits) else None
 
     def space(self, target: Target, analysis: ChannelWindows) -> Space:
         """Return the register tile, and the rows and tiles of columns that make one task."""
@@ -70,9 +74,14 @@ class DirectConvolution:
 
     def apply(self, analysis: ChannelWindows, parameters: Parameters, target: Target) -> Stmt:
         """Return the loop nest."""
-        dot = bf16_dot(target) if analysis.pairs is not None else None
+        dot = _dot(analysis, target)
         statement = _Emitter(analysis, parameters, dot, multiplies_by_element(target)).statement()
-        return statement if dot is None else dot.imported(statement)
+        return statement if dot is None else with_fences(dot.imported(statement), target)
+
+
+def _dot(analysis: ChannelWindows, target: Target) -> GroupedDot | None:
+    reducer = reducer_of(analysis.stage) if analysis.grouped is not None else None
+    return None if reducer is None else grouped_dot(target, analysis.weights, reducer.term)
 
 
 def analyse(kernel: Kernel) -> ChannelWindows | None:
@@ -90,7 +99,7 @@ class _Emitter:
 
     analysis: ChannelWindows
     parameters: Parameters
-    dot: Bf16Dot | None
+    dot: GroupedDot | None
     by_element: bool
 
     @cached_property

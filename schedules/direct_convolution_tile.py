@@ -14,7 +14,9 @@ from tvm.tirx.stmt import Stmt
 from schedules.access import Access, Step, occurs
 from schedules.by_element import in_terms, with_elements, with_read
 from schedules.channel_windows import ChannelWindow, ChannelWindows
-from schedules.intrin.bf16_dot import PAIR, Bf16Dot
+from schedules.intrin.byte_dot import FOUR
+from schedules.intrin.grouped_dot import GroupedDot
+from schedules.intrin.load_fence import fence
 from schedules.loops import index, load, local, loop, quotient, store, unrolled, vector, with_local
 from schedules.reducer import accumulate, accumulator_dtype
 from schedules.stages import Axis, Stage, replace_loads, sequence, substitute, with_value
@@ -27,7 +29,7 @@ class RegisterTile:
     """One register tile: `blocks` from block `first` of group `group` by `columns` from `start`."""
 
     analysis: ChannelWindows
-    dot: Bf16Dot | None
+    dot: GroupedDot | None
     by_element: bool
     point: Point
     group: Expr
@@ -148,7 +150,7 @@ class RegisterTile:
 
     def _terms(self, axis: Axis) -> int:
         """Return how many positions of an axis one step of the reduction takes."""
-        return PAIR if self.dot is not None and axis is self.analysis.pairs else 1
+        return self.analysis.terms if self.dot is not None and axis is self.analysis.grouped else 1
 
     def _border(self, window: ChannelWindow, body: Callable[[Expr, tuple[int, int]], Stmt]) -> Stmt:
         """Return the taps of a tile at the border, those that reach the same columns of the image as one loop."""
@@ -167,7 +169,7 @@ class RegisterTile:
 
     def _step(self, values: Point, columns: tuple[int, int]) -> Stmt:
         if self.dot is not None:
-            return self._step_of_pairs(self.dot, values, columns)
+            return self._grouped_step(self.dot, values, columns)
 
         return self._add(columns, values, lambda _: self.stage)
 
@@ -207,20 +209,22 @@ class RegisterTile:
 
         return in_terms(count, self.analysis.block, some)
 
-    def _step_of_pairs(self, dot: Bf16Dot, values: Point, columns: tuple[int, int]) -> Stmt:
-        """Return the step that adds two terms of the reduction to each sum."""
+    def _grouped_step(self, dot: GroupedDot, values: Point, columns: tuple[int, int]) -> Stmt:
+        """Return the step that adds several terms of the reduction to each sum."""
         weights = self.analysis.weights
         data = next(read for read in self.stage.loads() if not read.same_as(weights))
 
         def update(at: Point, register: Expr) -> Stmt:
             place = [tirx.Ramp(register, index(1), dot.lanes)]
-            operands = [substitute(read, {**at, **values}) for read in (weights, data)]
-            return store(self.registers, dot.accumulate(load(self.registers, place), *operands), place)
+            own, read = (substitute(each, {**at, **values}) for each in (weights, data))
+            total = dot.accumulate(load(self.registers, place), own, read, dot.terms)
+            return store(self.registers, total, place)
 
         begin, end = columns
-        return unrolled(
+        step = unrolled(
             end - begin, lambda j: unrolled(self.blocks, lambda o: update(*self._cell(j + begin, o, index(0))))
         )
+        return sequence([fence(), step]) if dot.terms == FOUR else step
 
 
 def _is_contiguous(read: TensorLoad, axis: Axis) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -30,16 +31,17 @@ for name, output in load(f"{folder}/package.opt")(inputs).items():
 pytestmark = [pytest.mark.emulator, pytest.mark.skipif(_REASON is not None, reason=_REASON or "")]
 
 Array = NDArray[np.float32]
+T = TypeVar("T", np.float64, np.int32)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A node of one input, its constants, and what it computes of some input, in float64."""
+    """A node of one input, its constants, and what it computes of some input, in float64 or exactly in int32."""
 
     node: onnx.NodeProto
-    x: Array
+    x: NDArray[np.generic]
     constants: dict[str, NDArray[np.generic]]
-    wanted: NDArray[np.float64]
+    wanted: NDArray[np.float64] | NDArray[np.int32]
 
 
 def normal(*shape: int) -> Array:
@@ -53,14 +55,27 @@ def product(rows: int, depth: int, columns: int) -> Case:
 
 def convolution(channels: int, outputs: int, size: int, kernel: int, group: int = 1) -> Case:
     x, w = normal(1, channels, size, size), normal(outputs, channels // group, kernel, kernel)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[kernel // 2] * 4, group=group)
+    return Case(node, x, {"w": w}, convolved(x.astype(np.float64), w, group))
+
+
+def bytes_convolution(channels: int, outputs: int, size: int, kernel: int, group: int = 1, zero: int = 0) -> Case:
+    rng = np.random.default_rng(channels + size)
+    x = rng.integers(0, 256, (1, channels, size, size)).astype(np.uint8)
+    w = rng.integers(-128, 128, (outputs, channels // group, kernel, kernel)).astype(np.int8)
+    node = helper.make_node("ConvInteger", ["x", "w", "z"], ["y"], pads=[kernel // 2] * 4, group=group)
+    return Case(node, x, {"w": w, "z": np.array(zero, np.uint8)}, convolved(x.astype(np.int32) - zero, w, group))
+
+
+def convolved(x: NDArray[T], w: NDArray[np.number], group: int) -> NDArray[T]:
+    """Return the convolution of a square image, padded by half of the kernel, in the type of the image."""
+    (_, channels, size, _), (outputs, _, kernel, _) = x.shape, w.shape
     around = kernel // 2
-    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[around] * 4, group=group)
-    padded = np.pad(x[0].astype(np.float64), [(0, 0), (around, around), (around, around)])
+    padded = np.pad(x[0], [(0, 0), (around, around), (around, around)])
     windows = np.lib.stride_tricks.sliding_window_view(padded, (kernel, kernel), (1, 2))
     windows = windows.reshape(group, channels // group, size, size, kernel, kernel)
-    taps = w.reshape(group, outputs // group, channels // group, kernel, kernel)
-    wanted = np.einsum("gcyxij,gocij->goyx", windows, taps).reshape(1, outputs, size, size)
-    return Case(node, x, {"w": w}, wanted)
+    taps = w.astype(x.dtype).reshape(group, outputs // group, channels // group, kernel, kernel)
+    return np.einsum("gcyxij,gocij->goyx", windows, taps).reshape(1, outputs, size, size).astype(x.dtype)
 
 
 def quantized(rows: int, outputs: int, depth: int, bits: int, *, zero_points: bool = False) -> Case:
@@ -96,8 +111,10 @@ def run(cases: list[Case], target: str, folder: Path) -> list[Array]:
         node.input.extend(names)
         node.output[0] = f"y{number}"
         nodes.append(node)
-        inputs.append(helper.make_tensor_value_info(names[0], onnx.TensorProto.FLOAT, case.x.shape))
-        outputs.append(helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, case.wanted.shape))
+        element = onnx.TensorProto.INT32 if case.wanted.dtype == np.int32 else onnx.TensorProto.FLOAT
+        kind = helper.np_dtype_to_tensor_dtype(case.x.dtype)
+        inputs.append(helper.make_tensor_value_info(names[0], kind, case.x.shape))
+        outputs.append(helper.make_tensor_value_info(node.output[0], element, case.wanted.shape))
         constants += [numpy_helper.from_array(value, f"{name}{number}") for name, value in case.constants.items()]
     graph = helper.make_graph(nodes, "kernels", inputs, outputs, constants)
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
@@ -116,11 +133,15 @@ FLOATS += [
     convolution(*sizes) for sizes in ((12, 8, 7, 1), (16, 20, 13, 3), (8, 8, 9, 5), (24, 24, 11, 3, 24), (3, 8, 9, 7))
 ]
 QUANTIZED = [quantized(*shape, bits) for shape in [(1, 19, 64), (17, 37, 96)] for bits in (4, 8)]
+BYTES = [
+    bytes_convolution(*sizes)
+    for sizes in ((12, 8, 7, 1), (18, 20, 13, 3), (3, 8, 9, 7, 1, 5), (8, 8, 9, 3, 8), (24, 16, 6, 3, 1, 128))
+]
 QUANTIZED.append(quantized(11, 18, 64, 8, zero_points=True))
 
 
 # Starting the emulated machine takes longer than what is computed there.
-@pytest.mark.parametrize(("target", "cases"), [("arm64", FLOATS + QUANTIZED), ("arm64-i8mm", QUANTIZED)])
+@pytest.mark.parametrize(("target", "cases"), [("arm64", FLOATS + QUANTIZED + BYTES), ("arm64-i8mm", QUANTIZED)])
 def test_kernels_compute_what_numpy_does(target: str, cases: list[Case], tmp_path: Path) -> None:
     for case, actual in zip(cases, run(cases, target, tmp_path), strict=True):
         # Sums of fp32, some of scaled groups that are exact; Winograd's filtering makes errors ten times as large.

@@ -1,0 +1,137 @@
+"""The blocked forms of tensors while a function is rewritten: which there are, and conversions to and from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import tvm
+import tvm.ir
+from tvm import relax
+from tvm.relax.expr_functor import PyExprMutator
+
+from passes import blocked_operators
+from passes.convolution_sites import static
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """A blocked tensor with the number of its channels and the shape that it has unblocked.
+
+    `rounded` is what a convolution reads of it where that is of another type.
+    """
+
+    var: relax.Var
+    shape: tuple[tvm.ir.Expr, ...]
+    rounded: relax.Var | None = None
+
+    @property
+    def channels(self) -> int:
+        return int(self.shape[1])
+
+
+class BlockedForms(PyExprMutator):
+    """Keeps blocked forms: `_blocked` of values that have one, `_converted` of others, `_plain` converted back.
+
+    `dtype` is what convolutions of fp32 read.
+    """
+
+    def __init__(self, module: tvm.IRModule, block: int, dtype: str) -> None:
+        super().__init__(module)
+        self._block = block
+        self._dtype = dtype
+        self._name = ""
+        self._blocked: dict[relax.Var, Blocked] = {}
+        self._plain: dict[relax.Var, relax.Expr] = {}
+        self._converted: dict[relax.Var, Blocked] = {}
+
+    def visit_dataflow_block_(self, block: relax.DataflowBlock) -> relax.BindingBlock:
+        """Forget blocked forms at the end of a block: others do not see its variables."""
+        result = super().visit_dataflow_block_(block)
+        for known in (self._blocked, self._plain, self._converted):
+            known.clear()
+        return result
+
+    def visit_dataflow_var_(self, op: relax.DataflowVar) -> relax.Expr:
+        """Convert a blocked tensor back for a reader that wants it plain."""
+        blocked = self._blocked.get(op)
+        if blocked is None:
+            return super().visit_dataflow_var_(op)
+        if op not in self._plain:
+            self._plain[op] = self._emit(self._unblocked(blocked))
+        return self._plain[op]
+
+    def _emit(self, expr: relax.Expr) -> relax.Var:
+        """Bind what is made of the present binding, under its name."""
+        return self.builder_.emit(expr, self._name)
+
+    def _is_blocked(self, expr: relax.Expr) -> bool:
+        return isinstance(expr, relax.Var) and expr in self._blocked
+
+    def _rounded(self, expr: relax.Expr) -> relax.Var:
+        """Return a blocked tensor as convolutions read it; from now on others read it so, too."""
+        blocked = self._as_blocked(expr)
+        if self._dtype == "float32" or str(expr.ty.dtype.dtype) != "float32":
+            return blocked.var
+        if blocked.rounded is None:
+            blocked = replace(blocked, rounded=self._emit(relax.op.astype(blocked.var, self._dtype)))
+            if isinstance(expr, relax.Var):
+                (self._blocked if expr in self._blocked else self._converted)[expr] = blocked
+        assert blocked.rounded is not None
+        return blocked.rounded
+
+    def _read(self, blocked: Blocked) -> relax.Var:
+        """Return a blocked tensor of the type that it has unblocked."""
+        if blocked.rounded is None:
+            return blocked.var
+        return self._emit(relax.op.astype(blocked.rounded, blocked.var.ty.dtype.dtype))
+
+    def _as_blocked(self, expr: relax.Expr) -> Blocked:
+        """Return the blocked form of a tensor [N, C, spatial...], converting it where it has none."""
+        if isinstance(expr, relax.Var):
+            known = self._blocked.get(expr) or self._converted.get(expr)
+            if known is not None:
+                return known
+        blocked = Blocked(self._in_blocks(expr, self._block), tuple(expr.ty.shape.values))
+        if isinstance(expr, relax.Var):
+            self._converted[expr] = blocked
+        return blocked
+
+    def _in_blocks(self, expr: relax.Expr, block: int) -> relax.Var:
+        """Return a plain tensor converted to blocks."""
+        plain, to_blocks = self.visit_expr(expr), blocked_operators.to_blocks
+        return self._emit(self.builder_.call_te(to_blocks, plain, block, primfunc_name_hint="to_blocks"))
+
+    def _unblocked(self, blocked: Blocked) -> relax.Expr:
+        """Return the call that gives a blocked tensor its plain layout again."""
+        image = blocked.shape[2:]
+        if all(static(size) == 1 for size in image) and blocked.channels % self._block == 0:
+            return relax.op.reshape(self._read(blocked), list(blocked.shape))
+        from_blocks, data = blocked_operators.from_blocks, self._read(blocked)
+        return self.builder_.call_te(from_blocks, data, blocked.channels, primfunc_name_hint="from_blocks")
+
+    def _operand(self, expr: relax.Expr, result: Sequence[tvm.ir.Expr]) -> relax.Expr | None:
+        """Return an operand that broadcasts to blocked `result`, None where it cannot."""
+        if not isinstance(expr.ty, relax.TensorType):
+            return expr  # a bound of clip
+        if expr.ty.ndim == 0:
+            return self.visit_expr(expr)
+        if self._is_blocked(expr):
+            known = self._blocked[expr]
+            own = known.channels == static(result[1]) and len(known.shape) == len(result)
+            return self._read(known) if own else None
+        shape = expr.ty.shape
+        if shape is None or len(shape.values) > len(result):
+            return None
+        ones = [tvm.tirx.IntImm("int64", 1)] * (len(result) - len(shape.values))
+        aligned = [*ones, *shape.values]
+        if static(aligned[1]) == 1:
+            return relax.op.reshape(self.visit_expr(expr), [*aligned, 1])
+        if static(aligned[1]) != static(result[1]):
+            return None
+        if isinstance(expr, tvm.ir.GenericConst):
+            values = expr.value.numpy().reshape([int(size) for size in aligned])
+            return relax.const(blocked_operators.pack_tensor(values, self._block), str(expr.ty.dtype.dtype))
+        if ones:
+            return None
+        return self._read(self._as_blocked(expr))
