@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import targets
 from benchmarks.inner_loops import MULTIPLY_ADD, InnerLoop, multiplying_loops, save_and_compile
+from benchmarks.integer_products import byte_product
 
 # The closest models that LLVM has, and what else they stand for.
 CORES = ("neoverse-n1", "neoverse-n2", "neoverse-v1", "neoverse-v2")
@@ -56,6 +57,7 @@ def kernels() -> Iterator[Kernel]:
     yield Kernel("pointwise_256_256_14", _convolution(256, 14, 1))
     yield Kernel("convolution3x3_128_28", _convolution(128, 28, 3))
     yield Kernel("depthwise3x3_192_28", _convolution(192, 28, 3, group=192))
+    yield Kernel("gemm_int8_128x768x768", byte_product(128, 768, 768), both)
     for bits in (8, 4):
         yield Kernel(f"int{bits}_64x512x2048", quantized_product(64, 512, 2048, bits), both)
 
@@ -96,7 +98,8 @@ def fraction_of_peak(mca: str, loop: InnerLoop, core: str) -> float:
     kind = next(match[1] for line in loop.instructions if (match := MULTIPLY_ADD.search(line)))
     narrow = "8h" if kind.startswith("bf") else "16b"
     element = narrow if "dot" in kind or "mmla" in kind else "4s"
-    best = [f"\t{kind}\tv{number}.4s, v30.{element}, v31.{element}" for number in range(_CHAINS)]
+    other = "4b[0]" if kind == "sudot" else element  # which takes elements alone
+    best = [f"\t{kind}\tv{number}.4s, v30.{element}, v31.{other}" for number in range(_CHAINS)]
     own = loop.multiply_adds / _cycles(mca, loop.instructions, core)
     return own / (len(best) / _cycles(mca, best, core))
 

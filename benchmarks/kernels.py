@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks import row_kernels
+from benchmarks.integer_products import byte_product
 
 Bound = Literal["compute", "integer", "copy", "read"]
 _FLOAT_BYTES = 4
@@ -21,6 +22,8 @@ _FLOAT_BYTES = 4
 _CHAIN = 8
 _WEIGHT_BLOCK = 32
 _FEW_ROWS = 8
+_PRODUCTS = ((384, 384, 384), (512, 512, 512), (768, 1024, 1024), (1024, 1024, 1024), (128, 768, 768),
+             (128, 3072, 768), (128, 768, 3072), (1500, 384, 384), (385, 511, 767))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,10 @@ class KernelCase:
 
 def cases() -> Iterator[KernelCase]:
     """Return all kernels of the table."""
-    for m, n, k in ((384, 384, 384), (512, 512, 512), (768, 1024, 1024), (1024, 1024, 1024), (128, 768, 768),
-                    (128, 3072, 768), (128, 768, 3072), (1500, 384, 384), (385, 511, 767)):  # fmt: skip
+    for m, n, k in _PRODUCTS:
         yield matmul(m, n, k)
+    for m, n, k in _PRODUCTS:
+        yield KernelCase(f"gemm_int8_{m}x{n}x{k}", byte_product(m, n, k), "integer", 2 * m * n * k)
     yield _gemv(4096, 4096)
     for n, k in ((1536, 576), (49152, 576), (4864, 896), (896, 4864), (8192, 2048), (2048, 8192), (128256, 2048)):
         yield _quantized(1, n, k)

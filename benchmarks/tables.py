@@ -113,8 +113,14 @@ def _size_of(dimension: str | int, sizes: Mapping[str, int]) -> int:
 
 
 def random_inputs(model: Path) -> dict[str, np.ndarray]:
-    """Return normal values for the inputs, all fp32 and static, of a model."""
+    """Return normal values for the inputs, all static, of a model, and any codes for those of uint8."""
     generator = np.random.default_rng(_SEED)
     declared = onnx.load(model, load_external_data=False).graph.input
-    shapes = {value.name: [size.dim_value for size in value.type.tensor_type.shape.dim] for value in declared}
-    return {name: generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    inputs: dict[str, np.ndarray] = {}
+    for value in declared:
+        shape = [size.dim_value for size in value.type.tensor_type.shape.dim]
+        if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8:
+            inputs[value.name] = generator.integers(0, 256, shape, np.uint8)
+        else:
+            inputs[value.name] = generator.standard_normal(shape, dtype=np.float32)
+    return inputs

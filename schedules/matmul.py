@@ -206,7 +206,9 @@ def tile_of(
         ahead=analysis.operand if panel is None else None,
         grouped=None
         if dot is None
-        else GroupedProducts(dot, analysis.operand, other_operand(analysis.stage, analysis.operand)),
+        else GroupedProducts(
+            dot, analysis.operand, other_operand(analysis.stage, analysis.operand), multiplies_by_element(target)
+        ),
         by_element=multiplies_by_element(target),
     )
 

@@ -18,7 +18,7 @@ from tvm.tirx.stmt import Stmt
 from schedules.access import Access, AxisGroup, Step
 from schedules.by_element import element_read, in_terms, with_elements, with_read
 from schedules.epilogue import Epilogue
-from schedules.grouped_products import GroupedProducts
+from schedules.grouped_products import GroupedProducts, Place
 from schedules.loops import (
     Extent,
     cells,
@@ -260,6 +260,7 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
     extents = [quotient(group.extent, tile.terms) for group in tile.reduction]
     element = element_read(stage, tile.vector_group, tile.reduction[-1]) if tile.by_element else None
     together = 1 if element is None else tile.lanes
+    together = together if tile.grouped is None else tile.grouped.together
     # The errors of sums in fp32 are small beside those of terms in bfloat16.
     part = None if tile.grouped is not None else part_steps(tile.stage, extents, tile.request_steps(together))
     totals = registers if part is None else local([rows * pitch], dtype, "totals")
@@ -275,8 +276,8 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
             values.update(group.point(position * tile.terms))
         return values
 
-    def grouped_step(grouped: GroupedProducts, positions: Sequence[Expr], terms: int) -> Stmt:
-        return grouped.step(registers, (rows, pitch), lambda r, v: {**at(r, v), **inner(positions, 0)}, terms)
+    def along(positions: Sequence[Expr]) -> Place:
+        return lambda r, v, number: {**at(r, v), **inner(positions, number)}
 
     def step(positions: Sequence[Expr], count: int, before: int) -> Stmt:
         def add(term: int, source: Callable[[Expr], Stage]) -> Stmt:
@@ -288,7 +289,7 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
             return cells(rows, width, update)
 
         if tile.grouped is not None:
-            return grouped_step(tile.grouped, positions, tile.terms)
+            return tile.grouped.steps(registers, (rows, pitch), along(positions), count)
         if element is None or before + count == 1:
             return sequence([add(term, lambda _: stage) for term in range(count)])
         return with_elements(
@@ -310,7 +311,7 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
         buffers, rest = [registers], remainder(tile.reduction[0].extent, tile.terms)
         parts = [] if extents[0] == 0 else [reduce(index(0), extents[0])]
         if tile.grouped is not None and isinstance(rest, int) and rest:
-            parts.append(grouped_step(tile.grouped, [index(extents[0])], rest))
+            parts.append(tile.grouped.step(registers, (rows, pitch), along([index(extents[0])]), rest))
         sums = sequence(parts)
     else:
         assert isinstance(extents[0], int)

@@ -17,7 +17,7 @@ from targets.base import Target
 
 # Neighbours of K that one lane consumes.
 FOUR = 4
-_DOT, _READ = "optimizer_dot_bytes", "optimizer_read_bytes"
+_DOT, _READ, _READ_FOURS = "optimizer_dot_bytes", "optimizer_read_bytes", "optimizer_read_fours_of_bytes"
 _SOURCE = """
 define weak_odr <{lanes} x i32> @{call}(<{lanes} x i32> %sum, ptr %weights, i32 %four) #0 {{
   %w = load <{bytes} x i8>, ptr %weights, align {bytes}
@@ -35,6 +35,14 @@ define weak_odr i32 @{call}_{count}(ptr %from) #0 {{
   %bytes = load i{bits}, ptr %from, align 1
   {widened}
   ret i32 %four
+}}
+"""
+# How many fours are read at once where an instruction takes one of them out of a vector.
+FOURS = 4
+_READER_OF_FOURS = """
+define weak_odr <{count} x i32> @{call}(ptr %from) #0 {{
+  %fours = load <{count} x i32>, ptr %from, align 1
+  ret <{count} x i32> %fours
 }}
 """
 _ONE = """
@@ -74,7 +82,15 @@ class ByteDot:
         `weights` is the read of the first of `lanes` fours, aligned to a vector, `activations` that of the first byte.
         """
         four = tirx.call_extern("int32", f"{_READ}_{terms}", tirx.address_of(activations))
+        return self.accumulate_four(sums, weights, four)
+
+    def accumulate_four(self, sums: Expr, weights: Expr, four: Expr) -> Expr:
+        """Return the sums with the products of four neighbours, whose bytes `four` has as one int32."""
         return tirx.call_extern(f"int32x{self.lanes}", self.call, sums, tirx.address_of(weights), four)
+
+    def fours(self, activations: Expr) -> Expr:
+        """Return the next FOURS times four neighbours as int32, of which `activations` reads the first byte."""
+        return tirx.call_extern(f"int32x{FOURS}", _READ_FOURS, tirx.address_of(activations))
 
     def imported(self, statement: Stmt) -> Stmt:
         """Return a statement that calls the functions, with the functions."""
@@ -129,7 +145,8 @@ def _dot(lanes: int, activations: str, declared: str, body: str, target: Target)
         call=call,
         bytes=FOUR * lanes,
         body=body,
-        readers="".join(_reader(count) for count in range(1, FOUR + 1)),
+        readers="".join(_reader(count) for count in range(1, FOUR + 1))
+        + _READER_OF_FOURS.format(call=_READ_FOURS, count=FOURS),
         attributes=attributes(target),
     )
     return ByteDot(lanes, call, f"{declared}\n{definition}")

@@ -67,6 +67,14 @@ def bytes_convolution(channels: int, outputs: int, size: int, kernel: int, group
     return Case(node, x, {"w": w, "z": np.array(zero, np.uint8)}, convolved(x.astype(np.int32) - zero, w, group))
 
 
+def bytes_product(rows: int, depth: int, columns: int, zero: int) -> Case:
+    rng = np.random.default_rng(rows + depth)
+    x = rng.integers(0, 256, (rows, depth)).astype(np.uint8)
+    w = rng.integers(-128, 128, (depth, columns)).astype(np.int8)
+    node = helper.make_node("MatMulInteger", ["x", "w", "z"], ["y"])
+    return Case(node, x, {"w": w, "z": np.array(zero, np.uint8)}, (x.astype(np.int32) - zero) @ w.astype(np.int32))
+
+
 def convolved(x: NDArray[T], w: NDArray[np.number], group: int) -> NDArray[T]:
     """Return the convolution of a square image, padded by half of the kernel, in the type of the image."""
     (_, channels, size, _), (outputs, _, kernel, _) = x.shape, w.shape
@@ -137,11 +145,14 @@ BYTES = [
     bytes_convolution(*sizes)
     for sizes in ((12, 8, 7, 1), (18, 20, 13, 3), (3, 8, 9, 7, 1, 5), (8, 8, 9, 3, 8), (24, 16, 6, 3, 1, 128))
 ]
+PRODUCTS = [bytes_product(*sizes) for sizes in ((1, 3, 5, 0), (11, 67, 19, 131), (9, 32, 8, 128), (16, 50, 33, 7))]
 QUANTIZED.append(quantized(11, 18, 64, 8, zero_points=True))
 
 
 # Starting the emulated machine takes longer than what is computed there.
-@pytest.mark.parametrize(("target", "cases"), [("arm64", FLOATS + QUANTIZED + BYTES), ("arm64-i8mm", QUANTIZED)])
+@pytest.mark.parametrize(
+    ("target", "cases"), [("arm64", FLOATS + QUANTIZED + BYTES + PRODUCTS), ("arm64-i8mm", QUANTIZED + PRODUCTS)]
+)
 def test_kernels_compute_what_numpy_does(target: str, cases: list[Case], tmp_path: Path) -> None:
     for case, actual in zip(cases, run(cases, target, tmp_path), strict=True):
         # Sums of fp32, some of scaled groups that are exact; Winograd's filtering makes errors ten times as large.

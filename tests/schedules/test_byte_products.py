@@ -80,7 +80,7 @@ def test_weights_lie_in_fours_where_the_target_takes_the_data(depth: int) -> Non
         ("x86-avx512", "uint8", "vpdpbusd"),
         ("x86-avx2", "uint8", "vpmaddubsw"),
         ("arm64", "int8", "sdot"),
-        ("arm64-i8mm", "uint8", "usdot"),
+        ("arm64-i8mm", "uint8", "sudot"),
     ],
 )
 def test_code_has_the_instruction_and_no_call(target: str, data: str, instruction: str) -> None:
