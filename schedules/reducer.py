@@ -183,6 +183,32 @@ def _walks(extent: Extent, lanes: int, most: int) -> list[_Walk]:
     return walks
 
 
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """A reduction that shares the walk of another one: `at` gives its axes' values at a position of the walk."""
+
+    stage: Stage
+    reducer: Reducer
+    at: Callable[[Expr], Mapping[Var, Expr]]
+    finish: Callable[[Expr], Stmt]
+
+    @property
+    def identity(self) -> Expr:
+        """What leaves a total as it is, of the type that accumulates."""
+        return self.reducer.identity.astype(accumulator_dtype(self.stage))
+
+    def step(self, walk: _Walk, buffer: Var, point: Callable[[Expr], Mapping[Var, Expr]]) -> Stmt:
+        """Return the step that combines the terms at `point` of each lane with a buffer of totals."""
+
+        def combine(lane: Expr) -> Stmt:
+            term = term_at(self.stage, self.reducer, point(lane))
+            if walk.known:
+                term = tirx.Select(lane >= walk.known, term, self.identity)
+            return store(buffer, self.reducer.combine(load(buffer, [lane]), term), [lane])
+
+        return vector(walk.width, combine)
+
+
 def reduce_contiguous(
     stage: Stage,
     reducer: Reducer,
@@ -192,44 +218,42 @@ def reduce_contiguous(
     at: Callable[[Expr], Mapping[Var, Expr]],
     finish: Callable[[Expr], Stmt],
     before: Callable[[Mapping[Var, Expr]], Stmt] | None = None,
+    beside: Beside | None = None,
 ) -> Stmt:
     """Return code that reduces one element in lanes along a contiguous axis of `extent`.
 
     `outer(body)` wraps `body` in the loops of the other reduction axes and hands it their values; `at(i)` gives the
     contiguous axis's; `finish(total)` stores the result; `before` is done at each point before its term is read. The
     axis is walked by several registers at once (by `lanes` where there is `before`, which needs registers of its own).
+    `beside` is another reduction of the same extent, where there are no other axes.
     """
-    dtype = accumulator_dtype(stage)
-    identity = reducer.identity.astype(dtype)
-    assert stage.initial is not None
+    own = [Beside(stage, reducer, at, finish), *([beside] if beside is not None else [])]
     buffers: list[Var] = []
     initialize, accumulate_all = [], []
-    total: Expr = stage.initial.astype(dtype)
+    totals: list[Expr] = []
+    for each in own:
+        assert each.stage.initial is not None
+        totals.append(each.stage.initial.astype(accumulator_dtype(each.stage)))
 
-    def steps(walk: _Walk, buffer: Var, values: Mapping[Var, Expr], position: Expr) -> Stmt:
-        def point(lane: Expr) -> Mapping[Var, Expr]:
-            return {**values, **at(position + lane)}
+    def steps(walk: _Walk, sums: Sequence[Var], values: Mapping[Var, Expr], position: Expr) -> Stmt:
+        def point(each: Beside) -> Callable[[Expr], Mapping[Var, Expr]]:
+            return lambda lane: {**values, **each.at(position + lane)}
 
-        def combine(lane: Expr) -> Stmt:
-            term = term_at(stage, reducer, point(lane))
-            if walk.known:
-                term = tirx.Select(lane >= walk.known, term, identity)
-            return store(buffer, reducer.combine(load(buffer, [lane]), term), [lane])
-
-        term = vector(walk.width, combine)
-        if before is None:
-            return term
-        ahead = before
-        return sequence([vector(walk.width, lambda lane: ahead(point(lane))), term])
+        ahead = [] if before is None else [vector(walk.width, lambda lane, b=before: b(point(own[0])(lane)))]
+        return sequence([*ahead, *(each.step(walk, total, point(each)) for each, total in zip(own, sums, strict=True))])
 
     for number, walk in enumerate(_walks(extent, lanes, 4 if before is None else 1)):
-        buffer = local([walk.width], dtype, f"lanes{number}")
-        initialize.append(vector(walk.width, lambda lane, b=buffer: store(b, identity, [lane])))
+        sums = [local([walk.width], accumulator_dtype(each.stage), f"lanes{number}") for each in own]
+        for each, buffer in zip(own, sums, strict=True):
+            initialize.append(vector(walk.width, lambda lane, b=buffer, i=each.identity: store(b, i, [lane])))
 
-        def walked(values: Mapping[Var, Expr], w: _Walk = walk, b: Var = buffer) -> Stmt:
+        def walked(values: Mapping[Var, Expr], w: _Walk = walk, b: Sequence[Var] = tuple(sums)) -> Stmt:
             return loop(w.count, lambda i: steps(w, b, values, w.start + i * w.width))
 
         accumulate_all.append(outer(walked))
-        total = reducer.combine(total, fold(reducer, load_lanes(buffer, index(0), walk.width), walk.width))
-        buffers.append(buffer)
-    return with_local(buffers, [*initialize, *accumulate_all, finish(total.astype(stage.output.dtype))])
+        for place, (each, buffer) in enumerate(zip(own, sums, strict=True)):
+            folded = fold(each.reducer, load_lanes(buffer, index(0), walk.width), walk.width)
+            totals[place] = each.reducer.combine(totals[place], folded)
+        buffers += sums
+    finished = [each.finish(total.astype(each.stage.output.dtype)) for each, total in zip(own, totals, strict=True)]
+    return with_local(buffers, [*initialize, *accumulate_all, *finished])

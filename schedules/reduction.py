@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from tvm import tirx
 from tvm.ir import Expr, Var
@@ -10,10 +10,11 @@ from tvm.tirx.stmt import Stmt
 
 from schedules import column_strips, tiling
 from schedules.access import AxisGroup, Step, group_axes
+from schedules.elementwise import overlapping_tiles
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
-from schedules.loops import load, local, nest, parallel, product, store, unflatten, with_local
+from schedules.loops import load, local, nest, parallel, product, store, unflatten, vector, with_local
 from schedules.matmul import follows_as_stage, split_epilogue, step, walks_in_lanes
-from schedules.reducer import Reducer, accumulate, accumulator_dtype, reduce_contiguous, reducer_of
+from schedules.reducer import Beside, Reducer, accumulate, accumulator_dtype, reduce_contiguous, reducer_of
 from schedules.reduction_structure import ReductionAnalysis
 from schedules.stages import Stage, substitute
 from targets.base import Target
@@ -112,10 +113,12 @@ def reduce_element(
     point: Mapping[Var, Expr],
     finish: Callable[[Expr], Stmt],
     before: Callable[[Mapping[Var, Expr]], Stmt] | None = None,
+    beside: Beside | None = None,
 ) -> Stmt:
     """Return code that computes one element of a reduction at `point` of its spatial axes.
 
-    `before` is done at each point ahead of its term, where the reduction runs in lanes (`along`).
+    `before` is done at each point ahead of its term, where the reduction runs in lanes (`along`), and `beside` is
+    another reduction in the same walk, where it has no other axes.
     """
     if along is None or reducer is None:
         return _serial_element(stage, reduction, point, finish)
@@ -130,7 +133,7 @@ def reduce_element(
 
         return nest([group.extent for group in others], inside)
 
-    return reduce_contiguous(stage, reducer, along.extent, lanes, outer, along.point, finish, before)
+    return reduce_contiguous(stage, reducer, along.extent, lanes, outer, along.point, finish, before, beside)
 
 
 def _serial_element(
@@ -153,4 +156,47 @@ def _serial_element(
             nest([group.extent for group in reduction], step_at),
             finish(load(total, [zero]).astype(stage.output.dtype)),
         ],
+    )
+
+
+def reduce_columns(
+    stage: Stage,
+    reduction: Sequence[AxisGroup],
+    groups: Sequence[AxisGroup],
+    point: Mapping[Var, Expr],
+    lanes: int,
+) -> Stmt:
+    """Return code that reduces neighbouring elements of a row, of axes `groups`, side by side in lanes."""
+    dtype, initial = accumulator_dtype(stage), stage.initial
+    assert initial is not None
+    *outer, columns = groups
+
+    def tile(outside: Sequence[Expr], start: Expr, width: int) -> Stmt:
+        totals = local([width], dtype, "totals")
+
+        def each(element: Callable[[Expr, Mapping[Var, Expr]], Stmt]) -> Stmt:
+            def at(v: Expr) -> Stmt:
+                positions = zip(groups, [*outside, start + v], strict=True)
+                own = [group.point(position) for group, position in positions]
+                return element(v, {**point, **{axis: value for values in own for axis, value in values.items()}})
+
+            return vector(width, at)
+
+        def step_at(positions: list[Expr]) -> Stmt:
+            reached = {axis: value for group, position in zip(reduction, positions, strict=True)
+                       for axis, value in group.point(position).items()}  # fmt: skip
+            return each(
+                lambda v, values: store(totals, accumulate(stage, load(totals, [v]), {**values, **reached}), [v])
+            )
+
+        def finish(v: Expr, values: Mapping[Var, Expr]) -> Stmt:
+            return store(stage.output, load(totals, [v]).astype(stage.output.dtype), stage.at(values)[0])
+
+        start_at = each(lambda v, values: store(totals, substitute(initial, values).astype(dtype), [v]))
+        steps = nest([group.extent for group in reduction], step_at)
+        return with_local([totals], [start_at, steps, each(finish)])
+
+    return nest(
+        [group.extent for group in outer],
+        lambda outside: overlapping_tiles(columns.extent, lanes, lambda start, width: tile(outside, start, width)),
     )

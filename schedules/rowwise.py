@@ -1,7 +1,9 @@
 """Functions of rows in several steps: softmax, layer, group and RMS normalization, and what is fused around them.
 
 All steps share leading axes. Each task runs every step for one row, with what the steps hand on kept in buffers of one
-row, so that the row stays in the first-level cache from its first read to its last.
+row, so that the row stays in the first-level cache from its first read to its last. What comes from further away is the
+next row: it is asked for meanwhile, or its first step is done in the walk of one that computes much, such as the sum of
+exponentials.
 """
 
 from __future__ import annotations
@@ -14,11 +16,10 @@ from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import AxisGroup, Step, as_int, branches_on, group_axes, occurs, same_extent
-from schedules.elementwise import overlapping_tiles, overlapping_vectors
+from schedules.access import AxisGroup, as_int, branches_on, group_axes, same_extent
+from schedules.elementwise import overlapping_vectors
 from schedules.family import Choice, Kernel, Parameters, Space, parallel_if_large, vector_width, work_of
 from schedules.loops import (
-    LINE_BITS,
     Extent,
     ceiling,
     index,
@@ -26,18 +27,17 @@ from schedules.loops import (
     local,
     loop,
     nest,
-    prefetch,
     product,
     store,
     unflatten,
-    vector,
     with_local,
 )
-from schedules.matmul import step, walks_in_lanes
-from schedules.reducer import accumulate, accumulator_dtype, reducer_of
-from schedules.reduction import reduce_element
+from schedules.matmul import walks_in_lanes
+from schedules.reducer import Beside, reducer_of
+from schedules.reduction import reduce_columns, reduce_element
+from schedules.rows_ahead import lines_ahead
 from schedules.softmax import simplified
-from schedules.stages import Axis, Stage, as_extent, bind, contains, replace_loads, sequence, substitute
+from schedules.stages import Axis, Stage, as_extent, bind, replace_loads, sequence
 from targets.base import Target
 
 TASKS_PER_CORE = 4
@@ -45,8 +45,8 @@ SYMBOLIC_ROWS_PER_TASK = 4
 # The work of a row that takes as long as the division that finds its place, and what a row may grow to.
 SHORT_ROW = 64
 LONGEST_ROW = 8192
-# Shorter rows the hardware sees coming.
-FEWEST_LINES = 8
+# The rows of a task from which on one more first step, that of its last row's next, does not count.
+FEWEST_ROWS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +56,10 @@ class RowwiseAnalysis:
     stages: tuple[Stage, ...]
     leading: int
     private: tuple[Var, ...]
+
+
+# A stage of a row, and one that is computed in its walk.
+_RowStep = tuple[Stage | None, Stage]
 
 
 class Rowwise:
@@ -113,47 +117,59 @@ def consecutive_rows(analysis: RowwiseAnalysis, start: Expr, extent: Extent, vec
     extents = row_extents(analysis)
     buffers = [_RowBuffer.of(buffer, analysis.leading) for buffer in analysis.private]
     lanes = max(vector_width(target, stage) for stage in analysis.stages) * vectors
+    leading, steps = analysis.leading, _in_one_walk(analysis.stages, analysis.leading)
+    count = product(extents)
+    rows = extent if isinstance(extent, int) else _rows_per_task(count, target)
+    if isinstance(count, int) and rows >= FEWEST_ROWS and _shares_walks(steps, leading):
+        return _first_steps_early(steps, leading, buffers, start, extent, extents, lanes)
 
     def row(number: Expr) -> Stmt:
         position = unflatten(number, extents)
-        first, *others = [
-            _step(stage, analysis.leading, buffers, position, lanes, first)
-            for first, stage in _in_one_walk(analysis.stages, analysis.leading)
-        ]
-        return sequence([first, *_ahead(analysis, unflatten(number + 1, extents), target), *others])
+        first, *others = [_step(stage, leading, buffers, position, lanes, before) for before, stage in steps]
+        asked = lines_ahead(analysis.stages, leading, unflatten(number + 1, extents), target)
+        return sequence([first, *asked, *others])
 
     return with_local([each.local for each in buffers], [loop(extent, lambda i: row(start + i))])
 
 
-def _ahead(analysis: RowwiseAnalysis, position: Sequence[Expr], target: Target) -> list[Stmt]:
-    """Return requests for the lines that the row at `position`, past the last one or not, reads, where they are far.
+def _first_steps_early(
+    steps: Sequence[_RowStep],
+    leading: int,
+    buffers: Sequence[_RowBuffer],
+    start: Expr,
+    extent: Extent,
+    extents: Sequence[Extent],
+    lanes: int,
+) -> Stmt:
+    """Return code for rows of which each takes the first step of the next along, in the walk of its second one.
 
-    The first step waits for a row's lines, the others find them in the first-level cache: meanwhile those of the next
-    row can come.
+    The first step waits for memory, and its end for its own last lanes; the second one computes meanwhile. After the
+    last row of all its first step is done again.
     """
-    outputs = [stage.output for stage in analysis.stages]
-    asked: dict[Var, Stmt] = {}
-    for stage in analysis.stages:
-        work = work_of(stage)
-        far = isinstance(work, int) and work * stage.output.dtype.bits // 8 > target.caches.level2 // 2
-        point = bind(stage.indices[: analysis.leading], position)
-        groups = group_axes([axis for axis in stage.axes if axis.variable not in point], [stage])
-        if not far or len(groups) != 1:
-            continue
-        for read in stage.loads():
-            place = read.indices
-            own = all(any(occurs(each, variable) for each in place) for variable in point)
-            if own and read.source not in asked and not contains(outputs, read.source):
-                line = LINE_BITS // read.source.dtype.bits
-                count = ceiling(groups[0].extent, line)
-                if step(read, groups[0]) == Step.UNIT and isinstance(count, int) and count >= FEWEST_LINES:
-                    asked[read.source] = _lines(read, point, groups[0], count, line)
-    return list(asked.values())
+    (_, first), second, *others = steps
+    last = index(product(extents)) - 1
+    result = _in_row(first, buffers).output
+    coming = local([1], str(result.dtype), "coming")
+
+    def row(number: Expr) -> Stmt:
+        position, following = (unflatten(each, extents) for each in (number, tirx.min(number + 1, last)))
+        beside = _beside(first, leading, buffers, following, coming)
+        walk = _step(second[1], leading, buffers, position, lanes, second[0], beside)
+        rest = [_step(stage, leading, buffers, position, lanes, before) for before, stage in others]
+        return sequence([walk, *rest, store(result, load(coming, [index(0)]), [index(0)])])
+
+    opening = _step(first, leading, buffers, unflatten(start, extents), lanes)
+    own = [*(each.local for each in buffers), coming]
+    return with_local(own, [opening, loop(extent, lambda i: row(start + i))])
 
 
-def _lines(read: TensorLoad, point: Mapping[Var, Expr], group: AxisGroup, count: int, elements: int) -> Stmt:
-    """Return requests for `count` lines of so many elements each, along the only group of a row's axes."""
-    return loop(count, lambda i: prefetch(substitute(read, {**point, **group.point(i * elements)})))
+def _beside(stage: Stage, leading: int, buffers: Sequence[_RowBuffer], position: Sequence[Expr], result: Var) -> Beside:
+    """Return a reduction along the row at `position`, to be done in the walk of another one, and stored to `result`."""
+    point = bind(stage.indices[:leading], position)
+    row, axis = _in_row(stage, buffers), stage.reduction[0].variable
+    reducer = reducer_of(row)
+    assert reducer is not None
+    return Beside(row, reducer, lambda i: {**point, axis: i}, lambda total: store(result, total, [index(0)]))
 
 
 def _most_work(stages: Sequence[Stage]) -> Extent:
@@ -232,9 +248,9 @@ def _common_prefix(left: Sequence[Expr], right: Sequence[Expr], most: int) -> in
     return count
 
 
-def _in_one_walk(stages: Sequence[Stage], leading: int) -> list[tuple[Stage | None, Stage]]:
+def _in_one_walk(stages: Sequence[Stage], leading: int) -> list[_RowStep]:
     """Return the stages, each reduction with the one before it where both can walk along the row together."""
-    steps: list[tuple[Stage | None, Stage]] = []
+    steps: list[_RowStep] = []
     for stage in stages:
         before = steps[-1] if steps else None
         if before is not None and before[0] is None and _walks_with(before[1], stage, leading):
@@ -246,15 +262,31 @@ def _in_one_walk(stages: Sequence[Stage], leading: int) -> list[tuple[Stage | No
 
 def _walks_with(first: Stage, stage: Stage, leading: int) -> bool:
     """Return whether a reduction along the row's only axis reads `first` at its own position alone."""
-    if first.is_reduction or len(stage.reduction) != 1 or len(stage.output.shape) > leading:
+    if first.is_reduction or not _is_along_row(stage, leading):
         return False
     inner = first.indices[leading:]
     axis = stage.reduction[0]
     if len(inner) != 1 or not any(inner[0].same_as(own.variable) and _same(own, axis) for own in first.spatial):
         return False
     reads = [read for read in stage.loads() if read.source.same_as(first.output)]
-    along = reducer_of(stage) is not None and walks_in_lanes(stage, group_axes(stage.reduction, [stage])[-1])
-    return bool(reads) and along and all(read.indices[-1].same_as(axis.variable) for read in reads)
+    return bool(reads) and all(read.indices[-1].same_as(axis.variable) for read in reads)
+
+
+def _is_along_row(stage: Stage, leading: int) -> bool:
+    """Return whether a stage reduces a row's only axis to one element, in lanes."""
+    if len(stage.reduction) != 1 or len(stage.output.shape) > leading or reducer_of(stage) is None:
+        return False
+    return walks_in_lanes(stage, group_axes(stage.reduction, [stage])[-1])
+
+
+def _shares_walks(steps: Sequence[_RowStep], leading: int) -> bool:
+    """Return whether the second step can take the next row's first one along: both reduce, and it computes enough."""
+    if len(steps) < 2:
+        return False
+    (before, first), (computed, second) = steps[:2]
+    if before is not None or computed is None or not _is_along_row(first, leading):
+        return False
+    return _same(first.reduction[0], second.reduction[0])
 
 
 def _same(left: Axis, right: Axis) -> bool:
@@ -269,8 +301,9 @@ def _step(
     position: Sequence[Expr],
     lanes: int,
     first: Stage | None = None,
+    beside: Beside | None = None,
 ) -> Stmt:
-    """Return one stage's code for the row at `position`; `first` is one that is computed on the way."""
+    """Return one stage's code for the row at `position`; `first` and `beside` are computed on the way."""
     point = bind(stage.indices[:leading], position)
     inner = [axis for axis in stage.spatial if axis.variable not in point]
     stage = _in_row(stage, rows)
@@ -286,7 +319,7 @@ def _step(
         indices, value = row.at({**own, walked: values[stage.reduction[0].variable]})
         return store(row.output, value, indices)
 
-    return _reduce(stage, inner, point, lanes, before)
+    return _reduce(stage, inner, point, lanes, before, beside)
 
 
 def _in_row(stage: Stage, rows: Sequence[_RowBuffer]) -> Stage:
@@ -332,62 +365,22 @@ def _reduce(
     point: Mapping[Var, Expr],
     lanes: int,
     before: Callable[[Mapping[Var, Expr]], Stmt] | None = None,
+    beside: Beside | None = None,
 ) -> Stmt:
     reduction = tuple(group_axes(stage.reduction, [stage]))
     reducer = reducer_of(stage)
     along = reduction[-1] if reducer is not None and walks_in_lanes(stage, reduction[-1]) else None
     columns = group_axes(inner, [stage])
     if along is None and reducer is not None and columns and walks_in_lanes(stage, columns[-1]):
-        return _reduce_columns(stage, reduction, columns, point, lanes)
+        return reduce_columns(stage, reduction, columns, point, lanes)
 
     def one(positions: Sequence[Expr]) -> Stmt:
         values = {**point, **{axis.variable: p for axis, p in zip(inner, positions, strict=True)}}
         indices, _ = stage.at(values)
-        return reduce_element(
-            stage, reduction, reducer, along, lanes, values, lambda total: store(stage.output, total, indices), before
-        )
+
+        def finish(total: Expr) -> Stmt:
+            return store(stage.output, total, indices)
+
+        return reduce_element(stage, reduction, reducer, along, lanes, values, finish, before, beside)
 
     return nest([axis.extent for axis in inner], one)
-
-
-def _reduce_columns(
-    stage: Stage,
-    reduction: Sequence[AxisGroup],
-    groups: Sequence[AxisGroup],
-    point: Mapping[Var, Expr],
-    lanes: int,
-) -> Stmt:
-    """Return code that reduces neighbouring elements of a row, of axes `groups`, side by side in lanes."""
-    dtype, initial = accumulator_dtype(stage), stage.initial
-    assert initial is not None
-    *outer, columns = groups
-
-    def tile(outside: Sequence[Expr], start: Expr, width: int) -> Stmt:
-        totals = local([width], dtype, "totals")
-
-        def each(element: Callable[[Expr, Mapping[Var, Expr]], Stmt]) -> Stmt:
-            def at(v: Expr) -> Stmt:
-                positions = zip(groups, [*outside, start + v], strict=True)
-                own = [group.point(position) for group, position in positions]
-                return element(v, {**point, **{axis: value for values in own for axis, value in values.items()}})
-
-            return vector(width, at)
-
-        def step_at(positions: list[Expr]) -> Stmt:
-            reached = {axis: value for group, position in zip(reduction, positions, strict=True)
-                       for axis, value in group.point(position).items()}  # fmt: skip
-            return each(
-                lambda v, values: store(totals, accumulate(stage, load(totals, [v]), {**values, **reached}), [v])
-            )
-
-        def finish(v: Expr, values: Mapping[Var, Expr]) -> Stmt:
-            return store(stage.output, load(totals, [v]).astype(stage.output.dtype), stage.at(values)[0])
-
-        start_at = each(lambda v, values: store(totals, substitute(initial, values).astype(dtype), [v]))
-        steps = nest([group.extent for group in reduction], step_at)
-        return with_local([totals], [start_at, steps, each(finish)])
-
-    return nest(
-        [group.extent for group in outer],
-        lambda outside: overlapping_tiles(columns.extent, lanes, lambda start, width: tile(outside, start, width)),
-    )

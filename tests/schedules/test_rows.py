@@ -83,6 +83,17 @@ def test_softmax(shape: tuple[int, int], axis: int) -> None:
     np.testing.assert_allclose(got, exponentials / exponentials.sum(axis, keepdims=True), rtol=1e-5)
 
 
+@pytest.mark.parametrize(("count", "width"), [(64, 5), (131, 37), (127, 160)])
+def test_softmax_of_rows_that_take_the_next_ones_maximum_along(count: int, width: int) -> None:
+    x = normal(count, width) * np.arange(1, count + 1, dtype="float32")[:, None]
+    x[-1, 0] = np.nan
+    got, _ = run(lambda x: op.nn.softmax(x, axis=1), [x])
+    exponentials = np.exp(x.astype("float64") - x.max(1, keepdims=True))
+    want = exponentials / exponentials.sum(1, keepdims=True)
+    # Differences of several hundred are rounded before they are exponentiated.
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-30)
+
+
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(shape=st.tuples(st.sampled_from([1, 3]), SIZES, SIZES))
 def test_softmax_of_neighbouring_rows(shape: tuple[int, int, int]) -> None:
