@@ -105,6 +105,7 @@ class CompileOptions:
             }
             steps.append(f"quantize-weights{{{','.join(f'{name}={value}' for name, value in choices.items())}}}")
         steps.append("fold-norm-scales")  # after weights are rounded, and before their precision is converted
+        steps.append("fold-requantization")
         if self.target.device == "cpu":
             in_pairs = self.operand_dtype == BFLOAT16 and bf16_dot(self.target) is not None
             dtype = BFLOAT16 if in_pairs else "float32"

@@ -27,6 +27,7 @@ _PASSES = {
     "eliminate-common-subexpressions": ("passes.eliminate_common_subexpressions", "EliminateCommonSubexpressions"),
     "fold-batch-norm": ("passes.fold_batch_norm", "FoldBatchNorm"),
     "fold-constants": ("passes.fold_constants", "FoldConstants"),
+    "fold-requantization": ("passes.fold_requantization", "FoldRequantization"),
     "fold-norm-scales": ("passes.fold_norm_scales", "FoldNormScales"),
     "fuse-attention": ("passes.fuse_attention", "FuseAttention"),
     "leave-out-rows": ("passes.leave_out_rows", "LeaveOutRows"),
