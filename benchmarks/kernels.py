@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks import row_kernels
+from benchmarks.integer_convolutions import byte_convolutions
 from benchmarks.integer_products import byte_product
 
 Bound = Literal["compute", "integer", "copy", "read"]
@@ -67,6 +68,7 @@ def cases() -> Iterator[KernelCase]:
     for channels, size in ((96, 56), (192, 28), (576, 14)):
         yield _depthwise(channels, size)
     yield from _other_convolutions()
+    yield from _int8_convolutions()
     for name, heads, length, head_size in (
         ("bert", 12, 128, 64), ("vit", 12, 197, 64), ("whisper", 6, 1500, 64)
     ):  # fmt: skip
@@ -141,6 +143,19 @@ def _convolutions(name: str, channels: list[int], size: int, kernel: int) -> Ker
     model = _model(nodes, {"x0": shape}, {f"x{_CHAIN}": shape}, weights)
     work = _CHAIN * 2 * channels[0] * channels[1] * kernel**2 * size**2
     return KernelCase(name, model, "compute", work)
+
+
+def _int8_convolutions() -> Iterator[KernelCase]:
+    """Return the layers of `cases` between codes of 8 bits."""
+    for channels, size in ((64, 56), (128, 28), (256, 14), (512, 7)):
+        for kernel, outputs in ((3, channels), (1, 4 * channels)):
+            model = byte_convolutions(_CHAIN, [channels, outputs], size, kernel)
+            name = f"conv{kernel}x{kernel}_int8_{channels}_{outputs}_{size}"
+            yield KernelCase(name, model, "integer", _CHAIN * 2 * channels * outputs * kernel**2 * size**2)
+    for channels, size in ((96, 56), (192, 28), (576, 14)):
+        model = byte_convolutions(_CHAIN, [channels, channels], size, 3, depthwise=True)
+        moved = _CHAIN * 2 * channels * size**2
+        yield KernelCase(f"depthwise3x3_int8_{channels}_{size}", model, "copy", moved)
 
 
 def _other_convolutions() -> Iterator[KernelCase]:
