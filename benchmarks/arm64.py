@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import targets
 from benchmarks.inner_loops import MULTIPLY_ADD, InnerLoop, multiplying_loops, save_and_compile
+from benchmarks.integer_convolutions import byte_convolutions
 from benchmarks.integer_products import byte_product
 
 # The closest models that LLVM has, and what else they stand for.
@@ -56,6 +57,8 @@ def kernels() -> Iterator[Kernel]:
     yield Kernel("gemm_fp16_128x768x768", _narrow_product(128, 768, 768, TensorProto.FLOAT16))
     yield Kernel("pointwise_256_256_14", _convolution(256, 14, 1))
     yield Kernel("convolution3x3_128_28", _convolution(128, 28, 3))
+    yield Kernel("pointwise_int8_256_256_14", byte_convolutions(1, (256, 256), 14, 1))
+    yield Kernel("convolution3x3_int8_128_28", byte_convolutions(1, (128, 128), 28, 3))
     yield Kernel("depthwise3x3_192_28", _convolution(192, 28, 3, group=192))
     yield Kernel("gemm_int8_128x768x768", byte_product(128, 768, 768), both)
     for bits in (8, 4):

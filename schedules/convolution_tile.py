@@ -6,6 +6,7 @@ import itertools
 
 from schedules.access import linear_coefficient, occurs
 from schedules.channel_windows import ChannelWindows
+from schedules.intrin.byte_dot import FOUR, FOURS
 from schedules.loops import Extent, product
 from targets.base import Target
 
@@ -99,6 +100,8 @@ def _fits(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -
         operands = blocks + 2 * columns
     else:
         operands = _operands(target, blocks, columns)
+        if target.architecture == "aarch64" and analysis.terms == FOUR:
+            operands -= columns // FOURS * (FOURS - 1)  # a vector has the fours of several columns
         image = analysis.data.indices[2:-1]
         taps = any(occurs(position, axis.variable) for position in image for axis in analysis.stage.reduction)
         if target.architecture == "aarch64" and taps:

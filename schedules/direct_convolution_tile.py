@@ -11,10 +11,10 @@ from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import Access, Step, occurs
+from schedules.access import Access, Step, as_int, linear_coefficient, occurs
 from schedules.by_element import in_terms, with_elements, with_read
 from schedules.channel_windows import ChannelWindow, ChannelWindows
-from schedules.intrin.byte_dot import FOUR
+from schedules.intrin.byte_dot import FOUR, FOURS, ByteDot
 from schedules.intrin.grouped_dot import GroupedDot
 from schedules.intrin.load_fence import fence
 from schedules.loops import index, load, local, loop, quotient, store, unrolled, vector, with_local
@@ -213,18 +213,39 @@ class RegisterTile:
         """Return the step that adds several terms of the reduction to each sum."""
         weights = self.analysis.weights
         data = next(read for read in self.stage.loads() if not read.same_as(weights))
-
-        def update(at: Point, register: Expr) -> Stmt:
-            place = [tirx.Ramp(register, index(1), dot.lanes)]
-            own, read = (substitute(each, {**at, **values}) for each in (weights, data))
-            total = dot.accumulate(load(self.registers, place), own, read, dot.terms)
-            return store(self.registers, total, place)
-
         begin, end = columns
-        step = unrolled(
-            end - begin, lambda j: unrolled(self.blocks, lambda o: update(*self._cell(j + begin, o, index(0))))
-        )
-        return sequence([fence(), step]) if dot.terms == FOUR else step
+
+        def read(j: Expr) -> Expr:
+            return substitute(data, {**self._cell(j + begin, index(0), index(0))[0], **values})
+
+        def each(first: int, count: int, product: Callable[[Expr, Expr, Expr], Expr]) -> Stmt:
+            def update(j: Expr, o: Expr) -> Stmt:
+                at, register = self._cell(j + begin, o, index(0))
+                place = [tirx.Ramp(register, index(1), dot.lanes)]
+                total = product(load(self.registers, place), substitute(weights, {**at, **values}), j)
+                return store(self.registers, total, place)
+
+            return unrolled(count, lambda j: unrolled(self.blocks, lambda o: update(first + j, o)))
+
+        if not isinstance(dot, ByteDot):
+            return each(0, end - begin, lambda sums, own, j: dot.accumulate(sums, own, read(j), dot.terms))
+        together = (end - begin) // FOURS * FOURS if self.by_element and self._columns_adjoin(data) else 0
+        held = local([max(together, 1)], "int32", "fours")
+        loads = [
+            store(held, dot.fours(read(index(j))), [tirx.Ramp(index(j), index(1), FOURS)])
+            for j in range(0, together, FOURS)
+        ]
+        parts = [each(0, together, lambda sums, own, j: dot.accumulate_four(sums, own, load(held, [j])))]
+        rest = each(together, end - begin - together, lambda sums, own, j: dot.accumulate(sums, own, read(j)))
+        statements = [fence(), *loads, *(parts if together else []), *([rest] if end - begin > together else [])]
+        return with_local([held], statements) if together else sequence(statements)
+
+    def _columns_adjoin(self, data: TensorLoad) -> bool:
+        """Return whether neighbouring columns read fours that lie side by side."""
+        columns = self.analysis.columns
+        if columns is None or as_int(data.source.shape[-1]) != FOUR:
+            return False
+        return linear_coefficient(data.indices[-2], columns.inner.variable) == 1
 
 
 def _is_contiguous(read: TensorLoad, axis: Axis) -> bool:
