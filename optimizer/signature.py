@@ -48,6 +48,9 @@ def _caches(
     for cache in caches_of(function):
         past, present = inputs[cache.parameter], outputs[cache.output]
         length, total = str(past.shape[cache.axis]), str(present.shape[cache.axis])
+        if cache.counted_by is not None:
+            counted, axis = cache.counted_by
+            total = str(inputs[counted].shape[axis])
         capacity = capacities.setdefault((length, cache.window), f"capacity_{len(capacities)}")
         shape = (*past.shape[: cache.axis], capacity, *past.shape[cache.axis + 1 :])
         floats = function.params[cache.parameter]

@@ -16,6 +16,9 @@ GroupQueryAttention. Axes are those of `ROW`."""
 WINDOW = "window"
 """The attribute of such a function, and of one (cache, first) that reads elements of its result from each row's `first`
 token on, where no query sees further back than this number of tokens, itself included."""
+NEWEST_TOKENS = "newest_tokens"
+"""The attribute of functions (cache, counts) that give each token of a cache that holds the newest ones the place that
+it has in one of all tokens, and of functions (tokens, last) that return such a cache: the window that it keeps."""
 SCATTERS = "scatters_tokens"
 """The attribute of a function (cache, new, starts) whose result is the cache with the new tokens in each row from
 `starts[row]` on, along the axis that the attribute says; the importer marks those that it makes of TensorScatter."""
@@ -152,6 +155,7 @@ def whole_function(parameters: Sequence[tirx.Var], body: tirx.Stmt) -> tirx.Prim
 __all__ = [
     "APPENDS_BY_ROW",
     "CIRCULAR",
+    "NEWEST_TOKENS",
     "SCATTERS",
     "WINDOW",
     "append_by_row_function",

@@ -22,7 +22,8 @@ class Cache:
 
     One of a sliding window is a ring: token t lies at t modulo the buffer's size, which is at least the `window` and
     the tokens of a step, less one. A quantized one has `pages`. Its codes take the place of the input; its scales and
-    recent tokens come after all inputs, in the order of the caches.
+    recent tokens come after all inputs, in the order of the caches. Where input and output hold the newest tokens
+    alone, `counted_by` is the input, and the axis of it, whose size is the number of all tokens after a step.
     """
 
     parameter: int
@@ -30,17 +31,20 @@ class Cache:
     axis: int
     pages: CachePages | None = None
     window: int = 0
+    counted_by: tuple[int, int] | None = None
 
     def record(self) -> list[int]:
         """Return the numbers that `caches_of` reads."""
         layout = (0, 0) if self.pages is None else (self.pages.bits, int(self.pages.by_channel))
-        return [self.parameter, self.output, self.axis, self.window, *layout]
+        return [self.parameter, self.output, self.axis, self.window, *layout, *(self.counted_by or ())]
 
     @staticmethod
     def from_record(numbers: Sequence[int]) -> Cache:
         """Return the cache that `record` describes."""
-        parameter, output, axis, window, bits, by_channel = (int(number) for number in numbers)
-        return Cache(parameter, output, axis, CachePages(bits, bool(by_channel)) if bits else None, window)
+        parameter, output, axis, window, bits, by_channel, *counted_by = (int(number) for number in numbers)
+        pages = CachePages(bits, bool(by_channel)) if bits else None
+        place = (counted_by[0], counted_by[1]) if counted_by else None
+        return Cache(parameter, output, axis, pages, window, place)
 
 
 @dataclass(frozen=True, eq=False)

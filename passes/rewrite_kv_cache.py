@@ -10,7 +10,8 @@ chosen when the package runs.
 
 GroupQueryAttention puts the new tokens of each row behind its own number of tokens, and zeros behind those.
 TensorScatter writes them anywhere in a cache that has room for all tokens from the start: there the number of tokens in
-the buffer is that room, before and after.
+the buffer is that room, before and after. A cache of a sliding window that comes and goes with its newest tokens alone
+is appended to where it is one of all tokens; the buffer is a ring, to which its layout means nothing.
 
 What was read of `past` and `present` reads the same numbers: `past` may have no reader but the concatenation, nothing
 writes to the buffer after it, and readers of `present` read its view of the buffer. Where the buffer holds a narrower
@@ -28,7 +29,7 @@ import tvm.ir
 from tvm import relax, tirx
 
 from passes.base import Dataflow, Pass, PassOutcome, Refusal, Site, require
-from passes.cache_append import APPENDS_BY_ROW, CIRCULAR, SCATTERS, TOKENS, WINDOW
+from passes.cache_append import APPENDS_BY_ROW, CIRCULAR, NEWEST_TOKENS, SCATTERS, TOKENS, WINDOW
 from passes.cache_readers import summed_axes
 from passes.cache_rewriter import CacheRewriter
 from passes.caches import Append, Cache, caches_of
@@ -50,6 +51,7 @@ class _Extension:
     """A tensor with others put behind it along an axis: in each row behind `counts[row]` tokens, if those are given.
 
     Or, if it `is_scattered_to`, one of the same size with another written into it, in each row from `counts[row]` on.
+    Of a past that holds the newest tokens alone it is all tokens that are extended.
     """
 
     past: relax.Var
@@ -58,6 +60,7 @@ class _Extension:
     counts: relax.Expr | None = None
     is_scattered_to: bool = False
     is_circular: bool = False
+    holds_newest: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,12 @@ def _appends(module: tvm.IRModule, function: relax.Function, bits: int | None) -
                 continue
             nodes = dataflow.nodes(binding.value)
             try:
-                append = _checked(binding, extension, parameters, dataflow, outputs)
+                returned = [_returned(output, extension, dataflow, module) for output in outputs]
+                append = _checked(binding, extension, parameters, dataflow, outputs, returned)
+                if extension.holds_newest:
+                    require(_window(append, module, function, dataflow) > 0, "more than its window is read of it")
+                    counted_by = _counted_by(append.total, function)
+                    append = replace(append, cache=replace(append.cache, counted_by=counted_by))
                 if isinstance(append.total, tirx.IntImm):
                     room = int(append.total.value)
                     append = replace(append, length=rooms.setdefault(room, tirx.Var("room", "int64")))
@@ -152,11 +160,21 @@ def _extension(module: tvm.IRModule, binding: relax.Binding, dataflow: Dataflow)
         return None
     past, added, counts = call.args[1].fields
     past = _cast_from(past, dataflow)
+    newest = _newest_tokens(past, dataflow, module) if dataflow.read_once(past) else None
+    past = past if newest is None else newest
     if not isinstance(past, relax.Var):
         return None
     if APPENDS_BY_ROW in attributes:
-        return _Extension(past, (added,), TOKENS, counts)
+        return _Extension(past, (added,), TOKENS, counts, holds_newest=newest is not None)
     return _Extension(past, (added,), int(attributes[SCATTERS]), counts, True, bool(attributes[CIRCULAR]))
+
+
+def _newest_tokens(expr: relax.Expr, dataflow: Dataflow, module: tvm.IRModule) -> relax.Expr | None:
+    """Return the cache that an expression gives the newest tokens of, or that it has them from; else None."""
+    call = dataflow.call(expr, "relax.call_tir")
+    if call is None or NEWEST_TOKENS not in (module[call.args[0]].attrs or {}):
+        return None
+    return call.args[1].fields[0]
 
 
 def _cast_from(expr: relax.Expr, dataflow: Dataflow) -> relax.Expr:
@@ -171,6 +189,7 @@ def _checked(
     parameters: Mapping[relax.Var, int],
     dataflow: Dataflow,
     outputs: Sequence[relax.Expr],
+    returned: Sequence[relax.Expr],
 ) -> Append:
     past, axis = extension.past, extension.axis
     require(len(extension.added) == 1, "more than one tensor is put behind the past")
@@ -185,7 +204,6 @@ def _checked(
     others = [extent for place, extent in enumerate(shape) if place != axis]
     require(is_number or not any(length.same_as(extent) for extent in others), "the tokens are on two axes")
     require(dataflow.read_once(past), "the past has another reader, which would see the new tokens")
-    returned = (_uncast(output, dataflow) for output in outputs)
     places = [place for place, output in enumerate(returned) if output.same_as(binding.value)]
     require(len(places) == 1, "the function does not return the result, or more than once")
     require(len(outputs) > 1, "the function returns nothing else")
@@ -252,7 +270,20 @@ def _quantized(append: Append, bits: int, function: relax.Function, dataflow: Da
     return replace(append.cache, pages=CachePages(bits, by_channel=summed == {ndim - 1}))
 
 
-def _uncast(output: relax.Expr, dataflow: Dataflow) -> relax.Expr:
+def _counted_by(total: tvm.ir.Expr, function: relax.Function) -> tuple[int, int]:
+    """Return the input, and the axis of it, whose size is the number of all tokens."""
+    for number, parameter in enumerate(function.params):
+        for axis, extent in enumerate(shape_of(parameter) or ()):
+            if isinstance(extent, tirx.Var) and extent.same_as(total):
+                return number, axis
+    raise Refusal("no input says by a dimension how many tokens there are in all")
+
+
+def _returned(output: relax.Expr, extension: _Extension, dataflow: Dataflow, module: tvm.IRModule) -> relax.Expr:
+    """Return what an output is a cast of, or what it has the newest tokens of; else the output."""
+    if extension.holds_newest:
+        tokens = _newest_tokens(output, dataflow, module)
+        return output if tokens is None else dataflow.producer(tokens)
     cast = dataflow.call(output, "relax.astype")
     return output if cast is None else dataflow.producer(cast.args[0])
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import onnx
 
 from optimizer.certificate.comparison import Outputs, compare_runs, require_agreement, worst_of
-from optimizer.certificate.graph_inputs import graph_inputs, settings, symbols
+from optimizer.certificate.graph_inputs import graph_inputs, past_and_sequence, settings, symbols
 from optimizer.certificate.inputs import Array, make_inputs
 from optimizer.certificate.references import Reference, ReferenceFailedError, ReferenceKind, Runner, references
 from optimizer.certificate.tolerance import arithmetic, with_codes
+from optimizer.certificate.window_sized_caches import defined
 from optimizer.errors import CertificateError, InputMismatchError
 from optimizer.package.manifest import Certificate
 
@@ -60,7 +61,7 @@ def certify(
     """
     sources = (dequantized, unoptimized)
     kind, version, expected = _reference_runs(model, path, shapes, sources, seeds, reaches_codes=cache_bits is not None)
-    pairs = [(each.outputs, _run_package(run, each.inputs)) for each in expected]
+    pairs = [_defined(model, shapes, each, _run_package(run, each.inputs)) for each in expected]
     exact = arithmetic(model, precision, activations)
     comparisons = compare_runs(pairs[: len(seeds)], exact)
     if cache_bits is not None:
@@ -68,6 +69,15 @@ def certify(
     require_agreement(comparisons, f"{kind} {version}")
     settings_used = tuple(each.values for each in expected)
     return Certificate(kind, version, tuple(each.seed for each in expected), settings_used, comparisons)
+
+
+def _defined(
+    model: onnx.ModelProto, shapes: Mapping[str, Sequence[int | str]] | None, expected: ReferenceRun, found: Outputs
+) -> tuple[Outputs, Outputs]:
+    """Return what the reference and the package gave, but for what nobody defines."""
+    # The last token of a row may be padding.
+    tokens = sum(past_and_sequence(graph_inputs(model, shapes), expected.values)) - 1
+    return defined(model, expected.outputs, tokens), defined(model, found, tokens)
 
 
 def _run_package(run: Runner, inputs: Mapping[str, Array]) -> Outputs:

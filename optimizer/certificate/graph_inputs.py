@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 
 import onnx
 
+from optimizer.certificate.window_sized_caches import windows
 from optimizer.errors import CertificateError
 from optimizer.package import dimensions
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
+_TOKENS = 2
 _PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
 
 
@@ -19,12 +21,14 @@ _PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
 class GraphInput:
     """An input: element type as in onnx.TensorProto, dimensions as numbers or symbols.
 
-    A dimension without a name gets the symbol "INPUT.AXIS".
+    A dimension without a name gets the symbol "INPUT.AXIS". A cache that holds the newest tokens of a sliding window
+    has room for the `window` at least, along axis 2; else that is 0.
     """
 
     name: str
     element_type: int
     dims: tuple[int | str, ...]
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,15 @@ def graph_inputs(
     Raises CertificateError for an input that is not a tensor.
     """
     initialized = {tensor.name for tensor in model.graph.initializer}
-    return tuple(_read(value, shapes or {}) for value in model.graph.input if value.name not in initialized)
+    sizes = windows(model)
+    return tuple(
+        _read(value, shapes or {}, sizes.get(value.name, 0))
+        for value in model.graph.input
+        if value.name not in initialized
+    )
 
 
-def _read(value: onnx.ValueInfoProto, shapes: Mapping[str, Sequence[int | str]]) -> GraphInput:
+def _read(value: onnx.ValueInfoProto, shapes: Mapping[str, Sequence[int | str]], window: int) -> GraphInput:
     if not value.type.HasField("tensor_type"):
         raise CertificateError(f"input '{value.name}' is not a tensor, so no inputs can be made; skip the certificate")
     declared = value.type.tensor_type
@@ -77,7 +86,7 @@ def _read(value: onnx.ValueInfoProto, shapes: Mapping[str, Sequence[int | str]])
         dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"{value.name}.{axis}"
         for axis, dim in enumerate(declared.shape.dim)
     )
-    return GraphInput(value.name, declared.elem_type, tuple(shapes.get(value.name, dims)))
+    return GraphInput(value.name, declared.elem_type, tuple(shapes.get(value.name, dims)), window)
 
 
 def evaluate(dim: int | str, values: Mapping[str, int]) -> int:
@@ -92,17 +101,28 @@ def settings(inputs: Sequence[GraphInput], run: int, past: int | None = None) ->
 
     `past` is how many tokens lie behind those of the run, if that matters; masks cover them then.
     Meaning is taken from names, as exporters choose them: batch, sequence, past, total (past and sequence together),
-    height and width. What has no such name gets a prime of its own.
+    height and width. What has no such name gets a prime of its own. The room for a sliding window is enough for all
+    tokens.
     """
     atoms = symbols(inputs)
+    window = max((each.window for each in inputs), default=0)
     seen: list[dict[str, int]] = []
     for sizes in _SECOND if run else _FIRST:
         if past is not None and not sizes.total:
             continue
-        values = _assign(atoms, sizes if past is None else replace(sizes, past=past))
+        values = _assign(atoms, sizes if past is None else replace(sizes, past=past), window)
         if values not in seen:
             seen.append(values)
             yield values
+
+
+def past_and_sequence(inputs: Sequence[GraphInput], values: Mapping[str, int]) -> tuple[int, int]:
+    """Return how many tokens values for all symbols mean to lie behind those of the run, and how many those are."""
+    meant = {meaning: values[name] for name, meaning in reversed(symbols(inputs).items())}
+    sequence = meant.get("sequence", 1)
+    if "past" not in meant and "window" in meant and "total" in meant:
+        return meant["total"] - sequence, sequence
+    return meant.get("past", 0), sequence
 
 
 def symbols(inputs: Sequence[GraphInput]) -> dict[str, str]:
@@ -124,6 +144,8 @@ def _parts(name: str) -> frozenset[str]:
 def _meaning(name: str, inputs: Sequence[GraphInput]) -> str:
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
     users = [(each, axis) for each in inputs for axis, dim in enumerate(each.dims) if dim == name]
+    if any(each.window and axis == _TOKENS for each, axis in users):
+        return "window"
     if words & {"total", "plus", "with", "all"} or name.count("seq") > 1:
         return "total"
     if "past" in words or "cache" in words:
@@ -150,14 +172,15 @@ def _meaning_of_axis(user: GraphInput, axis: int) -> str:
     return "sequence" if len(user.dims) == 2 else "other"
 
 
-def _assign(atoms: Mapping[str, str], sizes: Sizes) -> dict[str, int]:
-    has_past = "past" in atoms.values()
+def _assign(atoms: Mapping[str, str], sizes: Sizes, window: int) -> dict[str, int]:
+    has_past = "past" in atoms.values() or "window" in atoms.values()
     past = sizes.past if has_past and sizes.total else 0
     fixed = {
         "batch": sizes.batch,
         "sequence": sizes.sequence,
         "past": sizes.past,
         "total": past + sizes.sequence,
+        "window": max(window, past + sizes.sequence),
         "height": sizes.height,
         "width": sizes.width,
     }

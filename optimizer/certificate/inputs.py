@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from optimizer.certificate.graph_inputs import GraphInput, evaluate, graph_inputs, settings, symbols
+from optimizer.certificate.graph_inputs import GraphInput, evaluate, graph_inputs, past_and_sequence, settings
 from optimizer.certificate.index_bounds import index_bounds
 
 Array = NDArray[np.generic]
@@ -36,8 +36,7 @@ def make_inputs(
     values = dict(symbol_values) if symbol_values is not None else next(settings(inputs, 0))
     bounds = index_bounds(model)
     generator = np.random.default_rng(seed)
-    past = next((values[name] for name, meaning in symbols(inputs).items() if meaning == "past"), 0)
-    sequence = next((values[name] for name, meaning in symbols(inputs).items() if meaning == "sequence"), 1)
+    past, sequence = past_and_sequence(inputs, values)
     arrays: dict[str, Array] = {}
     for each in inputs:
         shape = tuple(evaluate(dim, values) for dim in each.dims)

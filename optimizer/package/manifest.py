@@ -118,10 +118,11 @@ class CacheRecord:
     are the buffer's; tokens lie along `axis`, whose size is the symbol of the capacity. `length` is the symbol of the
     tokens that are in it before a call, `total` those after it, an expression of the entry point's symbols. Where both
     are the same, a symbol or a number, the cache `is_whole`: it has room for all tokens from the start, and other
-    inputs say where the code writes and how far it reads. Of a
-    sliding `window`, the buffer is a ring, where token t lies at t modulo the capacity: at least `window` and the
-    tokens of a call, less one. Where there are `pages`, the code takes three tensors that make up such a buffer: codes
-    in place of the input, scales and recent tokens of `dtype` after all inputs (`schedules/cache_pages.py`).
+    inputs say where the code writes and how far it reads. Of a sliding `window`, the buffer is a ring, where token t
+    lies at t modulo the capacity: at least `window` and the tokens of a call, less one. Where input and output of such
+    a cache are of one size, they hold the newest tokens alone, and `length` is the number that they have room for.
+    Where there are `pages`, the code takes three tensors that make up such a buffer: codes in place of the input,
+    scales and recent tokens of `dtype` after all inputs (`schedules/cache_pages.py`).
     """
 
     past: str
@@ -166,6 +167,13 @@ class EntryPoint:
     def past_symbols(self) -> tuple[str, ...]:
         """The symbols of the tokens that caches hold before a call, in the order in which the code takes them."""
         return tuple(dict.fromkeys(cache.length for cache in self.caches))
+
+    @cached_property
+    def newest_only(self) -> frozenset[str]:
+        """The inputs that are caches of a sliding window with room for a number of its newest tokens alone."""
+        sizes = {spec.name: spec.shape for spec in (*self.inputs, *self.outputs)}
+        grow = {cache.past for cache in self.caches if sizes[cache.past] != sizes[cache.present]}
+        return frozenset(cache.past for cache in self.caches if not cache.is_whole and cache.past not in grow)
 
     @cached_property
     def paged_symbols(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import tvm_ffi
 
 from optimizer.errors import OptionError
 from optimizer.package import dimensions
-from optimizer.package.manifest import CachePages, EntryPoint, TensorSpec
+from optimizer.package.manifest import CachePages, CacheRecord, EntryPoint, TensorSpec
 from optimizer.runtime import cache_pages, tensors
 from optimizer.runtime.cache_buffers import CacheBuffers, Held, Room
 from optimizer.runtime.tensors import Device, Tensor
@@ -245,16 +245,31 @@ def buffers_of_past(
     steps: Mapping[str, Steps],
     device: Device,
 ) -> dict[str, CacheBuffers]:
-    """Return buffers with what was given as past in them, and room for the new tokens and no more."""
+    """Return buffers with what was given as past in them, and room for the new tokens and no more.
+
+    Raises OptionError where a past of a sliding window has no room for all tokens: which of them it holds depends on
+    what masks say of each row.
+    """
     result: dict[str, CacheBuffers] = {}
     specs = {spec.name: spec for spec in entry.inputs}
     for record in entry.caches:
         length, total = (dimensions.evaluate(size, values) for size in (record.length, record.total))
+        if record.past in entry.newest_only:
+            total = _require_all_in(record, length, total)
         held = Held(length, steps[record.length].before if record.pages is not None else 0)
         buffers = CacheBuffers(record, values, Room(total, max(total, length) - held.quantized, total), device)
         buffers.store(tensors.host_view(past[record.past], specs[record.past].dtype), held)
         result[record.past] = buffers
     return result
+
+
+def _require_all_in(record: CacheRecord, room: int, total: int) -> int:
+    if total > room:
+        raise OptionError(
+            f"'{record.past}' has room for {room} tokens of a sliding window, and the call makes them {total}; "
+            "give it room for all of them, or append to a session, whose cache moves with the window"
+        )
+    return room
 
 
 def outputs_with_present(
@@ -275,7 +290,8 @@ def outputs_with_present(
             outputs.append(next(returned))
             continue
         quantized = steps[record.length].quantized if record.pages is not None else 0
-        held = Held(dimensions.evaluate(record.total, values), quantized)
+        size = record.length if record.past in entry.newest_only else record.total
+        held = Held(dimensions.evaluate(size, values), quantized)
         outputs.append(_as_declared(buffers[record.past], held, spec, device))
     return outputs
 

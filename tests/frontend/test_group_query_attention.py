@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -113,6 +113,36 @@ def test_matches_onnxruntime(name: str):
     model, inputs = model_of(step), inputs_of(step)
     fed = {value.name: inputs[value.name] for value in model.graph.input}
     assert_close(ours(model)(fed), theirs(model)(fed), step.tolerance)
+
+
+_NEWEST_ONLY = {
+    "prompt": (Step(3, 4, 3, (2,)), 3),
+    "prompt_beyond_the_room": (Step(9, 4, 9, (8,)), 3),
+    "tokens_that_all_fit": (Step(1, 4, 4, (3,)), 3),
+    "first_tokens_that_go": (Step(1, 4, 5, (4,)), 3),
+    "room_for_the_window_alone": (Step(1, 3, 8, (7,)), 3),
+    "tokens_that_go_at_once": (Step(1, 7, 13, (12,)), 3),
+    "chunk": (Step(3, 5, 12, (11,)), 3),
+    "chunk_beyond_the_room": (Step(8, 4, 14, (13,)), 2),
+    "ragged_rows": (Step(1, 4, 8, (7, 2, 4)), 3),
+}
+
+
+@pytest.mark.parametrize("name", _NEWEST_ONLY)
+def test_a_cache_of_the_newest_tokens_alone_matches_onnxruntime(name: str) -> None:
+    step, window = _NEWEST_ONLY[name]
+    step = replace(step, rotary=8, attributes={"local_window_size": window, "sliding_window_cache": 1})
+    model, inputs = model_of(step), inputs_of(step)
+    fed = {value.name: inputs[value.name] for value in model.graph.input}
+    actual, expected = ours(model)(fed), theirs(model)(fed)
+    assert step.past is not None
+    at_once = step.past - window + 1
+    for row, last in enumerate(step.last):
+        held = last + 1 - at_once * max(0, -(-(last + 1 - step.past) // at_once))
+        for results in (actual, expected):
+            for present in ("present_key", "present_value"):
+                results[present][row, :, held:] = 0  # undefined
+    assert_close(actual, expected)
 
 
 def test_one_import_serves_all_lengths():

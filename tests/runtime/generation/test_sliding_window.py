@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from optimizer.errors import OptionError
 from optimizer.runtime import load
 from optimizer.runtime.generation import DecoderSession
 from optimizer.runtime.model import CompiledModel
+from tests.frontend.comparison import theirs
 
 _MODEL = Path(__file__).parents[2] / "models" / "builder" / "gemma2.onnx"
 _VOCABULARY = 128
@@ -35,6 +37,40 @@ def ring(tmp_path_factory: pytest.TempPathFactory) -> CompiledModel:
 @pytest.fixture(scope="module")
 def returning(tmp_path_factory: pytest.TempPathFactory) -> CompiledModel:
     return _compiled(tmp_path_factory.mktemp("gemma2"), "returned")
+
+
+@pytest.fixture(scope="module")
+def newest_only() -> onnx.ModelProto:
+    """Return the model with the caches that the builder gives it by default, of the newest tokens alone.
+
+    Its products are in floats, as those of the packages here.
+    """
+    model = onnx.load(_MODEL)
+    for node in model.graph.node:
+        for attribute in [each for each in node.attribute if each.name == "accuracy_level"]:
+            node.attribute.remove(attribute)
+    windowed = [
+        node
+        for node in model.graph.node
+        if any(each.name == "local_window_size" and each.i > 0 for each in node.attribute)
+    ]
+    names = {name for node in windowed for name in (*node.input[3:5], *node.output[1:3])}
+    for node in windowed:
+        node.attribute.append(onnx.helper.make_attribute("sliding_window_cache", 1))
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name in names:
+            dimension = value.type.tensor_type.shape.dim[2]
+            dimension.dim_param = dimension.dim_param.replace("sequence", "sliding")
+    return model
+
+
+@pytest.fixture(scope="module")
+def newest(newest_only: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> CompiledModel:
+    folder = tmp_path_factory.mktemp("newest")
+    onnx.save(newest_only, folder / "model.onnx")
+    options = CompileOptions(find_target("host"), activations="float")
+    compile_model(folder / "model.onnx", folder / "model.opt", options)
+    return load(folder / "model.opt")
 
 
 def _tokens(length: int) -> list[int]:
@@ -62,6 +98,56 @@ def test_every_chunking_gives_the_logits_of_the_whole_cache(
     for cut in sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=8))) if length > 1 else []:
         session.append(tokens[len(session.tokens) : cut])
     _require_equal(returning, session, tokens[len(session.tokens) :])
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(cuts=st.lists(st.integers(1, 40), min_size=1, max_size=8), back=st.integers(0, 4))
+def test_caches_of_the_newest_tokens_alone_are_the_same_rings(
+    newest: CompiledModel, ring: CompiledModel, cuts: list[int], back: int
+) -> None:
+    assert newest.manifest.kv_cache_scheme == ring.manifest.kv_cache_scheme
+    tokens, session = _tokens(sum(cuts) + 1), DecoderSession(newest, capacity=512)
+    for count in cuts:
+        session.append(tokens[len(session.tokens) :][:count])
+    other = session.fork()
+    session.rewind(max(0, len(session.tokens) - back))
+    _require_equal(ring, session, tokens[len(session.tokens) :])
+    _require_equal(ring, other, tokens[-1:])
+
+
+@pytest.mark.parametrize("room", [8, 11])
+def test_sessions_give_what_onnxruntime_gives_with_caches_of_the_newest_tokens(
+    newest_only: onnx.ModelProto, newest: CompiledModel, room: int
+) -> None:
+    run, tokens, session = theirs(newest_only), _tokens(40), DecoderSession(newest)
+    specs = {spec.name: spec for spec in newest.entry("main").signature.inputs}
+    rooms = {name: room if "sliding" in str(spec.shape[2]) else 0 for name, spec in specs.items() if "past" in name}
+    past = {name: np.zeros((1, 2, tokens_held, 16), np.float32) for name, tokens_held in rooms.items()}
+    for start, end in ((0, 5), (5, 17), (17, 18), (18, 19), (19, 40)):
+        ids, mask = np.array([tokens[start:end]]), np.ones((1, end), np.int64)
+        outputs = run({"input_ids": ids, "attention_mask": mask, **past})
+        expected = outputs["logits"][0, -1]
+        actual = session.append(tokens[start:end])
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=_TOLERANCE * np.abs(expected).max())
+        past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
+
+
+def test_a_call_takes_a_window_that_has_room_for_all_tokens(newest: CompiledModel, ring: CompiledModel) -> None:
+    def call(model: CompiledModel, room: int) -> dict[str, np.ndarray]:
+        inputs = {"input_ids": np.array([_tokens(9)]), "attention_mask": np.ones((1, 12), np.int64)}
+        rng = np.random.default_rng(0)
+        for spec in model.entry("main").signature.inputs[2:]:
+            past = rng.standard_normal((1, 2, 3, 16), np.float32)
+            more = room - 3 if "sliding" in str(spec.shape[2]) else 0
+            inputs[spec.name] = np.pad(past, ((0, 0), (0, 0), (0, more), (0, 0)))
+        return model(inputs)
+
+    actual, expected = call(newest, 14), call(ring, 3)
+    np.testing.assert_allclose(actual["logits"], expected["logits"], rtol=0, atol=_TOLERANCE * 10)
+    assert actual["present.0.key"].shape == (1, 2, 14, 16)
+    np.testing.assert_allclose(actual["present.0.key"][:, :, :12], expected["present.0.key"], rtol=0, atol=1e-5)
+    with pytest.raises(OptionError, match="has room for 11 tokens of a sliding window, and the call makes them 12"):
+        call(newest, 11)
 
 
 def test_steps_go_around_the_ring(ring: CompiledModel, returning: CompiledModel) -> None:

@@ -4,6 +4,7 @@ Of each row b, `seqlens_k[b] + 1` positions are in use after the step, the last 
 step is a prompt (S equals `total_sequence_length`): then all S are new, and a shorter row is padded at its end.
 present [B, G, max(total_sequence_length, past length), D] holds the row's past, its new keys or values, and zeros.
 Queries attend to the first `total_sequence_length` positions T of it, as far as their row reaches.
+With `sliding_window_cache`, past and present hold the newest tokens alone (`optimizer/frontend/window_sized_cache.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from optimizer.frontend.scaled_dot_product import (
     visible_keys,
 )
 from optimizer.frontend.value import TensorValue, Value
+from optimizer.frontend.window_sized_cache import all_tokens, newest_tokens
 from passes.cache_append import APPENDS_BY_ROW, WINDOW
 from schedules.cache_pages import READS_IN_PLACE
 
@@ -67,8 +69,9 @@ def group_query_attention(node: Node) -> Result:
             rotated(node, part, cosines, sines, head_axis=1, interleaved=interleaved) for part in (query, key)
         )
     present_key, present_value = (
-        _present(node, part, node.optional_input(index), step) for part, index in ((key, 3), (value, 4))
+        _present(node, part, _past(node, index, step), step) for part, index in ((key, 3), (value, 4))
     )
+    kept = [_kept(node, part, index, step) for part, index in ((present_key, 3), (present_value, 4))]
     step = _within_window(node, step)
     allowed = _allowed(node, step)
     biases: list[Value] = [bias_where(node, allowed, accumulation_dtype(query.dtype))]
@@ -86,8 +89,7 @@ def group_query_attention(node: Node) -> Result:
     scores = _exposed_scores(node, result, allowed)
     return [
         merge_heads(node, result.output),
-        present_key,
-        present_value,
+        *kept,
         None if scores is None else converted(node, scores, query.dtype),
     ]
 
@@ -96,10 +98,10 @@ def _check(node: Node) -> None:
     given = [name for index, name in _REFUSED_INPUTS.items() if node.has_input(index)]
     if given:
         raise node.unsupported(f"the input(s) {', '.join(given)} are not supported")
-    if node.integer("sliding_window_cache", 0):
-        raise node.unsupported("a window-sized cache is not supported; build the model with windowed_kv_cache=false")
     if node.has_input(3) != node.has_input(4):
         raise node.unsupported("past_key and past_value go together")
+    if _has_window_sized_cache(node) and node.integer("local_window_size", -1) <= 0:
+        raise node.unsupported("sliding_window_cache needs a local_window_size")
 
 
 def _heads(node: Node) -> tuple[Value, Value, Value]:
@@ -167,6 +169,8 @@ def _past_positions(last: te.Tensor, total: tirx.PrimExpr, length: tirx.PrimExpr
 
 def _cache_length(node: Node, total: Dimension) -> Dimension:
     """Return the greater one of the total length and the length of the past; a symbol if that is not known."""
+    if _has_window_sized_cache(node):
+        return total
     past_length = node.input(3).shape[2] if node.has_input(3) else 0
     wide, narrow = as_expression(total), as_expression(past_length)
     if node.graph.symbols.proves(wide >= narrow):
@@ -174,6 +178,26 @@ def _cache_length(node: Node, total: Dimension) -> Dimension:
     if node.graph.symbols.proves(narrow >= wide):
         return past_length
     return node.graph.bound_dimension(tirx.max(wide, narrow), "cache_length")
+
+
+def _has_window_sized_cache(node: Node) -> bool:
+    return bool(node.integer("sliding_window_cache", 0)) and node.has_input(3)
+
+
+def _past(node: Node, index: int, step: _Step) -> Value | None:
+    """Return past keys or values, each token at its own position, if the node is given any."""
+    past = node.optional_input(index)
+    if past is None or not _has_window_sized_cache(node):
+        return past
+    length = simplified(as_expression(step.total) - as_expression(step.length))
+    return all_tokens(node, past, step.past, length, node.integer("local_window_size"))
+
+
+def _kept(node: Node, present: TensorValue, index: int, step: _Step) -> TensorValue:
+    """Return what the node returns of the keys or values after the step."""
+    if not _has_window_sized_cache(node):
+        return present
+    return newest_tokens(node, present, step.last, node.input(index).shape[2], node.integer("local_window_size"))
 
 
 def _positions(node: Node, step: _Step) -> Value:
