@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tvm
@@ -67,8 +67,7 @@ class _Gatherer(PyExprMutator):
             weight = self._tied(callee, position, argument)
             if weight is not None:
                 function = self._module[callee]
-                block = weight.packing.block
-                packing = Packing(position, (1, 0), weight.packing.columns, block)
+                packing = replace(weight.packing, parameter=position, order=(1, 0))
                 arguments[position] = weight.constant
                 reading = reading_packed(function, function.params[position], packing)
                 variant = self.builder_.add_func(reading, f"{callee.name_hint}_packed")

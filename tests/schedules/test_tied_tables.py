@@ -7,6 +7,7 @@ from tvm import ir, relax
 from tvm.relax import op
 from tvm.relax.expr_functor import PyExprVisitor, visitor
 
+from optimizer.package.dtypes import numpy_dtype
 from schedules import prepack
 from tests.schedules.execution import TARGET, build, normal, scheduled
 
@@ -28,7 +29,9 @@ class _Constants(PyExprVisitor):
 def packed(table: np.ndarray, weight: np.ndarray) -> tuple[tvm.IRModule, list[tuple[int, ...]], int]:
     """Return a packed language model of nothing but a table and a head, its constants' shapes, and their number."""
     head, embedding = relax.const(weight), relax.const(table)
-    module = build(lambda ids: op.matmul(op.take(embedding, ids, axis=0), head), [IDS.shape], ["int64"])
+    module = build(
+        lambda ids: op.matmul(op.take(embedding, ids, axis=0), head, out_dtype="float32"), [IDS.shape], ["int64"]
+    )
     module = relax.transform.DeadCodeElimination()(prepack(module, TARGET)[0])
     relax.analysis.well_formed(module)
     constants = _Constants()
@@ -37,14 +40,17 @@ def packed(table: np.ndarray, weight: np.ndarray) -> tuple[tvm.IRModule, list[tu
     return module, shapes, len({int(constant.value.data_ptr()) for constant in constants.found})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_tied_table_is_gathered_from_the_packed_weights_and_stored_once(dtype: str) -> None:
-    table = normal(VOCABULARY, HIDDEN, dtype=dtype)
-    module, _, count = packed(table, np.ascontiguousarray(table.T))
+@pytest.mark.parametrize(
+    ("dtype", "hidden"),
+    [("float32", HIDDEN), ("float16", HIDDEN), ("bfloat16", HIDDEN), pytest.param("bfloat16", 34, id="pairs")],
+)
+def test_a_tied_table_is_gathered_from_the_packed_weights_and_stored_once(dtype: str, hidden: int) -> None:
+    table = normal(VOCABULARY, hidden).astype(numpy_dtype(dtype))
+    module, shapes, count = packed(table, np.ascontiguousarray(table.T))
     assert count == 1
+    assert len(set(shapes)) == 1
     expected = table.astype(np.float32)[IDS] @ table.astype(np.float32).T
-    tolerance = 1e-4 if dtype == "float32" else 2.0**-9
-    np.testing.assert_allclose(scheduled(module)[0](IDS), expected, rtol=tolerance, atol=tolerance * HIDDEN)
+    np.testing.assert_allclose(scheduled(module)[0](IDS), expected, rtol=1e-4, atol=1e-4 * hidden)
 
 
 def test_a_table_of_other_numbers_keeps_its_rows() -> None:
