@@ -23,6 +23,7 @@ _SHIFT = 16  # the bits of fp32 that bfloat16 has not
 _HALF = (1 << (_SHIFT - 1)) - 1  # less than half a unit in the last place: an odd one is rounded up by one more
 _MAGNITUDE, _INFINITY = 0x7FFFFFFF, 0x7F800000
 _SIGN, _QUIET_NAN = 0x8000, 0x7FC0
+_ARITHMETIC = (tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.Max, tirx.Min)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,16 +52,26 @@ class Bf16Buffers:
         return tirx.reinterpret("float32", bits.astype("uint32") << _u32(_SHIFT))
 
     def _wide(self, value: Expr) -> Expr:
-        """Return a bfloat16 expression in fp32; padding, a choice between elements, as one between widened ones.
+        """Return a bfloat16 expression in fp32, but for its last rounding.
 
-        TVM's lowering crashes on a choice between elements of bfloat16 that is widened.
+        TVM's lowering crashes on a choice between elements of bfloat16 that is widened, such as padding, and on their
+        sums and products: here they are those of widened elements.
         """
         if isinstance(value, tirx.FloatImm):
             return tirx.const(float(value.value), "float32")
+        if isinstance(value, _ARITHMETIC):
+            return type(value)(self._operand(value.a), self._operand(value.b))
+        if isinstance(value, tirx.Cast) and str(value.value.ty.dtype) == "float32":
+            return _rounded_in_fp32(value.value)
         if isinstance(value, ir.Call) and isinstance(value.op, ir.Op) and value.op.name == CONDITIONAL:
             condition, then, otherwise = value.args
             return tirx.if_then_else(condition, self._wide(then), self._wide(otherwise))
         return self.widened(tirx.Cast("float32", value))
+
+    def _operand(self, value: Expr) -> Expr:
+        """Return an operand of bfloat16 in fp32, rounded to it where it is computed."""
+        wide = self._wide(value)
+        return _rounded_in_fp32(wide) if isinstance(value, _ARITHMETIC) else wide
 
     def stored(self, store: tirx.BufferStore) -> tirx.BufferStore:
         """Return a store to one of the buffers that rounds as its readers expect; any other as it is."""
@@ -110,6 +121,10 @@ def rounded(value: Expr) -> Expr:
     not_a_number = (bits & _u32(_MAGNITUDE)) > _u32(_INFINITY)
     result = tirx.Select(not_a_number, (high & _u32(_SIGN)) | _u32(_QUIET_NAN), nearest)
     return tirx.Let(bits, tirx.reinterpret("uint32", value), result).astype("uint16")
+
+
+def _rounded_in_fp32(value: Expr) -> Expr:
+    return tirx.reinterpret("float32", rounded(value).astype("uint32") << _u32(_SHIFT))
 
 
 def _is_repeated(store: tirx.BufferStore) -> bool:

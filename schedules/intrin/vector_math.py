@@ -332,12 +332,13 @@ def expand(expression: ir.Node, buffers: Bf16Buffers, target: Target) -> ir.Node
     """Return an expression or statement with its calls of elementary functions on floats up to 32 bits expanded.
 
     What is read from and stored to `buffers` of bfloat16 is converted here, too. Stores that do more in bfloat16 are
-    left to TVM: its conversions repeat their operand, and cannot repeat the bindings of the expansion.
+    left to TVM, but for those to integers, which it does not know for bfloat16: its conversions repeat their operand,
+    and cannot repeat the bindings of the expansion.
     """
 
     def expand_store(store: tirx.BufferStore, mutator: tvm_ffi.StructuralMutator) -> Stmt:
-        if computes_before(store):
-            return buffers.stored(store) if store.buffer in buffers.integers else store
+        if computes_before(store) and store.buffer not in buffers.integers:
+            return store
         return buffers.stored(mutator.default_mutate(store))
 
     def expand_cast(cast: tirx.Cast, mutator: tvm_ffi.StructuralMutator) -> Expr:
