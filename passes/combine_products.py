@@ -6,13 +6,14 @@ Queries, keys and values of a decoder are the case that matters: one kernel inst
 has one row. A missing bias is -0.0, which changes no number.
 
 It pays only where the slices cost nothing: where kernels of element-wise operators, concatenations or transpositions
-take them in place. A result that the function returns would have to be copied out, and so would one that another
-product, a convolution or a reduction reads. Attention would read it in place, too, but its rows would lie as far apart
-as those of the combined product, on pages of their own: with 128 rows that took 2 % longer than separate products,
-with 1500 rows 10 to 25 %. Where a product's only reader is element-wise (an activation, a residual sum) it is computed
-in the product's kernel already, which the slice would undo. Products that lie apart, with products over other inputs
-between them, stay apart as well: such as the keys and values of all the layers that attend to one encoder's output,
-whose results would have to live until the last layer has read them.
+take them in place, such as that which turns values on their way to a cache in buffers. A result that the function
+returns would have to be copied out, and so would one that another product, a convolution or a reduction reads.
+Attention would read it in place, too, but its rows would lie as far apart as those of the combined product, on pages of
+their own: with 128 rows that took 2 % longer than separate products, with 1500 rows 10 to 25 %. Where a product's only
+reader is element-wise (an activation, a residual sum) it is computed in the product's kernel already, which the slice
+would undo; all but the rounding of a sum to 16 bits, which is the combined product's as well. Products that lie apart,
+with products over other inputs between them, stay apart: such as the keys and values of all the layers that attend to
+one encoder's output, whose results would have to live until the last layer has read them.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ _ELEMENTWISE = frozenset(
 )
 # Moves of elements, among channels and turned too, that become part of the kernel of what they move to.
 _MOVES = frozenset({"relax.concat", "relax.take", ROTARY_EMBEDDING})
+_TURN = "relax.permute_dims"
+_APPEND = "relax.call_tir_inplace"
 
 
 @dataclass(frozen=True)
@@ -108,17 +111,18 @@ class _Finder:
             fused = self._operator(readers[0])
             scaled = self._is_scaling(readers[0])
             require(fused not in _ELEMENTWISE or scaled, f"{fused} is computed in its kernel, which a slice would undo")
-        pending = [result]
+        pending = [(result, False)]
         while pending:
-            variable = pending.pop()
+            variable, is_turned = pending.pop()
             require(not self._dependencies.is_result(variable), "its result is returned: the slice would be copied")
             for reader in self._dependencies.readers(variable):
                 operator = self._operator(reader)
                 if operator is None or operator in _VIEWS or self._is_scaling(reader):
-                    pending.append(reader)
+                    pending.append((reader, is_turned or operator == _TURN))
                     continue
                 require(not self._is_product_of_two(reader), "attention would read rows that lie apart")
-                require(operator in _ELEMENTWISE | _MOVES, f"{operator} does not take a slice in place")
+                takes = operator in _ELEMENTWISE | _MOVES or (is_turned and operator == _APPEND)
+                require(takes, f"{operator} does not take a slice in place")
 
     def _operator(self, variable: relax.Var) -> str | None:
         """Return the name of the operator that a variable is bound to, None for a renaming or a field of a tuple."""
@@ -142,7 +146,8 @@ class _Finder:
 def _kind(product: ConstantProduct) -> tuple[object, ...]:
     """Return what parallel products have in common."""
     out_dtype = product.call.attrs.out_dtype if product.call.attrs is not None else None
-    return product.call.args[0], product.weight.dtype.name, str(out_dtype), dtype_of(product.result)
+    rounded = None if product.rounded is None else dtype_of(product.rounded)
+    return product.call.args[0], product.weight.dtype.name, str(out_dtype), rounded, dtype_of(product.result)
 
 
 @mutator
@@ -171,6 +176,8 @@ class _Rewriter(PyExprMutator):
         call = group[0].call
         weights = constant(np.concatenate([product.weight for product in group], axis=1))
         result = self.builder_.emit(tvm.ir.Call(call.op, [self.visit_expr(call.args[0]), weights], call.attrs))
+        if group[0].rounded is not None:
+            result = self.builder_.emit(relax.op.astype(result, dtype_of(group[0].rounded)))
         if all(product.bias is None for product in group):
             return result
         dtype = next(product.bias.dtype for product in group if product.bias is not None)

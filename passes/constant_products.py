@@ -14,7 +14,7 @@ from tvm.relax.expr_functor import PyExprVisitor, visitor
 from passes.base import Dataflow
 from passes.dependencies import Dependencies
 from passes.provenance import Bindings
-from passes.tensor_types import constant_of, equal_shapes, shape_of
+from passes.tensor_types import constant_of, dtype_of, equal_shapes, shape_of
 
 # Of matrices of one shape, those that differ in this corner are not compared further.
 _CORNER = 8
@@ -24,7 +24,8 @@ _CORNER = 8
 class ConstantProduct:
     """The product of `call` with a constant matrix, and `result`, which is it or the sum of it and a constant bias.
 
-    `addend` is the bias as it is added, of one number or one per column.
+    `addend` is the bias as it is added, of one number or one per column. Products of 16-bit floats are summed in fp32
+    and `rounded` to their type, which is what a bias is added to.
     """
 
     product: relax.Var
@@ -32,6 +33,7 @@ class ConstantProduct:
     weight: np.ndarray
     addend: relax.Expr | None
     result: relax.Var
+    rounded: relax.Var | None = None
 
     @property
     def columns(self) -> int:
@@ -69,8 +71,9 @@ class ConstantProducts:
         weight = constant_of(call.args[1])
         if weight is None or weight.ndim != 2:
             return None
-        result, addend = self._biased(variable, weight.shape[1])
-        return ConstantProduct(variable, call, weight, addend, result)
+        rounded = self._rounded(variable)
+        result, addend = self._biased(variable if rounded is None else rounded, weight.shape[1])
+        return ConstantProduct(variable, call, weight, addend, result, rounded)
 
     def is_shared(self, constant: relax.Expr) -> bool:
         """Return whether a constant is read more than once, as it is or transposed."""
@@ -79,6 +82,14 @@ class ConstantProducts:
         array = constant_of(constant)
         others = [uses[0] for storage, uses in self._uses.items() if storage != _storage(constant)]
         return array is not None and any(_are_tied(array, other) for other in others)
+
+    def _rounded(self, product: relax.Var) -> relax.Var | None:
+        """Return a product rounded to a 16-bit float, if that is all that it is read by."""
+        readers = self.dependencies.readers(product)
+        if len(readers) != 1 or self.dependencies.is_result(product):
+            return None
+        cast = self.dataflow.call(self.bindings.values[readers[0]], "relax.astype")
+        return readers[0] if cast is not None and dtype_of(cast) in ("float16", "bfloat16") else None
 
     def _biased(self, product: relax.Var, columns: int) -> tuple[relax.Var, relax.Expr | None]:
         """Return the sum of a product and a constant bias, and the bias, if that is all that the product is read by."""

@@ -136,7 +136,7 @@ class _Finder:
             "others read a product's weights too: scaled, they would be stored twice",
         )
         if shifted:
-            bias = product.addend
+            bias = product.addend if product.rounded is None else None
             require(bias is not None, "a product has no bias that could take up the shift")
             assert bias is not None
             one_each = constant_of(bias)

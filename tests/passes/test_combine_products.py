@@ -11,6 +11,7 @@ from tvm import relax
 
 from passes.combine_products import CombineProducts
 from passes.constant_products import ConstantProducts
+from passes.rewrite_kv_cache import RewriteKvCache
 from tests.passes.graph import assert_kept, assert_rewritten, graph
 from tests.passes.properties.relax_interpreter import Interpreter
 from tests.passes.relax_modules import operators
@@ -30,6 +31,13 @@ def _projected(x: relax.Expr, weight: np.ndarray, bias: np.ndarray | None = None
 def _read(value: relax.Expr) -> relax.Expr:
     """Read a value as attention does: in another order of axes."""
     return relax.op.permute_dims(value)
+
+
+def _rounded(x: relax.Expr, weight: np.ndarray, bias: np.ndarray | None = None) -> relax.Expr:
+    """Return a product of 16-bit floats as the importer has it: summed in fp32, rounded, then the bias."""
+    product = relax.op.matmul(x, relax.const(weight.astype("float16")), out_dtype="float32")
+    result = relax.op.astype(product, "float16")
+    return result if bias is None else relax.op.add(result, relax.const(bias.astype("float16")))
 
 
 def _columns(x: relax.Expr, start: int, end: int) -> relax.Expr:
@@ -55,6 +63,32 @@ def test_products_over_one_input_become_slices_of_one() -> None:
 
 def _in_order(values: list[relax.Expr]) -> relax.Expr:
     return relax.op.concat(values, axis=0)
+
+
+@pytest.mark.parametrize("biases", [(None, None), (_BIAS_A, None), (_BIAS_A, _BIAS_C)], ids=["none", "one", "both"])
+def test_products_of_16_bit_floats_are_rounded_as_one(biases: tuple[np.ndarray | None, np.ndarray | None]) -> None:
+    module = graph(
+        lambda x: _in_order([_read(_rounded(x, *pair)) for pair in zip((_A, _C), biases, strict=True)]),
+        (3, 8),
+        dtype="float16",
+    )
+    outcome = CombineProducts().run(module)
+    assert outcome.rewritten == 2
+    added = ["relax.add"] if biases[0] is not None else []
+    assert operators(outcome.module)[: 2 + len(added)] == ["relax.matmul", "relax.astype", *added]
+    x = np.random.default_rng(3).standard_normal((3, 8)).astype("float16")
+    (before,), (after,) = (Interpreter(each).run([x]) for each in (module, outcome.module))
+    np.testing.assert_array_equal(after, before)
+
+
+def test_values_turned_on_their_way_to_a_cache_are_a_slice() -> None:
+    def body(x: relax.Expr, past: relax.Expr) -> list[relax.Expr]:
+        key, value = (relax.op.permute_dims(_projected(x, each), [1, 0, 2]) for each in (_A, _C))
+        present = relax.op.concat([past, value], axis=1)
+        return [present, relax.op.add(key, relax.op.sum(present, axis=1, keepdims=True))]
+
+    module = RewriteKvCache().run(graph(body, (3, "rows", 8), ("rows", "past", 4))).module
+    assert CombineProducts().run(module).rewritten == 2
 
 
 def test_a_missing_bias_becomes_minus_zero() -> None:
