@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -10,9 +10,10 @@ from tvm.ir import Expr
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import AxisGroup, branches_on, group_axes
+from schedules.by_turns import row_by_turns
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, parallel_if_large, vector_width
 from schedules.loops import Extent, index, loop, product, quotient, remainder, store, tiles, unflatten, vector
-from schedules.segments import Segment, segments
+from schedules.segments import Segment, phases, segments
 from schedules.stages import Stage, sequence
 from targets.base import Target
 
@@ -52,11 +53,14 @@ class Elementwise:
         """Return the loop nest."""
         stage, groups, lanes = analysis.stage, analysis.groups, parameters["lanes"]
 
-        def element(point: list[Expr], part: Stage = stage) -> Stmt:
+        def located(point: list[Expr], part: Stage) -> tuple[Sequence[Expr], Expr]:
             values = {}
             for group, position in zip(groups, point, strict=True):
                 values.update(group.point(position))
-            indices, value = part.at(values)
+            return part.at(values)
+
+        def element(point: list[Expr], part: Stage = stage) -> Stmt:
+            indices, value = located(point, part)
             return store(part.output, value, indices)
 
         def row(outer: list[Expr], start: Extent, extent: Extent) -> Stmt:
@@ -64,8 +68,13 @@ class Elementwise:
                 return loop(extent, lambda i: element([*outer, start + i]))
             return overlapping_vectors(extent, lanes, lambda offset: element([*outer, start + offset]))
 
+        is_parted = analysis.conditional and len(groups[-1].axes) == 1
+        places = phases(stage, groups[-1].inner) if is_parted else []
+
         def whole_row(outer: list[Expr]) -> Stmt:
-            parts = segments(stage, groups[-1].inner) if analysis.conditional and len(groups[-1].axes) == 1 else []
+            if places and isinstance(groups[-1].extent, int):
+                return row_by_turns(places, lambda at, part: located([*outer, at], part), groups[-1].extent, lanes)
+            parts = segments(stage, groups[-1].inner) if is_parted else []
             if not any(part.end - part.begin >= lanes and not part.conditional for part in parts):
                 return row(outer, index(0), groups[-1].extent)
             return sequence([segment(outer, part) for part in parts])

@@ -1,7 +1,8 @@
 """Rows of which conditions take parts from different places, such as concatenations and paddings, as those parts.
 
 A condition that compares the position in the row with a constant is decided for all of a part, which is then computed
-in vectors; left in place it would be asked for every element.
+in vectors; left in place it would be asked for every element. One on the remainder of the position, as of channels that
+are turned by pairs, is decided for each place of a period.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from schedules.stages import CONDITIONAL, Axis, Stage, calls_of, with_value
 
 # More parts than these would be more code than they save time.
 MOST_SEGMENTS = 8
+MOST_PHASES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,36 @@ def segments(stage: Stage, axis: Axis) -> list[Segment]:
         decided = with_value(stage, _decided(stage.value, axis, begin, end))
         parts.append(Segment(begin, end, decided, branches_on(decided.value, axis)))
     return parts
+
+
+def phases(stage: Stage, axis: Axis) -> list[Stage]:
+    """Return the stage at each place of the period of `axis` that decides its conditions; none where there is none."""
+    periods = set(_periods(stage.value, axis.variable))
+    period = periods.pop() if len(periods) == 1 else 0
+    if not 1 < period <= MOST_PHASES or not isinstance(axis.extent, int) or axis.extent % period:
+        return []
+    values = [_decided(_in_phase(stage.value, axis, period, place), axis, 0, axis.extent) for place in range(period)]
+    return [] if any(branches_on(value, axis) for value in values) else [with_value(stage, value) for value in values]
+
+
+def _periods(value: Expr, variable: Var) -> Iterator[int]:
+    """Yield the divisors of the position whose remainder conditions ask for."""
+    for call in calls_of(value):
+        if isinstance(call.op, ir.Op) and call.op.name == CONDITIONAL:
+            remainders: list[tirx.FloorMod] = []
+            tvm_ffi.structural_walk(call.args[0], [(tirx.FloorMod, remainders.append)])
+            yield from (as_int(each.b) or 0 for each in remainders if each.a.same_as(variable))
+
+
+def _in_phase(value: Expr, axis: Axis, period: int, place: int) -> Expr:
+    """Return `value` for positions whose remainder is `place`."""
+
+    def known(remainder: tirx.FloorMod, mutator: tvm_ffi.StructuralMutator) -> Expr:
+        if remainder.a.same_as(axis.variable) and as_int(remainder.b) == period:
+            return tirx.const(place, axis.variable.ty)
+        return mutator.default_mutate(remainder)
+
+    return tvm_ffi.structural_mutate(value, (tirx.FloorMod, known))
 
 
 def _bounds(stage: Stage, variable: Var) -> Iterator[int]:

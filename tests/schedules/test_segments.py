@@ -6,7 +6,7 @@ from tvm import relax, te, tirx
 from tvm.relax import op
 
 from schedules.access import branches_on
-from schedules.segments import MOST_SEGMENTS, segments
+from schedules.segments import MOST_SEGMENTS, phases, segments
 from schedules.stages import Stage, parse
 from tests.schedules.execution import normal, run
 
@@ -57,6 +57,24 @@ def test_many_parts_are_left_in_one() -> None:
 
     stage = _stage(te.compute((4, 40), value), x)
     assert [(part.begin, part.end) for part in segments(stage, stage.spatial[-1])] == [(0, 40)]
+
+
+def _by_turns(width: int, period: int) -> Stage:
+    x, y = te.placeholder((4, width), name="x"), te.placeholder((4, width), name="y")
+
+    def value(row: tirx.Var, column: tirx.Var) -> tirx.Expr:
+        is_first = tirx.EQ(tirx.floormod(column, period), 0)
+        return tirx.if_then_else(is_first, x[row, column], y[row, column - 1])
+
+    return _stage(te.compute((4, width), value), x, y)
+
+
+@pytest.mark.parametrize(("width", "period", "places"), [(20, 2, 2), (21, 3, 3), (21, 2, 0), (20, 5, 0)])
+def test_a_remainder_is_decided_for_each_place_of_a_short_period(width: int, period: int, places: int) -> None:
+    stage = _by_turns(width, period)
+    parts = phases(stage, stage.spatial[-1])
+    assert len(parts) == places
+    assert [[load.source.name for load in part.loads()] for part in parts] == [["x"], *[["y"]] * (places - 1)][:places]
 
 
 @pytest.mark.parametrize("width", [2, 30, 64, 66])
