@@ -145,6 +145,20 @@ def test_a_cache_of_the_newest_tokens_alone_matches_onnxruntime(name: str) -> No
     assert_close(actual, expected)
 
 
+def test_queries_and_keys_are_normalized_by_head_before_they_are_rotated() -> None:
+    plain = STEPS["chunk_after_past"]
+    scales = {"query_scale": (SIZE,), "key_scale": (SIZE,)}
+    normed = replace(plain, extra={**dict.fromkeys(("_9", "_10", "_11", "_12", "_13"), ()), **scales})
+    inputs = {name: array for name, array in inputs_of(normed).items() if not name.startswith("_")}
+    expected = {name: array for name, array in inputs.items() if name not in scales}
+    for name in ("query", "key"):
+        heads = expected[name].reshape(*expected[name].shape[:2], -1, SIZE)
+        rooted = np.sqrt((heads * heads).mean(-1, keepdims=True) + 1e-6)
+        expected[name] = (heads / rooted * inputs[f"{name}_scale"]).astype("float32").reshape(expected[name].shape)
+    # onnxruntime has this on GPUs alone.
+    assert_close(ours(model_of(normed))(inputs), theirs(model_of(plain))(expected))
+
+
 def test_one_import_serves_all_lengths():
     steps = [STEPS[name] for name in ("padded_prompt_into_buffer", "decode_of_ragged_rows", "decode_in_buffer")]
     dynamic = dict.fromkeys(("query", "key", "value"), ("batch", "length", None))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from tvm import relax, te, tirx
 
 from optimizer.frontend.accumulation import accumulation_dtype
+from optimizer.frontend.converters.microsoft.standard import standard
 from optimizer.frontend.dimensions import Dimension, as_expression, provably_equal, simplified
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import MICROSOFT, converter
@@ -33,7 +34,8 @@ from optimizer.frontend.window_sized_cache import all_tokens, newest_tokens
 from passes.cache_append import APPENDS_BY_ROW, WINDOW
 from schedules.cache_pages import READS_IN_PLACE
 
-_REFUSED_INPUTS = {12: "k_scale", 13: "v_scale", 14: "q_norm_weight", 15: "k_norm_weight"}
+_REFUSED_INPUTS = {12: "k_scale", 13: "v_scale"}
+_NORM_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ def group_query_attention(node: Node) -> Result:
     """Convert GroupQueryAttention: causal attention of H query heads over G key heads and their cache."""
     _check(node)
     query, key, value = _heads(node)
+    query, key = (_normalized(node, part, index) for part, index in ((query, 14), (key, 15)))
     for past in filter(None, map(node.optional_input, (3, 4))):
         # Exporters may leave the size of a cached head open, in case it is stored in fewer bits.
         node.graph.symbols.fix(past.shape[3], key.shape[3])
@@ -114,6 +117,15 @@ def _heads(node: Node) -> tuple[Value, Value, Value]:
     together = split_heads(node, node.input(0), heads + 2 * groups)
     query, key, value = node.emit_tuple(relax.op.split(together.expr, [heads, heads + groups], axis=1))
     return query, key, value
+
+
+def _normalized(node: Node, heads: Value, index: int) -> Value:
+    """Return queries or keys divided by the root mean square of each head, and scaled, if an input says by what."""
+    scale = node.optional_input(index)
+    if scale is None:
+        return heads
+    epsilon = node.float("qk_norm_epsilon", _NORM_EPSILON)
+    return standard(node, "RMSNormalization", heads, scale, axis=-1, epsilon=epsilon)
 
 
 def _step(node: Node, length: Dimension) -> _Step:
