@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import tvm_ffi
 from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
@@ -53,18 +54,19 @@ def accumulator_dtype(stage: Stage) -> str:
 
 def accumulate(stage: Stage, accumulator: Expr, point: Mapping[Var, Expr]) -> Expr:
     """Return the next value of `accumulator`, of `accumulator_dtype`, at `point` of the stage's axes."""
-    value = substitute(stage.value, point)
-    if accumulator_dtype(stage) != str(stage.output.dtype):
-        reducer = reducer_of(stage)
-        if reducer is not None:
-            return accumulator + widen(substitute(reducer.term, point))
-        accumulator = accumulator.astype(stage.output.dtype)
-        return _with_own(stage, value, accumulator).astype("float32")
-    return _with_own(stage, value, accumulator)
+    wide = widened(stage)
+    value = substitute(wide.value, point)
+    return replace_loads(value, lambda read: accumulator if read.source.same_as(wide.output) else None)
 
 
-def _with_own(stage: Stage, value: Expr, accumulator: Expr) -> Expr:
-    return replace_loads(value, lambda read: accumulator if read.source.same_as(stage.output) else None)
+def widened(stage: Stage) -> Stage:
+    """Return a stage that reduces in the type that accumulates: 16-bit floats in fp32, others as they are."""
+    reducer, dtype = reducer_of(stage), accumulator_dtype(stage)
+    if reducer is None or stage.initial is None or dtype == str(stage.output.dtype):
+        return stage
+    output = tirx.decl_buffer(stage.output.shape, dtype, stage.output.name)
+    value = reducer.combine(load(output, stage.indices), widen(reducer.term))
+    return replace(stage, output=output, initial=stage.initial.astype(dtype), value=value)
 
 
 def widen(term: Expr) -> Expr:
@@ -75,6 +77,24 @@ def widen(term: Expr) -> Expr:
             return left * right
         return left + right if isinstance(term, tirx.Add) else left - right
     return term.astype("float32")
+
+
+def read_in_fp32(stage: Stage, read: TensorLoad) -> Expr:
+    """Return what widens a read in a stage's value, or the read itself where nothing does."""
+    return next((each for each in in_fp32(stage) if isinstance(each, tirx.Cast) and each.value.same_as(read)), read)
+
+
+def in_fp32(stage: Stage) -> list[Expr]:
+    """Return the reads of fp32 in a stage's value, and those of 16-bit floats with what widens them."""
+    found: list[Expr] = [read for read in stage.loads() if str(read.source.dtype) == "float32"]
+
+    def note(cast: tirx.Cast) -> None:
+        narrow = isinstance(cast.value, TensorLoad) and str(cast.value.source.dtype) in NARROW_FLOATS
+        if narrow and str(cast.ty.dtype) == "float32":
+            found.append(cast)
+
+    tvm_ffi.structural_walk(stage.value, (tirx.Cast, note))
+    return found
 
 
 def term_at(stage: Stage, reducer: Reducer, point: Mapping[Var, Expr]) -> Expr:

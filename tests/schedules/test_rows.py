@@ -26,6 +26,13 @@ def test_sum_and_maximum_along_either_axis(shape: tuple[int, int], axis: int) ->
     np.testing.assert_array_equal(got, x.max(axis))
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_maximum_of_halves_along_either_axis(axis: int) -> None:
+    x = normal(37, 65).astype(np.float16)
+    got, _ = run(lambda x: op.max(x, axis=axis), [x])
+    np.testing.assert_array_equal(got, x.max(axis))
+
+
 @pytest.mark.parametrize("axis", [None, [0, 2], 1])
 def test_sum_over_several_axes(axis: list[int] | int | None) -> None:
     x = normal(7, 11, 13)
