@@ -16,6 +16,7 @@ from tvm.tirx.stmt import Stmt
 from schedules import attention_rows, attention_tiles
 from schedules.attention_mask import end_of_seen
 from schedules.attention_structure import AttentionAnalysis, analyse
+from schedules.by_element import terms_at_once
 from schedules.family import Choice, Kernel, Parameters, Space
 from schedules.intrin.bf16_pairs import PAIR, bf16_pairs
 from targets.base import Target
@@ -65,7 +66,7 @@ class Attention:
             return attention_rows.emit(analysis, lanes, block)
         dot = bf16_pairs(target) if analysis.rounded else None
         block += block % PAIR
-        blocks = attention_tiles.Blocks(lanes, parameters["rows"], parameters["vectors"], block)
+        blocks = attention_tiles.Blocks(lanes, parameters["rows"], parameters["vectors"], block, terms_at_once(target))
         many = attention_tiles.emit(analysis, lane, blocks, dot)
         if isinstance(lane.extent, int):
             return many
@@ -77,7 +78,7 @@ def _register_tile(target: Target) -> tuple[int, int]:
         return 6, 2  # 12 of 16 registers
     if target.architecture == "x86_64":
         return 13, 2  # 26 of 32 registers, and what they are computed of
-    return 12, 2
+    return 8, 2  # 16 of 32 registers, and as many for a block's elements as there are rows
 
 
 def _key_block(analysis: AttentionAnalysis, few: bool) -> int:

@@ -8,6 +8,7 @@ from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
+from schedules.access import Access, Step
 from schedules.attention_mask import choice_of
 from schedules.loops import INDEX, LINE_BITS, Extent, index, load, local, loop, prefetch, store, tiles, vector
 from schedules.stages import Axis, loads_of, sequence, substitute
@@ -73,6 +74,15 @@ class Operand:
         self.copy: Var | None = None
         if not is_plain(element) and isinstance(axis.extent, int):
             self.copy = local([keys, axis.extent], FLOAT, "widened")
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Return whether neighbours on the axis are neighbours in memory."""
+        element = self._element
+        return self.copy is not None or (
+            isinstance(element, TensorLoad)
+            and Access(element.source, tuple(element.indices)).step(self._axis) == Step.UNIT
+        )
 
     @property
     def buffers(self) -> list[Var]:

@@ -14,6 +14,7 @@ from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.attention_structure import AttentionAnalysis
+from schedules.by_element import over_rows, over_terms
 from schedules.intrin.bf16_conversion import rounded
 from schedules.intrin.bf16_pairs import PAIR, Bf16Pairs
 from schedules.loops import (
@@ -38,6 +39,8 @@ from schedules.stages import Axis, sequence, substitute, variables_of
 FLOAT = "float32"
 # Keys of one task of packing: enough to be worth handing out, and few enough that small heads divide evenly.
 CHUNK = 32
+# Registers of a tile's sums, its rows, and the queries in their lanes.
+Tile = tuple[Var, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,50 +163,46 @@ class Pairs:
 
         return unrolled(queries // self.dot.lanes, lambda n: part(n * self.dot.lanes))
 
-    def scores(
-        self, registers: Var, rows: int, queries: int, turned_pairs: Var, point: Mapping[Var, Expr], key: Expr
-    ) -> Stmt:
-        """Return the products of `rows` keys from `key` with a block of queries, added to `registers`."""
+    def scores(self, tile: Tile, turned_pairs: Var, point: Mapping[Var, Expr], key: Expr) -> Stmt:
+        """Return the products of keys from `key` on, one a row, with a block of queries, added to a tile."""
         head = self.head(point)
         depth = self.analysis.depth.extent
         assert isinstance(depth, int)
 
-        def step(pair: Expr) -> Stmt:
-            return self._step(
-                registers, (rows, queries), (turned_pairs, pair), lambda r: load(self.keys, [head, key + r, pair])
-            )
+        def pair(r: Expr, number: Expr) -> Expr:
+            return load(self.keys, [head, key + r, number])
 
-        return loop(depth // PAIR, step)
+        def step(number: Expr, of_row: Callable[[Expr], Expr]) -> Stmt:
+            return self._step(tile, (turned_pairs, number), of_row)
+
+        return over_terms(depth // PAIR, self.dot.dot.at_once, tile[1], pair, step, self.dot.words)
 
     def weighted(
         self,
-        registers: Var,
-        rows: int,
-        queries: int,
+        tile: Tile,
         weights: Var,
         point: Mapping[Var, Expr],
         keys: tuple[Expr, Extent],
         column: Expr,
     ) -> Stmt:
-        """Return the sums of `rows` columns of the values of some keys, the first an even one, added to `registers`."""
+        """Return the sums of columns, one a row, of the values of some keys, the first an even one, added to a tile."""
         head, (base, extent) = self.head(point), keys
         first = tirx.floordiv(base, index(PAIR))
 
-        def step(pair: Expr) -> Stmt:
-            return self._step(
-                registers,
-                (rows, queries),
-                (weights, pair),
-                lambda r: load(self.values, [head, first + pair, column + r]),
+        def step(number: Expr) -> Stmt:
+            def pair(r: Expr) -> Expr:
+                return load(self.values, [head, first + number, column + r])
+
+            operand = (weights, number)
+            return over_rows(
+                tile[1], self.dot.dot.at_once, pair, lambda of_row: self._step(tile, operand, of_row), self.dot.words
             )
 
         return loop(ceiling(extent, PAIR), step)
 
-    def _step(
-        self, registers: Var, shape: tuple[int, int], operand: tuple[Var, Expr], pair: Callable[[Expr], Expr]
-    ) -> Stmt:
-        """Return a step of a tile of `shape`: a row of pairs of `operand` by one pair for each row of the tile."""
-        rows, queries = shape
+    def _step(self, tile: Tile, operand: tuple[Var, Expr], pair: Callable[[Expr], Expr]) -> Stmt:
+        """Return a step of a tile: a row of pairs of `operand` by one pair for each row of the tile."""
+        registers, rows, queries = tile
         buffer, number = operand
         lanes = self.dot.lanes
 

@@ -17,6 +17,7 @@ from schedules.attention_mask import end_of_seen, seen_logit
 from schedules.attention_operands import Operand
 from schedules.attention_pairs import Pairs
 from schedules.attention_structure import AttentionAnalysis
+from schedules.by_element import over_rows, over_terms
 from schedules.intrin.bf16_pairs import PAIR
 from schedules.intrin.vector_math import EXP_SHORT, EXP_TO_ROUND, exp_of_nonpositive
 from schedules.loops import Extent, ceiling, cells, index, load, local, loop, store, tiles, vector, with_local
@@ -48,6 +49,7 @@ class Task:
     columns: Extent
     keys: Operand
     values: Operand
+    elements: int
     turned: Var
     weights: Var
     sums: Var
@@ -78,11 +80,13 @@ def scores(task: Task, base: Expr, extent: Extent) -> Stmt:
         def start(r: Expr, v: Expr) -> Stmt:
             return store(registers, ZERO, [r * task.queries + v])
 
-        def step(d: Expr) -> Stmt:
+        def element(r: Expr, d: Expr) -> Expr:
+            return task.keys.at(task.point, base, first + r, d)
+
+        def step(d: Expr, of_row: Callable[[Expr], Expr]) -> Stmt:
             def update(r: Expr, v: Expr) -> Stmt:
-                factor = task.keys.at(task.point, base, first + r, d)
                 place = r * task.queries + v
-                return store(registers, load(registers, [place]) + factor * load(task.turned, [d, v]), [place])
+                return store(registers, load(registers, [place]) + of_row(r) * load(task.turned, [d, v]), [place])
 
             return cells(rows, task.queries, update)
 
@@ -98,9 +102,10 @@ def scores(task: Task, base: Expr, extent: Extent) -> Stmt:
             return store(task.largest, tirx.max(load(task.largest, [v]), load(task.weights, [first + r, v])), [v])
 
         if task.pairs is None:
-            sums = loop(task.depth, step)
+            sums = over_terms(task.depth, task.elements if task.keys.is_contiguous else 1, rows, element, step)
         else:
-            sums = task.pairs.scores(registers, rows, task.queries, task.turned_pairs, task.point, base + first)
+            tile = (registers, rows, task.queries)
+            sums = task.pairs.scores(tile, task.turned_pairs, task.point, base + first)
         finish = _where_seen(task, base + first + rows, lambda value: cells(rows, task.queries, partial(logit, value)))
         keep = cells(rows, task.queries, maximum)
         return with_local([registers], [cells(rows, task.queries, start), sums, finish, keep])
@@ -185,12 +190,17 @@ def weighted(task: Task, base: Expr, extent: Extent, single: bool) -> Stmt:
             return store(registers, value, [r * task.queries + v])
 
         def step(j: Expr) -> Stmt:
-            def update(r: Expr, v: Expr) -> Stmt:
-                factor = task.values.at(task.point, base, j, first + r)
-                place = r * task.queries + v
-                return store(registers, load(registers, [place]) + factor * load(task.weights, [j, v]), [place])
+            def element(r: Expr) -> Expr:
+                return task.values.at(task.point, base, j, first + r)
 
-            return cells(rows, task.queries, update)
+            def products(of_row: Callable[[Expr], Expr]) -> Stmt:
+                def update(r: Expr, v: Expr) -> Stmt:
+                    place = r * task.queries + v
+                    return store(registers, load(registers, [place]) + of_row(r) * load(task.weights, [j, v]), [place])
+
+                return cells(rows, task.queries, update)
+
+            return over_rows(rows, task.elements if task.values.is_contiguous else 1, element, products)
 
         def finish(r: Expr, v: Expr) -> Stmt:
             return store(task.sums, load(registers, [r * task.queries + v]), [first + r, v])
@@ -199,7 +209,7 @@ def weighted(task: Task, base: Expr, extent: Extent, single: bool) -> Stmt:
             products = loop(extent, step)
         else:
             products = task.pairs.weighted(
-                registers, rows, task.queries, task.rounded, task.point, (base, extent), first
+                (registers, rows, task.queries), task.rounded, task.point, (base, extent), first
             )
         return with_local(
             [registers],

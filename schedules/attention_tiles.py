@@ -47,12 +47,16 @@ NARROWEST = 4
 
 @dataclass(frozen=True)
 class Blocks:
-    """How queries and keys are cut: `vectors` of `lanes` queries by `rows` keys in registers, `keys` at a time."""
+    """How queries and keys are cut: `vectors` of `lanes` queries by `rows` keys in registers, `keys` at a time.
+
+    `elements` of a key or value are loaded at once.
+    """
 
     lanes: int
     rows: int
     vectors: int
     keys: int
+    elements: int
 
 
 def emit(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, dot: Bf16Pairs | None) -> Stmt:
@@ -158,7 +162,7 @@ def _block_of_queries(
         operands = []
     task = Task(
         analysis, lane, min(blocks.lanes, block), blocks.rows, block, key_block, point, start, first - start, clamped,
-        depth, columns, keys, values, pairs=pairs, **buffers,
+        depth, columns, keys, values, blocks.elements, pairs=pairs, **buffers,
     )  # fmt: skip
     begin = [] if exact else [tirx.Bind(start, tirx.min(first, index(queries) - block))]
     return with_local([*buffers.values(), *operands], [*begin, *_body(task)])

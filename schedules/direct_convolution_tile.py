@@ -14,7 +14,7 @@ from tvm.tirx.stmt import Stmt
 from schedules.access import Access, Step, as_int, linear_coefficient, occurs
 from schedules.by_element import in_terms, with_elements, with_read
 from schedules.channel_windows import ChannelWindow, ChannelWindows
-from schedules.intrin.byte_dot import FOUR, FOURS, ByteDot
+from schedules.intrin.byte_dot import FOUR
 from schedules.intrin.grouped_dot import GroupedDot
 from schedules.intrin.load_fence import fence
 from schedules.loops import index, load, local, loop, quotient, store, unrolled, vector, with_local
@@ -170,7 +170,6 @@ class RegisterTile:
     def _step(self, values: Point, columns: tuple[int, int]) -> Stmt:
         if self.dot is not None:
             return self._grouped_step(self.dot, values, columns)
-
         return self._add(columns, values, lambda _: self.stage)
 
     def _add(self, columns: tuple[int, int], values: Point, source: Callable[[Expr], Stage]) -> Stmt:
@@ -186,31 +185,43 @@ class RegisterTile:
     def _element_read(self) -> TensorLoad | None:
         """The read of the data, where its elements along a block of channels are loaded as one vector."""
         loads = self.stage.loads()
-        if not self.by_element or self.dot is not None or len(loads) < 2:
+        if not self.by_element or len(loads) < 2:
             return None  # A pooling reads nothing beside the data.
         reads = [read for read in loads if not read.same_as(self.analysis.weights)]
-        return reads[0] if len(reads) == 1 and str(reads[0].source.dtype) == "float32" else None
+        if self.dot is not None:  # Bytes come with those of neighbouring columns instead.
+            return None if self.dot.terms == FOUR else reads[0]
+        known = len(reads) == 1 and str(reads[0].source.dtype) == "float32"
+        return reads[0] if known else None
 
     def _element_steps(self, read: TensorLoad, axis: Axis, values: Point, columns: tuple[int, int], count: int) -> Stmt:
-        """Return `count` steps of the axis along which the elements of `read` are neighbours."""
+        """Return `count` positions of the axis along which the elements of `read` are neighbours."""
         begin, end = columns
+        dot, terms = self.dot, self._terms(axis)
 
-        def some(first: Expr, terms: int, before: int) -> Stmt:
-            def at(term: Expr | int) -> Point:
-                return {**values, axis.variable: values[axis.variable] + first + term}
+        def some(first: Expr, steps: int, before: int) -> Stmt:
+            def at(step: Expr | int) -> Point:
+                return {**values, axis.variable: values[axis.variable] + (first + step) * terms}
 
-            def element(column: Expr, term: Expr) -> Expr:
-                return substitute(read, {**self._cell(begin + column, index(0), index(0))[0], **at(term)})
+            def element(column: Expr, step: Expr) -> Expr:
+                return substitute(read, {**self._cell(begin + column, index(0), index(0))[0], **at(step)})
 
-            def step(term: int, of_column: Callable[[Expr], Expr]) -> Stmt:
-                return self._add(columns, at(term), lambda j: with_read(self.stage, read, of_column(j)))
+            def add(step: int, of_column: Callable[[Expr], Expr]) -> Stmt:
+                if dot is not None:
+                    return self._grouped_step(dot, at(step), columns, of_column)
+                return self._add(columns, at(step), lambda j: with_read(self.stage, read, of_column(j)))
 
-            return with_elements(element, (end - begin, terms), before, step)
+            return with_elements(element, (end - begin, steps), before, add, None if dot is None else dot.groups)
 
-        return in_terms(count, self.analysis.block, some)
+        return in_terms(count // terms, self.analysis.block if dot is None else dot.at_once, some)
 
-    def _grouped_step(self, dot: GroupedDot, values: Point, columns: tuple[int, int]) -> Stmt:
-        """Return the step that adds several terms of the reduction to each sum."""
+    def _grouped_step(
+        self,
+        dot: GroupedDot,
+        values: Point,
+        columns: tuple[int, int],
+        group_of: Callable[[Expr], Expr] | None = None,
+    ) -> Stmt:
+        """Return the step that adds several terms to each sum; `group_of` gives a column's, where loaded before."""
         weights = self.analysis.weights
         data = next(read for read in self.stage.loads() if not read.same_as(weights))
         begin, end = columns
@@ -227,16 +238,19 @@ class RegisterTile:
 
             return unrolled(count, lambda j: unrolled(self.blocks, lambda o: update(first + j, o)))
 
-        if not isinstance(dot, ByteDot):
+        if group_of is not None:
+            return each(0, end - begin, lambda sums, own, j: dot.accumulate_group(sums, own, group_of(j)))
+        if dot.terms != FOUR:
             return each(0, end - begin, lambda sums, own, j: dot.accumulate(sums, own, read(j), dot.terms))
-        together = (end - begin) // FOURS * FOURS if self.by_element and self._columns_adjoin(data) else 0
+        fours = dot.at_once
+        together = (end - begin) // fours * fours if self.by_element and self._columns_adjoin(data) else 0
         held = local([max(together, 1)], "int32", "fours")
         loads = [
-            store(held, dot.fours(read(index(j))), [tirx.Ramp(index(j), index(1), FOURS)])
-            for j in range(0, together, FOURS)
+            store(held, dot.groups(read(index(j)), fours), [tirx.Ramp(index(j), index(1), fours)])
+            for j in range(0, together, fours)
         ]
-        parts = [each(0, together, lambda sums, own, j: dot.accumulate_four(sums, own, load(held, [j])))]
-        rest = each(together, end - begin - together, lambda sums, own, j: dot.accumulate(sums, own, read(j)))
+        parts = [each(0, together, lambda sums, own, j: dot.accumulate_group(sums, own, load(held, [j])))]
+        rest = each(together, end - begin - together, lambda sums, own, j: dot.accumulate(sums, own, read(j), FOUR))
         statements = [fence(), *loads, *(parts if together else []), *([rest] if end - begin > together else [])]
         return with_local([held], statements) if together else sequence(statements)
 

@@ -25,7 +25,7 @@ from schedules.intrin.bf16_dot import PAIR
 from schedules.intrin.byte_dot import FOUR
 from schedules.intrin.grouped_dot import GroupedDot, grouped_dot, is_grouped_term
 from schedules.loops import Extent, ceiling, product
-from schedules.reducer import reducer_of
+from schedules.reducer import NARROW_FLOATS, accumulator_dtype, reducer_of
 from schedules.stages import Stage
 from targets.base import Target
 
@@ -33,6 +33,9 @@ from targets.base import Target
 # transposing one some dozens, and one row of the tile half a cycle per vector.
 ROWS_TO_COPY = 32
 ROWS_TO_TRANSPOSE = 48
+# Rows and vectors of columns where instructions widen 16-bit floats of the rows, as those of the columns are in a panel
+# in fp32: 5 for 80 multiply-adds, each in the place of two of these. 20 of 32 registers.
+WIDENED_TILE = 5, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +103,7 @@ class Matmul:
 
     def space(self, target: Target, analysis: MatmulAnalysis) -> Space:
         """Return the register tile, the rows of a task, and whether the column operand is copied to panels."""
-        rows, vectors = register_tile(target)
+        rows, vectors = WIDENED_TILE if _widens(analysis, target) else register_tile(target)
         return (
             Choice("rows", rows, (4, 6, 8, 12, 14)),
             Choice("vectors", vectors, (1, 2, 3, 4)),
@@ -112,12 +115,22 @@ class Matmul:
         """Return the loop nest; two of them, and a choice at run time, where the number of rows is symbolic."""
         enough = parameters["panel_rows"]
         extent: Extent = analysis.rows.extent if analysis.rows is not None else 1
-        if analysis.block:
-            return _many_rows(analysis, parameters, target)
-        if isinstance(extent, int):
-            return _many_rows(analysis, parameters, target) if extent >= enough else _few_rows(analysis, target)
-        many, few = _many_rows(analysis, parameters, target), _few_rows(analysis, target)
-        return tirx.IfThenElse(extent >= enough, many, few)
+
+        def few() -> Stmt:
+            return _many_rows(analysis, parameters, target, None) if analysis.block else _few_rows(analysis, target)
+
+        if analysis.block and not _widens(analysis, target):
+            return few()
+        if isinstance(extent, int) and extent < enough:
+            return few()
+        many = _many_rows(analysis, parameters, target, analysis.operand)
+        return many if isinstance(extent, int) else tirx.IfThenElse(extent >= enough, many, few())
+
+
+def _widens(analysis: MatmulAnalysis, target: Target) -> bool:
+    """Return whether instructions would widen a vector of the column operand for every few multiply-adds."""
+    narrow = str(analysis.operand.source.dtype) in NARROW_FLOATS and analysis.group == 1
+    return narrow and multiplies_by_element(target)
 
 
 def _enough_rows(analysis: MatmulAnalysis) -> int:
@@ -137,10 +150,10 @@ def _row_block(target: Target, analysis: MatmulAnalysis) -> int:
     return 32
 
 
-def _many_rows(analysis: MatmulAnalysis, parameters: Parameters, target: Target) -> Stmt:
+def _many_rows(analysis: MatmulAnalysis, parameters: Parameters, target: Target, panel: TensorLoad | None) -> Stmt:
     rows, vectors = parameters["rows"], parameters["vectors"]
     block = max(rows, parameters["row_block"] // rows * rows)
-    return tiling.emit(tile_of(analysis, target, (rows, vectors), block, None if analysis.block else analysis.operand))
+    return tiling.emit(tile_of(analysis, target, (rows, vectors), block, panel))
 
 
 def _few_rows(analysis: MatmulAnalysis, target: Target) -> Stmt:
@@ -179,9 +192,10 @@ def tile_of(
 ) -> tiling.Tile:
     """Return a register tile of `shape` rows by vectors, no larger than the output."""
     rows, vectors = shape
-    lanes = vector_width(target, analysis.stage)
+    sums_in_fp32 = accumulator_dtype(analysis.stage) == "float32"
+    lanes = target.vector_lanes(32) if sums_in_fp32 else vector_width(target, analysis.stage)
     width = lanes * vectors
-    if analysis.block:
+    if analysis.block and panel is None:
         width = math.gcd(width, analysis.block)
     columns = analysis.columns.extent
     if isinstance(columns, int):
@@ -206,9 +220,7 @@ def tile_of(
         ahead=analysis.operand if panel is None else None,
         grouped=None
         if dot is None
-        else GroupedProducts(
-            dot, analysis.operand, other_operand(analysis.stage, analysis.operand), multiplies_by_element(target)
-        ),
+        else GroupedProducts(dot, analysis.operand, other_operand(analysis.stage, analysis.operand)),
         by_element=multiplies_by_element(target),
     )
 

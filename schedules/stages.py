@@ -165,6 +165,15 @@ def replace_loads(expression: Expr, rewrite: Callable[[TensorLoad], Expr | None]
     return tvm_ffi.structural_mutate(expression, (TensorLoad, visit))
 
 
+def replaced(expression: Expr, part: Expr, other: Expr) -> Expr:
+    """Return `expression` with `other` in place of `part` itself (not of equal ones)."""
+
+    def visit(node: Expr, mutator: tvm_ffi.StructuralMutator) -> Expr:
+        return other if node.same_as(part) else mutator.default_mutate(node)
+
+    return tvm_ffi.structural_mutate(expression, (type(part), visit))
+
+
 def calls_of(expression: Expr) -> list[ir.Call]:
     """Return every call below `expression`."""
     found: list[ir.Call] = []

@@ -18,7 +18,7 @@ from tvm.tirx.stmt import Stmt
 from schedules.access import Access, AxisGroup, Step
 from schedules.by_element import element_read, in_terms, with_elements, with_read
 from schedules.epilogue import Epilogue
-from schedules.grouped_products import GroupedProducts, Place
+from schedules.grouped_products import GroupedProducts
 from schedules.loops import (
     Extent,
     cells,
@@ -39,9 +39,10 @@ from schedules.loops import (
     vector,
     with_local,
 )
+from schedules.panels import Panel
 from schedules.partial_sums import in_parts, part_steps
-from schedules.reducer import accumulate, accumulator_dtype
-from schedules.stages import Stage, replace_loads, sequence, substitute, with_value
+from schedules.reducer import accumulate, accumulator_dtype, read_in_fp32, widened
+from schedules.stages import Stage, sequence, substitute
 
 # With fewer tiles of rows in a task its columns come from memory all the time, which hardware foresees.
 FEWEST_TILES_TO_FETCH = 4
@@ -84,6 +85,11 @@ class Tile:
     def terms(self) -> int:
         """How many terms of the reduction one step adds."""
         return 1 if self.grouped is None else self.grouped.dot.terms
+
+    @property
+    def at_once(self) -> int:
+        """How many steps one load brings a row's elements of, where instructions take elements of vectors."""
+        return self.lanes if self.grouped is None else self.grouped.dot.at_once
 
     def request_steps(self, together: int) -> int:
         """Return how many steps of the reduction, some taken `together`, there are from one request to the next."""
@@ -169,13 +175,16 @@ def _column_groups(columns: Extent) -> tuple[int, Extent]:
 
 def block_of_rows(tile: Tile, point: Mapping[Var, Expr], base: Expr, width: int, block: Expr) -> Stmt:
     """Return the micro-kernels of one block of rows by `width` columns at `base`."""
-    stage, prepare = tile.stage, []
+    stage, prepare = widened(tile.stage), []
     panels: list[Var] = []
     if tile.panel is not None:
-        panel, copy = _copy_panel(tile, tile.panel, point, base, width)
-        panels.append(panel)
+        # Widened once, what is copied takes fewer instructions than elements of vectors have to multiply by.
+        operand = read_in_fp32(stage, tile.panel) if tile.by_element else tile.panel
+        panel = Panel(operand, tile.reduction, tile.vector_group)
+        memory, copy = panel.copy(point, base, width)
+        panels.append(memory)
         prepare.append(copy)
-        stage = _reading_panel(tile, tile.panel, panel, base)
+        stage = panel.reading(stage, memory, base)
     rows = tile.row_extent
 
     def kernels(start: Expr, extent: Extent) -> Stmt:
@@ -188,60 +197,6 @@ def block_of_rows(tile: Tile, point: Mapping[Var, Expr], base: Expr, width: int,
         start = block * tile.row_block
         body = kernels(start, tirx.min(tirx.const(tile.row_block, "int64"), rows - start))
     return with_local(panels, [*prepare, body]) if panels else body
-
-
-def _flat_reduction(tile: Tile, point: Mapping[Var, Expr]) -> Expr:
-    """Return the row-major position of the reduction axes' values."""
-    flat: Expr = tirx.const(0, "int64")
-    for group in tile.reduction:
-        for axis in group.axes:
-            flat = flat * axis.extent + point[axis.variable]
-    return flat
-
-
-def _copy_panel(tile: Tile, read: TensorLoad, point: Mapping[Var, Expr], base: Expr, width: int) -> tuple[Var, Stmt]:
-    depth = product([group.extent for group in tile.reduction])
-    panel = local([depth, width], str(read.source.dtype), "panel")
-    contiguous = Access(read.source, tuple(read.indices)).step(tile.vector_group.inner) != Step.STRIDED
-
-    def copy(positions: Sequence[Expr]) -> Stmt:
-        values = dict(point)
-        for group, position in zip(tile.reduction, positions, strict=True):
-            values.update(group.point(position))
-        flat = _flat_reduction(tile, values)
-
-        def element(column: Expr) -> Stmt:
-            values.update(tile.vector_group.point(base + column))
-            return store(panel, substitute(read, values), [flat, column])
-
-        return vector(width, element) if contiguous else loop(width, element)
-
-    if contiguous:
-        return panel, nest([group.extent for group in tile.reduction], copy)
-
-    def column_first(column: Expr) -> Stmt:
-        def element(positions: Sequence[Expr]) -> Stmt:
-            values = {**point, **tile.vector_group.point(base + column)}
-            for group, position in zip(tile.reduction, positions, strict=True):
-                values.update(group.point(position))
-            return store(panel, substitute(read, values), [_flat_reduction(tile, values), column])
-
-        return nest([group.extent for group in tile.reduction], element)
-
-    return panel, loop(width, column_first)
-
-
-def _reading_panel(tile: Tile, read: TensorLoad, panel: Var, base: Expr) -> Stage:
-    """Return the stage with `read` replaced by the panel; the column is recovered from the vector axis."""
-    identity = {axis.variable: axis.variable for group in tile.reduction for axis in group.axes}
-    flat = _flat_reduction(tile, identity)
-    column: Expr = tirx.const(0, "int64")
-    for axis in tile.vector_group.axes:
-        column = column * axis.extent + axis.variable
-    replacement = load(panel, [flat, column - base])
-    return with_value(
-        tile.stage, replace_loads(tile.stage.value, lambda other: replacement if other.same_as(read) else None)
-    )
 
 
 def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, width: int, row: Expr, rows: int) -> Stmt:
@@ -258,9 +213,8 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
         return values
 
     extents = [quotient(group.extent, tile.terms) for group in tile.reduction]
-    element = element_read(stage, tile.vector_group, tile.reduction[-1]) if tile.by_element else None
-    together = 1 if element is None else tile.lanes
-    together = together if tile.grouped is None else tile.grouped.together
+    element = _element(tile, stage)
+    together = 1 if element is None else tile.at_once
     # The errors of sums in fp32 are small beside those of terms in bfloat16.
     part = None if tile.grouped is not None else part_steps(tile.stage, extents, tile.request_steps(together))
     totals = registers if part is None else local([rows * pitch], dtype, "totals")
@@ -276,27 +230,28 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
             values.update(group.point(position * tile.terms))
         return values
 
-    def along(positions: Sequence[Expr]) -> Place:
-        return lambda r, v, number: {**at(r, v), **inner(positions, number)}
-
     def step(positions: Sequence[Expr], count: int, before: int) -> Stmt:
-        def add(term: int, source: Callable[[Expr], Stage]) -> Stmt:
+        def add(term: int, of_row: Callable[[Expr], Expr] | None = None) -> Stmt:
+            def values(r: Expr, v: Expr) -> dict[Var, Expr]:
+                return {**at(r, v), **inner(positions, term)}
+
             def update(r: Expr, v: Expr) -> Stmt:
-                register = load(registers, [r * pitch + v])
-                value = accumulate(source(r), register, {**at(r, v), **inner(positions, term)})
+                source = stage if element is None or of_row is None else with_read(stage, element, of_row(r))
+                value = accumulate(source, load(registers, [r * pitch + v]), values(r, v))
                 return store(registers, value, [r * pitch + v])
 
+            if tile.grouped is not None:
+                return tile.grouped.step(registers, (rows, pitch), values, tile.terms, of_row)
             return cells(rows, width, update)
 
-        if tile.grouped is not None:
-            return tile.grouped.steps(registers, (rows, pitch), along(positions), count)
         if element is None or before + count == 1:
-            return sequence([add(term, lambda _: stage) for term in range(count)])
+            return sequence([add(term) for term in range(count)])
+
+        def read(r: Expr, term: Expr) -> Expr:
+            return substitute(element, {**at(r, index(0)), **inner(positions, term)})
+
         return with_elements(
-            lambda r, term: substitute(element, {**at(r, index(0)), **inner(positions, term)}),
-            (rows, count),
-            before,
-            lambda term, of_row: add(term, lambda r: with_read(stage, element, of_row(r))),
+            read, (rows, count), before, add, None if tile.grouped is None else tile.grouped.dot.groups
         )
 
     following = [at(index(0), index(width + column)) for column in range(0, width, _elements_of_a_line(tile))]
@@ -311,12 +266,24 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
         buffers, rest = [registers], remainder(tile.reduction[0].extent, tile.terms)
         parts = [] if extents[0] == 0 else [reduce(index(0), extents[0])]
         if tile.grouped is not None and isinstance(rest, int) and rest:
-            parts.append(tile.grouped.step(registers, (rows, pitch), along([index(extents[0])]), rest))
+            shape = (rows, pitch)
+            parts.append(
+                tile.grouped.step(registers, shape, lambda r, v: {**at(r, v), **inner([index(extents[0])], 0)}, rest)
+            )
         sums = sequence(parts)
     else:
         assert isinstance(extents[0], int)
         buffers, sums = [registers, totals], in_parts(registers, totals, extents[0], part, all_cells, reduce)
     return with_local(buffers, [cells(rows, pitch, start), sums, _write_back(tile, totals, (rows, width), pitch, at)])
+
+
+def _element(tile: Tile, stage: Stage) -> Expr | None:
+    """Return the read whose elements along the reduction come in vectors, where there is one."""
+    if not tile.by_element:
+        return None
+    if tile.grouped is not None:
+        return tile.grouped.activations
+    return element_read(stage, tile.vector_group, tile.reduction[-1])
 
 
 def _elements_of_a_line(tile: Tile) -> int:

@@ -18,7 +18,7 @@ from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, Step, as_int
-from schedules.by_element import in_terms, multiplies_by_element, with_elements
+from schedules.by_element import over_terms, terms_at_once
 from schedules.convolution_tile import most_columns
 from schedules.family import Choice, Kernel, Parameters, Space, is_large
 from schedules.intrin.bf16_dot import PAIR, Bf16Dot, bf16_dot
@@ -79,12 +79,12 @@ class Winograd:
 
     def apply(self, analysis: WinogradAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the loop nest."""
-        by_element = multiplies_by_element(target)
+        terms = terms_at_once(target)
         pairs, dot = bf16_pairs(target), bf16_dot(target)
         if not analysis.in_pairs or pairs is None or dot is None:
-            return _Emitter(analysis, parameters, by_element, None).statement()
-        statement = _Emitter(analysis, parameters, by_element, _Products(pairs, dot)).statement()
-        return pairs.imported(dot.imported(statement))
+            return _Emitter(analysis, parameters, terms, None).statement()
+        statement = _Emitter(analysis, parameters, terms, _Products(pairs, dot)).statement()
+        return pairs.imported(statement)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class _Emitter:
 
     analysis: WinogradAnalysis
     parameters: Parameters
-    by_element: bool
+    terms_at_once: int
     rounded: _Products | None
 
     @cached_property
@@ -297,51 +297,48 @@ class _Task:
         def at(t: Expr, o: Expr, v: Expr) -> Expr:
             return (t * count + o) * lanes + v
 
+        rounded = self.emitter.rounded
+
         def image(t: Expr, channel: Expr) -> Expr:
             return load(self.spectrum, [frequency, tile + t, channel])
 
         def step(channel: Expr, image_of: Callable[[Expr], Expr]) -> Stmt:
+            if rounded is not None:
+                return self._step_of_pairs(rounded, sums, (columns, count), (block, frequency, channel), image_of)
+
             def add(t: Expr, o: Expr, v: Expr) -> Stmt:
                 weight = load(self.analysis.weights, [block + o, frequency, channel, v])
                 return store(sums, load(sums, [at(t, o, v)]) + image_of(t) * weight, [at(t, o, v)])
 
             return cells(add)
 
-        def steps(first: Expr, count: int, before: int) -> Stmt:
-            if count == 1:
-                return step(first, lambda t: image(t, first))
-            return with_elements(
-                lambda t, c: image(t, first + c), (columns, count), before, lambda c, of_tile: step(first + c, of_tile)
-            )
-
-        rounded = self.emitter.rounded
-        if rounded is None:
-            reduction = in_terms(self.analysis.channels, lanes if self.emitter.by_element else 1, steps)
-        else:
-            shape, origin = (columns, count), (block, frequency, tile)
-            reduction = loop(
-                self.analysis.channels // PAIR, lambda p: self._step_of_pairs(rounded, sums, shape, origin, p)
-            )
+        depth, at_once, groups = self.analysis.channels, self.emitter.terms_at_once, None
+        if rounded is not None:
+            depth, at_once, groups = depth // PAIR, rounded.dot.at_once, rounded.dot.groups
         return with_local(
             [sums],
             [
                 cells(lambda t, o, v: store(sums, tirx.const(0, "float32"), [at(t, o, v)])),
-                reduction,
+                over_terms(depth, at_once, columns, image, step, groups),
                 cells(lambda t, o, v: store(products, load(sums, [at(t, o, v)]), [frequency, o, tile + t, v])),
             ],
         )
 
     def _step_of_pairs(
-        self, rounded: _Products, sums: Var, shape: tuple[int, int], origin: tuple[Expr, Expr, Expr], pair: Expr
+        self,
+        rounded: _Products,
+        sums: Var,
+        shape: tuple[int, int],
+        place: tuple[Expr, Expr, Expr],
+        image_of: Callable[[Expr], Expr],
     ) -> Stmt:
-        """Return the step of a register tile of `shape` at `origin`, its block, frequency and tile, by two channels."""
-        (columns, count), (block, frequency, tile) = shape, origin
+        """Return the step of a register tile of `shape` by two channels; its weights are at block, frequency, pair."""
+        (columns, count), (block, frequency, pair) = shape, place
 
         def add(t: Expr, o: Expr) -> Stmt:
-            place = [tirx.Ramp((t * count + o) * self.lanes, index(1), self.lanes)]
+            at = [tirx.Ramp((t * count + o) * self.lanes, index(1), self.lanes)]
             weight = load(self.analysis.weights, [block + o, frequency, pair, index(0), index(0)])
-            image = load(self.spectrum, [frequency, tile + t, pair])
-            return store(sums, rounded.dot.accumulate(load(sums, place), weight, image), place)
+            return store(sums, rounded.dot.accumulate_group(load(sums, at), weight, image_of(t)), at)
 
         return unrolled(columns, lambda t: unrolled(count, lambda o: add(t, o)))
 

@@ -6,13 +6,14 @@ LLVM's language. What is made of fp32 inside a kernel is a vector of int32 to TV
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.stmt import Stmt
 
-from schedules.intrin.bf16_dot import PAIR, bf16_dot
+from schedules.intrin.bf16_dot import PAIR, Bf16Dot, bf16_dot
 from schedules.intrin.llvm_functions import attributes, imported
 from targets.base import Target
 
@@ -52,10 +53,11 @@ attributes #0 = {{ {attributes} }}
 
 @dataclass(frozen=True)
 class Bf16Pairs:
-    """The functions of one target on vectors of `lanes` pairs."""
+    """The functions of one target on vectors of `lanes` pairs; `dot` reads single ones that they are multiplied by."""
 
     lanes: int
     source: str
+    dot: Bf16Dot
 
     def accumulate(self, sums: Expr, pairs: Expr, pair: Expr) -> Expr:
         """Return sums[l] + pairs[l][0] * pair[0] + pairs[l][1] * pair[1]."""
@@ -73,9 +75,14 @@ class Bf16Pairs:
         """Return the pairs of neighbours in one vector of fp32, half as many as it has lanes, rounded."""
         return tirx.call_extern(f"int32x{self.lanes // PAIR}", _NEIGHBOURS, values)
 
+    @property
+    def words(self) -> Callable[[Expr, int], Expr] | None:
+        """How several pairs are read for an instruction that takes one of them by itself; None without such."""
+        return self.dot.groups if self.dot.at_once > 1 else None
+
     def imported(self, statement: Stmt) -> Stmt:
         """Return a statement that calls the functions, with the functions."""
-        return imported(statement, self.source)
+        return self.dot.imported(imported(statement, self.source))
 
 
 def bf16_pairs(target: Target) -> Bf16Pairs | None:
@@ -98,4 +105,4 @@ def bf16_pairs(target: Target) -> Bf16Pairs | None:
         attributes=attributes(target),
         **width,
     )
-    return Bf16Pairs(lanes, source)
+    return Bf16Pairs(lanes, source, dot)

@@ -17,7 +17,9 @@ from targets.base import Target
 
 # Neighbours of K that one lane consumes.
 FOUR = 4
-_DOT, _READ, _READ_FOURS = "optimizer_dot_bytes", "optimizer_read_bytes", "optimizer_read_fours_of_bytes"
+# How many fours are read at once where an instruction takes one of them out of a vector.
+FOURS = 4
+_DOT, _READ = "optimizer_dot_bytes", "optimizer_read_bytes"
 _SOURCE = """
 define weak_odr <{lanes} x i32> @{call}(<{lanes} x i32> %sum, ptr %weights, i32 %four) #0 {{
   %w = load <{bytes} x i8>, ptr %weights, align {bytes}
@@ -30,19 +32,17 @@ define weak_odr <{lanes} x i32> @{call}(<{lanes} x i32> %sum, ptr %weights, i32 
 {readers}
 attributes #0 = {{ {attributes} }}
 """
+_VECTOR_READER = """
+define weak_odr <{count} x i32> @{call}_vector_{count}(ptr %from) #0 {{
+  %fours = load <{count} x i32>, ptr %from, align 1
+  ret <{count} x i32> %fours
+}}
+"""
 _READER = """
 define weak_odr i32 @{call}_{count}(ptr %from) #0 {{
   %bytes = load i{bits}, ptr %from, align 1
   {widened}
   ret i32 %four
-}}
-"""
-# How many fours are read at once where an instruction takes one of them out of a vector.
-FOURS = 4
-_READER_OF_FOURS = """
-define weak_odr <{count} x i32> @{call}(ptr %from) #0 {{
-  %fours = load <{count} x i32>, ptr %from, align 1
-  ret <{count} x i32> %fours
 }}
 """
 _ONE = """
@@ -74,6 +74,7 @@ class ByteDot:
     lanes: int
     call: str
     source: str
+    at_once: int
     terms: int = FOUR
 
     def accumulate(self, sums: Expr, weights: Expr, activations: Expr, terms: int = FOUR) -> Expr:
@@ -82,15 +83,17 @@ class ByteDot:
         `weights` is the read of the first of `lanes` fours, aligned to a vector, `activations` that of the first byte.
         """
         four = tirx.call_extern("int32", f"{_READ}_{terms}", tirx.address_of(activations))
-        return self.accumulate_four(sums, weights, four)
+        return self.accumulate_group(sums, weights, four)
 
-    def accumulate_four(self, sums: Expr, weights: Expr, four: Expr) -> Expr:
-        """Return the sums with the products of four neighbours, whose bytes `four` has as one int32."""
-        return tirx.call_extern(f"int32x{self.lanes}", self.call, sums, tirx.address_of(weights), four)
+    def accumulate_group(self, sums: Expr, weights: Expr, group: Expr) -> Expr:
+        """Return the same with an x that `groups` gave."""
+        return tirx.call_extern(f"int32x{self.lanes}", self.call, sums, tirx.address_of(weights), group)
 
-    def fours(self, activations: Expr) -> Expr:
-        """Return the next FOURS times four neighbours as int32, of which `activations` reads the first byte."""
-        return tirx.call_extern(f"int32x{FOURS}", _READ_FOURS, tirx.address_of(activations))
+    def groups(self, activations: Expr, count: int) -> Expr:
+        """Return one four or a vector of at most `at_once`, from the one on that begins at a read."""
+        if count == 1:
+            return tirx.call_extern("int32", f"{_READ}_{FOUR}", tirx.address_of(activations))
+        return tirx.call_extern(f"int32x{count}", f"{_READ}_vector_{count}", tirx.address_of(activations))
 
     def imported(self, statement: Stmt) -> Stmt:
         """Return a statement that calls the functions, with the functions."""
@@ -140,16 +143,17 @@ def _single(intrinsic: str, lanes: int, operands: tuple[str, str], activations: 
 
 def _dot(lanes: int, activations: str, declared: str, body: str, target: Target) -> ByteDot:
     call = f"{_DOT}_{activations}"
+    at_once = FOURS if target.architecture == "aarch64" else 1
+    vectors = [_VECTOR_READER.format(call=_READ, count=count) for count in range(2, at_once + 1)]
     definition = _SOURCE.format(
         lanes=lanes,
         call=call,
         bytes=FOUR * lanes,
         body=body,
-        readers="".join(_reader(count) for count in range(1, FOUR + 1))
-        + _READER_OF_FOURS.format(call=_READ_FOURS, count=FOURS),
+        readers="".join([*(_reader(count) for count in range(1, FOUR + 1)), *vectors]),
         attributes=attributes(target),
     )
-    return ByteDot(lanes, call, f"{declared}\n{definition}")
+    return ByteDot(lanes, call, f"{declared}\n{definition}", at_once)
 
 
 def _reader(count: int) -> str:

@@ -17,7 +17,8 @@ from targets.base import Target
 class GroupedDot(Protocol):
     """The instruction of one target: `lanes` outputs at a time, `terms` neighbours of the reduction of each.
 
-    Weights lie [..., lane, term], and those of all lanes are aligned to a vector.
+    Weights lie [..., lane, term], and those of all lanes are aligned to a vector. The neighbours in some vectors are
+    `at_once`, where the instruction takes an element of one.
     """
 
     @property
@@ -26,11 +27,22 @@ class GroupedDot(Protocol):
     @property
     def terms(self) -> int: ...
 
+    @property
+    def at_once(self) -> int: ...
+
     def accumulate(self, sums: Expr, weights: Expr, activations: Expr, terms: int) -> Expr:
         """Return the sums with the products of `terms` neighbours: no more are read of the activations.
 
         `weights` and `activations` are the reads of the first of all lanes' and of the neighbours.
         """
+        ...
+
+    def accumulate_group(self, sums: Expr, weights: Expr, group: Expr) -> Expr:
+        """Return the sums with the products of as many neighbours as the instruction takes, which `groups` gave."""
+        ...
+
+    def groups(self, activations: Expr, count: int) -> Expr:
+        """Return one group of neighbours or a vector of at most `at_once`, from the one on that begins at a read."""
         ...
 
     def imported(self, statement: Stmt) -> Stmt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,12 +36,17 @@ T = TypeVar("T", np.float64, np.int32)
 
 @dataclass(frozen=True)
 class Case:
-    """A node of one input, its constants, and what it computes of some input, in float64 or exactly in int32."""
+    """Nodes of an input x, their constants, and what y is for some input, in float64 or exactly in int32.
 
-    node: onnx.NodeProto
+    The error may be some fraction of the largest output. Of sums of fp32, some of scaled groups that are exact, it is
+    small; Winograd's filtering makes errors ten times as large.
+    """
+
+    nodes: tuple[onnx.NodeProto, ...]
     x: NDArray[np.generic]
     constants: dict[str, NDArray[np.generic]]
     wanted: NDArray[np.float64] | NDArray[np.int32]
+    error: float = 2.0**-18
 
 
 def normal(*shape: int) -> Array:
@@ -50,21 +55,16 @@ def normal(*shape: int) -> Array:
 
 def product(rows: int, depth: int, columns: int) -> Case:
     x, w = normal(rows, depth), normal(depth, columns)
-    return Case(helper.make_node("MatMul", ["x", "w"], ["y"]), x, {"w": w}, x.astype(np.float64) @ w)
+    return Case((helper.make_node("MatMul", ["x", "w"], ["y"]),), x, {"w": w}, x.astype(np.float64) @ w)
 
 
-def convolution(channels: int, outputs: int, size: int, kernel: int, group: int = 1) -> Case:
-    x, w = normal(1, channels, size, size), normal(outputs, channels // group, kernel, kernel)
-    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[kernel // 2] * 4, group=group)
-    return Case(node, x, {"w": w}, convolved(x.astype(np.float64), w, group))
-
-
-def bytes_convolution(channels: int, outputs: int, size: int, kernel: int, group: int = 1, zero: int = 0) -> Case:
-    rng = np.random.default_rng(channels + size)
-    x = rng.integers(0, 256, (1, channels, size, size)).astype(np.uint8)
-    w = rng.integers(-128, 128, (outputs, channels // group, kernel, kernel)).astype(np.int8)
-    node = helper.make_node("ConvInteger", ["x", "w", "z"], ["y"], pads=[kernel // 2] * 4, group=group)
-    return Case(node, x, {"w": w, "z": np.array(zero, np.uint8)}, convolved(x.astype(np.int32) - zero, w, group))
+def narrow_product(rows: int, depth: int, columns: int, kind: int, error: float) -> Case:
+    """A product of whole numbers of few bits as narrow floats, to which its sums are rounded."""
+    x, w = (np.rint(4 * normal(*shape)).clip(-16, 16) for shape in ((rows, depth), (depth, columns)))
+    nodes = [helper.make_node("Cast", [name], [f"narrow_{name}"], to=kind) for name in ("x", "w")]
+    nodes.append(helper.make_node("MatMul", ["narrow_x", "narrow_w"], ["sums"]))
+    nodes.append(helper.make_node("Cast", ["sums"], ["y"], to=onnx.TensorProto.FLOAT))
+    return Case(tuple(nodes), x, {"w": w}, x.astype(np.float64) @ w, error)
 
 
 def bytes_product(rows: int, depth: int, columns: int, zero: int) -> Case:
@@ -72,7 +72,35 @@ def bytes_product(rows: int, depth: int, columns: int, zero: int) -> Case:
     x = rng.integers(0, 256, (rows, depth)).astype(np.uint8)
     w = rng.integers(-128, 128, (depth, columns)).astype(np.int8)
     node = helper.make_node("MatMulInteger", ["x", "w", "z"], ["y"])
-    return Case(node, x, {"w": w, "z": np.array(zero, np.uint8)}, (x.astype(np.int32) - zero) @ w.astype(np.int32))
+    return Case((node,), x, {"w": w, "z": np.array(zero, np.uint8)}, (x.astype(np.int32) - zero) @ w.astype(np.int32))
+
+
+def attention(heads: int, queries: int, keys: int, depth: int) -> Case:
+    """The attention of the input to constant keys and values."""
+    x, k = normal(1, heads, queries, depth), normal(1, heads, keys, depth)
+    v = 1 - k**2
+    nodes = (
+        helper.make_node("Transpose", ["k"], ["turned"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["x", "turned"], ["scores"]),
+        helper.make_node("Softmax", ["scores"], ["shares"], axis=-1),
+        helper.make_node("MatMul", ["shares", "v"], ["y"]),
+    )
+    exponentials = np.exp(x.astype(np.float64) @ k.transpose(0, 1, 3, 2))
+    return Case(nodes, x, {"k": k, "v": v}, exponentials @ v / exponentials.sum(-1, keepdims=True))
+
+
+def convolution(channels: int, outputs: int, size: int, kernel: int, group: int = 1) -> Case:
+    x, w = normal(1, channels, size, size), normal(outputs, channels // group, kernel, kernel)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[kernel // 2] * 4, group=group)
+    return Case((node,), x, {"w": w}, convolved(x.astype(np.float64), w, group))
+
+
+def bytes_convolution(channels: int, outputs: int, size: int, kernel: int, group: int = 1, zero: int = 0) -> Case:
+    rng = np.random.default_rng(channels + size)
+    x = rng.integers(0, 256, (1, channels, size, size)).astype(np.uint8)
+    w = rng.integers(-128, 128, (outputs, channels // group, kernel, kernel)).astype(np.int8)
+    node = helper.make_node("ConvInteger", ["x", "w", "z"], ["y"], pads=[kernel // 2] * 4, group=group)
+    return Case((node,), x, {"w": w, "z": np.array(zero, np.uint8)}, convolved(x.astype(np.int32) - zero, w, group))
 
 
 def convolved(x: NDArray[T], w: NDArray[np.number], group: int) -> NDArray[T]:
@@ -105,29 +133,29 @@ def quantized(rows: int, outputs: int, depth: int, bits: int, *, zero_points: bo
     node = helper.make_node("MatMulNBits", ["x", *constants], ["y"], domain="com.microsoft")
     node.attribute.extend(helper.make_attribute(name, value) for name, value in sizes.items())
     weights = (codes.astype(np.float64) - zeros[..., None]) * constants["s"][..., None]
-    return Case(node, x, constants, x.astype(np.float64) @ weights.reshape(outputs, depth).T)
+    return Case((node,), x, constants, x.astype(np.float64) @ weights.reshape(outputs, depth).T)
 
 
-def run(cases: list[Case], target: str, folder: Path) -> list[Array]:
+def run(cases: list[Case], target: str, precision: str, folder: Path) -> list[Array]:
     """Compile the cases as one model and execute it on the target's emulated machine."""
     nodes, inputs, outputs, constants = [], [], [], []
     for number, case in enumerate(cases):
-        node = onnx.NodeProto()
-        node.CopyFrom(case.node)
-        names = [f"{name}{number}" for name in node.input]
-        node.ClearField("input")
-        node.input.extend(names)
-        node.output[0] = f"y{number}"
-        nodes.append(node)
+        for each in case.nodes:
+            node = onnx.NodeProto()
+            node.CopyFrom(each)
+            node.input[:] = [f"{name}{number}" for name in each.input]
+            node.output[:] = [f"{name}{number}" for name in each.output]
+            nodes.append(node)
         element = onnx.TensorProto.INT32 if case.wanted.dtype == np.int32 else onnx.TensorProto.FLOAT
         kind = helper.np_dtype_to_tensor_dtype(case.x.dtype)
-        inputs.append(helper.make_tensor_value_info(names[0], kind, case.x.shape))
-        outputs.append(helper.make_tensor_value_info(node.output[0], element, case.wanted.shape))
+        inputs.append(helper.make_tensor_value_info(f"x{number}", kind, case.x.shape))
+        outputs.append(helper.make_tensor_value_info(f"y{number}", element, case.wanted.shape))
         constants += [numpy_helper.from_array(value, f"{name}{number}") for name, value in case.constants.items()]
     graph = helper.make_graph(nodes, "kernels", inputs, outputs, constants)
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), folder / "model.onnx")
-    compile_model(folder / "model.onnx", folder / "package.opt", CompileOptions(targets.get(target)), certify=False)
+    options = CompileOptions(targets.get(target), precision=precision)
+    compile_model(folder / "model.onnx", folder / "package.opt", options, certify=False)
     for number, case in enumerate(cases):
         np.save(folder / f"x{number}.npy", case.x)
     arguments = ["-c", _PROGRAM, str(folder), str(len(cases))]
@@ -145,15 +173,23 @@ BYTES = [
     bytes_convolution(*sizes)
     for sizes in ((12, 8, 7, 1), (18, 20, 13, 3), (3, 8, 9, 7, 1, 5), (8, 8, 9, 3, 8), (24, 16, 6, 3, 1, 128))
 ]
-PRODUCTS = [bytes_product(*sizes) for sizes in ((1, 3, 5, 0), (11, 67, 19, 131), (9, 32, 8, 128), (16, 50, 33, 7))]
 QUANTIZED.append(quantized(11, 18, 64, 8, zero_points=True))
+FLOATS += [attention(2, 21, 37, 24), attention(3, 1, 37, 16)]
+PRODUCTS = [bytes_product(*sizes) for sizes in ((1, 3, 5, 0), (11, 67, 19, 131), (9, 32, 8, 128), (16, 50, 33, 7))]
+HALVES = [narrow_product(*sizes, onnx.TensorProto.FLOAT16, 2.0**-11) for sizes in ((37, 67, 19), (3, 6, 17))]
+PAIRS = [narrow_product(*sizes, onnx.TensorProto.BFLOAT16, 2.0**-8) for sizes in ((9, 66, 19), (9, 67, 19), (9, 6, 17))]
+# Operands are rounded to 8 bits, for Winograd's filtering twice.
+ROUNDED = [replace(case, error=2.0**-6) for case in FLOATS]
 
 
 # Starting the emulated machine takes longer than what is computed there.
 @pytest.mark.parametrize(
-    ("target", "cases"), [("arm64", FLOATS + QUANTIZED + BYTES + PRODUCTS), ("arm64-i8mm", QUANTIZED + PRODUCTS)]
+    ("target", "precision", "cases"),
+    [
+        pytest.param("arm64", "model", FLOATS + QUANTIZED + BYTES + PRODUCTS + HALVES, id="arm64"),
+        pytest.param("arm64-i8mm", "bf16", ROUNDED + QUANTIZED + PRODUCTS + PAIRS, id="arm64-i8mm"),
+    ],
 )
-def test_kernels_compute_what_numpy_does(target: str, cases: list[Case], tmp_path: Path) -> None:
-    for case, actual in zip(cases, run(cases, target, tmp_path), strict=True):
-        # Sums of fp32, some of scaled groups that are exact; Winograd's filtering makes errors ten times as large.
-        np.testing.assert_allclose(actual, case.wanted, rtol=0, atol=2.0**-18 * np.abs(case.wanted).max())
+def test_kernels_compute_what_numpy_does(target: str, precision: str, cases: list[Case], tmp_path: Path) -> None:
+    for case, actual in zip(cases, run(cases, target, precision, tmp_path), strict=True):
+        np.testing.assert_allclose(actual, case.wanted, rtol=0, atol=case.error * np.abs(case.wanted).max())
