@@ -23,6 +23,7 @@ from schedules.convolution_tile import most_columns
 from schedules.family import Choice, Kernel, Parameters, Space, is_large
 from schedules.intrin.bf16_dot import PAIR, Bf16Dot, bf16_dot
 from schedules.intrin.bf16_pairs import Bf16Pairs, bf16_pairs
+from schedules.intrin.load_fence import fence, with_fences
 from schedules.loops import (
     Extent,
     index,
@@ -40,11 +41,13 @@ from schedules.loops import (
     with_local,
 )
 from schedules.stages import sequence
-from schedules.winograd_combination import combination
+from schedules.winograd_combination import combined
 from schedules.winograd_structure import WinogradAnalysis, analyse
 from schedules.winograd_task import BLOCKS, task_shape
-from schedules.winograd_transforms import Matrix
 from targets.base import Target
+
+# Rows of a transformed matrix whose vectors fit 32 registers with what they are computed of.
+MOST_ROWS_AT_ONCE = 4
 
 
 class Winograd:
@@ -82,9 +85,10 @@ class Winograd:
         terms = terms_at_once(target)
         pairs, dot = bf16_pairs(target), bf16_dot(target)
         if not analysis.in_pairs or pairs is None or dot is None:
-            return _Emitter(analysis, parameters, terms, None).statement()
-        statement = _Emitter(analysis, parameters, terms, _Products(pairs, dot)).statement()
-        return pairs.imported(statement)
+            statement = _Emitter(analysis, parameters, terms, None).statement()
+        else:
+            statement = pairs.imported(_Emitter(analysis, parameters, terms, _Products(pairs, dot)).statement())
+        return with_fences(statement, target) if terms > 1 else statement
 
 
 @dataclass(frozen=True)
@@ -221,29 +225,46 @@ class _Task:
         return loop(self.width, lambda tile: loop(blocks, lambda channels: each(tile, channels)))
 
     def _transform_tile(self, tile: Expr, channels: Expr, element: Callable[[Expr, Expr, Expr], Expr]) -> Stmt:
+        first, *others = [self._transform_rows(rows, tile, channels, element) for rows in self._rows_at_once()]
+        # What both parts read is read again, or it would be kept in registers that the second one needs.
+        return sequence([first, *[each for other in others for each in (fence(), other)]])
+
+    def _rows_at_once(self) -> list[range]:
+        """Return the rows of the matrices by parts that are transformed together: as many as Arm's registers hold."""
+        parts = 2 if self.window > MOST_ROWS_AT_ONCE and self.emitter.terms_at_once > 1 else 1
+        size = self.window // parts
+        return [range(first, first + size) for first in range(0, self.window, size)]
+
+    def _transform_rows(
+        self, rows: range, tile: Expr, channels: Expr, element: Callable[[Expr, Expr, Expr], Expr]
+    ) -> Stmt:
         window, matrix = self.window, self.analysis.transforms.data
-        half = local([window, window, self.lanes], "float32", "half")
+        half = local([len(rows), window, self.lanes], "float32", "half")
         rounded = self.emitter.rounded
 
-        def columns(column: Expr) -> Stmt:
-            return self._combine(
+        def of_column(column: Expr) -> Stmt:
+            return combined(
                 matrix,
+                self.lanes,
                 lambda row, v: element(index(row), column, v),
-                lambda row, value, v: store(half, value, [index(row), column, v]),
+                lambda row, value, v: store(half, value, [index(row - rows.start), column, v]),
+                rows,
             )
 
-        def rows(row: Expr) -> Stmt:
+        def of_row(row: Expr) -> Stmt:
+            first = (rows.start + row) * window
+
             def put(column: int, value: Expr, v: Expr) -> Stmt:
-                return store(self.spectrum, value, [row * window + column, tile, channels * self.lanes + v])
+                return store(self.spectrum, value, [first + column, tile, channels * self.lanes + v])
 
             if rounded is not None:
-                return self._rounded_row(rounded, half, row, tile, channels)
-            return self._combine(matrix, lambda column, v: load(half, [row, index(column), v]), put)
+                return self._rounded_row(rounded, half, row, first, tile, channels)
+            return combined(matrix, self.lanes, lambda column, v: load(half, [row, index(column), v]), put)
 
-        return with_local([half], [loop(window, columns), loop(window, rows)])
+        return with_local([half], [loop(window, of_column), loop(len(rows), of_row)])
 
-    def _rounded_row(self, rounded: _Products, half: Var, row: Expr, tile: Expr, channels: Expr) -> Stmt:
-        """Return the transform of row `row` of `half` into the spectrum, rounded."""
+    def _rounded_row(self, rounded: _Products, half: Var, row: Expr, first: Expr, tile: Expr, channels: Expr) -> Stmt:
+        """Return the transform of row `row` of `half` into the spectrum from frequency `first` on, rounded."""
         window, lanes = self.window, self.lanes
         values = local([window, lanes], "float32", "values")
 
@@ -253,28 +274,11 @@ class _Task:
         def finish(column: int) -> Stmt:
             every = load(values, [index(column), tirx.Ramp(index(0), index(1), lanes)])
             place = tirx.Ramp(channels * (lanes // PAIR), index(1), lanes // PAIR)
-            return store(self.spectrum, rounded.pairs.neighbours(every), [row * window + column, tile, place])
+            return store(self.spectrum, rounded.pairs.neighbours(every), [first + column, tile, place])
 
         matrix = self.analysis.transforms.data
-        compute = self._combine(matrix, lambda column, v: load(half, [row, index(column), v]), put)
+        compute = combined(matrix, self.lanes, lambda column, v: load(half, [row, index(column), v]), put)
         return with_local([values], [compute, *map(finish, range(window))])
-
-    def _combine(
-        self, matrix: Matrix, element: Callable[[int, Expr], Expr], put: Callable[[int, Expr, Expr], Stmt]
-    ) -> Stmt:
-        """Return `put` of each row of `matrix` times the vectors of `element`, which are loaded once."""
-        inputs = local([len(matrix[0]), self.lanes], "float32", "inputs")
-
-        def fetch(number: int) -> Stmt:
-            return vector(self.lanes, lambda v: store(inputs, element(number, v), [index(number), v]))
-
-        def row(number: int) -> Stmt:
-            return vector(
-                self.lanes, lambda v: put(number, combination(matrix, number, lambda i: load(inputs, [index(i), v])), v)
-            )
-
-        used = [i for i in range(len(matrix[0])) if any(coefficients[i] for coefficients in matrix)]
-        return with_local([inputs], [*map(fetch, used), *map(row, range(len(matrix)))])
 
     def _multiply(self, products: Var, block: Expr, count: int) -> Stmt:
         """Return the matrix products of `count` blocks of output channels, one frequency after the other."""
@@ -351,8 +355,9 @@ class _Task:
             corner = self._corner(tile)
 
             def columns(column: Expr) -> Stmt:
-                return self._combine(
+                return combined(
                     matrix,
+                    self.lanes,
                     lambda row, v: load(products, [index(row * window) + column, o, tile, v]),
                     lambda row, value, v: store(half, value, [index(row), column, v]),
                 )
@@ -368,8 +373,9 @@ class _Task:
         """Return a row of a tile of the result, as far as it lies inside."""
         size, matrix = self.analysis.transforms.tile, self.analysis.transforms.outputs
         result = local([size, self.lanes], "float32", "result")
-        compute = self._combine(
+        compute = combined(
             matrix,
+            self.lanes,
             lambda column, v: load(half, [row, index(column), v]),
             lambda column, value, v: store(result, value, [index(column), v]),
         )

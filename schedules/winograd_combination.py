@@ -6,8 +6,34 @@ from collections.abc import Callable, Sequence
 
 from tvm import tirx
 from tvm.ir import Expr
+from tvm.tirx.stmt import Stmt
 
+from schedules.loops import index, load, local, store, vector, with_local
 from schedules.winograd_transforms import Matrix
+
+
+def combined(
+    matrix: Matrix,
+    lanes: int,
+    element: Callable[[int, Expr], Expr],
+    put: Callable[[int, Expr, Expr], Stmt],
+    rows: range | None = None,
+) -> Stmt:
+    """Return `put` of each of the `rows` of `matrix`, or of all, times the vectors of `element`, loaded once."""
+    inputs = local([len(matrix[0]), lanes], "float32", "inputs")
+    wanted = range(len(matrix)) if rows is None else rows
+
+    def fetch(number: int) -> Stmt:
+        return vector(lanes, lambda v: store(inputs, element(number, v), [index(number), v]))
+
+    def row(number: int) -> Stmt:
+        def value(v: Expr) -> Expr:
+            return combination(matrix, number, lambda i: load(inputs, [index(i), v]))
+
+        return vector(lanes, lambda v: put(number, value(v), v))
+
+    used = [i for i in range(len(matrix[0])) if any(matrix[number][i] for number in wanted)]
+    return with_local([inputs], [*map(fetch, used), *map(row, wanted)])
 
 
 def combination(matrix: Matrix, row: int, element: Callable[[int], Expr]) -> Expr:
