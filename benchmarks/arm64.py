@@ -24,6 +24,7 @@ import targets
 from benchmarks.inner_loops import MULTIPLY_ADD, InnerLoop, multiplying_loops, save_and_compile
 from benchmarks.integer_convolutions import byte_convolutions
 from benchmarks.integer_products import byte_product
+from benchmarks.kernels import attention
 
 # The closest models that LLVM has, and what else they stand for.
 CORES = ("neoverse-n1", "neoverse-n2", "neoverse-v1", "neoverse-v2")
@@ -41,11 +42,12 @@ class McaError(Exception):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel of the table and the targets that it is compiled for."""
+    """A kernel of the table, the targets that it is compiled for, and how many of its loops are judged."""
 
     name: str
     model: onnx.ModelProto
     targets: tuple[str, ...] = ("arm64",)
+    loops: int = 1
 
 
 def kernels() -> Iterator[Kernel]:
@@ -60,6 +62,8 @@ def kernels() -> Iterator[Kernel]:
     yield Kernel("pointwise_int8_256_256_14", byte_convolutions(1, (256, 256), 14, 1))
     yield Kernel("convolution3x3_int8_128_28", byte_convolutions(1, (128, 128), 28, 3))
     yield Kernel("depthwise3x3_192_28", _convolution(192, 28, 3, group=192))
+    yield Kernel("attention_12x197x64", attention("prefill", 12, 197, 197, 64).model, loops=2)
+    yield Kernel("attention_decode_32x4096x64", attention("decode", 32, 1, 4096, 64).model)
     yield Kernel("gemm_int8_128x768x768", byte_product(128, 768, 768), both)
     for bits in (8, 4):
         yield Kernel(f"int{bits}_64x512x2048", quantized_product(64, 512, 2048, bits), both)
@@ -74,15 +78,15 @@ def lines() -> Iterator[str]:
         for kernel in kernels():
             for target in kernel.targets:
                 assembly = save_and_compile(kernel.model, targets.get(target), Path(folder))
-                loop = _hot_loop(multiplying_loops(assembly))
-                fractions = [f"{fraction_of_peak(mca, loop, core):.0%}" for core in CORES]
-                counts = (loop.multiply_adds, len(loop.instructions), loop.spills, loop.scalar_loads)
-                yield f"| {kernel.name} | {target} | {' | '.join(map(str, counts))} | {' | '.join(fractions)} |"
+                for loop in hot_loops(multiplying_loops(assembly))[: kernel.loops]:
+                    fractions = [f"{fraction_of_peak(mca, loop, core):.0%}" for core in CORES]
+                    counts = (loop.multiply_adds, len(loop.instructions), loop.spills, loop.scalar_loads)
+                    yield f"| {kernel.name} | {target} | {' | '.join(map(str, counts))} | {' | '.join(fractions)} |"
 
 
-def _hot_loop(loops: list[InnerLoop]) -> InnerLoop:
-    """Return the first loop of which at least a third are multiply-adds."""
-    return next((loop for loop in loops if 3 * loop.multiply_adds >= len(loop.instructions)), loops[0])
+def hot_loops(loops: list[InnerLoop]) -> list[InnerLoop]:
+    """Return the loops of which at least a third are multiply-adds, else the first."""
+    return [loop for loop in loops if 3 * loop.multiply_adds >= len(loop.instructions)] or loops[:1]
 
 
 def find_mca() -> str:
