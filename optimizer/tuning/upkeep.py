@@ -70,20 +70,19 @@ def merge(records: Iterable[Record], log: TuningLog) -> int:
 def prune(log: TuningLog, keep: int) -> int:
     """Keep of each workload its decisions of the current schedules and the `keep` best trials; return how many went.
 
-    Of decisions that were made on one machine with one version of everything, and of confirmations of the same
-    parameters, the last stays.
+    Of decisions for the same parameters, made on one machine with one version of everything, the last stays, and so
+    does the last confirmation.
     """
     records = log.read().records
     known = _versions(log.target)
     current = [record for record in records if known.get(record.family) == record.version]
-    decisions = {(record.key, record.origin): record for record in current if record.kind == "decision"}
-    confirmations = {(r.key, r.choice, r.origin): r for r in current if r.kind == "confirmation"}
+    chosen = {(r.kind, r.key, r.choice, r.origin): r for r in current if r.kind != "trial"}
     trials: dict[WorkloadKey, list[Record]] = {}
     for record in current:
         if record.kind == "trial" and not record.failure:
             trials.setdefault(record.key, []).append(record)
     best = [r for group in trials.values() for r in sorted(group, key=lambda record: record.ratio)[:keep]]
-    kept = {id(record) for record in (*decisions.values(), *confirmations.values(), *best)}
+    kept = {id(record) for record in (*chosen.values(), *best)}
     log.replace(record for record in records if id(record) in kept)
     return len(records) - len(kept)
 

@@ -9,7 +9,7 @@ import pytest
 import targets
 from optimizer.errors import TuningLogError
 from optimizer.tuning import upkeep
-from optimizer.tuning.log import TuningLog
+from optimizer.tuning.log import TuningLog, decisions_of
 from optimizer.tuning.records import target_digest
 from schedules import cuda
 from tests.tuning.examples import ORIGIN, RECORD, TARGET
@@ -43,13 +43,20 @@ def test_pruning_keeps_the_best_trials_and_the_last_decision(log: TuningLog) -> 
     assert log.read().records == (_TRIALS[1], _TRIALS[2], last)
 
 
-def test_pruning_keeps_the_last_confirmation_of_each_choice(tmp_path: Path) -> None:
+def test_pruning_keeps_the_last_confirmation_of_each_choice(log: TuningLog) -> None:
     first = replace(RECORD, kind="confirmation", ratio=1.1)
     last, other = replace(first, ratio=1.2), replace(first, parameters={"rows": 4, "vectors": 2})
-    log = TuningLog(tmp_path, TARGET.name)
     log.append([first, last, other])
-    assert upkeep.prune(log, keep=0) == 1
+    assert upkeep.prune(log, 0) == 1
     assert log.read().records == (last, other)
+
+
+def test_pruning_keeps_the_decision_that_applies_where_a_later_one_was_taken_back(log: TuningLog) -> None:
+    later = replace(RECORD, parameters={"rows": 4, "vectors": 2}, ratio=0.4)
+    log.append([RECORD, later, replace(later, kind="confirmation", ratio=1.1)])
+    before = decisions_of(log.read(), TARGET)
+    upkeep.prune(log, 0)
+    assert decisions_of(log.read(), TARGET) == before
 
 
 def test_records_of_a_gpu_are_kept_and_nothing_is_said_of_them(tmp_path: Path) -> None:
