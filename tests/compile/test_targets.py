@@ -104,6 +104,17 @@ def test_cuda_packages_hold_device_code_and_no_source(name: str, tmp_path: Path)
     assert b"__global__" not in library.read_bytes()
 
 
+@pytest.mark.parametrize("length", [100, 1000], ids=["merged", "by_digits"])
+def test_sorts_compile_for_cuda(length: int, tmp_path: Path) -> None:
+    model = parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[4,{length}] x) => (float[4,70] y, int64[4,70] i) <int64[1] k = {{70}}> {{ y, i = TopK(x, k) }}
+    """)
+    onnx.save(model, tmp_path / "model.onnx")
+    compile_model(tmp_path / "model.onnx", tmp_path / "package", CompileOptions(find_target("cuda", ["sm_80"])))
+    assert device_code.inspect(tmp_path / "package" / "model.so")
+
+
 def test_dimensions_may_have_names_that_languages_reserve(tmp_path: Path) -> None:
     model = parser.parse_model("""
         <ir_version: 10, opset_import: ["" : 18]>

@@ -79,7 +79,10 @@ def top_k(node: Node) -> Result:
     else:
         is_short = isinstance(extent, int) and extent < _SHORT
         ordered = _merged_positions if is_short or data.dtype not in _NARROW_TYPES else _sorted_by_digits
-        indices = node.compute(first, node.compute(ordered, data.expr, largest).expr)
+        # With the memory that the sort needs besides: a kernel of a GPU allocates none.
+        call = node.graph.builder.call_te(ordered, data.expr, largest, primfunc_name_hint="topk")
+        positions, _ = node.emit_tuple(call)
+        indices = node.compute(first, positions.expr)
     values = node.compute(picked, data.expr, indices.expr)
     shape = [*value.shape[:axis], count, *value.shape[axis + 1 :]]
     return [relax.op.reshape(values.expr, shape), relax.op.reshape(indices.expr, shape)]
@@ -137,12 +140,12 @@ def _first_positions(data: te.Tensor, count: int, descending: bool) -> te.Tensor
     return kernel([data], [(before, count, after)], [_INT64], body, "first_positions")
 
 
-def _sorted_by_digits(data: te.Tensor, descending: bool) -> te.Tensor:
-    """Return the positions along axis 1 of a tensor of rank 3 in the order of their elements, by radix sort.
+def _sorted_by_digits(data: te.Tensor, descending: bool) -> list[te.Tensor]:
+    """Return the positions along axis 1 of a tensor of rank 3 in the order of their elements, and spare memory.
 
     Elements of up to 32 bits become unsigned keys of the same order, each with its position below it in 64 bits, which
     are distributed by one digit of the key after the other, the lowest first (Knuth, The Art of Computer Programming
-    3, 5.2.5). The sort is stable. NaN counts as greater than any number.
+    3, 5.2.5: radix sort). The sort is stable. NaN counts as greater than any number.
     """
     passes = _KEY_BITS // _DIGIT_BITS
 
@@ -179,7 +182,7 @@ def _sorted_by_digits(data: te.Tensor, descending: bool) -> te.Tensor:
                 ir.buffer_store(order, order[i, j, k] & tirx.const((1 << _KEY_BITS) - 1, _INT64), [i, j, k])
 
     shape = data.shape
-    return kernel([data], [shape, shape], [_INT64, _INT64], body, "sorted_positions")[0]
+    return kernel([data], [shape, shape], [_INT64, _INT64], body, "sorted_positions")
 
 
 def _sort_key(value: tvm.ir.Expr, descending: bool) -> tvm.ir.Expr:
@@ -197,10 +200,10 @@ def _sort_key(value: tvm.ir.Expr, descending: bool) -> tvm.ir.Expr:
     return key.astype(_INT64) + tirx.const(1 << (_KEY_BITS - 1), _INT64)
 
 
-def _merged_positions(data: te.Tensor, descending: bool) -> te.Tensor:
-    """Return the positions along axis 1 of a tensor of rank 3 in the order of their elements, by merge sort.
+def _merged_positions(data: te.Tensor, descending: bool) -> list[te.Tensor]:
+    """Return the positions along axis 1 of a tensor of rank 3 in the order of their elements, and spare memory.
 
-    The sort is stable. NaN counts as greater than any number.
+    The merge sort is stable. NaN counts as greater than any number.
     """
 
     def body(source: tirx.Buffer, order: tirx.Buffer, spare: tirx.Buffer) -> None:
@@ -234,7 +237,7 @@ def _merged_positions(data: te.Tensor, descending: bool) -> te.Tensor:
                         ir.buffer_store(order, spare[i, j, k], [i, j, k])
 
     shape = data.shape
-    return kernel([data], [shape, shape], [_INT64, _INT64], body, "merged_positions")[0]
+    return kernel([data], [shape, shape], [_INT64, _INT64], body, "merged_positions")
 
 
 def _precedes(x: tvm.ir.Expr, y: tvm.ir.Expr, descending: bool) -> tvm.ir.Expr:
