@@ -171,9 +171,10 @@ def fixed_room(entry: EntryPoint) -> int | None:
 def require_room(capacity: int | None, length: int, more: int) -> None:
     """Raise OptionError where a context that holds `length` tokens has no room for `more`."""
     if capacity is not None and length + more > capacity:
+        first = f"{length} tokens are read and {more} more do" if length else f"{more} tokens do"
         raise OptionError(
-            f"{length} tokens are read and {more} more do not fit a context of {capacity}; "
-            "shorten the prompt, rewind the session, or raise the capacity"
+            f"{first} not fit a context of {capacity}; "
+            "shorten the prompt, rewind the session, or raise the capacity (generate's --max-context)"
         )
 
 
