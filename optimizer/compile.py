@@ -231,9 +231,10 @@ def _plan(model: onnx.ModelProto, options: CompileOptions, timeline: Timeline, b
             imported = import_with(options, model, base_directory)
         dump("import", imported.module)
         items, quality = parse_passes(options), None
-        if any(isinstance(item, QuantizeWeights) for item in items) or options.calibration:
+        calibration = _calibration(options, base_directory)
+        if any(isinstance(item, QuantizeWeights) for item in items) or calibration.files or calibration.gated:
             with timeline.stage("fit weights"):
-                items, quality = prepared(items, imported, _calibration(options, base_directory))
+                items, quality = prepared(items, imported, calibration)
         with timeline.stage("passes"):
             rewritten, records = _run_passes(imported.module, items, dump)
         with timeline.stage("lower"):

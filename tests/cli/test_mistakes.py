@@ -32,6 +32,13 @@ def test_truncated_file(optimizer: Callable, perceptron: Path, tmp_path: Path) -
     _fails(optimizer("compile", path), 3, "cut.onnx", "truncated")
 
 
+def test_limits_on_rounding_that_nobody_asked_for(optimizer: Callable, perceptron: Path) -> None:
+    for limit in ("--max-kl", "--max-flips"):
+        finished = optimizer("compile", perceptron, limit, "0.01")
+        assert finished.code == 10
+        assert finished.err.splitlines()[-1].endswith("give --weights int4")
+
+
 def _with_external_data(perceptron: Path, folder: Path) -> Path:
     path = folder / "external.onnx"
     onnx.save(onnx.load(perceptron), path, save_as_external_data=True, location="external.bin", size_threshold=0)
