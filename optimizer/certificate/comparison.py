@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,9 @@ from optimizer.package.manifest import OutputComparison
 
 # Below these numbers a dtype has fewer digits, down to none: an error there is measured relative to them.
 _SMALLEST_NORMAL = {"float64": 2.0**-1022, "float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}
+
+# So many tolerances at most are allowed where a reference differs from itself by as much.
+MOST_LOOSENED = 4.0
 
 Array = NDArray[np.generic]
 Outputs = Mapping[str, Array]
@@ -72,6 +76,19 @@ def compare(name: str, expected: Array, actual: Array, tolerance: float) -> Outp
     norms = float(np.linalg.norm(reference) * np.linalg.norm(result))
     cosine = float(np.dot(reference, result)) / norms if norms else None
     return OutputComparison(name, dtype, error, error / scale, tolerance, cosine, ok=error / scale <= tolerance)
+
+
+def loosened(comparisons: Iterable[OutputComparison], own: Iterable[OutputComparison]) -> tuple[OutputComparison, ...]:
+    """Return comparisons with a reference, each allowed the error that the reference has to itself.
+
+    `own` compares it with the same model computed in integers; more than MOST_LOOSENED tolerances are not allowed.
+    """
+    allowed = {each.name: each.max_relative_error for each in own}
+    found: list[OutputComparison] = []
+    for each in comparisons:
+        tolerance = max(each.tolerance, min(allowed.get(each.name, 0.0), MOST_LOOSENED * each.tolerance))
+        found.append(replace(each, tolerance=tolerance, ok=each.max_relative_error <= tolerance))
+    return tuple(found)
 
 
 def _compare_integers(name: str, expected: Array, actual: Array, tolerance: float) -> OutputComparison:

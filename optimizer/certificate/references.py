@@ -48,7 +48,15 @@ def references(
         yield lambda: Reference("unoptimized", onnx.__version__, unoptimized)
 
 
-def _onnxruntime(model: onnx.ModelProto, path: Path | None) -> Reference:
+def optimized_onnxruntime(model: onnx.ModelProto, path: Path | None) -> Reference:
+    """Return onnxruntime with its graph optimizations, which compute quantized models in integers.
+
+    Raises ReferenceFailedError if it cannot load the model.
+    """
+    return _onnxruntime(model, path, optimized=True)
+
+
+def _onnxruntime(model: onnx.ModelProto, path: Path | None, *, optimized: bool = False) -> Reference:
     import onnxruntime  # noqa: PLC0415 - an optional dependency
 
     state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
@@ -58,7 +66,8 @@ def _onnxruntime(model: onnx.ModelProto, path: Path | None) -> Reference:
     if beyond_numpy:
         raise ReferenceFailedError(f"its Python interface has no arrays of {beyond_numpy}")
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     options.log_severity_level = 4
     try:
         source = str(path) if path is not None else model.SerializeToString()

@@ -8,7 +8,9 @@ tolerance is sixteen times that, which leaves room for polynomial approximations
 amplification, but never more than sqrt(u): at least half of the significant digits must agree.
 Integers and booleans must be equal. Only a model that quantizes, and so rounds numbers that may lie on a tie, may be
 one step off in its 8-bit outputs, and has the unit roundoff of an 8-bit grid in its floating-point outputs. So has a
-model compiled to products of int8 activations with quantized weights. Where a run reads keys and values from codes of b
+model compiled to products of int8 activations with quantized weights. Where a quantized model of many layers amplifies
+changes of codes, onnxruntime with its graph optimizations differs from itself without them; outputs may then be as far
+off as that, up to four tolerances. Where a run reads keys and values from codes of b
 bits, its outputs have the unit roundoff of a b-bit grid.
 """
 

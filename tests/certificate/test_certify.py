@@ -14,9 +14,10 @@ from onnx import numpy_helper
 from onnx.parser import parse_model
 
 from optimizer.certificate import certify, references
-from optimizer.certificate.comparison import compare
+from optimizer.certificate.comparison import MOST_LOOSENED, compare, loosened
 from optimizer.certificate.tolerance import Arithmetic, arithmetic
 from optimizer.errors import CertificateError, InputMismatchError
+from optimizer.package.manifest import OutputComparison
 
 Array = NDArray[np.generic]
 Runner = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -229,3 +230,23 @@ def test_runs_that_do_not_reach_into_codes_keep_their_tolerance() -> None:
 
 def right_cache(inputs: Mapping[str, Array]) -> Array:
     return np.concatenate([inputs["old"], inputs["added"]], 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "own", "ok"),
+    [(0.5, 0.0, True), (1.5, 0.0, False), (1.5, 2.0, True), (2.5, 2.0, False), (5.0, 9.0, False)],
+)
+def test_an_output_may_be_as_far_off_as_the_reference_is_from_itself(error: float, own: float, *, ok: bool) -> None:
+    tolerance = 2.0**-4
+
+    def off(by: float) -> OutputComparison:
+        return compare("y", np.ones(2, np.float32), np.array([1, 1 + by * tolerance], np.float32), tolerance)
+
+    (found,) = loosened([off(error)], [off(own)])
+    assert found.ok == ok
+    assert tolerance <= found.tolerance <= MOST_LOOSENED * tolerance
+
+
+def test_a_reference_that_cannot_compute_in_integers_allows_nothing_more() -> None:
+    comparison = compare("y", np.ones(1, np.float32), np.array([2], np.float32), 0.5)
+    assert loosened([comparison], []) == (comparison,)
