@@ -85,14 +85,15 @@ class RewriteKvCache(Pass):
             raise PassOptionError(f"a cache cannot hold '{self.dtype}'; choose one of {', '.join(TYPES)}")
 
     def run(self, module: tvm.IRModule) -> PassOutcome:
-        """Rewrite `main`."""
+        """Rewrite `main`, without what nobody reads: an append that such code alone reads would go with it."""
+        given, module = module, relax.transform.DeadCodeElimination()(module)
         entry = module.get_global_var("main") if "main" in [v.name_hint for v in module.get_global_vars()] else None
         function = None if entry is None else module[entry]
         if not isinstance(function, relax.Function):
-            return PassOutcome(module)
+            return PassOutcome(given)
         appends, sites = _appends(module, function, BITS.get(self.dtype))
         if not appends:
-            return PassOutcome(module, sites)
+            return PassOutcome(given, sites)
         rewriter = CacheRewriter(module, function, appends, FLOATS.get(self.dtype), self.can_fail)
         rewriter.builder_.update_func(entry, without_unused_dimensions(rewriter.rewritten()))
         return PassOutcome(relax.transform.DeadCodeElimination()(rewriter.builder_.get()), sites)

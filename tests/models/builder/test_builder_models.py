@@ -40,8 +40,8 @@ def reference(name: str) -> Runner:
     return lambda inputs: dict(zip(names, map(np.asarray, session.run(None, dict(inputs))), strict=True))
 
 
-def logits(name: str, run: Runner) -> Iterator[np.ndarray]:
-    """Yield the logits of every chunk of a text."""
+def outputs_of(name: str, run: Runner) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the outputs of every chunk of a text."""
     settings = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))["model"]["decoder"]
     empty = np.zeros((1, settings["num_key_value_heads"], 0, settings["head_size"]), np.float32)
     layers = range(settings["num_hidden_layers"])
@@ -51,8 +51,13 @@ def logits(name: str, run: Runner) -> Iterator[np.ndarray]:
         total += count
         tokens = rng.integers(3, 128, (1, count))
         outputs = run({"input_ids": tokens, "attention_mask": np.ones((1, total), np.int64), **cache})
-        yield outputs["logits"]
+        yield outputs
         cache = {past: outputs[past.replace("past_key_values", "present")] for past in cache}
+
+
+def logits(name: str, run: Runner) -> Iterator[np.ndarray]:
+    """Yield the logits of every chunk of a text."""
+    return (outputs["logits"] for outputs in outputs_of(name, run))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -64,10 +69,12 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return request.param, load(package)
 
 
-def test_logits_equal_onnxruntimes(family: tuple[str, CompiledModel]) -> None:
+def test_logits_and_caches_equal_onnxruntimes(family: tuple[str, CompiledModel]) -> None:
     name, run = family
-    for ours, theirs in zip(logits(name, run), logits(name, reference(name)), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE * np.abs(theirs).max())
+    for ours, theirs in zip(outputs_of(name, run), outputs_of(name, reference(name)), strict=True):
+        for output, expected in theirs.items():
+            limit = TOLERANCE * np.abs(expected).max()
+            np.testing.assert_allclose(ours[output], expected, rtol=0, atol=limit, err_msg=output)
 
 
 def test_generated_tokens_equal_onnxruntimes(family: tuple[str, CompiledModel]) -> None:
