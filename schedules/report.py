@@ -40,6 +40,11 @@ class KernelReport:
     version: int = 0
     tuned: bool = False
 
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Return what records of this kernel are looked up by."""
+        return self.workload, self.family, self.version
+
 
 # Returns the parameters to replace defaults by, or None, from a report whose family, version and space are known.
 Decide = Callable[[KernelReport], Parameters | None]

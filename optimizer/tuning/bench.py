@@ -103,14 +103,15 @@ def serve(connection: Connection, target: Target) -> None:
         except LostError as error:
             answer = "lost", str(error)
         except Exception as error:  # whatever a schedule, LLVM or a kernel throws is one candidate's failure
-            answer = ("failed" if bench.answers() else "lost"), _first_line(error)
+            answer = ("failed" if bench.answers() else "lost"), last_line(error)
         connection.send(answer)
         if answer[0] == "lost":
             connection.close()
             os._exit(1)  # what is left of a broken session ends the process in other ways
 
 
-def _first_line(error: Exception) -> str:
+def last_line(error: Exception) -> str:
+    """Return the type of an error and the last line of its message, which may be empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
 

@@ -25,6 +25,7 @@ from optimizer.report.kernel_times import Stopwatch
 from optimizer.runtime.threads import use_threads
 from optimizer.signature import entry_point
 from optimizer.symbolic_arguments import passed_in_order_of_use
+from optimizer.tuning.bench import last_line
 from optimizer.tuning.pool import Measurement, measurement_of
 from optimizer.tuning.process import Times
 from optimizer.tuning.records import WorkloadKey
@@ -73,7 +74,7 @@ def _compare(
     plan, target = model.plan, model.options.target
 
     def decide(report: KernelReport) -> Parameters | None:
-        return decided.get(_key(report))
+        return decided.get(report.key)
 
     scheduled, kernels = schedule_module(plan.lowered.unscheduled, target, decide)
     with passed_in_order_of_use():
@@ -83,7 +84,7 @@ def _compare(
         inputs = _accepted_inputs(model, steps[0])
         rounds = list(_rounds(steps, inputs))
     except Exception as error:  # whatever the runtime or a kernel throws
-        raise StepError(f"a step of the model fails: {str(error).strip().splitlines()[-1]:.300}") from error
+        raise StepError(f"a step of the model fails: {last_line(error)}") from error
     return {key: _measurement(key, rounds) for key in decided if key in rounds[0][0].seconds}
 
 
@@ -102,7 +103,7 @@ class _Step:
         self._imported = model.plan.imported
         self._entry = entry_point(model.plan.imported, model.plan.rewritten)
         self._weights = [tvm.runtime.convert(list(lifted.weights))]
-        self._keys = {kernel.function: _key(kernel) for kernel in kernels if kernel.workload}
+        self._keys = {kernel.function: kernel.key for kernel in kernels if kernel.workload}
         self._machine = relax.VirtualMachine(build(lifted.module, model.options.target), tvm.cpu())
         self._machine.set_instrument(self._observe)
         self._stopwatch = Stopwatch()
@@ -140,10 +141,6 @@ def _rounds(steps: Sequence[_Step], inputs: Mapping[str, Array]) -> Iterator[tup
 def _measurement(key: WorkloadKey, rounds: Sequence[tuple[_Taken, _Taken]]) -> Measurement:
     default, own = ([each[place].seconds[key] / each[place].calls[key] for each in rounds] for place in (0, 1))
     return measurement_of(Times(own, default))
-
-
-def _key(report: KernelReport) -> WorkloadKey:
-    return report.workload, report.family, report.version
 
 
 def _accepted_inputs(model: PlannedModel, step: _Step) -> dict[str, Array]:

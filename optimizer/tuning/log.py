@@ -156,7 +156,7 @@ class Decisions:
 
     def record_for(self, report: KernelReport) -> Record | None:
         """Return the record that decides a kernel."""
-        record = self.records.get((report.workload, report.family, report.version))
+        record = self.records.get(report.key)
         return record if record is not None and fits(record.parameters, report.space) else None
 
 
