@@ -5,7 +5,8 @@ normal number where that is larger. For a value that passes through D operators 
 u and summing K terms in float32 (u32), errors that behave like random walks grow as sqrt(D) * (u + sqrt(K) * u32)
 (Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci. Comput. 41(5), 2019). The
 tolerance is sixteen times that, which leaves room for polynomial approximations of exp, tanh and erf and for modest
-amplification, but never more than sqrt(u): at least half of the significant digits must agree.
+amplification, but never more than sqrt(u): at least half of the significant digits must agree. An output that has only
+numbers below the smallest normal one may be off by that number, since machines may give zero for them (not in fp16).
 Integers and booleans must be equal. Only a model that quantizes, and so rounds numbers that may lie on a tie, may be
 one step off in its 8-bit outputs, and has the unit roundoff of an 8-bit grid in its floating-point outputs. So has a
 model compiled to products of int8 activations with quantized weights. Where a quantized model of many layers amplifies

@@ -159,13 +159,18 @@ def test_infinity_of_the_other_sign_differs() -> None:
     assert not compare("y", np.array([np.inf]), np.array([-np.inf]), 1.0).ok
 
 
-def test_numbers_below_the_normal_ones_have_few_digits_to_agree_in() -> None:
+def test_outputs_below_the_normal_numbers_may_be_zero() -> None:
     expected = np.float32([1.8e-40, -3e-41])
-    half = np.float16([6e-7, -3e-7])
 
-    assert compare("y", expected, expected + np.float32(7e-45), 1e-6).ok
-    assert not compare("y", expected, expected + np.float32(2e-43), 1e-6).ok
-    assert compare("y", half, half + np.float16(6e-8), 1e-2).ok
+    assert compare("y", expected, np.zeros_like(expected), 1e-6).ok
+    assert not compare("y", expected, expected + np.float32(2e-38), 1e-6).ok
+
+
+def test_numbers_below_the_normal_ones_of_fp16_have_few_digits_to_agree_in() -> None:
+    expected = np.float16([6e-7, -3e-7])
+
+    assert compare("y", expected, expected + np.float16(6e-8), 1e-2).ok
+    assert not compare("y", expected, expected + np.float16(2e-6), 1e-2).ok
 
 
 def test_unsigned_integers_do_not_wrap() -> None:
