@@ -19,6 +19,7 @@ from schedules.attention_structure import AttentionAnalysis, analyse
 from schedules.by_element import terms_at_once
 from schedules.family import Choice, Kernel, Parameters, Space
 from schedules.intrin.bf16_pairs import PAIR, bf16_pairs
+from schedules.intrin.power_of_two import powers_of_two
 from targets.base import Target
 
 # So many keys are one block, whose sums need no factors. More are taken in blocks whose exponentials stay, with keys
@@ -66,7 +67,8 @@ class Attention:
             return attention_rows.emit(analysis, lanes, block)
         dot = bf16_pairs(target) if analysis.rounded else None
         block += block % PAIR
-        blocks = attention_tiles.Blocks(lanes, parameters["rows"], parameters["vectors"], block, terms_at_once(target))
+        rows, vectors = parameters["rows"], parameters["vectors"]
+        blocks = attention_tiles.Blocks(lanes, rows, vectors, block, terms_at_once(target), powers_of_two(target))
         many = attention_tiles.emit(analysis, lane, blocks, dot)
         if isinstance(lane.extent, int):
             return many

@@ -18,9 +18,8 @@ from schedules.attention_operands import Operand
 from schedules.attention_pairs import Pairs
 from schedules.attention_structure import AttentionAnalysis
 from schedules.by_element import over_rows, over_terms
-from schedules.intrin.bf16_pairs import PAIR
-from schedules.intrin.vector_math import EXP_SHORT, EXP_TO_ROUND, exp_of_nonpositive
-from schedules.loops import Extent, ceiling, cells, index, load, local, loop, store, tiles, vector, with_local
+from schedules.intrin.power_of_two import PowersOfTwo
+from schedules.loops import Extent, ceiling, cells, index, load, local, loop, store, tiles, with_local
 from schedules.stages import Axis, sequence, substitute
 
 FLOAT = "float32"
@@ -32,7 +31,9 @@ class Task:
     """One block of queries of one head: `start` is the first query, `first` the first one that is written.
 
     `clamped` says that lanes may stand for queries past the last one, which they then repeat. `weights` [keys][queries]
-    holds logits, then exponentials; with `pairs` the latter go to `rounded`, two keys' together.
+    holds logits, then exponentials; with `pairs` the latter go to `rounded`, two keys' together. `scale` is what a
+    score is multiplied by where that is all that makes it a logit: then both `weights` and `largest` are of scores, and
+    `bound` is what is subtracted from exponents.
     """
 
     analysis: AttentionAnalysis
@@ -56,6 +57,9 @@ class Task:
     largest: Var
     total: Var
     factor: Var
+    bound: Var
+    scale: float | None
+    powers: PowersOfTwo | None
     pairs: Pairs | None = None
     turned_pairs: Var | None = None
     rounded: Var | None = None
@@ -118,6 +122,8 @@ def scores(task: Task, base: Expr, extent: Extent) -> Stmt:
 def _where_seen(task: Task, end: Expr, logits: Callable[[Expr], Stmt]) -> Stmt:
     """Return `logits` of the logit's value: without its mask where all queries see all keys before `end`."""
     analysis = task.analysis
+    if task.scale is not None:
+        return logits(analysis.score)
     visible, bound = seen_logit(analysis), end_of_seen(analysis)
     if visible is None or bound is None:
         return logits(analysis.logit)
@@ -138,45 +144,6 @@ def _in_tiles_that_overlap(extent: Expr, rows: int, tile: Callable[[Expr, int], 
     """Return tiles of `rows` rows, the last of which may repeat some; single rows where there are fewer."""
     whole = loop(ceiling(extent, rows), lambda i: tile(tirx.min(i * rows, extent - rows), rows))
     return tirx.IfThenElse(extent >= rows, whole, loop(extent, lambda i: tile(i, 1)))
-
-
-def exponentials(task: Task, extent: Extent) -> Stmt:
-    """Return the exponentials of a block's logits, in their place, and their sum."""
-    coefficients = EXP_SHORT if task.pairs is None else EXP_TO_ROUND
-
-    def row(j: Expr) -> Stmt:
-        def exponential(v: Expr) -> Stmt:
-            difference = load(task.weights, [j, v]) - load(task.largest, [v])
-            return store(task.weights, exp_of_nonpositive(difference, coefficients), [j, v])
-
-        def add(v: Expr) -> Stmt:
-            return store(task.total, load(task.total, [v]) + load(task.weights, [j, v]), [v])
-
-        return sequence([vector(task.queries, exponential), vector(task.queries, add)])
-
-    if task.pairs is None:
-        return loop(extent, row)
-    pairs, rounded = task.pairs, task.rounded
-
-    def pair(number: Expr) -> Stmt:
-        rows = [row(number * PAIR + one) for one in range(PAIR)]
-        return sequence([*rows, pairs.round_rows(task.weights, rounded, number, task.queries)])
-
-    whole = loop(extent // PAIR if isinstance(extent, int) else tirx.floordiv(extent, index(PAIR)), pair)
-    if isinstance(extent, int) and extent % PAIR == 0:
-        return whole
-    # The key beside the last one weighs nothing.
-    nothing = vector(task.queries, lambda v: store(task.weights, ZERO, [index(extent), v]))
-    last = sequence(
-        [row(index(extent) - 1), nothing, pairs.round_rows(task.weights, rounded, _half(extent), task.queries)]
-    )
-    if isinstance(extent, int):
-        return sequence([whole, last]) if extent > 1 else last
-    return sequence([whole, tirx.IfThenElse(tirx.floormod(extent, index(PAIR)).equal(1), last, None)])
-
-
-def _half(extent: Extent) -> Expr:
-    return index(extent // PAIR) if isinstance(extent, int) else tirx.floordiv(extent, index(PAIR))
 
 
 def weighted(task: Task, base: Expr, extent: Extent, single: bool) -> Stmt:

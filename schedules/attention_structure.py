@@ -60,6 +60,21 @@ def analyse(stages: Sequence[Stage]) -> AttentionAnalysis | None:
     return _Matcher(stages).match()
 
 
+def scale_of_score(analysis: AttentionAnalysis) -> float | None:
+    """Return the positive constant that makes a score a logit; None where more is done to it, or there is a sink."""
+    logit = analysis.logit
+    if analysis.sink is not None:
+        return None
+    if logit.same_as(analysis.score):
+        return 1.0
+    if not isinstance(logit, tirx.Mul):
+        return None
+    for factor, score in ((logit.a, logit.b), (logit.b, logit.a)):
+        if score.same_as(analysis.score) and isinstance(factor, tirx.FloatImm) and factor.value > 0:
+            return float(factor.value)
+    return None
+
+
 class _Mismatch(Exception):
     pass
 

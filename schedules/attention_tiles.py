@@ -10,15 +10,16 @@ from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, Step
+from schedules.attention_exponentials import exponentials, factor, subtrahend, updated
 from schedules.attention_joining import LOWEST, LOWEST_NUMBER
 from schedules.attention_mask import all_seen, any_seen, end_of_seen, hides, hides_only_ends
 from schedules.attention_operands import Operand
 from schedules.attention_pairs import Pairs, packed
-from schedules.attention_products import FLOAT, ZERO, Task, exponentials, scores, weighted
-from schedules.attention_structure import AttentionAnalysis
+from schedules.attention_products import FLOAT, ZERO, Task, scores, weighted
+from schedules.attention_structure import AttentionAnalysis, scale_of_score
 from schedules.family import is_large
 from schedules.intrin.bf16_pairs import PAIR, Bf16Pairs
-from schedules.intrin.vector_math import exp_of_nonpositive
+from schedules.intrin.power_of_two import PowersOfTwo
 from schedules.loops import (
     INDEX,
     Extent,
@@ -49,7 +50,7 @@ NARROWEST = 4
 class Blocks:
     """How queries and keys are cut: `vectors` of `lanes` queries by `rows` keys in registers, `keys` at a time.
 
-    `elements` of a key or value are loaded at once.
+    `elements` of a key or value are loaded at once. `powers` are those of two by the target's own instructions.
     """
 
     lanes: int
@@ -57,6 +58,7 @@ class Blocks:
     vectors: int
     keys: int
     elements: int
+    powers: PowersOfTwo | None
 
 
 def emit(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, dot: Bf16Pairs | None) -> Stmt:
@@ -64,7 +66,8 @@ def emit(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, dot: Bf16Pairs
 
     def variant(clamped: bool) -> Stmt:
         pairs = None if dot is None else packed(dot, analysis)
-        return _tasks(analysis, lane, blocks, pairs, clamped)
+        tasks = _tasks(analysis, lane, blocks, pairs, clamped)
+        return tasks if blocks.powers is None else blocks.powers.imported(tasks)
 
     if isinstance(lane.extent, int):
         return variant(lane.extent < blocks.lanes * blocks.vectors)
@@ -147,12 +150,11 @@ def _block_of_queries(
     start: Expr = first if exact else Var("start", INDEX)
     keys = Operand(analysis.keys, analysis.key, analysis.depth, key_block)
     values = Operand(analysis.values, analysis.key, analysis.column, key_block)
-    # One more than a block of keys: what stands beside an odd one.
     buffers = {
         "turned": local([depth, block], FLOAT, "turned"),
-        "weights": local([key_block + (pairs is not None), block], FLOAT, "weights"),
+        "weights": local([key_block, block], FLOAT, "weights"),
         "sums": local([columns, block], FLOAT, "sums"),
-        **{name: local([block], FLOAT, name) for name in ("largest", "total", "factor")},
+        **{name: local([block], FLOAT, name) for name in ("largest", "total", "factor", "bound")},
     }
     operands = [*keys.buffers, *values.buffers]
     if pairs is not None:
@@ -162,7 +164,8 @@ def _block_of_queries(
         operands = []
     task = Task(
         analysis, lane, min(blocks.lanes, block), blocks.rows, block, key_block, point, start, first - start, clamped,
-        depth, columns, keys, values, blocks.elements, pairs=pairs, **buffers,
+        depth, columns, keys, values, blocks.elements, scale=scale_of_score(analysis), powers=blocks.powers,
+        pairs=pairs, **buffers,
     )  # fmt: skip
     begin = [] if exact else [tirx.Bind(start, tirx.min(first, index(queries) - block))]
     return with_local([*buffers.values(), *operands], [*begin, *_body(task)])
@@ -184,7 +187,7 @@ def _body(task: Task) -> list[Stmt]:
 
     # A sink is what every query has met before the first key.
     largest = fill(task.largest, LOWEST) if sink is None else vector(block, first)
-    start = [*_turn_queries(task), largest, fill(task.total, 0.0 if sink is None else 1.0)]
+    start = [*_turn_queries(task), largest, fill(task.bound, LOWEST), fill(task.total, 0.0 if sink is None else 1.0)]
     if single:
         return [*start, *_key_block(task, index(0), keys, True), _write(task)]
     start.append(loop(task.columns, lambda e: vector(block, lambda v: store(task.sums, ZERO, [e, v]))))
@@ -301,11 +304,10 @@ def _key_block(task: Task, base: Expr, extent: Extent, single: bool) -> list[Stm
     previous = local([block], FLOAT, "previous")
 
     def keep(v: Expr) -> Stmt:
-        return store(previous, load(task.largest, [v]), [v])
+        return store(previous, load(subtrahend(task), [v]), [v])
 
     def shrink(v: Expr) -> Stmt:
-        value = exp_of_nonpositive(load(previous, [v]) - load(task.largest, [v]))
-        return store(task.factor, value, [v])
+        return store(task.factor, factor(task, load(previous, [v]), load(subtrahend(task), [v])), [v])
 
     def shrink_total(v: Expr) -> Stmt:
         return store(task.total, load(task.total, [v]) * load(task.factor, [v]), [v])
@@ -314,7 +316,7 @@ def _key_block(task: Task, base: Expr, extent: Extent, single: bool) -> list[Stm
     if task.pairs is None:
         copies += task.keys.fill(task.point, base, extent, task.lanes)
         copies += task.values.fill(task.point, base, extent, task.lanes)
-    logits = scores(task, base, extent)
+    logits = sequence([scores(task, base, extent), *updated(task)])
     if single:
         return [*copies, logits, exponentials(task, extent), weighted(task, base, extent, True)]
     running = [*copies, vector(block, keep), logits, vector(block, shrink), vector(block, shrink_total)]

@@ -95,7 +95,7 @@ def _let(name: str, value: Expr, body: Function) -> Expr:
     return tirx.Let(variable, value, body(variable))
 
 
-def _polynomial(x: Expr, coefficients: Sequence[float]) -> Expr:
+def polynomial(x: Expr, coefficients: Sequence[float]) -> Expr:
     """Return the polynomial with `coefficients`, lowest power first, by Horner's rule."""
     result: Expr = _f32(coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
@@ -152,7 +152,7 @@ def _exp(x: Expr, shift: float, scaled: Callable[[Expr, Expr], Expr]) -> Expr:
         return _let("n", n, lambda n: (x - n * _f32(LN2_HIGH)) - n * _f32(LN2_LOW))
 
     def of_reduced(r: Expr, bits: Expr) -> Expr:
-        return scaled(_polynomial(r, EXP_SHORT) * r + _f32(1.0), bits)
+        return scaled(polynomial(r, EXP_SHORT) * r + _f32(1.0), bits)
 
     def value(x: Expr, shifted: Expr) -> Expr:
         return _let("r", reduced(x, shifted), lambda r: _let("bits", _bits(shifted), lambda bits: of_reduced(r, bits)))
@@ -176,7 +176,7 @@ def exp_of_nonpositive(x: Expr, coefficients: Sequence[float] = EXP_SHORT, *, sc
         return _times_power(value, bits, shift) if scaled else value * _power_of_two(bits)
 
     def value(x: Expr) -> Expr:
-        result = _reduced(x, lambda r, bits: times_power(_polynomial(r, coefficients) * r + _f32(1.0), bits), shift)
+        result = _reduced(x, lambda r, bits: times_power(polynomial(r, coefficients) * r + _f32(1.0), bits), shift)
         return tirx.Select(x < _f32(SMALLEST_EXPONENT), _f32(0.0), result)
 
     return _let("x", x, value)
@@ -197,7 +197,7 @@ def _expm1(x: Expr) -> Expr:
 
     def value(r: Expr, bits: Expr) -> Expr:
         def of_power(power: Expr) -> Expr:
-            return ((_polynomial(r, EXPM1) * r) * r + r) * power + (power - _f32(1.0))
+            return ((polynomial(r, EXPM1) * r) * r + r) * power + (power - _f32(1.0))
 
         return _let("power", _power_of_two(bits), of_power)
 
@@ -227,7 +227,7 @@ def _log_normal(x: Expr, correction: Expr) -> Expr:
         return _let("e", e, lambda e: _let("f", mantissa - _f32(1.0), lambda f: series(e, f)))
 
     def series(e: Expr, f: Expr) -> Expr:
-        tail = _polynomial(f, LOG) * f * f * f + e * _f32(LN2_LOW)
+        tail = polynomial(f, LOG) * f * f * f + e * _f32(LN2_LOW)
         return ((tail - f * f * _f32(0.5)) + f) + e * _f32(LN2_HIGH)
 
     return _let("bits", _bits(x), parts)
@@ -263,7 +263,7 @@ def erf(x: Expr) -> Expr:
     """Return the error function of an fp32 expression: 1 - exp(-p(|x|)) with a polynomial p without constant term."""
 
     def value(x: Expr) -> Expr:
-        exponent = _let("a", tirx.min(_f32(ERF_LIMIT), _absolute(x)), lambda a: _f32(0.0) - a * _polynomial(a, ERF))
+        exponent = _let("a", tirx.min(_f32(ERF_LIMIT), _absolute(x)), lambda a: _f32(0.0) - a * polynomial(a, ERF))
         return _with_sign_of(_let("exponent", exponent, _expm1), x)
 
     return _let("x", x, value)
@@ -278,13 +278,13 @@ def gelu_to_round(x: Expr) -> Expr:
 
     def tail(exponent: Expr, shifted: Expr) -> Expr:
         r = exponent - (shifted - _f32(shift))
-        return _let("r", r, lambda r: _polynomial(r, EXP2_TO_ROUND)) * _power_of_two(_bits(shifted))
+        return _let("r", r, lambda r: polynomial(r, EXP2_TO_ROUND)) * _power_of_two(_bits(shifted))
 
     def power(exponent: Expr) -> Expr:
         return _let("shifted", exponent + _f32(shift), lambda shifted: tail(exponent, shifted))
 
     def value(x: Expr, a: Expr) -> Expr:
-        q = _let("exponent", _polynomial(a, GELU_TO_ROUND), power)
+        q = _let("exponent", polynomial(a, GELU_TO_ROUND), power)
         return tirx.max(_f32(0.0), x) - a * q
 
     return _let("x", x, lambda x: _let("a", tirx.min(_f32(GELU_LIMIT), _absolute(x)), lambda a: value(x, a)))
@@ -302,7 +302,7 @@ def _sigmoid_divisor(x: Expr) -> Expr:
     def divisor(q: Expr, bits: Expr) -> Expr:
         # exp(-q) = 1 - q + q**2 times a polynomial, whose odd powers have other signs than those of exp.
         signed = [-coefficient if power % 2 else coefficient for power, coefficient in enumerate(EXP)]
-        value = (_polynomial(q, signed) * q - _f32(1.0)) * q + _f32(1.0)
+        value = (polynomial(q, signed) * q - _f32(1.0)) * q + _f32(1.0)
         return value * _power_of_two(bits) + _f32(1.0)
 
     def reduced(x: Expr, shifted: Expr) -> Expr:

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from tvm import tirx
+
+from schedules.intrin.power_of_two import EXP2, EXP2_TO_ROUND, powers_of_two
+from schedules.loops import index, load, loop, store
+from tests.schedules.execution import TARGET
+
+
+@pytest.mark.skipif(powers_of_two(TARGET) is None, reason="this machine has no such instructions")
+@pytest.mark.parametrize(("coefficients", "bound"), [(EXP2, 2.0**-22), (EXP2_TO_ROUND, 2.0**-13.6)])
+def test_powers_of_two(coefficients: tuple[float, ...], bound: float) -> None:
+    powers = powers_of_two(TARGET)
+    assert powers is not None
+    special = np.array([0, 1, -1, -126, -127, -150, -3e38, -np.inf, np.inf, np.nan, -1e-9, 127.9], "float32")
+    x = np.concatenate([special, np.linspace(-160, 127, 40004, dtype="float32")])
+    source, result = (tirx.decl_buffer((x.size,), "float32", name) for name in ("source", "result"))
+
+    def some(number: tirx.Expr) -> tirx.Stmt:
+        place = tirx.Ramp(number * powers.lanes, index(1), powers.lanes)
+        return store(result, powers.of(load(source, [place]), coefficients), [place])
+
+    body = powers.imported(loop(x.size // powers.lanes, some))
+    function = tirx.PrimFunc([source, result], body)
+    module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
+    got = tvm.runtime.tensor(np.empty_like(x))
+    tvm.compile(module, TARGET.tvm_target())["main"](tvm.runtime.tensor(x), got)
+    with np.errstate(all="ignore"):
+        want = np.exp2(x.astype("float64"))
+    finite = np.isfinite(want)
+    np.testing.assert_array_equal(got.numpy()[~finite], want[~finite])
+    # Below the normal numbers there are fewer digits.
+    np.testing.assert_allclose(got.numpy()[finite], want[finite], rtol=bound, atol=2.0**-149)
