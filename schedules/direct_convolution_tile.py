@@ -15,11 +15,13 @@ from schedules.access import Access, Step, as_int, linear_coefficient, occurs
 from schedules.by_element import in_terms, with_elements, with_read
 from schedules.channel_windows import ChannelWindow, ChannelWindows
 from schedules.intrin.byte_dot import FOUR
+from schedules.intrin.byte_rounding import rounding_of
+from schedules.intrin.byte_stores import TOGETHER
 from schedules.intrin.grouped_dot import GroupedDot
 from schedules.intrin.load_fence import fence
 from schedules.loops import index, load, local, loop, quotient, store, unrolled, vector, with_local
 from schedules.reducer import accumulate, accumulator_dtype
-from schedules.stages import Axis, Stage, replace_loads, sequence, substitute, with_value
+from schedules.stages import Axis, Stage, replace_loads, replaced, sequence, substitute, with_value
 
 Point = Mapping[Var, Expr]
 
@@ -64,15 +66,62 @@ class RegisterTile:
         def start(at: Point, register: Expr, _: Expr) -> Stmt:
             return store(self.registers, substitute(stage.initial, at).astype(self.dtype), [register])
 
-        def finish(at: Point, register: Expr, _: Expr) -> Stmt:
-            total = load(self.registers, [register]).astype(stage.output.dtype)
-            return self.analysis.epilogue.store(total, at)
-
-        everywhere = (0, self.columns)
         return with_local(
-            [self.registers],
-            [self._cells(everywhere, start), self._reduction(), self._cells(everywhere, finish)],
+            [self.registers], [self._cells((0, self.columns), start), self._reduction(), self._finished()]
         )
+
+    def _finished(self) -> Stmt:
+        """Return what follows the reduction; neighbouring columns are rounded to bytes together."""
+        if rounding_of(self.analysis.epilogue.value) is None or not self._outputs_adjoin:
+            return self._cells((0, self.columns), lambda at, register, _: self._written(at, register))
+
+        def together(count: int, first: Expr) -> Stmt:
+            return unrolled(self.blocks, lambda block: self._rounded(first, count, block))
+
+        def all_of(count: int, begin: int) -> Stmt:
+            return unrolled((self.columns - begin) // count, lambda group: together(count, begin + group * count))
+
+        parts, done = [], 0
+        for count in (TOGETHER, TOGETHER // 2, 1):
+            if self.columns - done >= count:
+                parts.append(all_of(count, done))
+                done += (self.columns - done) // count * count
+        return sequence(parts)
+
+    def _written(self, at: Point, register: Expr) -> tirx.BufferStore:
+        """Return the store of what becomes of the sum in a lane of a register."""
+        total = load(self.registers, [register]).astype(self.analysis.stage.output.dtype)
+        return self.analysis.epilogue.store(total, at)
+
+    def _rounded(self, first: Expr, count: int, block: Expr) -> Stmt:
+        """Return the bytes of `count` neighbouring columns: the numbers of each, then one vector of all."""
+        lanes = self.analysis.block
+        numbers = local([count * lanes], "float32", "numbers")
+
+        def number(column: int, lane: Expr) -> Stmt:
+            rounding = rounding_of(self._written(*self._cell(first + column, block, lane)).value)
+            assert rounding is not None
+            return store(numbers, rounding.value, [column * lanes + lane])
+
+        def written(lane: Expr) -> Stmt:
+            own = self._written(*self._cell(first, block, lane))
+            rounding = rounding_of(own.value)
+            assert rounding is not None
+            return store(own.buffer, replaced(own.value, rounding.value, load(numbers, [lane])), list(own.indices))
+
+        each = [vector(lanes, lambda lane, c=column: number(c, lane)) for column in range(count)]
+        return with_local([numbers], [*each, vector(count * lanes, written)])
+
+    @property
+    def _outputs_adjoin(self) -> bool:
+        """Whether the blocks of neighbouring columns lie side by side in the output."""
+        columns, epilogue = self.analysis.columns, self.analysis.epilogue
+        if columns is None or len(epilogue.indices) < 2:
+            return False
+        *_, before, last = epilogue.indices
+        whole = last.same_as(self.analysis.lane.variable)
+        whole &= as_int(epilogue.stage.output.shape[-1]) == self.analysis.block
+        return whole and linear_coefficient(before, columns.inner.variable) == 1
 
     def _cells(self, columns: tuple[int, int], element: Callable[[Point, Expr, Expr], Stmt]) -> Stmt:
         """Return `element` for columns [begin, end) and all blocks, each one vector; columns count from `begin`."""

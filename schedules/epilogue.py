@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import tvm_ffi
 from tvm import tirx
 from tvm.ir import Expr, Var
-from tvm.tirx.stmt import Stmt
 
 from schedules.access import as_int
 from schedules.loops import index, store
@@ -24,7 +23,7 @@ class Epilogue:
     indices: tuple[Expr, ...]
     value: Expr
 
-    def store(self, total: Expr, point: Mapping[Var, Expr]) -> Stmt:
+    def store(self, total: Expr, point: Mapping[Var, Expr]) -> tirx.BufferStore:
         """Return the store of the element at `point` of the reduction's spatial axes, whose sum is `total`."""
         value = substitute(self.value, point)
         if self.stage is not self.source:

@@ -195,7 +195,7 @@ def with_local(buffers: Sequence[Var], statements: Sequence[Stmt]) -> Stmt:
     return tirx.SeqStmt([*(tirx.AllocBuffer(buffer, {}) for buffer in buffers), *statements])
 
 
-def store(buffer: Var, value: Expr, indices: Sequence[Expr]) -> Stmt:
+def store(buffer: Var, value: Expr, indices: Sequence[Expr]) -> tirx.BufferStore:
     """Return `buffer[indices] = value`."""
     return tirx.BufferStore(buffer, value, list(indices))
 

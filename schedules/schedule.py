@@ -16,6 +16,7 @@ from schedules.intrin import vector_math
 from schedules.intrin.bf16_conversion import bf16_buffers
 from schedules.intrin.bf16_rounding import round_in_vectors
 from schedules.intrin.byte_rounding import round_to_bytes
+from schedules.intrin.byte_stores import store_bytes_in_vectors
 from schedules.kernels import cut
 from schedules.quotients import truncate_quotients
 from schedules.registry import FAMILIES
@@ -86,7 +87,8 @@ def schedule_function(
     statements = streamed(statements, staged, target)
     buffers = bf16_buffers(function, staged.intermediate, statements)
     inner = tuple(buffers.integers.get(buffer, buffer) for buffer in staged.intermediate)
-    in_bytes = [round_to_bytes(statement) for statement in statements]
+    packed = [store_bytes_in_vectors(statement, target, function.params) for statement in statements]
+    in_bytes = [round_to_bytes(statement) for statement in packed]
     in_vectors = [round_in_vectors(statement, target, function.params) for statement in in_bytes]
     expanded = [vector_math.expand(statement, buffers, target) for statement in in_vectors]
     rebuilt = replace(staged, intermediate=inner).rebuild(expanded)

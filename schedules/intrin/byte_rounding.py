@@ -7,6 +7,9 @@ on conversions by addition): as bytes of two's complement they are the result, w
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import tvm_ffi
 from tvm import ir, tirx
 from tvm.ir import Expr
@@ -19,37 +22,57 @@ _MAGIC = 1.5 * 2.0**23
 _LARGEST = 2.0**20
 
 
+@dataclass(frozen=True, eq=False)
+class Rounding:
+    """The byte clip(round(value) + zero, low, high) of a number of fp32; all but `value` are whole numbers."""
+
+    dtype: str
+    value: Expr
+    zero: int
+    low: int
+    high: int
+
+    def by_addition(self) -> Expr:
+        """Return the byte."""
+        low, high = (_float(float(limit - self.zero)) for limit in (self.low, self.high))
+        integer = tirx.reinterpret("int32", tirx.max(tirx.min(self.value, high), low) + _float(_MAGIC))
+        return (integer + tirx.const(self.zero, "int32") if self.zero else integer).astype(self.dtype)
+
+
 def round_to_bytes(statement: Stmt) -> Stmt:
     """Return a statement whose casts of rounded and limited fp32 numbers to bytes take fewer instructions."""
 
     def rounded(cast: tirx.Cast) -> Expr:
-        result = _rounded(cast)
-        return cast if result is None else result
+        found = rounding_of(cast)
+        return cast if found is None else found.by_addition()
 
     return tvm_ffi.structural_map(statement, (tirx.Cast, rounded))
 
 
-def _rounded(cast: tirx.Cast) -> Expr | None:
+def rounding_of(cast: Expr) -> Rounding | None:
+    """Return what a cast of a rounded and limited number to a byte computes, None for any other expression."""
+    if not isinstance(cast, tirx.Cast):
+        return None
     dtype, limited = str(cast.ty.dtype), cast.value
     if dtype not in _BYTES or str(limited.ty.dtype) != "float32":
         return None
     if not isinstance(limited, tirx.Max) or not isinstance(limited.a, tirx.Min):
         return None
-    low, high, value = _number(limited.b), _number(limited.a.b), limited.a.a
-    zero: float | None = 0.0
+    low, high, value = _whole(limited.b), _whole(limited.a.b), limited.a.a
+    zero: int | None = 0
     if isinstance(value, tirx.Add) and not isinstance(value.b, ir.Call):
-        value, zero = value.a, _number(value.b)
-    if low is None or high is None or zero is None or not zero.is_integer() or not isinstance(value, ir.Call):
+        value, zero = value.a, _whole(value.b)
+    if low is None or high is None or zero is None or not isinstance(value, ir.Call):
         return None
     if not isinstance(value.op, ir.Op) or value.op.name not in _ROUNDS or max(-low, high, abs(zero)) > _LARGEST:
         return None
-    clipped = tirx.max(tirx.min(value.args[0], _float(high - zero)), _float(low - zero))
-    integer = tirx.reinterpret("int32", clipped + _float(_MAGIC))
-    return (integer + tirx.const(int(zero), "int32") if zero else integer).astype(dtype)
+    return Rounding(dtype, value.args[0], zero, low, high)
 
 
-def _number(value: Expr) -> float | None:
-    return float(value.value) if isinstance(value, tirx.FloatImm) else None
+def _whole(value: Expr) -> int | None:
+    """Return a constant that is a whole number."""
+    number = float(value.value) if isinstance(value, tirx.FloatImm) else math.nan
+    return int(number) if number.is_integer() else None
 
 
 def _float(value: float) -> Expr:

@@ -36,7 +36,7 @@ T = TypeVar("T", np.float64, np.int32)
 
 @dataclass(frozen=True)
 class Case:
-    """Nodes of an input x, their constants, and what y is for some input, in float64 or exactly in int32.
+    """Nodes of an input x, their constants, and what y is for some input, in float64 or exactly in integers.
 
     The error may be some fraction of the largest output. Of sums of fp32, some of scaled groups that are exact, it is
     small; Winograd's filtering makes errors ten times as large.
@@ -45,7 +45,7 @@ class Case:
     nodes: tuple[onnx.NodeProto, ...]
     x: NDArray[np.generic]
     constants: dict[str, NDArray[np.generic]]
-    wanted: NDArray[np.float64] | NDArray[np.int32]
+    wanted: NDArray[np.float64] | NDArray[np.integer]
     error: float = 2.0**-18
 
 
@@ -103,6 +103,16 @@ def bytes_convolution(channels: int, outputs: int, size: int, kernel: int, group
     return Case((node,), x, {"w": w, "z": np.array(zero, np.uint8)}, convolved(x.astype(np.int32) - zero, w, group))
 
 
+def codes(size: int, dtype: type[np.integer], zero: int) -> Case:
+    """Numbers rounded to bytes: halves, others, and some far beyond their range."""
+    halves = np.arange(size) / 2 - size / 4
+    x = np.concatenate([halves, [1e30, -1e30]]).astype(np.float32)
+    limits = np.iinfo(dtype)
+    constants = {"s": np.array(1, np.float32), "z": np.array(zero, dtype)}
+    wanted = np.clip(np.rint(x).astype(np.float64) + zero, limits.min, limits.max).astype(dtype)
+    return Case((helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"]),), x, constants, wanted)
+
+
 def convolved(x: NDArray[T], w: NDArray[np.number], group: int) -> NDArray[T]:
     """Return the convolution of a square image, padded by half of the kernel, in the type of the image."""
     (_, channels, size, _), (outputs, _, kernel, _) = x.shape, w.shape
@@ -146,8 +156,8 @@ def run(cases: list[Case], target: str, precision: str, folder: Path) -> list[Ar
             node.input[:] = [f"{name}{number}" for name in each.input]
             node.output[:] = [f"{name}{number}" for name in each.output]
             nodes.append(node)
-        element = onnx.TensorProto.INT32 if case.wanted.dtype == np.int32 else onnx.TensorProto.FLOAT
-        kind = helper.np_dtype_to_tensor_dtype(case.x.dtype)
+        kind, element = (helper.np_dtype_to_tensor_dtype(array.dtype) for array in (case.x, case.wanted))
+        element = onnx.TensorProto.FLOAT if element == onnx.TensorProto.DOUBLE else element
         inputs.append(helper.make_tensor_value_info(f"x{number}", kind, case.x.shape))
         outputs.append(helper.make_tensor_value_info(f"y{number}", element, case.wanted.shape))
         constants += [numpy_helper.from_array(value, f"{name}{number}") for name, value in case.constants.items()]
@@ -173,6 +183,7 @@ BYTES = [
     bytes_convolution(*sizes)
     for sizes in ((12, 8, 7, 1), (18, 20, 13, 3), (3, 8, 9, 7, 1, 5), (8, 8, 9, 3, 8), (24, 16, 6, 3, 1, 128))
 ]
+BYTES += [codes(1201, np.uint8, 77), codes(607, np.int8, -5)]
 QUANTIZED.append(quantized(11, 18, 64, 8, zero_points=True))
 FLOATS += [attention(2, 21, 37, 24), attention(3, 1, 37, 16)]
 PRODUCTS = [bytes_product(*sizes) for sizes in ((1, 3, 5, 0), (11, 67, 19, 131), (9, 32, 8, 128), (16, 50, 33, 7))]

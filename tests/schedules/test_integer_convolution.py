@@ -146,6 +146,28 @@ def test_what_follows_is_computed_in_the_kernel(dtype: str, zero: int) -> None:
     assert len(families) == 4
 
 
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    size=st.tuples(st.integers(1, 7), st.integers(1, 31)),
+    kernel=st.sampled_from([1, 3]),
+    dtype=st.sampled_from(["uint8", "int8"]),
+    zero=st.integers(-128, 255),
+    target=st.sampled_from(HERE),
+)
+def test_columns_are_rounded_together(
+    size: tuple[int, int], kernel: int, dtype: str, zero: int, target: Target
+) -> None:
+    x, w = drawn(DATA, 1, 16, *size), drawn("int8", 33, 16, kernel, kernel, seed=1)
+
+    def layer(x: relax.Var) -> relax.Expr:
+        sums = op.astype(conv(x, w, padding=kernel // 2), "float32")
+        return quantized(op.multiply(sums, relax.const(np.float32(2**-9))), dtype, zero)
+
+    executable, _ = blocked(layer, [*x.shape], target)
+    sums = convolve(x, w, 1, kernel // 2).astype("float32")
+    np.testing.assert_array_equal(run(executable, x), quantize(sums * np.float32(2**-9), dtype, zero))
+
+
 def test_a_network_converts_its_image_only_at_the_ends() -> None:
     x, w = drawn(DATA, 1, 3, 17, 15), drawn("int8", BLOCK, 3, 7, 7, seed=1)
     other, depthwise = drawn("int8", 8, BLOCK, 1, 1), drawn("int8", BLOCK, 1, 3, 3)
@@ -184,9 +206,9 @@ def test_symbolic_batch_and_other_numbers_of_spatial_dimensions() -> None:
 @pytest.mark.parametrize(
     ("target", "instructions"),
     [
-        ("x86-avx512", ["vpdpbusd", "vpmovdb"]),
-        ("x86-avx2", ["vpmaddwd"]),
-        ("arm64", ["sdot"]),
+        ("x86-avx512", ["vpdpbusd", "vpackssdw", "vpackuswb"]),
+        ("x86-avx2", ["vpmaddwd", "vpackssdw", "vpackuswb"]),
+        ("arm64", ["sdot", "fcvtns", "sqxtn2"]),
     ],
 )
 def test_code_has_the_instructions_and_no_call(target: str, instructions: list[str]) -> None:
