@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.processes import EngineProcess
+from optimizer.certificate.comparison import MOST_LOOSENED
 
 # A round of one engine lasts about this long, and at least one call.
 _ROUND_SECONDS = 0.5
@@ -25,18 +26,24 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Judge:
-    """Who decides where an engine differs from the reference by more than `tolerance`: exact outputs, if there are."""
+    """Who decides where an engine differs from the reference by more than `tolerance`: outputs, if there are.
 
+    With `loosened` these are of a quantized model that is not computed in integers. As in a certificate, others may
+    then be as far off as the reference is, up to MOST_LOOSENED tolerances: a code that rounding changes changes others.
+    """
+
+    name: str
     tolerance: float
     outputs: Callable[[Arrays], Arrays | None]
+    loosened: bool = False
 
 
 @dataclass
 class Row:
     """Results of one engine on one model: seconds per call, and why there are none if `error` is set.
 
-    `difference` is the largest error of any output, relative to the reference's largest magnitude. The reference is
-    an engine, or with `is_exact` an evaluation in float64.
+    `difference` is the largest error of any output, relative to the largest magnitude of the reference engine's, or of
+    those of `judge`; it may be up to `tolerance`.
     """
 
     engine: str
@@ -45,7 +52,8 @@ class Row:
     compile_peak_bytes: int = 0
     resident_bytes: int = 0
     difference: float = float("nan")
-    is_exact: bool = False
+    tolerance: float = float("nan")
+    judge: str = ""
     seconds: list[float] = field(default_factory=list)
     error: str | None = None
 
@@ -89,8 +97,10 @@ def compare(
                 loaded[name] = worker.loaded()
                 if loaded[name].error is None:
                     workers[name] = worker
-            judged = {case: _timed(case, loaded, workers, rounds, Path(folder), reference) for case in cases}
-            return {case: _judged(rows, outputs, judge, cases[case]) for case, (rows, outputs) in judged.items()}
+            timed = {case: _timed(case, loaded, workers, rounds, Path(folder), reference) for case in cases}
+            return {
+                case: judged(rows, outputs, judge, cases[case], reference) for case, (rows, outputs) in timed.items()
+            }
         finally:
             for worker in workers.values():
                 worker.close()
@@ -134,15 +144,25 @@ def _check(
     return results
 
 
-def _judged(rows: dict[str, Row], results: Mapping[str, Arrays], judge: Judge | None, inputs: Arrays) -> list[Row]:
-    """Return the rows; where one differs beyond the judge's tolerance, all are compared with what is exact."""
+def judged(
+    rows: dict[str, Row], results: Mapping[str, Arrays], judge: Judge | None, inputs: Arrays, reference: str
+) -> list[Row]:
+    """Return the rows; where one differs beyond the judge's tolerance, all are compared with the judge's outputs."""
+    if judge is None:
+        return list(rows.values())
     found = {name: outputs for name, outputs in results.items() if outputs}
-    disputed = judge is not None and not all(rows[name].difference <= judge.tolerance for name in found)
-    exact = judge.outputs(inputs) if judge is not None and disputed else None
-    if exact is not None:
-        for name, outputs in found.items():
-            rows[name] = replace(rows[name], difference=_largest_difference(outputs, exact), is_exact=True)
-    return list(rows.values())
+    disputed = not all(rows[name].difference <= judge.tolerance for name in found)
+    decisive = judge.outputs(inputs) if disputed else None
+    if decisive is None:
+        return [replace(row, tolerance=judge.tolerance) for row in rows.values()]
+    differences = {name: _largest_difference(outputs, decisive) for name, outputs in found.items()}
+    tolerance = judge.tolerance
+    if judge.loosened and reference in differences:
+        tolerance = max(tolerance, min(differences[reference], MOST_LOOSENED * tolerance))
+    return [
+        replace(row, difference=differences.get(name, row.difference), tolerance=tolerance, judge=judge.name)
+        for name, row in rows.items()
+    ]
 
 
 def _largest_difference(found: Arrays, wanted: Arrays) -> float:

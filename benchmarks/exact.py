@@ -1,13 +1,16 @@
-"""Outputs of a model in float64, by ONNX's reference evaluator: who is right where two engines differ."""
+"""Outputs of a model as it is written, not as an engine optimizes it: who is right where two engines differ."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
+
+from optimizer.certificate.references import Reference, ReferenceFailedError, references
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -28,3 +31,12 @@ def in_float64(model: onnx.ModelProto, inputs: Arrays) -> dict[str, np.ndarray] 
     names = [output.name for output in wide.graph.output]
     results = ReferenceEvaluator(wide).run(names, feeds)
     return {name: np.asarray(result) for name, result in zip(names, results, strict=True)}
+
+
+def unoptimized(model: onnx.ModelProto, path: Path, inputs: Arrays) -> Arrays | None:
+    """Return the outputs of onnxruntime without graph optimizations, as certificates take them: codes become floats."""
+    try:
+        reference: Reference = next(iter(references(model, path, None, None)))()
+        return reference.run(inputs)
+    except ReferenceFailedError:
+        return None
