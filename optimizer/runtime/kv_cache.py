@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import tvm_ffi
-
 from optimizer.errors import OptionError
 from optimizer.package import dimensions
 from optimizer.package.manifest import CachePages, CacheRecord, EntryPoint, TensorSpec
@@ -210,10 +208,15 @@ def arguments(
     if not entry.caches:
         return result
     result += caches.others
-    counts = [number for symbol in entry.paged_symbols for number in (steps[symbol].before, steps[symbol].quantized)]
     numbers = [dimensions.evaluate(symbol, lengths) for symbol in entry.past_symbols]
-    result.append(tvm_ffi.Shape((*numbers, *counts, *((skipped,) if entry.shortened else ()))))
+    result.append(counts_of(entry, numbers, [steps[symbol] for symbol in entry.paged_symbols], skipped))
     return result
+
+
+def counts_of(entry: EntryPoint, lengths: Sequence[int], steps: Sequence[Steps], skipped: int) -> object:
+    """Return the numbers that the code takes, as one argument."""
+    counts = [number for each in steps for number in (each.before, each.quantized)]
+    return tensors.shape_of([*lengths, *counts, *((skipped,) if entry.shortened else ())])
 
 
 def argument_count(entry: EntryPoint) -> int:
@@ -295,11 +298,6 @@ def outputs_with_present(
         held = Held(dimensions.evaluate(size, values), quantized)
         outputs.append(_as_declared(buffers[record.past], held, spec, device))
     return outputs
-
-
-def returned_count(entry: EntryPoint) -> int:
-    """Return how many of the outputs the code returns."""
-    return len(entry.outputs) - len(entry.caches)
 
 
 def total_tokens(entry: EntryPoint, values: Mapping[str, int]) -> int:

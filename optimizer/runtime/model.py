@@ -116,7 +116,12 @@ class Entry:
         self._takes_weights = takes_weights
         self._without_past = kv_cache.without_past(signature)
         present = {record.present for record in signature.caches}
-        self._returned_names = [spec.name for spec in signature.outputs if spec.name not in present]
+        self.returned_names: list[str] = [spec.name for spec in signature.outputs if spec.name not in present]
+
+    @property
+    def device(self) -> tensors.Device:
+        """Return where inputs and outputs lie."""
+        return self._model.device
 
     @overload
     def __call__(
@@ -158,7 +163,8 @@ class Entry:
         steps = kv_cache.steps_of_past(self.signature, values)
         buffers = kv_cache.buffers_of_past(self.signature, given, values, steps, device)
         caches = kv_cache.tensors_of(self.signature, buffers)
-        results = self._call(kv_cache.arguments(self.signature, given, caches, values, steps))
+        arguments = kv_cache.arguments(self.signature, given, caches, values, steps)
+        results = self.invoke([*arguments, self._model.weights] if self._takes_weights else arguments)
         results = kv_cache.outputs_with_present(self.signature, results, buffers, values, steps, device)
         specs = self.signature.outputs
         if outputs == "numpy":
@@ -179,30 +185,45 @@ class Entry:
         OptionError where the cache is full; the cache stays as it was.
         """
         given = self._tensors(self._without_past, inputs)
-        known = dict.fromkeys(self.signature.past_symbols, cache.length)
-        shapes = {name: tensor.shape for name, tensor in given.items()}
-        values = bind_symbols(self._without_past, shapes, known)
+        values = self.values_of({name: tensor.shape for name, tensor in given.items()}, cache.length)
         total = kv_cache.total_tokens(self.signature, values)
         counts = cache.reserve(total)
-        steps = dict.fromkeys(known, counts)
-        results = self._call(kv_cache.arguments(self.signature, given, cache.tensors, values, steps, skipped))
+        results = self.invoke(self.arguments(given, cache, values, counts, skipped))
         cache.commit(total, counts)
-        return dict(zip(self._returned_names, results, strict=True))
+        return dict(zip(self.returned_names, results, strict=True))
+
+    def values_of(self, shapes: Mapping[str, tuple[int, ...]], length: int) -> dict[str, int]:
+        """Return the value of each symbol where inputs that are no caches have these shapes, and caches this length.
+
+        Raises InputMismatchError where they do not fit.
+        """
+        return bind_symbols(self._without_past, shapes, dict.fromkeys(self.signature.past_symbols, length))
+
+    def arguments(
+        self,
+        given: Mapping[str, Tensor],
+        cache: KeyValueCache,
+        values: Mapping[str, int],
+        counts: kv_cache.Steps,
+        skipped: int,
+    ) -> list[object]:
+        """Return all that the code takes to append to `cache`."""
+        steps = dict.fromkeys(self.signature.past_symbols, counts)
+        arguments = kv_cache.arguments(self.signature, given, cache.tensors, values, steps, skipped)
+        return [*arguments, self._model.weights] if self._takes_weights else arguments
 
     def _tensors(self, signature: EntryPoint, inputs: Mapping[str, Input]) -> dict[str, Tensor]:
         """Return the inputs of `signature` in order as tensors on the model's device; checks names and dtypes."""
         check_names(signature, inputs)
         return {spec.name: self._tensor(spec, inputs[spec.name]) for spec in signature.inputs}
 
-    def _call(self, arguments: list[object]) -> list[Tensor]:
-        """Call the code with its arguments but the weights, and return what it returns."""
-        if self._takes_weights:
-            arguments.append(self._model.weights)
+    def invoke(self, arguments: Sequence[object]) -> list[Tensor]:
+        """Call the code with its arguments and return what it returns."""
         with self._model.lock:
             use_threads(self._model.threads)
             returned = self._function(*arguments)
-        results = [returned] if isinstance(returned, tensors.TVM_TENSOR) else list(cast("Sequence[Tensor]", returned))
-        count = kv_cache.returned_count(self.signature)
+        results = [returned] if isinstance(returned, tensors.TVM_TENSOR) else tensors.elements(returned)
+        count = len(self.returned_names)
         if len(results) != count or not all(isinstance(result, tensors.TVM_TENSOR) for result in results):
             raise PackageError(f"'{self.signature.name}' did not return {count} tensors; build the package again")
         return cast("list[Tensor]", results)

@@ -56,7 +56,7 @@ TVM_TENSOR: type[object] = tvm_ffi.Tensor
 CPU: Device = cast("Device", tvm_ffi.device("cpu", 0))
 
 
-def _from_dlpack(array: object) -> Tensor:
+def tensor_over(array: object) -> Tensor:
     """Return a tensor over the array's memory; raises where that is not contiguous and aligned."""
     load_library("tvm_runtime", shared=True)
     make = cast("Callable[..., Tensor]", tvm_ffi.from_dlpack)
@@ -67,6 +67,17 @@ def allocate(shape: tuple[int, ...], dtype: str, device: Device) -> Tensor:
     """Return a tensor on a device whose values are not defined; memory is taken as it is written to."""
     make = cast("Callable[..., Tensor]", runtime_function("runtime.TVMTensorAllocWithScope"))
     return make(tvm_ffi.Shape(shape), tvm_ffi.dtype(device_dtype(dtype)), device, None)
+
+
+def shape_of(numbers: Sequence[int]) -> object:
+    """Return numbers as one argument of compiled code; `tvm_ffi.Shape` does the same, and checks each first."""
+    return runtime_function("ffi.Shape")(*numbers)
+
+
+def elements(array: object) -> list[object]:
+    """Return what an array holds that compiled code returned; iterating over it does the same by several calls each."""
+    item = runtime_function("ffi.ArrayGetItem")
+    return [item(array, number) for number in range(cast("int", runtime_function("ffi.ArraySize")(array)))]
 
 
 def on_device(tensor: Tensor, device: Device) -> Tensor:
@@ -85,6 +96,8 @@ def is_on_cpu(tensor: SupportsDLPack) -> bool:
 def host_view(tensor: Tensor, dtype: str) -> Array:
     """Return a tensor's values as an array: on the CPU its memory itself, which the array keeps alive, else a copy."""
     kind = numpy_dtype(device_dtype(dtype))
+    if kind.isbuiltin == 1 and tensor.device == CPU:
+        return cast("Callable[[object], Array]", np.from_dlpack)(tensor)
     size = math.prod(tensor.shape) * kind.itemsize
     if not size or not is_on_cpu(tensor):
         copy = np.empty(tensor.shape, kind)
@@ -112,7 +125,7 @@ def wrap_bytes(data: Bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
     if data.ctypes.data % WEIGHT_ALIGNMENT:
         raise ValueError(f"tensor data at {data.ctypes.data:#x} are not aligned to {WEIGHT_ALIGNMENT} bytes")
     view = cast("Callable[..., Tensor]", runtime_function("runtime.TVMTensorCreateView"))
-    return view(_from_dlpack(data), tvm_ffi.Shape(shape), tvm_ffi.dtype(device_dtype(dtype)), 0)
+    return view(tensor_over(data), tvm_ffi.Shape(shape), tvm_ffi.dtype(device_dtype(dtype)), 0)
 
 
 def from_numpy(array: Array, dtype: str) -> Tensor:
@@ -123,7 +136,7 @@ def from_numpy(array: Array, dtype: str) -> Tensor:
     if not (array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % WEIGHT_ALIGNMENT == 0):
         array = aligned_copy(array)
     if array.size and array.dtype.isbuiltin == 1:
-        return _from_dlpack(array)
+        return tensor_over(array)
     return wrap_bytes(array.reshape(-1).view(np.uint8), dtype, shape)
 
 
@@ -134,7 +147,7 @@ def from_dlpack(array: SupportsDLPack) -> Tensor:
     one on another device.
     """
     try:
-        return _from_dlpack(array)
+        return tensor_over(array)
     except (RuntimeError, ValueError, BufferError) as error:
         if not is_on_cpu(array):
             raise ValueError(f"it is not contiguous and aligned in device memory ({error})") from error

@@ -11,6 +11,7 @@ from optimizer.errors import OptionError
 from optimizer.runtime.generation.returned_cache import ReturnedCache
 from optimizer.runtime.generation.roles import DecoderRoles, roles_of
 from optimizer.runtime.generation.step_inputs import VALUES, Step
+from optimizer.runtime.generation.token_steps import TokenSteps
 from optimizer.runtime.kv_cache import fixed_room, require_room
 from optimizer.runtime.tensors import host_view
 
@@ -50,6 +51,7 @@ class DecoderSession:
         else:
             self._cache = ReturnedCache(model, self._roles.cache, capacity=capacity)
         self._most_at_once = most_at_once
+        self._steps = self._token_steps()
         self.tokens: list[int] = []
 
     @property
@@ -81,12 +83,21 @@ class DecoderSession:
     def _read(self, tokens: Sequence[int]) -> Logits:
         """Read tokens by one call of the code and return the logits that follow the last of them."""
         past, count = len(self.tokens), len(tokens)
+        if count == 1 and self._steps is not None:
+            result = self._steps.append(tokens[0], past)
+            if result is not None:
+                self.tokens += tokens
+                return self._logits(result)
         room = self._cache.capacity if self._roles.has_mask_over_room else None
         step = Step(tokens, past, room or past + count)
         inputs: dict[str, Input] = {name: VALUES[name](step) for name in self._roles.inputs}
         outputs = self._step(inputs, count)
         self.tokens += tokens
-        logits = host_view(outputs[self._roles.logits.name], self._roles.logits.dtype)
+        return self._logits(outputs[self._roles.logits.name])
+
+    def _logits(self, result: Tensor) -> Logits:
+        """Return the last row of what the code returned."""
+        logits = host_view(result, self._roles.logits.dtype)
         rows = logits.reshape(-1, logits.shape[-1])
         # Of a long prompt's logits, which take more memory than anything else, one row is copied.
         return cast("Logits", rows[-1].astype(np.float32, copy=len(rows) > 1))
@@ -108,8 +119,14 @@ class DecoderSession:
         other._entry, other._roles, other._most_at_once = self._entry, self._roles, self._most_at_once
         other._capacity = self._capacity
         other._cache = self._cache.fork()
+        other._steps = other._token_steps()
         other.tokens = list(self.tokens)
         return other
+
+    def _token_steps(self) -> TokenSteps | None:
+        if isinstance(self._cache, ReturnedCache) or not TokenSteps.suit(self._entry):
+            return None
+        return TokenSteps(self._entry, self._roles, self._cache)
 
     def _step(self, inputs: dict[str, Input], count: int) -> dict[str, Tensor]:
         if isinstance(self._cache, ReturnedCache):

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from optimizer.errors import OptionError
 from optimizer.runtime.generation import DecoderSession
+from optimizer.runtime.generation.token_steps import CHECKED_AT_ONCE
+from optimizer.runtime.kv_cache import SMALLEST_CAPACITY
 from optimizer.runtime.model import CompiledModel
 from optimizer.runtime.tensors import host_view
 
@@ -59,6 +61,25 @@ def test_a_full_context_is_an_error_and_leaves_the_session_as_it_was(decoder: Co
         session.append(_TOKENS[6:])
     assert session.tokens == _TOKENS[:6]
     session.append(_TOKENS[6:8])
+
+
+def test_token_by_token_gives_the_logits_of_the_text_at_once_while_buffers_grow(decoder: CompiledModel) -> None:
+    tokens = np.random.default_rng(0).integers(0, 2048, 2 * CHECKED_AT_ONCE + SMALLEST_CAPACITY).tolist()
+    session = DecoderSession(decoder)
+    logits = [session.append([token]) for token in tokens]
+    np.testing.assert_allclose(logits[-1], _logits(decoder, [tokens]), atol=_TOLERANCE)
+    np.testing.assert_allclose(logits[100], _logits(decoder, [tokens[:101]]), atol=_TOLERANCE)
+    assert session.tokens == tokens
+
+
+def test_token_by_token_a_full_context_is_an_error_of_the_first_token_beyond_it(decoder: CompiledModel) -> None:
+    session = DecoderSession(decoder, capacity=8)
+    for token in _TOKENS[:8]:
+        session.append([token])
+    with pytest.raises(OptionError, match="context of 8"):
+        session.append(_TOKENS[8:9])
+    session.rewind(7)
+    np.testing.assert_allclose(session.append([5]), _logits(decoder, [[*_TOKENS[:7], 5]]), atol=_TOLERANCE)
 
 
 def test_reading_nothing_and_cutting_to_more_than_there_is_are_errors(decoder: CompiledModel) -> None:

@@ -1,0 +1,101 @@
+"""Steps of one token each, as decoding takes them: inputs are checked for many of them, and written where they lie.
+
+Between two steps of a decoder its weights push what Python has out of the caches, so that a step waits for memory at
+every object that it touches: of a small decoder, for as long as for a fifteenth of all its weights.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optimizer.errors import InputMismatchError
+from optimizer.package.alignment import aligned_copy
+from optimizer.runtime.generation.step_inputs import MASK, VALUES, Step
+from optimizer.runtime.kv_cache import counts_of, total_tokens
+from optimizer.runtime.tensors import CPU, tensor_over
+
+if TYPE_CHECKING:
+    from optimizer.runtime.generation.roles import DecoderRoles
+    from optimizer.runtime.kv_cache import CacheTensors, KeyValueCache, Steps
+    from optimizer.runtime.model import Entry
+    from optimizer.runtime.tensors import Tensor
+
+CHECKED_AT_ONCE = 64
+"""Steps that are checked together, by the first and the last of them: from one to the next, lengths grow by one."""
+
+
+class TokenSteps:
+    """The steps of one token each of an entry point that appends to `cache`."""
+
+    def __init__(self, entry: Entry, roles: DecoderRoles, cache: KeyValueCache) -> None:
+        self._entry = entry
+        self._cache = cache
+        self._numbers = {name: aligned_copy(VALUES[name](Step((0,), 0, 1))) for name in roles.inputs if name != MASK}
+        self._given = {name: tensor_over(array) for name, array in self._numbers.items()}
+        self._mask = np.zeros((1, 0), np.int64) if MASK in roles.inputs else None
+        self._logits = entry.returned_names.index(roles.logits.name)
+        places = [spec.name for spec in entry.signature.inputs]
+        self._place_of_mask = places.index(MASK) if self._mask is not None else 0
+        self._checked = range(0)
+        self._laid_out: CacheTensors | None = None
+        self._arguments: list[object] = []
+        self._place_of_counts = 0
+
+    @staticmethod
+    def suit(entry: Entry) -> bool:
+        """Return whether there are such steps: the caches grow, and inputs lie in the CPU's memory."""
+        return entry.device == CPU and not any(record.is_whole for record in entry.signature.caches)
+
+    def append(self, token: int, past: int) -> Tensor | None:
+        """Read a token behind `past` others and return the logits; None where `Entry.append` has to check the step."""
+        if past not in self._checked and not self._check(past):
+            return None
+        cache, arguments = self._cache, self._arguments
+        steps = cache.reserve(past + 1)
+        if cache.tensors is not self._laid_out:
+            arguments = self._lay_out(past, steps)
+        step = Step((token,), past, 1)
+        for name, array in self._numbers.items():
+            array[...] = VALUES[name](step)
+        if self._mask is not None:
+            arguments[self._place_of_mask] = tensor_over(self._mask[:, : past + 1])
+        signature = self._entry.signature
+        lengths, paged = [past] * len(signature.past_symbols), [steps] * len(signature.paged_symbols)
+        arguments[self._place_of_counts] = counts_of(signature, lengths, paged, 0)
+        results = self._entry.invoke(arguments)
+        cache.commit(past + 1, steps)
+        return results[self._logits]
+
+    def _check(self, past: int) -> bool:
+        """Return whether steps from `past` tokens on are sound, as many as are checked at once."""
+        capacity = self._cache.capacity
+        end = past + CHECKED_AT_ONCE if capacity is None else min(past + CHECKED_AT_ONCE, capacity)
+        if past >= end or not all(self._fits(length) for length in (past, end - 1)):
+            return False
+        if self._mask is not None and self._mask.size < end:
+            self._mask = aligned_copy(np.ones((1, 2 * end), np.int64))
+        self._checked = range(past, end)
+        return True
+
+    def _fits(self, past: int) -> bool:
+        try:
+            values = self._values(past)
+        except InputMismatchError:
+            return False
+        return total_tokens(self._entry.signature, values) == past + 1
+
+    def _values(self, past: int) -> dict[str, int]:
+        shapes = {name: array.shape for name, array in self._numbers.items()}
+        if self._mask is not None:
+            shapes[MASK] = (1, past + 1)
+        return self._entry.values_of(shapes, past)
+
+    def _lay_out(self, past: int, steps: Steps) -> list[object]:
+        """Return the arguments with the cache's buffers as they are now."""
+        given = self._given if self._mask is None else {**self._given, MASK: tensor_over(self._mask[:, : past + 1])}
+        self._arguments = self._entry.arguments(given, self._cache, self._values(past), steps, 0)
+        self._place_of_counts = len(self._entry.signature.inputs) + len(self._cache.tensors.others)
+        self._laid_out = self._cache.tensors
+        return self._arguments
