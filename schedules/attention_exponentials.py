@@ -15,7 +15,7 @@ from tvm.tirx.stmt import Stmt
 from schedules.attention_products import FLOAT, ZERO, Task
 from schedules.intrin.bf16_pairs import PAIR
 from schedules.intrin.power_of_two import EXP2, EXP2_TO_ROUND
-from schedules.intrin.vector_math import EXP_SHORT, EXP_TO_ROUND, LN2, LOG2_E, exp_of_nonpositive
+from schedules.intrin.vector_math import LN2, LOG2_E, exp_of_nonpositive
 from schedules.loops import Extent, index, load, local, loop, store, unrolled, vector, with_local
 from schedules.stages import sequence
 
@@ -89,8 +89,7 @@ def _row(task: Task, key: Expr, first: Expr, place: tuple[Var, list[Expr], Expr]
         difference = load(task.weights, [key, first + v]) - load(task.largest, [first + v])
         if task.scale is not None:
             difference = difference * tirx.const(task.scale, FLOAT)
-        coefficients = EXP_SHORT if task.pairs is None else EXP_TO_ROUND
-        return store(buffer, exp_of_nonpositive(difference, coefficients), [*row, start + v])
+        return store(buffer, exp_of_nonpositive(difference, to_round=task.pairs is not None), [*row, start + v])
 
     if task.powers is None or task.powers.lanes != task.lanes:
         return sequence([vector(task.lanes, portable), vector(task.lanes, add)])

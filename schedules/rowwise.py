@@ -73,7 +73,7 @@ class Rowwise:
         leading = shared_leading(kernel.stages)
         if not kernel.private or not leading or not any(stage.is_reduction for stage in kernel.stages):
             return None
-        stages, private = simplified(kernel.stages, kernel.private, target)
+        stages, private = simplified(kernel.stages, kernel.private)
         return RowwiseAnalysis(stages, _long_rows(stages, leading), private)
 
     def space(self, target: Target, analysis: RowwiseAnalysis) -> Space:

@@ -12,7 +12,7 @@ from schedules import attention_structure, cuda, fallback, gated_product, row_pa
 from schedules.family import Kernel, Parameters, defaults, work_of
 from schedules.gated_product import GatedProduct
 from schedules.inline import inline
-from schedules.intrin import vector_math
+from schedules.intrin import elementary_calls
 from schedules.intrin.bf16_conversion import bf16_buffers
 from schedules.intrin.bf16_rounding import round_in_vectors
 from schedules.intrin.byte_rounding import round_to_bytes
@@ -90,7 +90,7 @@ def schedule_function(
     packed = [store_bytes_in_vectors(statement, target, function.params) for statement in statements]
     in_bytes = [round_to_bytes(statement) for statement in packed]
     in_vectors = [round_in_vectors(statement, target, function.params) for statement in in_bytes]
-    expanded = [vector_math.expand(statement, buffers, target) for statement in in_vectors]
+    expanded = [elementary_calls.expand(statement, buffers, target) for statement in in_vectors]
     rebuilt = replace(staged, intermediate=inner).rebuild(expanded)
     lost = _undefined(rebuilt) - _undefined(function)
     if lost:

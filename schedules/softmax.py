@@ -6,29 +6,24 @@ has an inverse to multiply by.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
 
 import tvm_ffi
 from tvm import ir, tirx
 from tvm.ir import Expr, TensorLoad, Var
 
 from schedules.access import same_extent
-from schedules.intrin.vector_math import exp_of_nonpositive, scales
+from schedules.intrin.vector_math import exp_of_nonpositive
 from schedules.loops import index, load
 from schedules.reducer import reducer_of
 from schedules.stages import Stage, bind, contains, substitute
-from targets.base import Target
 
 FLOAT = "float32"
 
 
-def simplified(
-    stages: Sequence[Stage], private: Sequence[Var], target: Target
-) -> tuple[tuple[Stage, ...], tuple[Var, ...]]:
+def simplified(stages: Sequence[Stage], private: Sequence[Var]) -> tuple[tuple[Stage, ...], tuple[Var, ...]]:
     """Return fp32 stages with the exponentials and quotients of softmaxes simplified, and their `private` buffers."""
-    exponential = _ScaledExponential if scales(target) else _Exponential
     result: list[Stage] = []
     buffers = list(private)
     exponentials: list[Var] = []
@@ -36,7 +31,8 @@ def simplified(
     for stage in stages:
         if contains(private, stage.output) and _is_of_nonpositive(stage, result):
             exponentials.append(stage.output)
-            result.append(exponential(**vars(stage)))
+            assert isinstance(stage.value, ir.Call)
+            result.append(replace(stage, value=exp_of_nonpositive(stage.value.args[0])))
             continue
         result.append(_multiplied(stage, inverses))
         if _sums(stage, exponentials) and contains(private, stage.output):
@@ -45,24 +41,6 @@ def simplified(
             buffers.append(inverse)
             result.append(_inverse(stage, inverse))
     return tuple(result), tuple(buffers)
-
-
-class _Exponential(Stage):
-    """A stage that is an exponential of what is at most 0."""
-
-    scaled: ClassVar[bool] = False
-
-    def at(self, point: Mapping[Var, Expr]) -> tuple[tuple[Expr, ...], Expr]:
-        # Not once for all: a binding in the expression may occur only once.
-        indices, value = super().at(point)
-        assert isinstance(value, ir.Call)
-        return indices, exp_of_nonpositive(value.args[0], scaled=self.scaled)
-
-
-class _ScaledExponential(_Exponential):
-    """The same for a target that multiplies by powers of two with one instruction."""
-
-    scaled: ClassVar[bool] = True
 
 
 def _is_of_nonpositive(stage: Stage, before: Sequence[Stage]) -> bool:

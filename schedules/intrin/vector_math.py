@@ -5,6 +5,8 @@ an exact argument reduction, written as a TIR expression. All compute in fp32 (f
 propagate NaN, and give the limits at infinities. Largest errors against float64 over all of fp32's range, as the tests
 measure them: exp 2, log 0.9, tanh 2.5, erf 2.9, sigmoid 2.4 units in the last place; sigmoid below exp(-88) becomes 0.
 None takes a branch: an exponential less 1 that is exact around 0, too, serves tanh and erf over their whole range.
+Where vectors are whole registers of AVX-512, `register_tables` has exponentials and erf in half the arithmetic;
+`elementary_calls` chooses.
 
 The coefficients are weighted least-maximum fits (Lawson's algorithm on Chebyshev nodes) made for this file over the
 intervals given with them.
@@ -15,12 +17,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 
-import tvm_ffi
-from tvm import ir, tirx
-from tvm.ir import Expr, TensorLoad, Var
-from tvm.tirx.stmt import Stmt
+from tvm import tirx
+from tvm.ir import Expr, Var
 
-from schedules.intrin.bf16_conversion import Bf16Buffers, computes_before
 from schedules.intrin.llvm_call import intrinsic
 from targets.base import Target
 
@@ -77,6 +76,9 @@ GELU_TO_ROUND = (-1.00035906, -1.14626074, -0.469681114, -0.044599004, 4.8697725
 GELU_LIMIT = 12.45
 # 2**r on |r| <= 1 / 2, to 2**-13.7
 EXP2_TO_ROUND = (9.999280572e-01, 6.932609677e-01, 2.426111251e-01, 5.517166853e-02)
+
+# What `exp_of_nonpositive` calls, until a target is known.
+NONPOSITIVE, TO_ROUND = "optimizer_exp_of_nonpositive", "optimizer_exp_to_round"
 
 Function = Callable[[Expr], Expr]
 
@@ -163,12 +165,20 @@ def _exp(x: Expr, shift: float, scaled: Callable[[Expr, Expr], Expr]) -> Expr:
     return _let("clamped", _clamp(x, -104.0, 89.0), of_clamped)
 
 
-def exp_of_nonpositive(x: Expr, coefficients: Sequence[float] = EXP_SHORT, *, scaled: bool = False) -> Expr:
+def exp_of_nonpositive(x: Expr, *, to_round: bool = False) -> Expr:
     """Return the exponential of an fp32 expression that is at most 0, as in a softmax: half the arithmetic of `exp`.
 
-    Below -87.3, where results are no longer normal numbers, it is 0. One part of ln 2 suffices: the relative error,
-    2 units in the last place near 0, grows by 2e-9 for each factor of 2 that the result is below 1. `coefficients` are
-    those of (exp(r) - 1) / r: EXP_SHORT, or EXP_TO_ROUND. `scaled` is for targets that `scales` names.
+    Below -87.3, where results are no longer normal numbers, it is at most 2**-126. One part of ln 2 suffices: the
+    relative error, 2 units in the last place near 0, grows by 2e-9 for each factor of 2 that the result is below 1.
+    `to_round`: it is to be rounded to bfloat16, and need only be right to 2**-13. `elementary_calls` says how.
+    """
+    return tirx.call_pure_extern("float32", TO_ROUND if to_round else NONPOSITIVE, x)
+
+
+def nonpositive_by_polynomial(x: Expr, coefficients: Sequence[float], *, scaled: bool) -> Expr:
+    """Return what `exp_of_nonpositive` says, and 0 where that is no normal number.
+
+    `coefficients` are those of (exp(r) - 1) / r: EXP_SHORT or EXP_TO_ROUND. `scaled` is for what `scales` names.
     """
     shift = ROUNDING_SHIFT if scaled else ROUNDING_SHIFT + EXPONENT_BIAS
 
@@ -292,10 +302,10 @@ def gelu_to_round(x: Expr) -> Expr:
 
 def sigmoid(x: Expr) -> Expr:
     """Return 1 / (1 + exp(-x)) of an fp32 expression."""
-    return _f32(1.0) / _sigmoid_divisor(x)
+    return _f32(1.0) / sigmoid_divisor(x)
 
 
-def _sigmoid_divisor(x: Expr) -> Expr:
+def sigmoid_divisor(x: Expr) -> Expr:
     """Return 1 + exp(-x) of an fp32 expression: what of the exponential is no normal number is 0 or infinite."""
     shift = ROUNDING_SHIFT + EXPONENT_BIAS
 
@@ -317,83 +327,12 @@ def _sigmoid_divisor(x: Expr) -> Expr:
     return _let("clamped", _clamp(x, -89.0, 88.0), of_clamped)
 
 
-FUNCTIONS: dict[str, Function] = {
-    "tirx.exp": exp,
-    "tirx.log": log,
-    "tirx.tanh": tanh,
-    "tirx.erf": erf,
-    "tirx.sigmoid": sigmoid,
-}
-SCALED: dict[Function, Function] = {exp: exp_with_scaling}
-LARGEST_EXPANDED_POWER = 4
-
-
-def expand(expression: ir.Node, buffers: Bf16Buffers, target: Target) -> ir.Node:
-    """Return an expression or statement with its calls of elementary functions on floats up to 32 bits expanded.
-
-    What is read from and stored to `buffers` of bfloat16 is converted here, too. Stores that do more in bfloat16 are
-    left to TVM, but for those to integers, which it does not know for bfloat16: its conversions repeat their operand,
-    and cannot repeat the bindings of the expansion.
-    """
-
-    def expand_store(store: tirx.BufferStore, mutator: tvm_ffi.StructuralMutator) -> Stmt:
-        if computes_before(store) and store.buffer not in buffers.integers:
-            return store
-        return buffers.stored(mutator.default_mutate(store))
-
-    def expand_cast(cast: tirx.Cast, mutator: tvm_ffi.StructuralMutator) -> Expr:
-        return buffers.widened(cast) if isinstance(cast.value, TensorLoad) else mutator.default_mutate(cast)
-
-    def expand_load(load: TensorLoad, mutator: tvm_ffi.StructuralMutator) -> Expr:
-        return buffers.read(mutator.default_mutate(load))
-
-    def expand_call(call: ir.Call, mutator: tvm_ffi.StructuralMutator) -> Expr:
-        return _expand_call(mutator.default_mutate(call), target)
-
-    rules = [
-        (tirx.BufferStore, expand_store),
-        (ir.Call, expand_call),
-        (tirx.Mul, _expand_product),
-        (tirx.Cast, expand_cast),
-        (TensorLoad, expand_load),
-    ]
-    return tvm_ffi.structural_mutate(expression, rules)
-
-
-def _expand_call(rewritten: Expr, target: Target) -> Expr:
-    if not isinstance(rewritten, ir.Call) or not isinstance(rewritten.op, ir.Op):
-        return rewritten
-    if rewritten.op.name == "tirx.pow":
-        return _expand_power(rewritten)
-    function = FUNCTIONS.get(rewritten.op.name)
-    dtype = str(rewritten.args[0].ty.dtype) if function is not None else ""
-    if function is None or dtype not in ("float32", "float16"):
-        return rewritten
-    if scales(target):
-        function = SCALED.get(function, function)
-    if dtype == "float32":
-        return function(rewritten.args[0])
-    return function(rewritten.args[0].astype("float32")).astype(dtype)
-
-
-def _expand_product(product: tirx.Mul, mutator: tvm_ffi.StructuralMutator) -> Expr:
-    """Return x * sigmoid(y), as in SiLU and gates, as x / (1 + exp(-y)), and every other product as it is."""
-    for factor, gate in ((product.a, product.b), (product.b, product.a)):
-        is_gate = isinstance(gate, ir.Call) and isinstance(gate.op, ir.Op) and gate.op.name == "tirx.sigmoid"
-        if is_gate and str(gate.ty.dtype) == "float32":
-            return mutator.mutate(factor) / _sigmoid_divisor(mutator.mutate(gate.args[0]))
-    return mutator.default_mutate(product)
-
-
-def _expand_power(call: ir.Call) -> Expr:
-    """Return a float raised to a small whole number as products."""
-    base, exponent = call.args
-    if not isinstance(exponent, tirx.FloatImm) or exponent.value not in range(1, LARGEST_EXPANDED_POWER + 1):
-        return call
+def power(base: Expr, exponent: int) -> Expr:
+    """Return `base` raised to a whole number from 1 on, as products."""
 
     def multiply(x: Expr) -> Expr:
         result = x
-        for _ in range(int(exponent.value) - 1):
+        for _ in range(exponent - 1):
             result = result * x
         return result
 

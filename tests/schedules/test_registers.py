@@ -64,7 +64,7 @@ def test_inner_loops_keep_their_tile_in_registers(kernel: str, target: str, tmp_
 @pytest.mark.parametrize("target", ["x86-avx512", "x86-avx2"])
 def test_rows_on_the_stack_are_aligned_to_vectors(target: str, tmp_path: Path) -> None:
     node = helper.make_node("Softmax", ["x"], ["y"])
-    tensors = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (64, 256)) for name in ("x", "y")]
+    tensors = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (64, 1024)) for name in ("x", "y")]
     graph = helper.make_graph([node], "kernel", tensors[:1], tensors[1:])
     opset = [helper.make_opsetid("", 18)]
     assembly = save_and_compile(

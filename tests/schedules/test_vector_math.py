@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tvm.relax import op
 
-from schedules.intrin import vector_math
+from schedules.intrin import elementary_calls, register_tables, vector_math
 from tests.schedules.execution import TARGET, normal, run
 
 REFERENCES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
@@ -31,8 +31,20 @@ def inputs() -> np.ndarray:
     )
 
 
+@pytest.fixture(params=["by tables", "by polynomials"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One way after the other, in which functions of whole vectors are computed."""
+    if not register_tables.has_tables(TARGET) and request.param == "by tables":
+        pytest.skip("this machine has no such instructions")
+    if request.param == "by polynomials":
+        monkeypatch.setattr(register_tables, "has_tables", lambda _: False)
+    return request.param
+
+
 @pytest.mark.parametrize("name", REFERENCES)
-def test_error_in_units_in_the_last_place(name: str) -> None:
+def test_error_in_units_in_the_last_place(name: str, way: str) -> None:
+    if way == "by tables" and f"tirx.{name}" not in elementary_calls.LOOKED_UP:
+        pytest.skip("there is no table for it")
     reference, bound = REFERENCES[name]
     x = inputs()
     got, _ = run(getattr(op, name), [x])
@@ -52,14 +64,21 @@ def test_error_in_units_in_the_last_place(name: str) -> None:
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_exponential_of_what_is_not_positive(monkeypatch: pytest.MonkeyPatch, scaled: bool) -> None:
+def test_exponential_of_what_is_not_positive(monkeypatch: pytest.MonkeyPatch, way: str, scaled: bool) -> None:
     if scaled and not vector_math.scales(TARGET):
         pytest.skip("this machine has no such instruction")
-    monkeypatch.setitem(vector_math.FUNCTIONS, "tirx.exp", lambda x: vector_math.exp_of_nonpositive(x, scaled=scaled))
+    monkeypatch.setitem(elementary_calls.LOOKED_UP, "tirx.exp", register_tables.exp_of_nonpositive)
+    coefficients = vector_math.EXP_SHORT
+    monkeypatch.setitem(
+        elementary_calls.FUNCTIONS,
+        "tirx.exp",
+        lambda x: vector_math.nonpositive_by_polynomial(x, coefficients, scaled=scaled),
+    )
     x = np.concatenate([-np.abs(inputs()), np.linspace(-20, 0, 40001, dtype="float32")])
     got, _ = run(op.exp, [x])
     assert np.array_equal(np.isnan(got), np.isnan(x))
-    assert not got[x < vector_math.SMALLEST_EXPONENT].any()
+    assert got[x < vector_math.SMALLEST_EXPONENT].max() <= (2.0**-126 if way == "by tables" else 0)
+    assert not got[x < -104].any()
     regular = x >= vector_math.SMALLEST_EXPONENT
     want = np.exp(x[regular].astype("float64"))
     bound = 2 * 2.0**-23 + 2e-9 * np.abs(x[regular]) / np.log(2)
@@ -67,8 +86,26 @@ def test_exponential_of_what_is_not_positive(monkeypatch: pytest.MonkeyPatch, sc
     assert got[x == 0].min() == got[x == 0].max() == 1
 
 
+def test_exponentials_to_round_are_exact_enough_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(elementary_calls.LOOKED_UP, "tirx.exp")
+    coefficients = vector_math.EXP_TO_ROUND
+    monkeypatch.setitem(
+        elementary_calls.FUNCTIONS,
+        "tirx.exp",
+        lambda x: vector_math.nonpositive_by_polynomial(x, coefficients, scaled=False),
+    )
+    x = np.concatenate([-np.abs(inputs()), np.linspace(-20, 0, 40001, dtype="float32")])
+    got, _ = run(op.exp, [x])
+    assert np.array_equal(np.isnan(got), np.isnan(x))
+    assert not got[x < vector_math.SMALLEST_EXPONENT].any()
+    regular = x >= vector_math.SMALLEST_EXPONENT
+    want = np.exp(x[regular].astype("float64"))
+    np.testing.assert_allclose(got[regular], want, rtol=2.0**-12.9)
+
+
 def test_gelu_to_round_is_exact_enough_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(vector_math.FUNCTIONS, "tirx.erf", vector_math.gelu_to_round)
+    monkeypatch.delitem(elementary_calls.LOOKED_UP, "tirx.erf")
+    monkeypatch.setitem(elementary_calls.FUNCTIONS, "tirx.erf", vector_math.gelu_to_round)
     x = np.concatenate([inputs(), np.linspace(-6, 6, 40001, dtype="float32")])
     got, _ = run(op.erf, [x])
     assert np.array_equal(np.isnan(got), np.isnan(x))
