@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,9 @@ def certify(
     no reference accepts the model.
     """
     sources = (dequantized, unoptimized)
-    kind, version, expected = _reference_runs(model, path, shapes, sources, seeds, reaches_codes=cache_bits is not None)
+    constructors = references(model, path, *sources, rounds_activations=activations == "int8")
+    reaches_codes = cache_bits is not None
+    kind, version, expected = _reference_runs(model, constructors, shapes, seeds, reaches_codes=reaches_codes)
     pairs = [_defined(model, shapes, each, _run_package(run, each.inputs)) for each in expected]
     exact = arithmetic(model, precision, activations)
     comparisons = compare_runs(pairs[: len(seeds)], exact)
@@ -113,9 +115,8 @@ def _run_package(run: Runner, inputs: Mapping[str, Array]) -> Outputs:
 
 def _reference_runs(
     model: onnx.ModelProto,
-    path: Path | None,
+    constructors: Iterable[Callable[[], Reference]],
     shapes: Mapping[str, Sequence[int | str]] | None,
-    own: tuple[Runner | None, Runner | None],
     seeds: Sequence[int],
     *,
     reaches_codes: bool,
@@ -125,7 +126,7 @@ def _reference_runs(
     The reference itself, which holds all weights, is gone when this returns.
     """
     reasons: list[str] = []
-    for construct in references(model, path, *own):
+    for construct in constructors:
         kind = "reference"
         try:
             reference = construct()

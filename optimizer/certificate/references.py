@@ -17,6 +17,12 @@ Array = NDArray[np.generic]
 Runner = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 ReferenceKind = Literal["onnxruntime", "onnx", "unoptimized", "dequantized"]
 
+# What MatMulNBits may round its activations to, in onnxruntime's words.
+_ACCURACY_LEVEL = "accuracy_level"
+_FLOAT_ACTIVATIONS, _INT8_ACTIVATIONS = 0, 4
+# onnxruntime's name (onnxruntime_session_options_config_keys.h) of where a model in memory has its external data.
+_FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
+
 
 class ReferenceFailedError(Exception):
     """The reference cannot run this model, or not with these inputs."""
@@ -32,17 +38,25 @@ class Reference:
 
 
 def references(
-    model: onnx.ModelProto, path: Path | None, dequantized: Runner | None, unoptimized: Runner | None
+    model: onnx.ModelProto,
+    path: Path | None,
+    dequantized: Runner | None,
+    unoptimized: Runner | None,
+    *,
+    rounds_activations: bool = False,
 ) -> Iterator[Callable[[], Reference]]:
     """Yield constructors of references, the most trusted first; each raises ReferenceFailedError if it cannot.
 
-    A model whose weights were rounded has one reference only, itself with those weights.
+    A model whose weights were rounded has one reference only, itself with those weights. Where the package
+    `rounds_activations` of MatMulNBits to int8, onnxruntime does so too, and else it does not, whatever accuracy level
+    the model allows: rounding them is a choice that the manifest states, and no error.
     """
     if dequantized is not None:
         yield lambda: Reference("dequantized", onnx.__version__, dequantized)
         return
     if importlib.util.find_spec("onnxruntime") is not None:
-        yield lambda: _onnxruntime(model, path)
+        same = _with_accuracy_level(model, _INT8_ACTIVATIONS if rounds_activations else _FLOAT_ACTIVATIONS)
+        yield lambda: _onnxruntime(same, path, is_as_stored=same is model)
     yield lambda: _evaluator(model, path)
     if unoptimized is not None:
         yield lambda: Reference("unoptimized", onnx.__version__, unoptimized)
@@ -56,7 +70,28 @@ def optimized_onnxruntime(model: onnx.ModelProto, path: Path | None) -> Referenc
     return _onnxruntime(model, path, optimized=True)
 
 
-def _onnxruntime(model: onnx.ModelProto, path: Path | None, *, optimized: bool = False) -> Reference:
+def _with_accuracy_level(model: onnx.ModelProto, level: int) -> onnx.ModelProto:
+    """Return the model with an accuracy level for each MatMulNBits: itself where all have it."""
+    if all(_accuracy_level(node) == level for node in model.graph.node if node.op_type == "MatMulNBits"):
+        return model
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    for node in changed.graph.node:
+        if node.op_type == "MatMulNBits":
+            kept = [attribute for attribute in node.attribute if attribute.name != _ACCURACY_LEVEL]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute(_ACCURACY_LEVEL, level)])
+    return changed
+
+
+def _accuracy_level(node: onnx.NodeProto) -> int:
+    return next((attribute.i for attribute in node.attribute if attribute.name == _ACCURACY_LEVEL), _FLOAT_ACTIVATIONS)
+
+
+def _onnxruntime(
+    model: onnx.ModelProto, path: Path | None, *, optimized: bool = False, is_as_stored: bool = True
+) -> Reference:
+    """Return onnxruntime with a model, of which `path` holds the whole if it `is_as_stored`, else the external data."""
     import onnxruntime  # noqa: PLC0415 - an optional dependency
 
     state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
@@ -69,8 +104,10 @@ def _onnxruntime(model: onnx.ModelProto, path: Path | None, *, optimized: bool =
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     options.log_severity_level = 4
+    if path is not None and not is_as_stored:
+        options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(path.parent))
     try:
-        source = str(path) if path is not None else model.SerializeToString()
+        source = str(path) if path is not None and is_as_stored else model.SerializeToString()
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except errors as error:
         raise ReferenceFailedError(str(error)) from error

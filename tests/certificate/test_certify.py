@@ -106,6 +106,44 @@ def test_external_data_are_found_beside_the_model(tmp_path: Path) -> None:
     assert all(each.ok for each in certify(subject, right, path=path).outputs)
 
 
+def of_4_bits(accuracy_level: int, activations: str) -> tuple[onnx.ModelProto, Runner]:
+    """A product with weights of 4 bits in one block each, and a package whose activations are floats or int8."""
+    codes = np.random.default_rng(3).integers(0, 256, (8, 1, 16), np.uint8)
+    scales = np.full((8, 1), 0.25, np.float32)
+    subject = parse_model(
+        '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]> g (float[batch, 32] x) => (float[batch, 8] y)'
+        "{ y = com.microsoft.MatMulNBits<K = 32, N = 8, bits = 4, block_size = 32,"
+        f" accuracy_level = {accuracy_level}>(x, codes, scales) }}"
+    )
+    subject.graph.initializer.extend(
+        [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(scales, "scales")]
+    )
+    matrix = np.stack([codes & 15, codes >> 4], -1).reshape(8, 32).astype(np.float64) - 8
+
+    def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        x = inputs["x"].astype(np.float64)
+        if activations == "int8":
+            step = np.abs(x).max(1, keepdims=True) / 127
+            x = np.rint(x / step) * step
+        return {"y": (x @ matrix.T * 0.25).astype(np.float32)}
+
+    return subject, run
+
+
+@pytest.mark.parametrize("accuracy_level", [0, 4])
+@pytest.mark.parametrize("activations", ["int8", "float"])
+def test_onnxruntime_rounds_activations_where_the_package_does(
+    accuracy_level: int, activations: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    subject, run = of_4_bits(accuracy_level, activations)
+    path = tmp_path / "model.onnx"
+    onnx.save(subject, path, save_as_external_data=True, size_threshold=0)
+    certificate = certify(onnx.load(path, load_external_data=False), run, path=path, activations=activations)
+    (y,) = certificate.outputs
+    assert y.max_relative_error < 16 * 2.0**-24
+
+
 def without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(

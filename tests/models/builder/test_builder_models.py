@@ -62,10 +62,10 @@ def logits(name: str, run: Runner) -> Iterator[np.ndarray]:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, CompiledModel]:
-    """Return the name of a family and its model, compiled."""
+    """Return the name of a family and its model, compiled, which its certificate allows."""
     package = tmp_path_factory.mktemp(request.param) / "model.opt"
     options = CompileOptions(find_target("host"), activations="float")
-    compile_model(FOLDER / f"{request.param}.onnx", package, options, certify=False)
+    compile_model(FOLDER / f"{request.param}.onnx", package, options)
     return request.param, load(package)
 
 
