@@ -63,7 +63,7 @@ def plan_certification(source: ModelFile, plan: Plan, options: CompileOptions) -
             source.model,
             run_with(package, options.target),
             path=source.path,
-            shapes={**_fixed_shapes(source.model, plan.imported), **options.shapes},
+            shapes={**fixed_shapes(source.model, plan.imported), **options.shapes},
             precision=_precision(record.item for record in plan.passes),
             activations=_activations(record.item for record in plan.passes if record.outcome.rewritten),
             dequantized=reference.lazily_dequantized(plan.imported, [record.item for record in plan.passes]),
@@ -74,7 +74,7 @@ def plan_certification(source: ModelFile, plan: Plan, options: CompileOptions) -
     return Certification(check, execution)
 
 
-def _fixed_shapes(model: onnx.ModelProto, imported: ImportedModel) -> dict[str, list[int | str]]:
+def fixed_shapes(model: onnx.ModelProto, imported: ImportedModel) -> dict[str, list[int | str]]:
     """Return the shapes of inputs of which the import found a size that the model leaves open."""
     open_sizes = {
         value.name: [not dimension.HasField("dim_value") for dimension in value.type.tensor_type.shape.dim]

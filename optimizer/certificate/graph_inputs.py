@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx
@@ -14,6 +14,7 @@ from optimizer.package import dimensions
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
 _TOKENS = 2
+_COVERING = ("total", "window")
 _PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
 
 
@@ -116,6 +117,25 @@ def settings(inputs: Sequence[GraphInput], run: int, past: int | None = None) ->
             yield values
 
 
+def completed(
+    inputs: Sequence[GraphInput], given: Mapping[str, int], default: Callable[[str], int]
+) -> Iterator[dict[str, int]]:
+    """Yield values for all symbols: those `given`, and by `default` those that say how many there are of something.
+
+    A total covers what lies behind the sequence, or else the sequence alone, and a cache of a sliding window's newest
+    tokens has room for as many.
+    """
+    atoms = symbols(inputs)
+    window = max((each.window for each in inputs), default=0)
+    counts = {name: given.get(name, default(name)) for name, meaning in atoms.items() if meaning not in _COVERING}
+    meant = {meaning: counts[name] for name, meaning in atoms.items() if name in counts}
+    totals = [given[name] for name, meaning in atoms.items() if meaning == "total" and name in given]
+    sequence = meant.get("sequence", 1)
+    for tokens in (sequence + meant.get("past", 0), sequence):
+        sizes = _covering(max([tokens, *totals]), window)
+        yield {name: counts[name] if name in counts else given.get(name, sizes[atoms[name]]) for name in atoms}
+
+
 def past_and_sequence(inputs: Sequence[GraphInput], values: Mapping[str, int]) -> tuple[int, int]:
     """Return how many tokens values for all symbols mean to lie behind those of the run, and how many those are."""
     meant = {meaning: values[name] for name, meaning in reversed(symbols(inputs).items())}
@@ -172,6 +192,11 @@ def _meaning_of_axis(user: GraphInput, axis: int) -> str:
     return "sequence" if len(user.dims) == 2 else "other"
 
 
+def _covering(tokens: int, window: int) -> dict[str, int]:
+    """Return the sizes of what covers all tokens, and of what holds the newest ones of a `window`, by meaning."""
+    return {"total": tokens, "window": max(window, tokens)}
+
+
 def _assign(atoms: Mapping[str, str], sizes: Sizes, window: int) -> dict[str, int]:
     has_past = "past" in atoms.values() or "window" in atoms.values()
     past = sizes.past if has_past and sizes.total else 0
@@ -179,8 +204,7 @@ def _assign(atoms: Mapping[str, str], sizes: Sizes, window: int) -> dict[str, in
         "batch": sizes.batch,
         "sequence": sizes.sequence,
         "past": sizes.past,
-        "total": past + sizes.sequence,
-        "window": max(window, past + sizes.sequence),
+        **_covering(past + sizes.sequence, window),
         "height": sizes.height,
         "width": sizes.width,
     }

@@ -15,8 +15,9 @@ import tvm
 from tvm import relax
 
 from optimizer import execution
-from optimizer.certificate.graph_inputs import GraphInput, graph_inputs, symbols
+from optimizer.certificate.graph_inputs import completed, graph_inputs
 from optimizer.certificate.inputs import Array, make_inputs
+from optimizer.certification import fixed_shapes
 from optimizer.compile import CompileOptions, Plan
 from optimizer.frontend.model_file import ModelFile
 from optimizer.lowering import build
@@ -145,9 +146,9 @@ def _measurement(key: WorkloadKey, rounds: Sequence[tuple[_Taken, _Taken]]) -> M
 
 def _accepted_inputs(model: PlannedModel, step: _Step) -> dict[str, Array]:
     """Return inputs that a step takes, of the sizes that were searched."""
-    shapes = model.options.shapes
+    shapes = {**fixed_shapes(model.source.model, model.plan.imported), **model.options.shapes}
     refusal: Exception | None = None
-    for values in _symbol_values(graph_inputs(model.source.model, shapes), model.sizes):
+    for values in completed(graph_inputs(model.source.model, shapes), model.sizes, default_size):
         inputs = make_inputs(model.source.model, 0, values, shapes=shapes)
         try:
             step.run(inputs)
@@ -156,13 +157,3 @@ def _accepted_inputs(model: PlannedModel, step: _Step) -> dict[str, Array]:
         else:
             return inputs
     raise StepError(str(refusal))
-
-
-def _symbol_values(inputs: Sequence[GraphInput], sizes: Sizes) -> Iterator[dict[str, int]]:
-    """Yield values of all symbols: a total covers what lies behind the sequence, or the sequence alone."""
-    meanings = symbols(inputs)
-    plain = {name: sizes.get(name, default_size(name)) for name, meaning in meanings.items() if meaning != "total"}
-    parts = {meaning: plain[name] for name, meaning in meanings.items() if name in plain}
-    sequence = parts.get("sequence", 1)
-    for total in (sequence + parts.get("past", 0), sequence):
-        yield {name: plain.get(name, sizes.get(name, total)) for name in meanings}

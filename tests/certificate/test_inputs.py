@@ -10,7 +10,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.parser import parse_model
 
 from optimizer.certificate import make_inputs
-from optimizer.certificate.graph_inputs import graph_inputs, settings
+from optimizer.certificate.graph_inputs import completed, graph_inputs, settings
 from optimizer.certificate.index_bounds import index_bounds
 from optimizer.errors import CertificateError
 from tests.models.catalog import MODELS, ExportedModel
@@ -110,6 +110,14 @@ def test_total_is_past_plus_sequence() -> None:
         values = settings_of(signature, run)
         assert values["total_sequence"] == values["past_sequence"] + values["sequence"]
     assert settings_of(signature, 1)["past_sequence"] == 0
+
+
+def test_totals_cover_the_past_or_the_sequence_alone_unless_they_are_given() -> None:
+    subject = model("float[batch, past_len] x, int64[batch, seq] i, int64[batch, total_len] m", "y = Identity(x)")
+    inputs = graph_inputs(subject)
+    assert [each["total_len"] for each in completed(inputs, {"past_len": 9}, lambda _: 4)] == [13, 4]
+    assert {each["total_len"] for each in completed(inputs, {"total_len": 20}, lambda _: 4)} == {20}
+    assert [each["batch"] for each in completed(inputs, {"batch": 3}, lambda _: 4)] == [3, 3]
 
 
 def test_expressions_of_other_dimensions_follow_them() -> None:

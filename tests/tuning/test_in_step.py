@@ -5,6 +5,7 @@ from pathlib import Path
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from onnx.parser import parse_model
 
 from optimizer.compile import CompileOptions, plan_model
 from optimizer.runtime.threads import resolve_thread_count
@@ -57,6 +58,32 @@ def test_steps_have_the_sizes_that_were_searched(tmp_path: Path) -> None:
     path = _model(tmp_path, [8, "depth"], ["other", 8], [8, 8])
     model, decided = _planned(path, {"depth": 5, "other": 5})
     assert compare_in_step(model, decided, resolve_thread_count(None)).keys() == decided.keys()
+
+
+def test_a_step_has_room_for_a_sliding_window_and_the_head_size_that_the_import_found(tmp_path: Path) -> None:
+    model = parse_model("""
+        <ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
+        decoder (float[1, sequence, 128] packed, float[1, 2, past, head] past_key, float[1, 2, past, head] past_value,
+                 int64[1, total] mask) => (float[1, sequence, 64] y, float[1, 2, a, b] key, float[1, 2, c, d] value) {
+            one = Constant <value = int64 {1}> ()
+            axes = Constant <value = int64[1] {1}> ()
+            sum = ReduceSum <keepdims = 0> (mask, axes)
+            before = Sub (sum, one)
+            last = Cast <to = 6> (before)
+            shape = Shape (mask)
+            places = Gather <axis = 0> (shape, one)
+            all = Cast <to = 6> (places)
+            y, key, value = com.microsoft.GroupQueryAttention <
+                num_heads = 4, kv_num_heads = 2, local_window_size = 12, sliding_window_cache = 1
+            > (packed, , , past_key, past_value, last, all)
+        }
+    """)
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    source, plan = plan_model(path, CompileOptions(_TARGET, tuning_log=None))
+    decided = {task.key: defaults(task.space) for task in tasks_of(plan.lowered, {})}
+    planned = PlannedModel(source, plan, CompileOptions(_TARGET, tuning_log=None), {})
+    assert compare_in_step(planned, decided, resolve_thread_count(None)).keys() == decided.keys()
 
 
 def test_a_model_that_does_not_run_is_an_error_with_the_reason(tmp_path: Path) -> None:
