@@ -12,7 +12,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from passes.cache_append import TOKENS, append_by_row_function, append_function, read_ring, scatter_function
 from passes.cache_pages import append_to_pages, read_pages
-from passes.caches import ATTRIBUTE, LENGTHS, Append
+from passes.caches import ATTRIBUTE, LENGTHS, Append, holds_floats
 from schedules.cache_pages import READS_IN_PLACE, SCALE_DTYPE, CachePages
 
 
@@ -49,7 +49,8 @@ class CacheRewriter(PyExprMutator):
             if append.cache.pages is None:
                 shape = list(kind.shape.values)
                 shape[append.cache.axis] = capacities[length, append.cache.window]
-                self._buffers[append.past] = relax.Var(name, relax.TensorType(shape, dtype or kind.dtype))
+                stored = dtype if dtype and holds_floats(append) else kind.dtype
+                self._buffers[append.past] = relax.Var(name, relax.TensorType(shape, stored))
             else:
                 kinds = _page_types(append, rooms[length])
                 self._buffers[append.past] = relax.Var(name, kinds[0])

@@ -10,6 +10,8 @@ from tvm import relax, tirx
 
 from schedules.cache_pages import CachePages
 
+FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""The float types of caches, by the names that the command line has for them."""
 ATTRIBUTE = "kv_caches"
 """The attribute of a rewritten function: the numbers of each `Cache`. The lengths that come after the inputs, and the
 capacities, are in the order of the caches, once for each symbol that was a length."""
@@ -65,6 +67,11 @@ class Append:
     total: tvm.ir.Expr
     is_scattered_to: bool = False
     is_circular: bool = False
+
+
+def holds_floats(append: Append) -> bool:
+    """Return whether the model's cache holds floats, which may be stored otherwise, and not codes of its own."""
+    return str(append.past.ty.dtype.dtype) in FLOATS.values()
 
 
 def caches_of(function: relax.Function) -> tuple[Cache, ...]:

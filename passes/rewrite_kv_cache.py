@@ -32,15 +32,13 @@ from passes.base import Dataflow, Pass, PassOutcome, Refusal, Site, require
 from passes.cache_append import APPENDS_BY_ROW, CIRCULAR, NEWEST_TOKENS, SCATTERS, TOKENS, WINDOW
 from passes.cache_readers import summed_axes
 from passes.cache_rewriter import CacheRewriter
-from passes.caches import Append, Cache, caches_of
+from passes.caches import FLOATS, Append, Cache, caches_of, holds_floats
 from passes.defined_dimensions import defined_dimensions, without_unused_dimensions
 from passes.pipeline import PassOptionError
 from passes.tensor_types import shape_of
 from schedules.cache_pages import CachePages
 
 MODEL = "model"
-FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""The float types of caches, by the names that the command line has for them."""
 BITS = {"int8": 8, "int4": 4}
 """The types of quantized caches (`schedules/cache_pages.py`), and how many bits a code has."""
 TYPES = (MODEL, *FLOATS, *BITS)
@@ -91,7 +89,7 @@ class RewriteKvCache(Pass):
         function = None if entry is None else module[entry]
         if not isinstance(function, relax.Function):
             return PassOutcome(given)
-        appends, sites = _appends(module, function, BITS.get(self.dtype))
+        appends, sites = _appends(module, function, self.dtype)
         if not appends:
             return PassOutcome(given, sites)
         rewriter = CacheRewriter(module, function, appends, FLOATS.get(self.dtype), self.can_fail)
@@ -99,10 +97,10 @@ class RewriteKvCache(Pass):
         return PassOutcome(relax.transform.DeadCodeElimination()(rewriter.builder_.get()), sites)
 
 
-def _appends(module: tvm.IRModule, function: relax.Function, bits: int | None) -> tuple[list[Append], tuple[Site, ...]]:
+def _appends(module: tvm.IRModule, function: relax.Function, dtype: str) -> tuple[list[Append], tuple[Site, ...]]:
     """Return the caches that can be rewritten, and the account of all that look like one.
 
-    They are to have codes of `bits`, if that is given.
+    They are to hold `dtype`, one of the `TYPES`.
     """
     dataflow = Dataflow(function)
     outputs = _outputs(function, dataflow)
@@ -132,9 +130,10 @@ def _appends(module: tvm.IRModule, function: relax.Function, bits: int | None) -
                 continue
             sites.append(Site(binding.var.name, None, nodes))
             try:
-                append = replace(append, cache=_stored(append, bits, module, function, dataflow))
+                append = replace(append, cache=_stored(append, dtype, module, function, dataflow))
             except Refusal as refusal:
-                sites.append(Site(binding.var.name, f"not quantized: {refusal}", nodes))
+                kept = "not quantized" if dtype in BITS else f"not stored as {dtype}"
+                sites.append(Site(binding.var.name, f"{kept}: {refusal}", nodes))
             found.append(replace(append, total=dimensions.get(append.total, append.total)))
     return found, tuple(sites)
 
@@ -226,17 +225,16 @@ def _checked(
     )
 
 
-def _stored(
-    append: Append, bits: int | None, module: tvm.IRModule, function: relax.Function, dataflow: Dataflow
-) -> Cache:
-    """Return an append's cache as it is best stored: a ring, codes, or floats if `bits` is None.
+def _stored(append: Append, dtype: str, module: tvm.IRModule, function: relax.Function, dataflow: Dataflow) -> Cache:
+    """Return an append's cache as it is best stored: a ring, codes, or as the input is, in one of the `TYPES`.
 
-    Refuses codes for what cannot have them.
+    Refuses codes for what cannot have them, and another type for what are codes already.
     """
     window = _window(append, module, function, dataflow)
     if window:
         return replace(append.cache, window=window)
-    return append.cache if bits is None else _quantized(append, bits, function, dataflow)
+    require(dtype == MODEL or holds_floats(append), "the model stores codes of its own")
+    return _quantized(append, BITS[dtype], function, dataflow) if dtype in BITS else append.cache
 
 
 def _window(append: Append, module: tvm.IRModule, function: relax.Function, dataflow: Dataflow) -> int:

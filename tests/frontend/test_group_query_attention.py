@@ -200,10 +200,60 @@ def test_total_length_computed_from_the_mask_stays_symbolic():
     assert_close(unoptimized(imported)(inputs), theirs(model)(inputs))
 
 
-def test_quantized_cache_is_refused():
-    step = Step(1, 4, 5, (4,), rotary=8, extra={"_p": (), "_b": (), "_s": (), "key_scale": (1,), "value_scale": (1,)})
-    with pytest.raises(UnsupportedModelError, match="k_scale, v_scale"):
-        import_model(model_of(step))
+_CODES = {
+    "int8_by_tensor": (8, "PER_TENSOR", {}),
+    "int8_by_channel": (8, "PER_CHANNEL", {}),
+    "int4_by_tensor": (4, "PER_TENSOR", {}),
+    "int4_by_channel_in_window": (4, "PER_CHANNEL", {"local_window_size": 3}),
+    "int8_of_newest_tokens_alone": (8, "PER_CHANNEL", {"local_window_size": 4, "sliding_window_cache": 1}),
+}
+
+
+def coded(bits: int, mode: str, step: Step, **attributes: int | str) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """A step whose past holds codes, with its inputs; the values' scale is twice the keys'."""
+    random = np.random.default_rng(6)
+    shape = (1,) if mode == "PER_TENSOR" else (1, GROUPS, 1, SIZE)
+    scale = (random.uniform(1, 2, shape) * (4 / 2**bits)).astype(np.float32)
+    absent = {f"_{index}": np.zeros(0) for index in range(12 - 7 - 2 * (step.rotary > 0))}
+    inputs = {**inputs_of(step), **absent, "key_scale": scale, "value_scale": 2 * scale}
+    kind, size = (np.int8, SIZE) if bits == 8 else (np.uint8, SIZE // 2)
+    info = np.iinfo(kind)
+    for name in ("past_key", "past_value"):
+        inputs[name] = random.integers(info.min, info.max + 1, (len(step.last), GROUPS, step.past or 0, size), kind)
+    heads = {"num_heads": HEADS, "kv_num_heads": GROUPS, "do_rotary": int(step.rotary > 0)}
+    codes = {"k_quant_type": mode, "v_quant_type": mode, "kv_cache_bit_width": bits}
+    model = node_model("GroupQueryAttention", inputs, step.outputs, **heads, **codes, **attributes)
+    return model, {value.name: inputs[value.name] for value in model.graph.input}
+
+
+@pytest.mark.parametrize("name", _CODES)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_cache_of_codes_matches_onnxruntime_bit_for_bit(name: str, dtype: str) -> None:
+    bits, mode, attributes = _CODES[name]
+    # Where keys are rotated in 16 bits before they are rounded, codes differ.
+    rotary = 8 if dtype == "float32" else 0
+    model, inputs = coded(bits, mode, replace(STEPS["chunk_after_past"], dtype=dtype, rotary=rotary), **attributes)
+    actual, expected = ours(model)(inputs), theirs(model)(inputs)
+    held = 4 if "sliding_window_cache" in attributes else None
+    for present in ("present_key", "present_value"):
+        np.testing.assert_array_equal(actual.pop(present)[:, :, :held], expected.pop(present)[:, :, :held])
+    assert_close(actual, expected, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"v_quant_type": "NONE"}, r"both have codes.*\['NONE', 'PER_TENSOR'\]"),
+        ({"kv_cache_bit_width": 4}, "int8 with codes of 4 bits is not supported; build the model with int8, int4"),
+    ],
+)
+def test_other_codes_are_refused_with_what_to_do(attributes: dict[str, int | str], message: str) -> None:
+    model, _ = coded(8, "PER_TENSOR", STEPS["chunk_after_past"])
+    for attribute in model.graph.node[0].attribute:
+        if attribute.name in attributes:
+            attribute.CopyFrom(onnx.helper.make_attribute(attribute.name, attributes[attribute.name]))
+    with pytest.raises(UnsupportedModelError, match=message):
+        import_model(model)
 
 
 def test_an_open_size_of_cached_heads_is_that_of_the_new_ones() -> None:

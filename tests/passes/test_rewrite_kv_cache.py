@@ -284,3 +284,30 @@ def test_rows_of_different_lengths_are_appended_to_where_they_end(
     in_place, returned = (model({**inputs, "mask": mask}) for model in grouped)
     for name, array in returned.items():
         np.testing.assert_array_equal(in_place[name], array)
+
+
+# A cache of the model's own codes, two in a byte, with a scale for each head and channel.
+_CODED = (
+    _GROUPED.replace("float[batch,2,past,4]", "uint8[batch,2,past,2]")
+    .replace("float[batch,2,t,4]", "uint8[batch,2,t,2]")
+    .replace("int64[batch,total] mask,", "int64[batch,total] mask, float[1,2,1,4] scale,")
+    .replace("past_value, last, length)", "past_value, last, length, , , , , , scale, scale)")
+    .replace(
+        "kv_num_heads = 2>",
+        'kv_num_heads = 2, kv_cache_bit_width = 4, k_quant_type = "PER_CHANNEL", v_quant_type = "PER_CHANNEL">',
+    )
+)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_codes_of_the_model_itself_are_appended_to_as_they_are(dtype: str) -> None:
+    outcome = RewriteKvCache(dtype).run(import_model(parser.parse_model(_CODED)).module)
+    main = outcome.module["main"]
+    buffers = [main.params[cache.parameter].ty for cache in caches_of(main)]
+    assert [str(buffer.dtype.dtype) for buffer in buffers] == ["uint8", "uint8"]
+    assert [cache.pages for cache in caches_of(main)] == [None, None]
+    refusals = [site.refusal for site in outcome.sites if site.refusal]
+    assert (
+        refusals
+        == [f"not {'quantized' if dtype == 'int8' else 'stored as fp16'}: the model stores codes of its own"] * 2
+    )

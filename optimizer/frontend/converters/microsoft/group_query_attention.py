@@ -5,6 +5,8 @@ step is a prompt (S equals `total_sequence_length`): then all S are new, and a s
 present [B, G, max(total_sequence_length, past length), D] holds the row's past, its new keys or values, and zeros.
 Queries attend to the first `total_sequence_length` positions T of it, as far as their row reaches.
 With `sliding_window_cache`, past and present hold the newest tokens alone (`optimizer/frontend/window_sized_cache.py`).
+With `k_scale` and `v_scale` they hold codes (`optimizer/frontend/coded_cache.py`): new keys and values are rounded to
+them, and all that is attended to is read from them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass, replace
 from tvm import relax, te, tirx
 
 from optimizer.frontend.accumulation import accumulation_dtype
+from optimizer.frontend.coded_cache import cache_codes
 from optimizer.frontend.converters.microsoft.standard import standard
 from optimizer.frontend.dimensions import Dimension, as_expression, provably_equal, simplified
 from optimizer.frontend.node import Node, Result
@@ -34,7 +37,6 @@ from optimizer.frontend.window_sized_cache import all_tokens, newest_tokens
 from passes.cache_append import APPENDS_BY_ROW, WINDOW
 from schedules.cache_pages import READS_IN_PLACE
 
-_REFUSED_INPUTS = {12: "k_scale", 13: "v_scale"}
 _NORM_EPSILON = 1e-6
 
 
@@ -60,9 +62,10 @@ def group_query_attention(node: Node) -> Result:
     _check(node)
     query, key, value = _heads(node)
     query, key = (_normalized(node, part, index) for part, index in ((query, 14), (key, 15)))
+    codes = cache_codes(node)
     for past in filter(None, map(node.optional_input, (3, 4))):
         # Exporters may leave the size of a cached head open, in case it is stored in fewer bits.
-        node.graph.symbols.fix(past.shape[3], key.shape[3])
+        node.graph.symbols.fix(past.shape[3], key.shape[3] if codes is None else codes.width(node, key))
     step = _step(node, query.shape[2])
     if node.integer("do_rotary", 0):
         place = _positions(node, step)
@@ -71,6 +74,8 @@ def group_query_attention(node: Node) -> Result:
         query, key = (
             rotated(node, part, cosines, sines, head_axis=1, interleaved=interleaved) for part in (query, key)
         )
+    if codes is not None:
+        key, value = (codes.encoded(node, part, index) for part, index in ((key, 12), (value, 13)))
     present_key, present_value = (
         _present(node, part, _past(node, index, step), step) for part, index in ((key, 3), (value, 4))
     )
@@ -78,11 +83,14 @@ def group_query_attention(node: Node) -> Result:
     step = _within_window(node, step)
     allowed = _allowed(node, step)
     biases: list[Value] = [bias_where(node, allowed, accumulation_dtype(query.dtype))]
+    key, value = (_in_use(node, part, step) for part in (present_key, present_value))
+    if codes is not None:
+        key, value = (codes.decoded(node, part, index, query.dtype) for part, index in ((key, 12), (value, 13)))
     result = attend(
         node,
         query,
-        _in_use(node, present_key, step),
-        _in_use(node, present_value, step),
+        key,
+        value,
         scale=node.float("scale", 0.0) or None,
         soft_cap=node.float("softcap", 0.0),
         bias=[*biases, node.input(10)] if node.has_input(10) else biases,
@@ -98,9 +106,6 @@ def group_query_attention(node: Node) -> Result:
 
 
 def _check(node: Node) -> None:
-    given = [name for index, name in _REFUSED_INPUTS.items() if node.has_input(index)]
-    if given:
-        raise node.unsupported(f"the input(s) {', '.join(given)} are not supported")
     if node.has_input(3) != node.has_input(4):
         raise node.unsupported("past_key and past_value go together")
     if _has_window_sized_cache(node) and node.integer("local_window_size", -1) <= 0:

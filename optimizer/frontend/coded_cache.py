@@ -1,0 +1,101 @@
+"""Caches of codes, in the layout of onnxruntime's GroupQueryAttention.
+
+A key or value x is stored as clip(round(x / scale)), to even on a tie: int8, or in 4 bits -8 to 7, of which a byte
+holds two channels as codes + 8, the even one low. A scale is one for all of a cache, or one for each head and channel.
+So a model says itself what its cache holds, and how coarse that is; it is kept bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import relax, te, tirx
+
+from optimizer.frontend.dimensions import Dimension, simplified
+from optimizer.frontend.node import Node
+from optimizer.frontend.scaled_dot_product import converted
+from optimizer.frontend.value import TensorValue, Value
+
+_TYPES = {8: "int8", 4: "uint8"}
+_MODES = {12: "k_quant_type", 13: "v_quant_type"}
+_SUPPORTED = ("PER_TENSOR", "PER_CHANNEL")
+
+
+@dataclass(frozen=True)
+class CacheCodes:
+    """Codes of so many `bits` for keys, whose scales are input 12, and for values, whose scales are input 13."""
+
+    bits: int
+
+    def width(self, node: Node, heads: Value) -> Dimension:
+        """Return how many codes, or bytes of two, the channels of a head take."""
+        size = heads.shape[3]
+        if self.bits == 4 and (not isinstance(size, int) or size % 2):
+            raise node.unsupported(f"heads of {size} channels cannot be stored two in a byte")
+        return size if self.bits == 8 else simplified(size // 2)
+
+    def encoded(self, node: Node, heads: Value, scales: int) -> TensorValue:
+        """Return the codes of keys or values [B, G, S, D]."""
+        scale = _scale(node, heads, scales)
+        divided = node.emit(relax.op.divide(converted(node, heads, "float32").expr, scale.expr))
+        least, most = -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+        rounded = relax.op.clip(node.emit(relax.op.round(divided.expr)).expr, least, most)
+        codes = converted(node, node.emit(rounded), "int8")
+        if self.bits == 8:
+            return node.emit(codes.expr)
+
+        def pack(whole: te.Tensor) -> te.Tensor:
+            def element(row: tirx.Var, head: tirx.Var, place: tirx.Var, byte: tirx.Var) -> tirx.PrimExpr:
+                low, high = (whole[row, head, place, byte * 2 + part].astype("uint8") for part in (0, 1))
+                eight, four = tirx.const(8, "uint8"), tirx.const(4, "uint8")
+                return ((low + eight) & tirx.const(15, "uint8")) | ((high + eight) << four)
+
+            return te.compute((*whole.shape[:3], whole.shape[3] // 2), element, name="pack_codes")
+
+        return node.compute(pack, codes.expr, primfunc_name_hint="pack_codes")
+
+    def decoded(self, node: Node, codes: Value, scales: int, dtype: str) -> Value:
+        """Return keys or values [B, G, T, D] of a float type from their codes."""
+        if self.bits == 4:
+
+            def unpack(packed: te.Tensor) -> te.Tensor:
+                def element(row: tirx.Var, head: tirx.Var, place: tirx.Var, channel: tirx.Var) -> tirx.PrimExpr:
+                    byte = packed[row, head, place, channel // 2]
+                    shift = (channel % 2 * 4).astype("uint8")
+                    return ((byte >> shift) & tirx.const(15, "uint8")).astype("int8") - tirx.const(8, "int8")
+
+                return te.compute((*packed.shape[:3], packed.shape[3] * 2), element, name="unpack_codes")
+
+            codes = node.compute(unpack, codes.expr, primfunc_name_hint="unpack_codes")
+        scale = _scale(node, codes, scales)
+        floats = node.emit(relax.op.multiply(converted(node, codes, "float32").expr, scale.expr))
+        return converted(node, floats, dtype)
+
+
+def cache_codes(node: Node) -> CacheCodes | None:
+    """Return the codes that a GroupQueryAttention's cache holds, or None for one of floats; refuses other codes."""
+    if not node.has_input(12) and not node.has_input(13):
+        return None
+    modes = {node.string(name, "NONE") for name in _MODES.values()}
+    bits = node.integer("kv_cache_bit_width", 8)
+    types = {node.input(index).dtype for index in (3, 4) if node.has_input(index)}
+    if not (node.has_input(12) and node.has_input(13)) or not modes <= set(_SUPPORTED):
+        raise node.unsupported(
+            f"keys and values must both have codes, with scales for a tensor or for channels; it has {sorted(modes)}"
+        )
+    if bits not in _TYPES or not types <= {_TYPES[bits]}:
+        raise node.unsupported(
+            f"a cache of {', '.join(sorted(types))} with codes of {bits} bits is not supported; "
+            "build the model with int8, int4 or unquantized caches (--kv-cache-dtype can quantize those)"
+        )
+    return CacheCodes(bits)
+
+
+def _scale(node: Node, heads: Value, index: int) -> Value:
+    """Return the scale of keys or values as a float, or as [1, G, 1, D]."""
+    scale = converted(node, node.input(index), "float32")
+    per_channel = node.string(_MODES[index]) == "PER_CHANNEL"
+    return node.reshape(scale, (1, heads.shape[1], 1, heads.shape[3]) if per_channel else ())
+
+
+__all__ = ["CacheCodes", "cache_codes"]
