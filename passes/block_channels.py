@@ -52,8 +52,8 @@ from schedules.winograd_transforms import TAPS
 class BlockChannels(Pass):
     """Give convolutions of fp32 with constant weights, and what lies between them, blocks of `block` channels.
 
-    Where it pays, 3x3 filters are computed by Winograd's F(m, 3) with m up to `winograd`: 2, 4, or 0 for none. `dtype`
-    is what convolutions read: float32, or bfloat16 for targets that have dot products of pairs of it;
+    Where it pays, 3x3 filters are computed by Winograd's F(m, 3) with m up to `winograd`: 2 to 4, or 0 for none.
+    `dtype` is what convolutions read: float32, or bfloat16 for targets that have dot products of pairs of it;
     `integers` what dot products of fours of bytes read, uint8 or int8, nothing where there are none.
     """
 
@@ -253,14 +253,15 @@ class _Blocker(BlockedForms):
     def _filtered(self, call: tvm.ir.Call, values: np.ndarray, geometry: Geometry) -> tuple[Blocked, str]:
         """Return a convolution by Winograd's minimal filtering, and which; raises Refusal."""
         require(self._largest_tile > 0, "Winograd's filtering is switched off")
-        batch, _, *image = call.ty.shape.values
+        batch, _, *image = call.args[0].ty.shape.values
         require(len(image) == 2, "it has not two spatial dimensions")
-        size = int(image[0]), int(image[1])
+        height, width = (int(extent) for extent in image)
         in_pairs = self._in_pairs(values.shape[1])
-        tile = choose_tile(values.shape, size, static(batch) or 1, geometry, self._largest_tile, in_pairs)
-        before = geometry.pads_begin[0], geometry.pads_begin[1]
-        packed = pack_winograd(values, tile, self._block, in_pairs)
-        result = self._computed(call, lambda x, w: winograd(x, w, tile, before, size), packed)
+        tile = choose_tile(values.shape, (height, width), static(batch) or 1, geometry, self._largest_tile, in_pairs)
+        before, stride = (geometry.pads_begin[0], geometry.pads_begin[1]), geometry.strides[0]
+        size = int(call.ty.shape.values[2]), int(call.ty.shape.values[3])
+        packed = pack_winograd(values, tile, self._block, in_pairs, stride)
+        result = self._computed(call, lambda x, w: winograd(x, w, tile, before, size, stride), packed)
         return result, f"by Winograd's F({tile}, {TAPS})"
 
     def _computed(

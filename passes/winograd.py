@@ -1,8 +1,8 @@
 """Where Winograd's minimal filtering pays for a 3x3 convolution, and its weights transformed ahead of time.
 
-F(m, 3) multiplies (m + 2)^2 times for each m x m outputs and pair of channels instead of 9 m^2 times, and adds the
-transforms of both images. Its weights are (m + 2)^2 / 9 times as large, so too few tiles make it wait for memory.
-Errors grow by the transforms' amplification.
+F(m, 3) multiplies (m + 2)^2 times for each m x m outputs and pair of channels instead of 9 m^2 times, (2 m + 1)^2 times
+with a stride of 2, and adds the transforms of both images. Its weights are (m + 2)^2 / 9 times as large, so too few
+tiles make it wait for memory. Errors grow by the transforms' amplification.
 
 With products of pairs of bfloat16 (`in_pairs`) both transformed operands are rounded to it, and the transforms'
 arithmetic, in fp32, weighs twice as much beside products that take half the time.
@@ -24,13 +24,13 @@ from schedules.winograd_transforms import SIZES, TAPS, transforms
 # The vector instructions of a tile's transforms in terms of its (m + 2)^2 elements, and those of a multiply-add that
 # take as long: loads, sums and stores of both axes, as counted in the code for x86.
 TRANSFORM_INSTRUCTIONS = 5
-# Multiply-adds that each element of the weights has to serve, lest reading them takes longer: a core that starts 32 of
-# them in a cycle and reads 4 bytes in two.
-FEWEST_TILES = 24
-# The same for weights in bfloat16, as measured on images of 7x7: where tiles are few, a direct convolution waits, too.
-FEWEST_TILES_OF_PAIRS = 16
+# Multiply-adds that each element of the weights has to serve, lest reading them takes longer than a direct convolution.
+FEWEST_TILES = 16
+# Multiply-adds that take as long as it takes to bring an element of the weights to a core: where tiles are few, they
+# wait for memory. As measured on images of 7x7 and 14x14, in fp32 and in pairs of bfloat16, which take half as long.
+WEIGHT_COST = 5
 # What remains to be gained has to pay for the weights' memory.
-LEAST_GAIN = 1.25
+LEAST_GAIN = 1.15
 # A certificate allows sixteen times the growth of a random walk's error (`optimizer.certificate.tolerance`). A layer
 # may use half of that.
 ALLOWANCE = 8.0
@@ -41,26 +41,30 @@ ROUNDINGS = 4
 def choose_tile(
     shape: Sequence[int], image: tuple[int, int], batch: int, geometry: Geometry, largest: int, in_pairs: bool = False
 ) -> int:
-    """Return m for a convolution with weights of `shape` [O, I, *kernel] whose results are `image`s; raises Refusal.
+    """Return m for a convolution of an `image` with weights of `shape` [O, I, *kernel]; raises Refusal.
 
     `batch` is the least number of images, `largest` the largest m that may be chosen. Products are of pairs of bfloat16
     where `in_pairs`.
     """
     outputs, inputs, *kernel = shape
     require(kernel == [TAPS, TAPS], f"its kernel is {'x'.join(map(str, kernel))}, not {TAPS}x{TAPS}")
-    require(geometry.strides == (1, 1) and geometry.dilations == (1, 1), "it is strided or dilated")
-    direct = math.prod(image) * TAPS**2 * inputs * outputs
+    stride, *others = set(geometry.strides)
+    require(not others and stride in SIZES, f"its strides are {'x'.join(map(str, geometry.strides))}")
+    require(geometry.dilations == (1, 1), "it is dilated")
+    size, direct = zip(*(_size_and_taps(axis, extent, geometry) for axis, extent in enumerate(image)), strict=True)
+    instructions = TRANSFORM_INSTRUCTIONS * (PAIR if in_pairs else 1)
+    transforming = 1 + instructions * (inputs + outputs) / (inputs * outputs)
     gains = {}
     reasons = []
-    for tile in (size for size in SIZES if size <= largest):
-        count = math.prod(-(-extent // tile) for extent in image)
-        elements = transforms(tile).window ** 2
-        instructions = TRANSFORM_INSTRUCTIONS * (PAIR if in_pairs else 1)
-        gain = direct / (count * elements * (inputs * outputs + instructions * (inputs + outputs)))
-        if not _is_exact_enough(tile, inputs, in_pairs):
+    for tile in (each for each in SIZES[stride] if each <= largest):
+        count = math.prod(-(-extent // tile) for extent in size) * batch
+        elements = transforms(tile, stride).window ** 2
+        cost = elements * (count * transforming + WEIGHT_COST)
+        gain = (math.prod(direct) * batch + TAPS**2 * WEIGHT_COST) / cost
+        if not _is_exact_enough(tile, stride, inputs, in_pairs):
             reasons.append(f"F({tile}, {TAPS}) is not exact enough for {inputs} channels")
-        elif count * batch < (FEWEST_TILES_OF_PAIRS if in_pairs else FEWEST_TILES):
-            reasons.append(f"F({tile}, {TAPS}) has {count * batch} tiles, too few for the size of its weights")
+        elif count < FEWEST_TILES:
+            reasons.append(f"F({tile}, {TAPS}) has {count} tiles, too few for the size of its weights")
         elif gain < LEAST_GAIN:
             reasons.append(f"F({tile}, {TAPS}) would be {gain:.2f} times as fast")
         else:
@@ -70,25 +74,33 @@ def choose_tile(
     return max(gains, key=lambda tile: gains[tile])
 
 
-def _is_exact_enough(tile: int, channels: int, in_pairs: bool) -> bool:
+def _size_and_taps(axis: int, extent: int, geometry: Geometry) -> tuple[int, int]:
+    """Return how many results there are along an axis of the image, and how many taps of theirs are inside of it."""
+    begin, stride = geometry.pads_begin[axis], geometry.strides[axis]
+    size = (extent + begin + geometry.pads_end[axis] - TAPS) // stride + 1
+    inside = [0 <= at * stride + tap - begin < extent for at in range(size) for tap in range(TAPS)]
+    return size, sum(inside)
+
+
+def _is_exact_enough(tile: int, stride: int, channels: int, in_pairs: bool) -> bool:
     """Return whether a layer stays within its share of the tolerance. Beside bfloat16's roundings others are small."""
     if in_pairs:
-        return transforms(tile).amplification <= ALLOWANCE
-    return error_growth(tile, channels) <= ALLOWANCE * (1 + math.sqrt(TAPS**2 * channels))
+        return transforms(tile, stride).amplification <= ALLOWANCE
+    return error_growth(tile, channels, stride) <= ALLOWANCE * (1 + math.sqrt(TAPS**2 * channels))
 
 
-def error_growth(tile: int, channels: int) -> float:
+def error_growth(tile: int, channels: int, stride: int = 1) -> float:
     """Return the error of F(`tile`, 3) in units of roundoff, as a random walk over its sums."""
-    return transforms(tile).amplification * (ROUNDINGS + math.sqrt(channels))
+    return transforms(tile, stride).amplification * (ROUNDINGS + math.sqrt(channels))
 
 
-def pack_winograd(weights: np.ndarray, tile: int, block: int, in_pairs: bool = False) -> np.ndarray:
+def pack_winograd(weights: np.ndarray, tile: int, block: int, in_pairs: bool = False, stride: int = 1) -> np.ndarray:
     """Return [O, I, 3, 3] transformed, as [O/block, (m + 2)^2, I, block of O], zeros past the last channel.
 
     With `in_pairs` as pairs of inputs in bfloat16, [O/block, (m + 2)^2, I/2, block of O, 2].
     """
     outputs, inputs = weights.shape[:2]
-    matrix = np.array(transforms(tile).weights)
+    matrix = np.array(transforms(tile, stride).weights)
     columns = np.tensordot(weights.astype(np.float64), matrix, axes=(3, 1))  # [O, I, 3, window]
     spectrum = np.tensordot(columns, matrix, axes=(2, 1))  # [O, I, window of columns, window of rows]
     rows_first = spectrum.swapaxes(2, 3).reshape(outputs, inputs, -1).astype(np.float32)

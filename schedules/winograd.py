@@ -18,11 +18,11 @@ from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, Step, as_int
-from schedules.by_element import over_terms, terms_at_once
+from schedules.by_element import terms_at_once
 from schedules.convolution_tile import most_columns
 from schedules.family import Choice, Kernel, Parameters, Space, is_large
-from schedules.intrin.bf16_dot import PAIR, Bf16Dot, bf16_dot
-from schedules.intrin.bf16_pairs import Bf16Pairs, bf16_pairs
+from schedules.intrin.bf16_dot import PAIR, bf16_dot
+from schedules.intrin.bf16_pairs import bf16_pairs
 from schedules.intrin.load_fence import fence, with_fences
 from schedules.loops import (
     Extent,
@@ -36,12 +36,12 @@ from schedules.loops import (
     tile_choice,
     tiles,
     unflatten,
-    unrolled,
     vector,
     with_local,
 )
 from schedules.stages import sequence
 from schedules.winograd_combination import combined
+from schedules.winograd_products import Factors, Rounding
 from schedules.winograd_structure import WinogradAnalysis, analyse
 from schedules.winograd_task import BLOCKS, task_shape
 from targets.base import Target
@@ -87,16 +87,8 @@ class Winograd:
         if not analysis.in_pairs or pairs is None or dot is None:
             statement = _Emitter(analysis, parameters, terms, None).statement()
         else:
-            statement = pairs.imported(_Emitter(analysis, parameters, terms, _Products(pairs, dot)).statement())
+            statement = pairs.imported(_Emitter(analysis, parameters, terms, Rounding(pairs, dot)).statement())
         return with_fences(statement, target) if terms > 1 else statement
-
-
-@dataclass(frozen=True)
-class _Products:
-    """The target's rounding to pairs of bfloat16, and its dot product of them."""
-
-    pairs: Bf16Pairs
-    dot: Bf16Dot
 
 
 @dataclass(frozen=True)
@@ -106,7 +98,7 @@ class _Emitter:
     analysis: WinogradAnalysis
     parameters: Parameters
     terms_at_once: int
-    rounded: _Products | None
+    rounded: Rounding | None
 
     @cached_property
     def window(self) -> int:
@@ -173,17 +165,26 @@ class _Task:
         """Return the transform of all channels, and products and transform back for one group of blocks at a time."""
         together = min(self.emitter.parameters["blocks"], self.blocks)
         products = local([self.window**2, together, self.width, self.lanes], "float32", "products")
+        factors = Factors(
+            self.analysis,
+            self.spectrum,
+            self.width,
+            self.emitter.parameters["columns"],
+            self.emitter.terms_at_once,
+            self.emitter.rounded,
+        )
 
         def group(first: Expr, count: int) -> Stmt:
             block = self.output + first
-            return sequence([self._multiply(products, block, count), self._transform_back(products, block, count)])
+            multiplied = factors.multiply(products, block, count)
+            return sequence([multiplied, self._transform_back(products, block, count)])
 
         return with_local([self.spectrum, products], [self._transform(), tiles(self.blocks, [together], group)])
 
-    def _corner(self, tile: Expr) -> tuple[Expr, Expr]:
-        """Return the first row and column of the result in a tile of the task."""
+    def _corner(self, tile: Expr, stride: int = 1) -> tuple[Expr, Expr]:
+        """Return the first row and column of the result in a tile of the task, times `stride`."""
         number, columns = self.first + tile, index(self.analysis.tiles[1])
-        size = self.analysis.transforms.tile
+        size = self.analysis.transforms.tile * stride
         return tirx.floordiv(number, columns) * size, tirx.floormod(number, columns) * size
 
     def _transform(self) -> Stmt:
@@ -191,7 +192,8 @@ class _Task:
         window, image = self.window, self.analysis.image
 
         def each(tile: Expr, channels: Expr) -> Stmt:
-            corner = [at - before for at, before in zip(self._corner(tile), self.analysis.before, strict=True)]
+            first = self._corner(tile, self.analysis.transforms.stride)
+            corner = [at - before for at, before in zip(first, self.analysis.before, strict=True)]
 
             def element(row: Expr, column: Expr, v: Expr) -> Expr:
                 position = [self.image, channels, corner[0] + row, corner[1] + column, v]
@@ -232,8 +234,8 @@ class _Task:
     def _rows_at_once(self) -> list[range]:
         """Return the rows of the matrices by parts that are transformed together: as many as Arm's registers hold."""
         parts = 2 if self.window > MOST_ROWS_AT_ONCE and self.emitter.terms_at_once > 1 else 1
-        size = self.window // parts
-        return [range(first, first + size) for first in range(0, self.window, size)]
+        size = -(-self.window // parts)
+        return [range(first, min(first + size, self.window)) for first in range(0, self.window, size)]
 
     def _transform_rows(
         self, rows: range, tile: Expr, channels: Expr, element: Callable[[Expr, Expr, Expr], Expr]
@@ -263,7 +265,7 @@ class _Task:
 
         return with_local([half], [loop(window, of_column), loop(len(rows), of_row)])
 
-    def _rounded_row(self, rounded: _Products, half: Var, row: Expr, first: Expr, tile: Expr, channels: Expr) -> Stmt:
+    def _rounded_row(self, rounded: Rounding, half: Var, row: Expr, first: Expr, tile: Expr, channels: Expr) -> Stmt:
         """Return the transform of row `row` of `half` into the spectrum from frequency `first` on, rounded."""
         window, lanes = self.window, self.lanes
         values = local([window, lanes], "float32", "values")
@@ -279,72 +281,6 @@ class _Task:
         matrix = self.analysis.transforms.data
         compute = combined(matrix, self.lanes, lambda column, v: load(half, [row, index(column), v]), put)
         return with_local([values], [compute, *map(finish, range(window))])
-
-    def _multiply(self, products: Var, block: Expr, count: int) -> Stmt:
-        """Return the matrix products of `count` blocks of output channels, one frequency after the other."""
-        columns = self.emitter.parameters["columns"]
-
-        def frequency(number: Expr) -> Stmt:
-            return tiles(
-                self.width, [columns], lambda tile, n: self._register_tile(products, block, count, number, tile, n)
-            )
-
-        return loop(self.window**2, frequency)
-
-    def _register_tile(self, products: Var, block: Expr, count: int, frequency: Expr, tile: Expr, columns: int) -> Stmt:
-        lanes = self.lanes
-        sums = local([columns * count * lanes], "float32", "accumulators")
-
-        def cells(element: Callable[[Expr, Expr, Expr], Stmt]) -> Stmt:
-            return unrolled(columns, lambda t: unrolled(count, lambda o: vector(lanes, lambda v: element(t, o, v))))
-
-        def at(t: Expr, o: Expr, v: Expr) -> Expr:
-            return (t * count + o) * lanes + v
-
-        rounded = self.emitter.rounded
-
-        def image(t: Expr, channel: Expr) -> Expr:
-            return load(self.spectrum, [frequency, tile + t, channel])
-
-        def step(channel: Expr, image_of: Callable[[Expr], Expr]) -> Stmt:
-            if rounded is not None:
-                return self._step_of_pairs(rounded, sums, (columns, count), (block, frequency, channel), image_of)
-
-            def add(t: Expr, o: Expr, v: Expr) -> Stmt:
-                weight = load(self.analysis.weights, [block + o, frequency, channel, v])
-                return store(sums, load(sums, [at(t, o, v)]) + image_of(t) * weight, [at(t, o, v)])
-
-            return cells(add)
-
-        depth, at_once, groups = self.analysis.channels, self.emitter.terms_at_once, None
-        if rounded is not None:
-            depth, at_once, groups = depth // PAIR, rounded.dot.at_once, rounded.dot.groups
-        return with_local(
-            [sums],
-            [
-                cells(lambda t, o, v: store(sums, tirx.const(0, "float32"), [at(t, o, v)])),
-                over_terms(depth, at_once, columns, image, step, groups),
-                cells(lambda t, o, v: store(products, load(sums, [at(t, o, v)]), [frequency, o, tile + t, v])),
-            ],
-        )
-
-    def _step_of_pairs(
-        self,
-        rounded: _Products,
-        sums: Var,
-        shape: tuple[int, int],
-        place: tuple[Expr, Expr, Expr],
-        image_of: Callable[[Expr], Expr],
-    ) -> Stmt:
-        """Return the step of a register tile of `shape` by two channels; its weights are at block, frequency, pair."""
-        (columns, count), (block, frequency, pair) = shape, place
-
-        def add(t: Expr, o: Expr) -> Stmt:
-            at = [tirx.Ramp((t * count + o) * self.lanes, index(1), self.lanes)]
-            weight = load(self.analysis.weights, [block + o, frequency, pair, index(0), index(0)])
-            return store(sums, rounded.dot.accumulate_group(load(sums, at), weight, image_of(t)), at)
-
-        return unrolled(columns, lambda t: unrolled(count, lambda o: add(t, o)))
 
     def _transform_back(self, products: Var, block: Expr, count: int) -> Stmt:
         """Return the transform of the products into tiles of the result, and what follows."""

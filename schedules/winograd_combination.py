@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from tvm import tirx
@@ -39,11 +40,11 @@ def combined(
 def combination(matrix: Matrix, row: int, element: Callable[[int], Expr]) -> Expr:
     """Return a row of `matrix` times the elements.
 
-    The points but 0 and infinity come in pairs of opposite sign. Where two rows differ by the sign of their odd terms,
-    or two columns by that of their odd rows, the sums that they share are written alike, and LLVM computes them once.
+    The points but 0 and infinity come in pairs of opposite sign. Where two rows differ by the sign of some terms, or
+    two columns by that of some rows, the sums that they share are written alike, and LLVM computes them once.
     """
     coefficients = matrix[row]
-    pairs = _paired_columns(matrix)
+    pairs = _pairs(list(zip(*matrix, strict=True)))
     if pairs:
         alone = [(c, element(i)) for i, c in enumerate(coefficients) if c and not any(i in pair for pair in pairs)]
         terms = list(alone)
@@ -53,22 +54,23 @@ def combination(matrix: Matrix, row: int, element: Callable[[int], Expr]) -> Exp
                 a, b = element(left), element(right)
                 terms.append((coefficients[left], a + b if plus else a - b))
         return _weighted(terms)
-    even = [(c, element(i)) for i, c in enumerate(coefficients) if c and i % 2 == 0]
-    odd = [(c, element(i)) for i, c in enumerate(coefficients) if c and i % 2 == 1]
-    if not even or not odd:
-        return _weighted(even or odd)
-    if odd[0][0] < 0:
-        return _weighted(even) - _weighted([(-c, value) for c, value in odd])
-    return _weighted(even) + _weighted(odd)
+    pair = next((pair for pair in _pairs(matrix) if row in pair), (row, row))
+    differing = [a != b for a, b in zip(*(matrix[each] for each in pair), strict=True)]
+    same = [(c, element(i)) for i, c in enumerate(coefficients) if c and not differing[i]]
+    other = [(c, element(i)) for i, c in enumerate(coefficients) if c and differing[i]]
+    if not same or not other:
+        return _weighted(same or other)
+    if other[0][0] < 0:
+        return _weighted(same) - _weighted([(-c, value) for c, value in other])
+    return _weighted(same) + _weighted(other)
 
 
-def _paired_columns(matrix: Matrix) -> list[tuple[int, int]]:
-    """Return neighbouring columns whose elements differ in nothing but sign."""
-    columns = list(zip(*matrix, strict=True))
-    pairs = []
-    for i in range(len(columns) - 1):
-        same = all(abs(a) == abs(b) for a, b in zip(columns[i], columns[i + 1], strict=True))
-        if same and columns[i] != columns[i + 1] and not any(i in pair for pair in pairs):
+def _pairs(lines: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
+    """Return neighbouring rows, or columns, whose elements differ in nothing but the sign of some."""
+    pairs: list[tuple[int, int]] = []
+    for i, (line, following) in enumerate(itertools.pairwise(lines)):
+        same = all(abs(a) == abs(b) for a, b in zip(line, following, strict=True))
+        if same and line != following and not any(i in pair for pair in pairs):
             pairs.append((i, i + 1))
     return pairs
 

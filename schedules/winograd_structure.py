@@ -66,14 +66,14 @@ class WinogradAnalysis:
         return rows, columns
 
 
-def winograd(data: te.Tensor, weights: te.Tensor, tile: int, before: Size, size: Size) -> te.Tensor:
+def winograd(data: te.Tensor, weights: te.Tensor, tile: int, before: Size, size: Size, stride: int = 1) -> te.Tensor:
     """Return the convolution [N, O/block, *size, block] of blocked data with weights [O/block, window^2, C > 1, block].
 
     The data are widened to fp32 where they are read. With weights of bfloat16 [O/block, window^2, C/2, block, 2] the
     transformed data are rounded to it, too; sums are in fp32. Zeros surround the image, `before` of them in front.
     Lanes of the data past the last channel are not read.
     """
-    chosen = transforms(tile)
+    chosen = transforms(tile, stride)
     in_pairs = str(weights.dtype) == BFLOAT16
     window, block = chosen.window, int(weights.shape[3])
     channels = int(weights.shape[2]) * (PAIR if in_pairs else 1)
@@ -81,7 +81,8 @@ def winograd(data: te.Tensor, weights: te.Tensor, tile: int, before: Size, size:
     y, x = (te.reduce_axis((0, window), name) for name in "yx")
 
     def transformed(n: Expr, c: Expr, i: Expr, j: Expr, p: Expr, q: Expr, lane: Expr) -> Expr:
-        at = (i * tile + y.var - before[0], j * tile + x.var - before[1])
+        step = tile * stride
+        at = (i * step + y.var - before[0], j * step + x.var - before[1])
         inside = [condition for a, e in zip(at, data.shape[2:4], strict=True) for condition in (a >= 0, a < e)]
         read = data(n, c, *at, lane).astype("float32")
         element = tirx.if_then_else(tirx.all(*inside), read, tirx.const(0, "float32"))
@@ -141,22 +142,29 @@ def analyse(kernel: Kernel) -> WinogradAnalysis | None:
     data = spectrum.loads()
     if len(reads) != 1 or len(data) != 1 or len(reads[0].shape) not in (4, 5) or len(data[0].indices) != 5:
         return None
-    tile = next((size for size in SIZES if as_int(reads[0].shape[1]) == transforms(size).window ** 2), None)
     size = tuple(map(as_int, result.output.shape[2:4])) if len(result.output.shape) == 5 else ()
     before = tuple(map(_offset, data[0].indices[2:4]))
-    if tile is None or len(size) != 2 or None in (*size, *before, *map(as_int, data[0].source.shape[1:])):
+    if len(size) != 2 or None in (*size, *before, *map(as_int, data[0].source.shape[1:])):
         return None
     rows, columns = (int(value or 0) for value in size)
     top, left = (-int(value or 0) for value in before)
-    if not _same(_expected(data[0].source, reads[0], tile, (top, left), (rows, columns)), found):
+    known = [transforms(tile, stride) for stride, tiles in SIZES.items() for tile in tiles]
+    chosen = next(
+        (
+            each
+            for each in known
+            if as_int(reads[0].shape[1]) == each.window**2
+            and _same(_expected(data[0].source, reads[0], each, (top, left), (rows, columns)), found)
+        ),
+        None,
+    )
+    if chosen is None:
         return None
     follows = epilogue.match(result, kernel.stages[3]) if len(kernel.stages) == 4 else epilogue.plain(result)
     kept = len(kernel.stages) == 3 or contains(kernel.private, result.output)
     if follows is None or not kept or not all(contains(kernel.private, s.output) for s in (spectrum, products)):
         return None
-    return WinogradAnalysis(
-        data[0].source, reads[0], transforms(tile), (top, left), (rows, columns), follows, result.indices
-    )
+    return WinogradAnalysis(data[0].source, reads[0], chosen, (top, left), (rows, columns), follows, result.indices)
 
 
 def _offset(position: Expr) -> int | None:
@@ -165,11 +173,11 @@ def _offset(position: Expr) -> int | None:
     return as_int(simplify_indices([substitute(position, zeros)])[0])
 
 
-def _expected(data: Var, weights: Var, tile: int, before: Size, size: Size) -> Sequence[Stage]:
+def _expected(data: Var, weights: Var, chosen: Transforms, before: Size, size: Size) -> Sequence[Stage]:
     """Return the stages of `winograd`."""
     image = te.placeholder(tuple(data.shape), str(data.dtype), "data")
     filters = te.placeholder(tuple(weights.shape), str(weights.dtype), "weights")
-    result = winograd(image, filters, tile, before, size)
+    result = winograd(image, filters, chosen.tile, before, size, chosen.stride)
     staged = parse(te.create_prim_func([image, filters, result], INDEX))
     assert staged is not None
     return [stage for stage in staged.stages if isinstance(stage, Stage)]

@@ -4,6 +4,9 @@ With y = A [(G g) * (B d)], where d are m + 2 neighbouring inputs and g the taps
 m x m outputs of a 3x3 filter take (m + 2)^2 multiplications instead of 9 m^2. (Lavin and Gray, Fast Algorithms for
 Convolutional Neural Networks, CVPR 2016; the matrices by Toom and Cook: Barabasz, Anderson, Soodhalter and Gregg, Error
 Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks, ACM TOMS 46(4), 2020.)
+
+With a stride of 2 the first and the last tap filter the inputs at even places, which takes m + 1 multiplications by
+F(m, 2), and the one between them those at odd places, which takes m: 2 m + 1, as many as there are inputs.
 """
 
 from __future__ import annotations
@@ -16,12 +19,21 @@ from functools import cache
 
 TAPS = 3
 Matrix = tuple[tuple[float, ...], ...]
+Rows = list[list[Fraction]]
 
-# The points at which the polynomials are evaluated, beside infinity. Those for m = 4 have the least amplification among
-# pairs of short binary fractions: 8.2, where the usual (0, 1, -1, 2, -2) have 31.
-_POINTS: dict[int, tuple[Fraction, ...]] = {
-    2: (Fraction(0), Fraction(1), Fraction(-1)),
-    4: (Fraction(0), Fraction(5, 8), Fraction(-5, 8), Fraction(3, 2), Fraction(-3, 2)),
+# The points at which the polynomials are evaluated, beside infinity, by stride and m. Those of four and more have the
+# least amplification among pairs of short binary fractions: 8.2 for F(4, 3), where the usual (0, 1, -1, 2, -2) have 31.
+_POINTS: dict[int, dict[int, tuple[Fraction, ...]]] = {
+    1: {
+        2: (Fraction(0), Fraction(1), Fraction(-1)),
+        3: (Fraction(3, 8), Fraction(-3, 8), Fraction(5, 4), Fraction(-5, 4)),
+        4: (Fraction(0), Fraction(5, 8), Fraction(-5, 8), Fraction(3, 2), Fraction(-3, 2)),
+    },
+    2: {
+        2: (Fraction(0), Fraction(1)),
+        3: (Fraction(0), Fraction(1), Fraction(-1)),
+        4: (Fraction(3, 8), Fraction(-3, 8), Fraction(5, 4), Fraction(-5, 4)),
+    },
 }
 
 
@@ -30,6 +42,7 @@ class Transforms:
     """B (`data`), G (`weights`) and A (`outputs`) of F(`tile`, 3); those of data and outputs are exact in fp32."""
 
     tile: int
+    stride: int
     data: Matrix
     weights: Matrix
     outputs: Matrix
@@ -37,7 +50,7 @@ class Transforms:
     @property
     def window(self) -> int:
         """The number of inputs along an axis, and of multiplications."""
-        return self.tile + TAPS - 1
+        return len(self.data)
 
     @property
     def amplification(self) -> float:
@@ -55,25 +68,49 @@ class Transforms:
         return max(sum(a * a * s for a, s in zip(row, scales, strict=True)) for row in self.outputs) / TAPS
 
 
-SIZES = tuple(sorted(_POINTS))
+# The values of m by stride.
+SIZES = {stride: tuple(sorted(points)) for stride, points in _POINTS.items()}
 
 
 @cache
-def transforms(tile: int) -> Transforms:
-    """Return the transforms of F(`tile`, 3), one of `SIZES`."""
-    points = _POINTS[tile]
-    window = tile + TAPS - 1
+def transforms(tile: int, stride: int = 1) -> Transforms:
+    """Return the transforms of F(`tile`, 3), one of `SIZES` of the stride."""
+    points = _POINTS[stride][tile]
+    if stride == 1:
+        data, weights, outputs = _toom_cook(points, tile, TAPS)
+        return Transforms(tile, stride, _floats(data), _floats(weights), _floats(outputs))
+    data, weights, outputs = _toom_cook(points, tile, TAPS - 1)
+    inputs, one = 2 * tile + 1, Fraction(1)
+    odd = [_spread([one], [place], inputs) for place in range(1, inputs, 2)]
+    return Transforms(
+        tile,
+        stride,
+        _floats([_spread(row, range(0, inputs, 2), inputs) for row in data] + odd),
+        _floats([_spread(row, (0, 2), TAPS) for row in weights] + [_spread([one], [1], TAPS)] * tile),
+        _floats([[*row, *_spread([one], [number], tile)] for number, row in enumerate(outputs)]),
+    )
+
+
+def _toom_cook(points: Sequence[Fraction], tile: int, taps: int) -> tuple[Rows, Rows, Rows]:
+    """Return B, G and A of F(`tile`, `taps`)."""
     weights, data = [], []
     for number, point in enumerate(points):
         others = [other for position, other in enumerate(points) if position != number]
         scale = math.prod((point - other for other in others), start=Fraction(1))
-        weights.append([point**power / scale for power in range(TAPS)])
+        weights.append([point**power / scale for power in range(taps)])
         data.append([*_expanded(others), Fraction(0)])
-    weights.append([*[Fraction(0)] * (TAPS - 1), Fraction(1)])
+    weights.append([*[Fraction(0)] * (taps - 1), Fraction(1)])
     data.append(_expanded(points))
     outputs = [[point**power for point in points] + [Fraction(power == tile - 1)] for power in range(tile)]
+    window = tile + taps - 1
     assert all(len(row) == window for row in (*data, *outputs))
-    return Transforms(tile, _floats(data), _floats(weights), _floats(outputs))
+    return data, weights, outputs
+
+
+def _spread(row: Sequence[Fraction], places: Sequence[int], length: int) -> list[Fraction]:
+    """Return `length` coefficients: those of `row` at `places`, zeros elsewhere."""
+    known = dict(zip(places, row, strict=True))
+    return [known.get(place, Fraction(0)) for place in range(length)]
 
 
 def _expanded(roots: Sequence[Fraction]) -> list[Fraction]:

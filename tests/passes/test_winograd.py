@@ -13,6 +13,7 @@ from passes.winograd import ALLOWANCE, choose_tile, error_growth, pack_winograd
 from schedules.winograd_transforms import SIZES, transforms
 
 PLAIN = Geometry((1, 1), (1, 1), (1, 1), (1, 1))
+STRIDED = Geometry((2, 2), (1, 1), (1, 1), (1, 1))
 
 
 def refusal(
@@ -24,37 +25,49 @@ def refusal(
 
 
 @pytest.mark.parametrize(
-    ("channels", "size", "batch", "tile"), [(64, 56, 1, 4), (128, 28, 1, 4), (256, 14, 1, 2), (256, 14, 8, 4)]
+    ("channels", "size", "batch", "tile"),
+    [(64, 56, 1, 4), (128, 28, 1, 4), (256, 14, 1, 3), (256, 14, 8, 4), (512, 7, 1, 2)],
 )
 def test_tile_follows_from_the_number_of_tiles(channels: int, size: int, batch: int, tile: int) -> None:
     assert choose_tile((channels, channels, 3, 3), (size, size), batch, PLAIN, 4) == tile
 
 
+@pytest.mark.parametrize(("channels", "size", "tile"), [(128, 56, 4), (256, 28, 2)])
+def test_taps_of_stride_two_are_filtered_apart(channels: int, size: int, tile: int) -> None:
+    assert choose_tile((channels, channels, 3, 3), (size, size), 1, STRIDED, 4) == tile
+
+
 def test_refusals_give_the_reason() -> None:
-    assert "16 tiles, too few" in refusal((512, 512, 3, 3), (7, 7))
+    reason = refusal((512, 512, 3, 3), (5, 5))
+    assert "F(2, 3) has 9 tiles, too few" in reason
+    assert "F(2, 3) would be" in refusal((512, 512, 3, 3), (14, 14), STRIDED)
     assert "kernel is 5x5" in refusal((64, 64, 5, 5), (28, 28))
-    assert refusal((64, 64, 3, 3), (28, 28), Geometry((2, 2), (1, 1), (1, 1), (1, 1))) == "it is strided or dilated"
+    assert refusal((64, 64, 3, 3), (28, 28), Geometry((3, 3), (1, 1), (1, 1), (1, 1))) == "its strides are 3x3"
+    assert refusal((64, 64, 3, 3), (28, 28), Geometry((2, 1), (1, 1), (1, 1), (1, 1))) == "its strides are 2x1"
+    assert refusal((64, 64, 3, 3), (28, 28), Geometry((1, 1), (2, 2), (1, 1), (1, 1))) == "it is dilated"
     assert "times as fast" in refusal((4, 4, 3, 3), (56, 56))
 
 
-@pytest.mark.parametrize(("channels", "size", "batch"), [(64, 56, 1), (256, 14, 1), (512, 7, 1), (256, 14, 8)])
-def test_tile_of_pairs_is_one_that_keeps_bfloat16_exact_enough(channels: int, size: int, batch: int) -> None:
-    assert choose_tile((channels, channels, 3, 3), (size, size), batch, PLAIN, 4, in_pairs=True) == 2
-    assert transforms(2).amplification < ALLOWANCE < transforms(4).amplification
+@pytest.mark.parametrize(
+    ("channels", "size", "batch", "tile"), [(64, 56, 1, 3), (256, 14, 1, 3), (512, 7, 1, 2), (256, 14, 8, 3)]
+)
+def test_tile_of_pairs_is_one_that_keeps_bfloat16_exact_enough(channels: int, size: int, batch: int, tile: int) -> None:
+    assert choose_tile((channels, channels, 3, 3), (size, size), batch, PLAIN, 4, in_pairs=True) == tile
+    assert transforms(3).amplification < ALLOWANCE < transforms(4).amplification
 
 
 def test_few_channels_in_pairs_do_not_pay_for_transforms_in_fp32() -> None:
-    assert choose_tile((24, 24, 3, 3), (56, 56), 1, PLAIN, 2) == 2
-    assert "times as fast" in refusal((24, 24, 3, 3), (56, 56), in_pairs=True)
+    assert choose_tile((16, 16, 3, 3), (56, 56), 1, PLAIN, 2) == 2
+    assert "times as fast" in refusal((16, 16, 3, 3), (56, 56), largest=2, in_pairs=True)
 
 
 def test_largest_tile_is_an_option() -> None:
     assert choose_tile((64, 64, 3, 3), (56, 56), 1, PLAIN, 2) == 2
 
 
-@pytest.mark.parametrize("tile", SIZES)
+@pytest.mark.parametrize(("tile", "stride"), [(tile, stride) for stride, tiles in SIZES.items() for tile in tiles])
 @pytest.mark.parametrize("channels", [8, 64, 512])
-def test_error_of_a_layer_is_within_half_of_the_certificates_tolerance(tile: int, channels: int) -> None:
+def test_error_of_a_layer_is_within_half_of_the_certificates_tolerance(tile: int, stride: int, channels: int) -> None:
     graph = helper.make_graph(
         [helper.make_node("Conv", ["x", "w"], ["y"])],
         "layer",
@@ -65,7 +78,7 @@ def test_error_of_a_layer_is_within_half_of_the_certificates_tolerance(tile: int
     tolerance = arithmetic(helper.make_model(graph)).tolerance("float32")
     allowed = ALLOWANCE * (1 + np.sqrt(9 * channels)) * 2.0**-24
     assert allowed <= tolerance / 2 * (1 + 1e-6)
-    assert error_growth(tile, channels) * 2.0**-24 < allowed
+    assert error_growth(tile, channels, stride) * 2.0**-24 < allowed
 
 
 def test_packed_weights_are_zero_past_the_last_channel() -> None:

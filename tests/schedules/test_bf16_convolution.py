@@ -88,9 +88,12 @@ def test_groups_and_depthwise(channels: int, groups: int, kernel: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("channels", "size", "batch"), [(64, (12, 16), 1), (48, (9, 13), 2), (56, (23, 11), 1), (33, (12, 17), 1)]
+    ("channels", "size", "batch", "tile"),
+    [(64, (12, 16), 1, 2), (48, (9, 13), 2, 3), (56, (23, 11), 1, 3), (33, (12, 17), 1, 2)],
 )
-def test_winograd_and_a_residual_read_the_same_rounded_image(channels: int, size: tuple[int, int], batch: int) -> None:
+def test_winograd_and_a_residual_read_the_same_rounded_image(
+    channels: int, size: tuple[int, int], batch: int, tile: int
+) -> None:
     x, w = normal(batch, channels, *size), normal(channels, channels, 3, 3, seed=1)
     same = np.eye(channels, dtype="float32")[:, :, None, None]
 
@@ -98,10 +101,10 @@ def test_winograd_and_a_residual_read_the_same_rounded_image(channels: int, size
         image = op.nn.conv2d(x, relax.const(same))
         return op.add(op.nn.conv2d(image, relax.const(w), padding=1), image)
 
-    executable, families = blocked(layer, [*x.shape], winograd=2)
+    executable, families = blocked(layer, [*x.shape], winograd=tile)
     error = np.abs(run(executable, x) - convolve(rounded(x), w, 1, 1) - rounded(x)).max()
     # Both operands of a pair's products are rounded, by at most 2**-8; transforms amplify what that adds up to.
-    roundings = 3 * 2.0**-8 * transforms(2).amplification * np.sqrt(2 * 9 * channels)
+    roundings = 3 * 2.0**-8 * transforms(tile).amplification * np.sqrt(2 * 9 * channels)
     assert error < (roundings if channels % 2 == 0 else 10 * sum_tolerance(9 * channels, 1.0))
     assert "winograd" in families
 

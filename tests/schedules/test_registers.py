@@ -45,7 +45,7 @@ KERNELS = {
     "product of odd sizes": matmul(61, 96, 67),
     "convolution 1x1": convolution(64, 14, 1),
     "convolution 5x5": convolution(64, 14, 5),
-    "Winograd": convolution(64, 14, 3),
+    "Winograd": convolution(64, 9, 3),
     "depthwise": convolution(64, 28, 3, group=64),
 }
 
