@@ -58,7 +58,9 @@ def requests(element: Expr, axis: Axis, at: Callable[[Expr, Expr], Expr], cache:
     none where neighbours on the axis are no neighbours in memory.
     """
     reads = loads_of(element)
-    if not isinstance(axis.extent, int) or not reads or not reads[0].indices[-1].same_as(axis.variable):
+    if not isinstance(axis.extent, int) or not reads:
+        return []
+    if Access(reads[0].source, tuple(reads[0].indices)).step(axis) != Step.UNIT:
         return []
     in_line = LINE_BITS // int(reads[0].source.dtype.bits)
     return [prefetch(at(reads[0], index(first)), cache) for first in range(0, axis.extent, in_line)]
@@ -108,6 +110,14 @@ class Operand:
             return loop(count, row)
 
         return [in_stores(self._element, self._key, point, base, extent, part)]
+
+    def requests(self, point: Mapping[Var, Expr], key: Expr, cache: int) -> list[Stmt]:
+        """Return requests to bring a key's or value's memory to a cache, where it is read in place."""
+
+        def at(read: Expr, place: Expr) -> Expr:
+            return substitute(read, {**point, self._key.variable: key, self._axis.variable: place})
+
+        return [] if self.copy is not None else requests(self._element, self._axis, at, cache)
 
     def at(self, point: Mapping[Var, Expr], base: Expr, number: Expr, column: Expr) -> Expr:
         """Return the element of key `base + number` and a place on the axis."""

@@ -19,7 +19,7 @@ from schedules.attention_pairs import Pairs
 from schedules.attention_structure import AttentionAnalysis
 from schedules.by_element import over_rows, over_terms
 from schedules.intrin.power_of_two import PowersOfTwo
-from schedules.loops import Extent, ceiling, cells, index, load, local, loop, store, tiles, with_local
+from schedules.loops import Extent, ceiling, cells, index, load, local, loop, store, tiles, unrolled, with_local
 from schedules.stages import Axis, sequence, substitute
 
 FLOAT = "float32"
@@ -112,11 +112,25 @@ def scores(task: Task, base: Expr, extent: Extent) -> Stmt:
             sums = task.pairs.scores(tile, task.turned_pairs, task.point, base + first)
         finish = _where_seen(task, base + first + rows, lambda value: cells(rows, task.queries, partial(logit, value)))
         keep = cells(rows, task.queries, maximum)
-        return with_local([registers], [cells(rows, task.queries, start), sums, finish, keep])
+        ahead = [] if task.pairs is not None else [_requests(task, base + first, rows)]
+        return with_local([registers], [*ahead, cells(rows, task.queries, start), sums, finish, keep])
 
     if isinstance(extent, int):
         return _in_equal_tiles(extent, task.rows, tile)
     return _in_tiles_that_overlap(extent, task.rows, tile)
+
+
+def _requests(task: Task, key: Expr, rows: int) -> Stmt:
+    """Return requests for the keys behind `rows` of them, and for the values of these, which are read after all keys.
+
+    Rows of one head lie far apart, so that the hardware foresees little of them. Packed ones are neighbours.
+    """
+
+    def row(number: Expr) -> Stmt:
+        keys = task.keys.requests(task.point, key + rows + number, cache=1)
+        return sequence([*keys, *task.values.requests(task.point, key + number, cache=2), tirx.Evaluate(0)])
+
+    return unrolled(rows, row)
 
 
 def _where_seen(task: Task, end: Expr, logits: Callable[[Expr], Stmt]) -> Stmt:
