@@ -187,8 +187,14 @@ def _calls_host(function: tirx.PrimFunc) -> bool:
     return any(isinstance(call.op, ir.Op) and call.op.name in HOST_CALLS for call in found)
 
 
+def _in_order(loop: tirx.For, mutator: tvm_ffi.StructuralMutator) -> Stmt:
+    """Return a loop as one of single elements: vectors of CPUs are wider than a thread of a GPU can load."""
+    inside = mutator.default_mutate(loop)
+    return tirx.For(inside.loop_var, inside.min, inside.extent, tirx.ForKind.SERIAL, inside.body)
+
+
 def _on_one_thread(function: tirx.PrimFunc) -> tirx.PrimFunc:
-    statement = sequence(_top_level(function))
+    statement = tvm_ffi.structural_mutate(sequence(_top_level(function)), (tirx.For, _in_order))
     for tag in ("threadIdx.x", "blockIdx.x"):
         variable = ir.Var(tag.replace(".", "_"), ir.PrimType("int32"))
         axis = tirx.IterVar(ir.Range(0, 1), variable, tirx.IterVar.ThreadIndex, tag)

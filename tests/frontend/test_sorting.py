@@ -63,3 +63,29 @@ def test_first_elements_of_lines_of_several_blocks(largest: int) -> None:
     want = np.argsort(-keys if largest else keys, axis=1, kind="stable")[:, :7]
     np.testing.assert_array_equal(positions, want)
     np.testing.assert_array_equal(values, np.take_along_axis(x, want, axis=1))
+
+
+@pytest.mark.parametrize("operator", ["ArgMax", "ArgMin"])
+@pytest.mark.parametrize("last", [0, 1])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_positions_of_extrema_among_equal_ones(operator: str, axis: int, last: int) -> None:
+    model = parser.parse_model(f"""
+    <ir_version: 10, opset_import: ["" : 18]>
+    g (float[n, 37, m] x) => (int64[a, b] y) {{
+      y = {operator} <axis = {axis}, keepdims = 0, select_last_index = {last}> (x)
+    }}""")
+    x = np.random.default_rng(axis).integers(-5, 5, (3, 37, 19)).astype(np.float32)
+    (got,) = unoptimized(import_model(model))({"x": x}).values()
+    ranks = x if operator == "ArgMax" else -x
+    want = x.shape[axis] - 1 - np.flip(ranks, axis).argmax(axis) if last else ranks.argmax(axis)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_the_position_of_an_extremum_is_in_range_where_there_is_nan() -> None:
+    model = parser.parse_model("""
+    <ir_version: 10, opset_import: ["" : 18]>
+    g (float[2, 40] x) => (int64[2, 1] y) { y = ArgMax <axis = 1> (x) }""")
+    x = np.full((2, 40), np.nan, np.float32)
+    (got,) = unoptimized(import_model(model))({"x": x}).values()
+    assert got.min() >= 0
+    assert got.max() < 40

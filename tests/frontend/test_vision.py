@@ -26,6 +26,18 @@ def test_suppression_over_batches_and_classes(centered: int):
     assert_same("NonMaxSuppression", inputs, ["y"], domain="", shapes=shapes, center_point_box=centered)
 
 
+def test_suppression_among_many_boxes_without_a_threshold():
+    rng = np.random.default_rng(4)
+    corners = rng.uniform(0, 9, (1, 201, 2))
+    inputs = {
+        "boxes": np.concatenate([corners, corners + rng.uniform(0, 3, corners.shape)], -1).astype(np.float32),
+        "scores": rng.integers(0, 50, (1, 1, 201)).astype(np.float32),  # with ties
+        "most": np.array([60], np.int64),
+        "overlap": np.array([0.2], np.float32),
+    }
+    assert_same("NonMaxSuppression", inputs, ["y"], domain="")
+
+
 def test_suppression_that_selects_nothing():
     inputs = {"boxes": numbers(1, 4, 4), "scores": numbers(1, 2, 4)}
     model = node_model("NonMaxSuppression", inputs, ["y"], domain="")

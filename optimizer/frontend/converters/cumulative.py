@@ -18,6 +18,9 @@ from optimizer.frontend.value import Value
 
 Combine = Callable[[tvm.ir.Expr, tvm.ir.Expr], tvm.ir.Expr]
 
+_INT64 = "int64"
+# So many neighbouring lines are scanned at once, as many as there are left of them.
+_SIDE_BY_SIDE = (64, 16, 1)
 _OPERATORS: dict[str, tuple[Combine, int]] = {"CumSum": (lambda x, y: x + y, 0), "CumProd": (lambda x, y: x * y, 1)}
 
 
@@ -58,21 +61,42 @@ def _lines(node: Node, data: Value) -> Shape:
 
 
 def _scan(lines: te.Tensor, combine: Combine, identity: int, exclusive: bool, reverse: bool) -> te.Tensor:
-    """Return the running combination along axis 1 of a tensor of rank 3."""
+    """Return the running combination along axis 1 of a tensor of rank 3: many lines side by side where they lie so."""
     dtype = str(lines.dtype)
 
     def body(source: tirx.Buffer, target: tirx.Buffer) -> None:
         before, length, after = source.shape
-        running = ir.alloc_buffer((1,), dtype, scope="local")
-        with loops([before, after]) as (i, k):
-            ir.buffer_store(running, tirx.const(identity, dtype), [0])
-            with ir.serial(0, length) as step:
-                j = length - 1 - step if reverse else step
-                if exclusive:
-                    ir.buffer_store(target, running[0], [i, j, k])
-                ir.buffer_store(running, combine(running[0], source[i, j, k]), [0])
-                if not exclusive:
-                    ir.buffer_store(target, running[0], [i, j, k])
+
+        def scan(blocks: tvm.ir.Expr, first: int, width: int) -> None:
+            divisor = tirx.max(blocks, tirx.const(1, _INT64))  # an empty loop must not fold to a division by zero
+            with loops([before * blocks], parallel=True) as (task,):
+                i = tirx.floordiv(task, divisor)
+                start = first + tirx.floormod(task, divisor) * width
+                running = ir.alloc_buffer((width,), dtype, scope="local")
+                with ir.vectorized(0, width) as lane:
+                    ir.buffer_store(running, tirx.const(identity, dtype), [lane])
+                with ir.serial(0, length) as step:
+                    j = length - 1 - step if reverse else step
+
+                    def emit() -> None:
+                        with ir.vectorized(0, width) as lane:
+                            ir.buffer_store(target, running[lane], [i, j, start + lane])
+
+                    if exclusive:
+                        emit()
+                    with ir.vectorized(0, width) as lane:
+                        ir.buffer_store(running, combine(running[lane], source[i, j, start + lane]), [lane])
+                    if not exclusive:
+                        emit()
+
+        if not isinstance(after, tirx.IntImm):
+            scan(after, 0, 1)
+            return
+        start, rest = 0, int(after)
+        for width in _SIDE_BY_SIDE:
+            if rest >= width:
+                scan(tirx.const(rest // width, _INT64), start, width)
+            start, rest = start + rest // width * width, rest % width
 
     return kernel([lines], [lines.shape], [dtype], body, "scan")
 

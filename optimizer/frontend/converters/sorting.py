@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import numpy as np
 import tvm.ir
 from tvm import relax, te, tirx
 from tvm.script.ir_builder import tirx as ir
@@ -38,18 +41,42 @@ def argmin(node: Node) -> Result:
 
 
 def _extremum(node: Node, largest: bool) -> Result:
+    """Return the positions: the extremum, and then where the first or the last element equal to it is, both in vectors.
+
+    Where nothing is equal to it, as NaN is not, any position in range.
+    """
     value, axis = node.input(), node.axis(0)
-    keep = bool(node.integer("keepdims", 1))
-    function = relax.op.argmax if largest else relax.op.argmin
-    if not node.integer("select_last_index", 0):
-        return function(value.expr, axis, keep)
-    reversed_value = node.emit(relax.op.flip(value.expr, axis))
-    from_end = node.emit(function(reversed_value.expr, axis, keep))
+    keep, last = bool(node.integer("keepdims", 1)), bool(node.integer("select_last_index", 0))
+    length = value.shape[axis]
+    narrow = isinstance(length, int) and length <= np.iinfo(np.int32).max
+    dtype = "int32" if narrow else _INT64
 
-    def counted_back(tensor: te.Tensor, extent: tvm.ir.Expr) -> te.Tensor:
-        return te.compute(tensor.shape, lambda *index: extent - 1 - tensor(*index), name="last_index")
+    def positions(tensor: te.Tensor) -> te.Tensor:
+        shape = list(tensor.shape)
+        extent = shape.pop(axis)
+        beyond = tirx.const(-1, dtype) if last else tirx.Cast(dtype, extent)
 
-    return node.compute(counted_back, from_end.expr, node.dimension(value.shape[axis]))
+        def reduced(combine: Callable[..., tvm.ir.Expr], element: Callable[..., tvm.ir.Expr], name: str) -> te.Tensor:
+            along = te.reduce_axis((0, extent), name="along")
+            return te.compute(
+                shape, lambda *at: combine(element(at, [*at[:axis], along.var, *at[axis:]]), axis=along), name=name
+            )
+
+        extremum = reduced(te.max if largest else te.min, lambda _, place: tensor(*place), "extremum")
+
+        def place_if_equal(at: Sequence[tvm.ir.Expr], place: Sequence[tvm.ir.Expr]) -> tvm.ir.Expr:
+            return tirx.Select(tensor(*place).equal(extremum(*at)), tirx.Cast(dtype, place[axis]), beyond)
+
+        found = reduced(te.max if last else te.min, place_if_equal, "place")
+        within = tirx.const(0, dtype)
+
+        def result(*at: tvm.ir.Expr) -> tvm.ir.Expr:
+            return tirx.Cast(_INT64, tirx.Select(found(*at).equal(beyond), within, found(*at)))
+
+        return te.compute(shape, result, name="position")
+
+    found = node.compute(positions, value.expr)
+    return relax.op.expand_dims(found.expr, axis) if keep else found
 
 
 @converter("TopK")

@@ -37,7 +37,7 @@ def non_max_suppression(node: Node) -> Result:
             return _suppression(inputs, outputs, centered=centered, has_threshold=has_threshold)
 
         shapes = [[as_expression(size) for size in shape] for shape in shapes]
-        return te.extern(shapes, list(tensors), build, dtype=["int64", "int64", "int8"], name="non_max_suppression")
+        return te.extern(shapes, list(tensors), build, dtype=["int64"] * 3, name="non_max_suppression")
 
     call = node.graph.builder.call_te(
         select, boxes.expr, scores.expr, most, overlap, threshold, primfunc_name_hint="non_max_suppression"
@@ -87,37 +87,83 @@ def _scalar_input(node: Node, index: int, default: np.ndarray) -> relax.Expr:
 def _suppression(
     inputs: Sequence[tirx.Buffer], outputs: Sequence[tirx.Buffer], *, centered: bool, has_threshold: bool
 ) -> tirx.Stmt:
-    """Return the greedy selection of each batch and class: chosen boxes in order, their number, and scratch flags."""
+    """Return the greedy selection of each batch and class: chosen boxes in order, their number, and a scratch heap.
+
+    Boxes come from the heap by score, and are held against those chosen so far: most are never looked at.
+    """
     with IRBuilder() as builder:
         boxes, scores, most, overlap, threshold = (T.buffer_proxy(buffer) for buffer in inputs)
-        selected, counts, dropped = (T.buffer_proxy(buffer) for buffer in outputs)
+        selected, counts, heap = (T.buffer_proxy(buffer) for buffer in outputs)
         batches, classes, size = inputs[1].shape
         with T.parallel(0, batches * classes) as pair:
             batch, label = pair // classes, pair % classes
-            best = T.buffer_proxy(T.alloc_buffer((1,), "int64", scope="local"))
-            top = T.buffer_proxy(T.alloc_buffer((1,), inputs[1].dtype, scope="local"))
+            waiting = T.buffer_proxy(T.alloc_buffer((1,), "int64", scope="local"))
+            rejected = T.buffer_proxy(T.alloc_buffer((1,), "int32", scope="local"))
+            sift = _Sift(heap, scores, (batch, label), waiting)
             counts[batch, label] = T.int64(0)
-            best[0] = T.int64(0)
+            waiting[0] = T.int64(0)
             with T.serial(0, size) as box:
-                rejected = tirx.Not(scores[batch, label, box] > threshold[0])
-                dropped[batch, label, box] = tirx.Cast("int8", rejected) if has_threshold else T.int8(0)
-            with T.serial(0, size), T.If(tirx.all(best[0] >= 0, counts[batch, label] < most[0])), T.Then():
-                best[0] = T.int64(-1)
-                with T.serial(0, size) as box:
-                    score = scores[batch, label, box]
-                    better = tirx.any(best[0] < 0, score > top[0])
-                    with T.If(tirx.all(dropped[batch, label, box] == 0, better)), T.Then():
-                        best[0] = tirx.Cast("int64", box)
-                        top[0] = score
-                with T.If(best[0] >= 0), T.Then():
-                    selected[batch, label, counts[batch, label]] = best[0]
+                wanted = scores[batch, label, box] > threshold[0] if has_threshold else tirx.const(True, "bool")
+                with T.If(wanted), T.Then():
+                    heap[batch, label, waiting[0]] = tirx.Cast("int64", box)
+                    waiting[0] = waiting[0] + 1
+            count = waiting[0]
+            with T.serial(0, count // 2) as step:
+                sift.down(count // 2 - 1 - step)
+            with T.While(tirx.all(waiting[0] > 0, counts[batch, label] < most[0])):
+                best = heap[batch, label, 0]
+                rejected[0] = T.int32(0)
+                with T.serial(0, counts[batch, label]) as other, T.If(rejected[0] == 0), T.Then():
+                    two = [
+                        [boxes[batch, which, k] for k in range(4)] for which in (best, selected[batch, label, other])
+                    ]
+                    with T.If(_overlap(two, centered=centered, limit=overlap[0])), T.Then():
+                        rejected[0] = T.int32(1)
+                with T.If(rejected[0] == 0), T.Then():
+                    selected[batch, label, counts[batch, label]] = best
                     counts[batch, label] = counts[batch, label] + 1
-                    dropped[batch, label, best[0]] = T.int8(1)
-                    with T.serial(0, size) as box:
-                        two = [[boxes[batch, which, k] for k in range(4)] for which in (box, best[0])]
-                        with T.If(_overlap(two, centered=centered, limit=overlap[0])), T.Then():
-                            dropped[batch, label, box] = T.int8(1)
+                waiting[0] = waiting[0] - 1
+                heap[batch, label, 0] = heap[batch, label, waiting[0]]
+                sift.down(T.int64(0))
         return builder.get()
+
+
+class _Sift:
+    """A heap of boxes whose first one has the greatest score, of equal ones the first (J. W. J. Williams, 1964)."""
+
+    def __init__(
+        self,
+        heap: T.buffer_proxy,
+        scores: T.buffer_proxy,
+        line: tuple[tirx.Expr, tirx.Expr],
+        count: T.buffer_proxy,
+    ) -> None:
+        self._heap, self._scores, self._line, self._count = heap, scores, line, count
+        self._state = T.buffer_proxy(T.alloc_buffer((2,), "int64", scope="local"))  # a place, and the next one
+
+    def down(self, start: tirx.Expr) -> None:
+        """Emit the statements that bring the box at a place below all that come before it."""
+        heap, state, count = self._heap, self._state, self._count[0]
+        state[0], state[1] = start, start * 2 + 1
+        with T.While(state[1] < count):
+            right = state[1] + 1
+            with T.If(right < count), T.Then(), T.If(self._precedes(right, state[1])), T.Then():
+                state[1] = right
+            with T.If(self._precedes(state[1], state[0])):
+                with T.Then():
+                    upper = T.buffer_proxy(T.alloc_buffer((1,), "int64", scope="local"))
+                    upper[0] = heap[(*self._line, state[0])]
+                    heap[(*self._line, state[0])] = heap[(*self._line, state[1])]
+                    heap[(*self._line, state[1])] = upper[0]
+                    state[0] = state[1]
+                    state[1] = state[1] * 2 + 1
+                with T.Else():
+                    state[1] = count
+
+    def _precedes(self, place: tirx.Expr, other: tirx.Expr) -> tirx.Expr:
+        box, other_box = (self._heap[(*self._line, each)] for each in (place, other))
+        score, other_score = (self._scores[(*self._line, each)] for each in (box, other_box))
+        return tirx.any(score > other_score, tirx.all(score.equal(other_score), box < other_box))
 
 
 def _overlap(boxes: Sequence[Sequence[tirx.Expr]], *, centered: bool, limit: tirx.Expr) -> tirx.Expr:
