@@ -43,7 +43,8 @@ class KernelCase:
     def save(self, folder: Path) -> Path:
         """Write the model with its work in its metadata, where the peak engine reads it."""
         written = self.work // 2 if self.written is None else self.written
-        properties = {"bound": self.bound, "work": str(self.work), "written": str(written)}
+        properties = {entry.key: entry.value for entry in self.model.metadata_props}
+        properties |= {"bound": self.bound, "work": str(self.work), "written": str(written)}
         helper.set_model_props(self.model, properties)
         path = folder / f"{self.name}.onnx"
         onnx.save(self.model, path)

@@ -1,4 +1,4 @@
-"""Single kernels that memory bounds: activations, reductions, pooling, gathers, sorting; and more attention."""
+"""Single kernels that memory bounds: activations, reductions, pooling, gathers, sorting, boxes; and more attention."""
 
 from __future__ import annotations
 
@@ -16,29 +16,52 @@ _OPSET = 23
 
 
 @dataclass(frozen=True)
+class Positions:
+    """An input of integers below a number, in no order: all different where there are enough of them."""
+
+    shape: tuple[int, ...]
+    below: int
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """An input of truth values."""
+
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class RowKernel:
-    """One operator on inputs of the given shapes, which `constants` follow, with `outputs` results of one shape."""
+    """One operator on inputs of the given shapes, which `constants` follow, with `outputs` results of one shape.
+
+    `picked` is how many elements are read of inputs that are not read whole.
+    """
 
     name: str
     operator: str
-    shapes: tuple[tuple[int, ...], ...]
-    output: tuple[int, ...]
+    shapes: tuple[tuple[int, ...] | Positions | Conditions, ...]
+    output: tuple[int | str, ...]
     constants: tuple[np.ndarray, ...] = ()
     attributes: dict[str, Attribute] = field(default_factory=dict)
     outputs: int = 1
+    picked: int | None = None
+    dtype: int = TensorProto.FLOAT
 
     @property
     def moved(self) -> int:
-        """The least bytes to move: every input once, every output once."""
-        return _FLOAT_BYTES * sum(map(math.prod, self.shapes)) + self.written
+        """The least bytes to move: every input once, or what is picked, and every output once."""
+        if self.picked is not None:
+            return _FLOAT_BYTES * self.picked + self.written
+        return sum(math.prod(shape) * _bytes(dtype) for dtype, shape in map(_declared, self.shapes)) + self.written
 
     @property
     def written(self) -> int:
-        """The bytes of the outputs; the second one has positions, of twice an element's size."""
-        return _FLOAT_BYTES * math.prod(self.output) * (1 if self.outputs == 1 else 3)
+        """The bytes of the outputs, as far as they are known; the second one has positions."""
+        each = math.prod(size for size in self.output if isinstance(size, int))
+        return each * (_bytes(self.dtype) + (0 if self.outputs == 1 else _bytes(TensorProto.INT64)))
 
     def model(self) -> onnx.ModelProto:
-        """Return the operator as a model."""
+        """Return the operator as a model, with the bounds of its positions in its metadata."""
         names = [f"x{number}" for number in range(len(self.shapes))]
         constants = {f"c{number}": value for number, value in enumerate(self.constants)}
         results = [f"y{number}" for number in range(self.outputs)]
@@ -47,15 +70,33 @@ class RowKernel:
             operands.insert(1, "")  # the region of interest
         node = helper.make_node(self.operator, operands, results)
         node.attribute.extend(helper.make_attribute(key, value) for key, value in self.attributes.items())
-        types = [TensorProto.FLOAT, TensorProto.INT64]  # second outputs are positions
+        types = [self.dtype, TensorProto.INT64]  # second outputs are positions
         graph = helper.make_graph(
             [node],
             "kernel",
-            [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in zip(names, self.shapes, strict=True)],
+            [helper.make_tensor_value_info(n, *_declared(s)) for n, s in zip(names, self.shapes, strict=True)],
             [helper.make_tensor_value_info(n, types[i], self.output) for i, n in enumerate(results)],
             [numpy_helper.from_array(value, name) for name, value in constants.items()],
         )
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=11)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=11)
+        bounds = {
+            f"below {name}": str(shape.below)
+            for name, shape in zip(names, self.shapes, strict=True)
+            if isinstance(shape, Positions)
+        }
+        helper.set_model_props(model, bounds)
+        return model
+
+
+def _declared(shape: tuple[int, ...] | Positions | Conditions) -> tuple[int, tuple[int, ...]]:
+    """Return an input's element type and shape."""
+    if isinstance(shape, tuple):
+        return TensorProto.FLOAT, shape
+    return TensorProto.INT64 if isinstance(shape, Positions) else TensorProto.BOOL, shape.shape
+
+
+def _bytes(dtype: int) -> int:
+    return helper.tensor_dtype_to_np_dtype(dtype).itemsize
 
 
 def row_kernels() -> Iterator[RowKernel]:
@@ -98,7 +139,38 @@ def row_kernels() -> Iterator[RowKernel]:
         (),
         {"kernel_shape": [13, 13], "strides": [1, 1], "pads": [6] * 4},
     )
+    yield from _picks()
     yield from _beyond_caches()
+
+
+def _picks() -> Iterator[RowKernel]:
+    """Yield kernels that pick, place or order elements by what other inputs hold."""
+    rows, floats = (1024, 1024), np.float32
+    for count, table in ((128, (30522, 768)), (512, (50257, 768)), (1, (32000, 2048))):
+        output = (count, table[1])
+        name, picked = f"embedding_{count}_of_{table[0]}x{table[1]}", count * table[1]
+        yield RowKernel(name, "Gather", (table, Positions((count,), table[0])), output, picked=picked)
+    yield RowKernel("gather_elements_1024x1024", "GatherElements", (rows, Positions(rows, 1024)), rows, (), {"axis": 1})
+    yield RowKernel("where_1024x1024", "Where", (Conditions(rows), rows, rows), rows)
+    updates = (rows, Positions((256, 1), 1024), (256, 1024))
+    yield RowKernel("scatter_256_of_1024x1024", "ScatterND", updates, rows)
+    placed = (rows, Positions((64, 1024), 1024), (64, 1024))
+    yield RowKernel("scatter_elements_64_of_1024x1024", "ScatterElements", placed, rows, (), {"axis": 0})
+    depth = (np.array(1000), np.array([0, 1], floats))
+    yield RowKernel("one_hot_1024_of_1000", "OneHot", (Positions((1024,), 1000),), (1024, 1000), depth)
+    scales = (np.array([1, 1, 2, 2], floats),)
+    nearest: dict[str, Attribute] = {"mode": "nearest"}
+    yield RowKernel("resize_nearest_64_56", "Resize", ((1, 64, 56, 56),), (1, 64, 112, 112), scales, nearest)
+    cubic: dict[str, Attribute] = {"mode": "cubic"}
+    yield RowKernel("resize_cubic_3_112", "Resize", ((1, 3, 112, 112),), (1, 3, 224, 224), scales, cubic)
+    yield RowKernel("cumsum_1024x1024_axis0", "CumSum", (rows,), rows, (np.array(0),))
+    yield RowKernel("top_5_of_1000", "TopK", ((1, 1000),), (1, 5), (np.array([5]),), outputs=2)
+    yield RowKernel("top_300_of_8400", "TopK", ((1, 8400),), (1, 300), (np.array([300]),), outputs=2)
+    best: dict[str, Attribute] = {"axis": -1, "keepdims": 0}
+    yield RowKernel("argmax_64x32000", "ArgMax", ((64, 32000),), (64,), (), best, dtype=TensorProto.INT64)
+    limits = (np.array([100]), np.array([0.5], floats), np.array([0.5], floats))
+    boxes = ((1, 1000, 4), (1, 1, 1000))
+    yield RowKernel("nms_100_of_1000", "NonMaxSuppression", boxes, ("kept", 3), limits, dtype=TensorProto.INT64)
 
 
 def _beyond_caches() -> Iterator[RowKernel]:

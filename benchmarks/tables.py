@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -113,14 +114,31 @@ def _size_of(dimension: str | int, sizes: Mapping[str, int]) -> int:
 
 
 def random_inputs(model: Path) -> dict[str, np.ndarray]:
-    """Return normal values for the inputs, all static, of a model, and any codes for those of uint8."""
+    """Return normal values for the inputs, all static, of a model, and any codes or truth values for those of them.
+
+    Integers are positions, below what the model's metadata says.
+    """
     generator = np.random.default_rng(_SEED)
-    declared = onnx.load(model, load_external_data=False).graph.input
+    loaded = onnx.load(model, load_external_data=False)
+    metadata = {entry.key: entry.value for entry in loaded.metadata_props}
     inputs: dict[str, np.ndarray] = {}
-    for value in declared:
+    for value in loaded.graph.input:
         shape = [size.dim_value for size in value.type.tensor_type.shape.dim]
-        if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8:
+        kind = value.type.tensor_type.elem_type
+        if kind == onnx.TensorProto.UINT8:
             inputs[value.name] = generator.integers(0, 256, shape, np.uint8)
+        elif kind == onnx.TensorProto.INT64:
+            inputs[value.name] = _positions(generator, shape, int(metadata[f"below {value.name}"]))
+        elif kind == onnx.TensorProto.BOOL:
+            inputs[value.name] = generator.integers(0, 2, shape).astype(np.bool_)
         else:
             inputs[value.name] = generator.standard_normal(shape, dtype=np.float32)
     return inputs
+
+
+def _positions(generator: np.random.Generator, shape: list[int], below: int) -> np.ndarray:
+    """Return integers below a number, all different where there are enough: else results depend on their order."""
+    count = math.prod(shape)
+    if count > below:
+        return generator.integers(0, below, shape)
+    return generator.permutation(below)[:count].reshape(shape)
