@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 _MODEL = Path(__file__).parents[3] / "examples" / "decoder" / "model.onnx"
 # Of the largest logit. What rounding keys and values does to it goes through three layers: some units of the type's
 # roundoff for floats; for codes, whose largest error is half a step of 1 / 255 or 1 / 15 of a range, less.
-_TOLERANCE = {"bf16": 8 * 2.0**-8, "int8": 2 / 255, "int4": 1 / 15}
+_ROUNDOFF = {"fp16": 2.0**-11, "bf16": 2.0**-8}
+_TOLERANCE = {**{dtype: 8 * roundoff for dtype, roundoff in _ROUNDOFF.items()}, "int8": 2 / 255, "int4": 1 / 15}
 _SCHEMES = {
+    "fp16": "6 tensors in place as float16",
     "bf16": "6 tensors in place as bfloat16",
     "int8": "3 tensors in place as int8 by channel (pages of 32, the newest 32 or more float32); "
     "3 tensors in place as int8 by token (pages of 32, the newest 32 or more float32)",
@@ -102,7 +104,7 @@ def test_a_prompt_in_chunks_takes_less_memory_where_caches_are_quantized(narrow:
     first, second = (session.append(tokens) for session in sessions)
     _require_close(second, first, narrow[0])
     sizes = [session.cache_bytes for session in sessions]
-    assert sizes[1] == sizes[0] if narrow[0] == "bf16" else sizes[1] < sizes[0]
+    assert sizes[1] == sizes[0] if narrow[0] in _ROUNDOFF else sizes[1] < sizes[0]
 
 
 def test_cutting_back_among_the_newest_tokens_loses_nothing(narrow: tuple[str, CompiledModel]) -> None:
@@ -130,21 +132,22 @@ def test_compiled_code_stores_what_was_read_to_half_a_step(
             }
             entry.append(inputs, caches[-1])
     cache, exact = caches
-    assert cache.quantized == (0 if narrow[0] == "bf16" else 64)
+    assert cache.quantized == (0 if narrow[0] in _ROUNDOFF else 64)
     # The first layer's keys and values are the same in both; what follows differs by what was read before.
     for name in ("past_key_values.0.key", "past_key_values.0.value"):
         actual = cache.buffers[name].read(Held(100, cache.quantized)).astype(np.float32)
         expected = exact.buffers[name].read(Held(100, 0)).astype(np.float32)
         pages = cache.buffers[name].record.pages or CachePages(8, True, 1, 0)
         range_ = np.ptp(expected, axis=(2, 3), keepdims=True)
-        step = 2 * range_ * 2.0**-8 if narrow[0] == "bf16" else range_ / (2**pages.bits - 1)
+        roundoff = _ROUNDOFF.get(narrow[0])
+        step = range_ / (2**pages.bits - 1) if roundoff is None else 2 * range_ * roundoff
         assert (np.abs(actual - expected) <= 0.51 * step).all()
 
 
 def test_codes_take_less_memory_than_floats(narrow: tuple[str, CompiledModel], decoder: CompiledModel) -> None:
     sizes = [DecoderSession(model, capacity=8192).cache_bytes for model in (narrow[1], decoder)]
     # Of 32 bits: 16; 8 and, of head sizes of 32, 1 for scales; 4 and 1; and the newest 128 tokens as they are.
-    most = {"bf16": 0.5, "int8": 9 / 32 + 1 / 64, "int4": 5 / 32 + 1 / 64}[narrow[0]]
+    most = {"fp16": 0.5, "bf16": 0.5, "int8": 9 / 32 + 1 / 64, "int4": 5 / 32 + 1 / 64}[narrow[0]]
     assert sizes[0] <= most * sizes[1]
 
 
