@@ -17,7 +17,14 @@ _DEFAULT = "default: as the settings beside the model say, else"
 
 @click.command(name="generate")
 @click.argument("package", type=click.Path(path_type=Path))
-@click.option("--prompt", "-p", required=True, help="The text to continue.")
+@click.option(
+    "--prompt",
+    "-p",
+    "prompts",
+    required=True,
+    multiple=True,
+    help="The text to continue; several, one after the other.",
+)
 @click.option("--max-new-tokens", "-n", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--temperature", type=float, help=f"0 takes the likeliest token each time; {_DEFAULT} 0.")
 @click.option("--top-k", type=int, help=f"Draw from the k likeliest tokens, 0: from all; {_DEFAULT} 0.")
@@ -31,10 +38,12 @@ _DEFAULT = "default: as the settings beside the model say, else"
 )
 @click.option("--device", help="cpu, cuda or cuda:N; by default what the package was compiled for.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; by default one per physical core.")
-@click.option("--json", "as_json", is_flag=True, help="Print text and figures as JSON at the end.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print text and figures as JSON at the end, a list of several prompts."
+)
 def command(
     package: Path,
-    prompt: str,
+    prompts: tuple[str, ...],
     max_new_tokens: int,
     temperature: float | None,
     top_k: int | None,
@@ -48,8 +57,10 @@ def command(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Continue a prompt with PACKAGE, a compiled decoder language model; the text appears as it is made."""
+    """Continue prompts with PACKAGE, a compiled decoder language model; the text appears as it is made."""
     start = time.perf_counter()
+    from optimizer.cli.console import print_json
+    from optimizer.errors import OptionError
     from optimizer.runtime import load
     from optimizer.runtime.generation import DecoderSession, TextGenerator
     from optimizer.runtime.generation.session import MOST_AT_ONCE
@@ -59,27 +70,33 @@ def command(
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
     chosen = {name: value for name, value in given.items() if value is not None}
     sampling = replace(generator.settings.sampling, seed=seed, **chosen)
-    capacity = max_context or generator.settings.capacity
+    capacity, limit = max_context or generator.settings.capacity, generator.settings.limit
+    if limit is not None and max_context is not None and max_context > limit:
+        raise OptionError(f"the model has positions for a context of {limit} tokens; give --max-context up to that")
     session = DecoderSession(model, capacity=capacity, most_at_once=chunk or MOST_AT_ONCE)
     loaded = time.perf_counter() - start
-    generation = generator.generate(prompt, sampling, max_new_tokens=max_new_tokens, session=session)
-    pieces: list[str] = []
-    for piece in generation:
-        pieces.append(piece)
-        if not as_json:
-            click.echo(piece, nl=False)
+    documents: list[dict[str, object]] = []
+    for prompt in prompts:
+        session.reset()
+        generation = generator.generate(prompt, sampling, max_new_tokens=max_new_tokens, session=session)
+        pieces: list[str] = []
+        for piece in generation:
+            pieces.append(piece)
+            if not as_json:
+                click.echo(piece, nl=False)
+        if as_json:
+            documents.append(_document(prompt, "".join(pieces), generation, loaded))
+        else:
+            click.echo()
+            _print_figures(generation, loaded)
     if as_json:
-        _print_document(prompt, "".join(pieces), generation, loaded)
-    else:
-        click.echo()
-        _print_figures(generation, loaded)
+        print_json(documents[0] if len(documents) == 1 else documents)
 
 
-def _print_document(prompt: str, text: str, generation: Generation, loaded: float) -> None:
-    from optimizer.cli.console import print_json
+def _document(prompt: str, text: str, generation: Generation, loaded: float) -> dict[str, object]:
     from optimizer.report.memory import peak_resident_bytes
 
-    document = {
+    return {
         "prompt": prompt,
         "text": text,
         "tokens": generation.tokens,
@@ -90,7 +107,6 @@ def _print_document(prompt: str, text: str, generation: Generation, loaded: floa
         "decode_seconds": generation.decode_seconds,
         "peak_resident_bytes": peak_resident_bytes(),
     }
-    print_json(document)
 
 
 def _print_figures(generation: Generation, loaded: float) -> None:

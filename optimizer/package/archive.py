@@ -161,6 +161,8 @@ def read_members(archive: BinaryIO, what: str) -> dict[str, tuple[int, int]]:
 
 
 def _invalid(what: str) -> PackageError:
+    if what.endswith(".onnx"):
+        return PackageError(f"{what} is a model, not a package; compile it first: python -m optimizer compile {what}")
     return PackageError(f"{what} is not a package archive, or was altered; copy or build it again")
 
 

@@ -232,3 +232,6 @@ def test_generate_streams_text_and_ends_with_figures(optimizer: Callable, tmp_pa
     document = json.loads(optimizer("generate", package, "--prompt", "The king said", "-n", "6", "--json").out)
     assert document["text"] == finished.out.removesuffix("\n")
     assert len(document["tokens"]) == 6
+    both = optimizer("generate", package, "--prompt", "In the", "--prompt", "The king said", "-n", "6", "--json")
+    assert [each["prompt"] for each in json.loads(both.out)] == ["In the", "The king said"]
+    assert json.loads(both.out)[1]["tokens"] == document["tokens"]

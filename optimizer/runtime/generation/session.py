@@ -36,11 +36,14 @@ class DecoderSession:
     `capacity` is the largest number of tokens, or None for no bound but memory. Sessions of one model share its weights
     and nothing else. Where the package appends to its cache in place, the session owns the buffers, and a step copies
     nothing of what was read before; a longer text is read `most_at_once` tokens at a time. A cache that the model gives
-    room for a number of tokens, and no more, bounds the capacity, too. Raises OptionError for a package that is not a
-    decoder with a cache, and for no capacity where the model leaves the room of such a cache to the caller.
+    room for a number of tokens, and no more, bounds the capacity, too. `unread` are tokens of the text that the next
+    `append` reads first: the last one that a `Generation` made. Raises OptionError for a package that is not a decoder
+    with a cache, for a capacity below 1, and for none where the model leaves the room of such a cache to the caller.
     """
 
     def __init__(self, model: CompiledModel, *, capacity: int | None = None, most_at_once: int = MOST_AT_ONCE) -> None:
+        if capacity is not None and capacity < 1:
+            raise OptionError(f"a context of {capacity} tokens holds no text; give a capacity of 1 or more")
         self._entry = model.entry("main")
         self._roles: DecoderRoles = roles_of(self._entry.signature)
         self._cache: KeyValueCache | ReturnedCache
@@ -53,6 +56,7 @@ class DecoderSession:
         self._most_at_once = most_at_once
         self._steps = self._token_steps()
         self.tokens: list[int] = []
+        self.unread: list[int] = []
 
     @property
     def capacity(self) -> int | None:
@@ -67,11 +71,16 @@ class DecoderSession:
     def append(self, tokens: Sequence[int]) -> Logits:
         """Read more tokens and return the logits [vocabulary] of what follows the last of them.
 
-        Raises OptionError for no tokens, and where the text would exceed the capacity; the session stays as it was.
+        Raises OptionError for no tokens, for negative ones, and where the text would exceed the capacity; the session
+        stays as it was.
         """
+        tokens = [*self.unread, *tokens]
         if not tokens:
             raise OptionError("there are no tokens to read; give at least one (the model's beginning-of-text token)")
+        if min(tokens) < 0:
+            raise OptionError(f"{min(tokens)} is no token; tokens are counted from 0")
         require_room(self.capacity, len(self.tokens), len(tokens))
+        self.unread = []
         if isinstance(self._cache, ReturnedCache):
             return self._read(tokens)
         most = self._most_at_once
@@ -108,6 +117,7 @@ class DecoderSession:
             raise OptionError(f"the session holds {len(self.tokens)} tokens and cannot be cut to {length}")
         self._cache.rewind(length)
         del self.tokens[length:]
+        self.unread = []
 
     def reset(self) -> None:
         """Forget all tokens, and keep the memory for others."""
@@ -120,7 +130,7 @@ class DecoderSession:
         other._capacity = self._capacity
         other._cache = self._cache.fork()
         other._steps = other._token_steps()
-        other.tokens = list(self.tokens)
+        other.tokens, other.unread = list(self.tokens), list(self.unread)
         return other
 
     def _token_steps(self) -> TokenSteps | None:

@@ -18,13 +18,16 @@ SETTINGS_FILES = ("generation_config.json", "genai_config.json")
 class Settings:
     """The token that begins a text, those that end one, and how many tokens the model was made for; where known.
 
-    `sampling` is how tokens are chosen unless the caller says otherwise: the likeliest ones where nothing is known.
+    `capacity` is how long a text gets unless the caller says otherwise, `limit` the number of positions that the model
+    has, beyond which there are only wrong tokens. `sampling` is how tokens are chosen unless the caller says otherwise:
+    the likeliest ones where nothing is known.
     """
 
     begin: int | None = None
     stop: tuple[int, ...] = ()
     capacity: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    limit: int | None = None
 
 
 def read_settings(files: Mapping[str, bytes]) -> Settings:
@@ -40,7 +43,8 @@ def read_settings(files: Mapping[str, bytes]) -> Settings:
     begin = next((each.begin for each in found if each.begin is not None), None)
     capacity = next((each.capacity for each in reversed(found) if each.capacity), None)
     sampling = next((each.sampling for each in found if each.sampling != Sampling()), Sampling())
-    return Settings(begin, stops, capacity, sampling)
+    limit = next((each.limit for each in found if each.limit), None)
+    return Settings(begin, stops, capacity, sampling, limit)
 
 
 def _document(name: str, content: bytes) -> Mapping[str, object]:
@@ -61,10 +65,11 @@ def _settings(name: str, document: Mapping[str, object]) -> Settings:
     model = _section(name, document.get("model", document))
     stop = model.get("eos_token_id")
     tokens = [_count(token) for token in (stop if isinstance(stop, list) else [stop])]
-    capacity = _count(model.get("context_length", model.get("max_length")))
+    limit = _count(model.get("context_length"))
+    capacity = limit or _count(model.get("max_length"))
     sampling = _sampling(name, _section(name, document.get("search", document)))
     known = tuple(token for token in tokens if token is not None)
-    return Settings(_count(model.get("bos_token_id")), known, capacity or None, sampling)
+    return Settings(_count(model.get("bos_token_id")), known, capacity or None, sampling, limit or None)
 
 
 def _sampling(name: str, search: Mapping[str, object]) -> Sampling:

@@ -12,6 +12,7 @@ from optimizer.runtime.generation.sampling import Sampler, Sampling
 from optimizer.runtime.generation.session import DecoderSession
 from optimizer.runtime.generation.settings import SETTINGS_FILES, read_settings
 from optimizer.runtime.generation.tokenizer import TOKENIZER_FILE, Tokenizer
+from optimizer.runtime.kv_cache import require_room
 
 if TYPE_CHECKING:
     from optimizer.runtime.model import CompiledModel
@@ -50,6 +51,8 @@ class Generation:
                 yield text
 
     def _generate(self) -> Iterator[int]:
+        limit = self._generator.settings.limit
+        require_room(limit, len(self._session.tokens), len(self._session.unread) + len(self.prompt_tokens))
         start = time.perf_counter()
         logits = self._session.append(self.prompt_tokens)
         self.prefill_seconds = time.perf_counter() - start
@@ -61,9 +64,10 @@ class Generation:
             self.tokens.append(token)
             yield token
             if len(self.tokens) == self._limit:
+                self._session.unread = [token]
                 self.finished = "length"
                 return
-            if len(self._session.tokens) == self._session.capacity:
+            if len(self._session.tokens) in (self._session.capacity, limit):
                 self.finished = "context is full"
                 return
             start = time.perf_counter()
@@ -83,8 +87,10 @@ class TextGenerator:
     def __init__(self, model: CompiledModel, folder: Path | None = None) -> None:
         files = _files(model, folder)
         if TOKENIZER_FILE not in files:
+            where = "the package" if folder is None else folder
             raise OptionError(
-                f"there is no {TOKENIZER_FILE}; lay it beside the model and compile again, or give its folder"
+                f"{where} has no {TOKENIZER_FILE}; lay it beside the model and compile again, "
+                "or give its folder (generate's --tokenizer)"
             )
         self._model = model
         self.tokenizer = Tokenizer(files[TOKENIZER_FILE])
@@ -101,11 +107,14 @@ class TextGenerator:
         """Return the continuation of `prompt`, which is generated as it is iterated over.
 
         Tokens are chosen as `sampling` says, by default as the model's settings do.
-        `session` continues a text that was begun before. Iterating raises OptionError for an empty prompt of a model
-        that has no token to begin with, and for a prompt that is longer than the context.
+        `session` continues a text that was begun before, to whose middle no token belongs that begins a text. Raises
+        OptionError for less than one new token; iterating does so for an empty prompt of a model that has no token to
+        begin with, and for a prompt that is longer than the context.
         """
+        if max_new_tokens < 1:
+            raise OptionError(f"{max_new_tokens} new tokens are no text; ask for 1 or more")
         session = session or DecoderSession(self._model, capacity=self.settings.capacity)
-        tokens = self.tokenizer.encode(prompt)
+        tokens = self.tokenizer.encode(prompt, begins=not session.tokens)
         if not tokens and not session.tokens and self.settings.begin is not None:
             tokens = [self.settings.begin]
         return Generation(self, session, tokens, Sampler(sampling or self.settings.sampling), max_new_tokens)

@@ -18,7 +18,7 @@ class _Encoding(Protocol):
 class _Library(Protocol):
     """The part of `tokenizers.Tokenizer` that is used here."""
 
-    def encode(self, sequence: str) -> _Encoding: ...
+    def encode(self, sequence: str, *, add_special_tokens: bool) -> _Encoding: ...
 
 
 class _Stream(Protocol):
@@ -43,9 +43,9 @@ class Tokenizer:
         except Exception as error:  # the library raises plain exceptions for malformed files
             raise PackageError(f"{TOKENIZER_FILE} is no tokenizer of the tokenizers library: {error}") from error
 
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of a text, with those that the tokenizer puts around it."""
-        return list(self._tokenizer.encode(text).ids)
+    def encode(self, text: str, *, begins: bool = True) -> list[int]:
+        """Return the tokens of a text, if it `begins` one with those that the tokenizer puts around it."""
+        return list(self._tokenizer.encode(text, add_special_tokens=begins).ids)
 
     def stream(self, before: Sequence[int]) -> Callable[[int], str | None]:
         """Return a function from the tokens after `before`, one by one, to their text.

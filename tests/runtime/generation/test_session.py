@@ -86,8 +86,12 @@ def test_reading_nothing_and_cutting_to_more_than_there_is_are_errors(decoder: C
     session = DecoderSession(decoder)
     with pytest.raises(OptionError, match="no tokens"):
         session.append([])
+    with pytest.raises(OptionError, match="-1 is no token"):
+        session.append([3, -1])
     with pytest.raises(OptionError, match="cannot be cut"):
         session.rewind(1)
+    with pytest.raises(OptionError, match="a context of 0 tokens"):
+        DecoderSession(decoder, capacity=0)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

@@ -37,6 +37,50 @@ def test_a_full_context_ends_the_text(decoder: CompiledModel) -> None:
     assert len(session.tokens) == 10
 
 
+def test_a_text_goes_on_where_the_last_answer_ended(decoder: CompiledModel) -> None:
+    generator = TextGenerator(decoder)
+    whole = generator.generate(_PROMPT, max_new_tokens=9)
+    text = "".join(whole)
+    session = DecoderSession(decoder)
+    first = generator.generate(_PROMPT, max_new_tokens=4, session=session)
+    begun = "".join(first)
+    assert session.unread == first.tokens[-1:]
+    fork = session.fork()
+    rest = generator.generate("", max_new_tokens=5, session=session)
+    assert begun + "".join(rest) == text
+    assert first.tokens + rest.tokens == whole.tokens
+    assert fork.unread == first.tokens[-1:]
+    fork.reset()
+    assert not fork.unread
+
+
+def test_only_a_text_that_begins_gets_the_token_to_begin_with(decoder: CompiledModel) -> None:
+    document = json.loads(decoder.read_file("tokenizer.json") or b"")
+    special = {"id": "x", "ids": [7], "tokens": ["x"]}
+    single = [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    processor = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {"x": special}}
+    tokenizer = Tokenizer(json.dumps({**document, "post_processor": processor}).encode())
+    assert tokenizer.encode("the king")[0] == 7
+    assert tokenizer.encode("the king", begins=False) == tokenizer.encode("the king")[1:]
+
+
+def test_no_text_goes_beyond_the_positions_that_the_builder_says(decoder: CompiledModel, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(decoder.read_file("tokenizer.json") or b"")
+    (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"context_length": 10}}))
+    generator = TextGenerator(decoder, tmp_path)
+    generation = generator.generate(_PROMPT, max_new_tokens=50, session=DecoderSession(decoder, capacity=40))
+    list(generation)
+    assert generation.finished == "context is full"
+    assert len(generation.prompt_tokens) + len(generation.tokens) == 11
+    with pytest.raises(OptionError, match="do not fit a context of 10"):
+        list(generator.generate(_PROMPT * 3, session=DecoderSession(decoder)))
+
+
+def test_an_answer_of_no_tokens_is_refused(decoder: CompiledModel) -> None:
+    with pytest.raises(OptionError, match="ask for 1 or more"):
+        TextGenerator(decoder).generate(_PROMPT, max_new_tokens=0)
+
+
 def test_a_stop_token_ends_the_text_and_is_not_part_of_it(decoder: CompiledModel, tmp_path: Path) -> None:
     first = TextGenerator(decoder).generate(_PROMPT, max_new_tokens=6)
     list(first)
@@ -76,7 +120,11 @@ def test_malformed_files_are_package_errors() -> None:
     [
         ("generation_config.json", {"eos_token_id": 2, "bos_token_id": 1}, Settings(1, (2,), None)),
         ("generation_config.json", {"eos_token_id": [2, 3], "max_length": 64}, Settings(None, (2, 3), 64)),
-        ("genai_config.json", {"model": {"eos_token_id": 9, "context_length": 128}}, Settings(None, (9,), 128)),
+        (
+            "genai_config.json",
+            {"model": {"eos_token_id": 9, "context_length": 128}},
+            Settings(None, (9,), 128, limit=128),
+        ),
         ("generation_config.json", {"eos_token_id": "x", "max_length": -1}, Settings()),
     ],
 )
@@ -111,7 +159,7 @@ def test_each_setting_comes_from_the_first_file_that_has_it_and_the_context_from
     builder = {"model": {"eos_token_id": 9, "bos_token_id": 1, "context_length": 128}, "search": _SAMPLED}
     files = {"generation_config.json": transformers, "genai_config.json": builder}
     settings = read_settings({name: json.dumps(document).encode() for name, document in files.items()})
-    assert settings == Settings(1, (2, 3), 128, Sampling(0.6, 20, 0.9, 1.1))
+    assert settings == Settings(1, (2, 3), 128, Sampling(0.6, 20, 0.9, 1.1), limit=128)
 
 
 def test_a_generator_draws_as_its_settings_say(decoder: CompiledModel, tmp_path: Path) -> None:
