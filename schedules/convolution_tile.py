@@ -6,7 +6,7 @@ import itertools
 
 from schedules.access import linear_coefficient, occurs
 from schedules.channel_windows import ChannelWindows
-from schedules.intrin.byte_dot import FOUR, FOURS
+from schedules.intrin.byte_dot import FOUR, FOURS, splits_operands
 from schedules.loops import Extent, product
 from targets.base import Target
 
@@ -17,6 +17,8 @@ MOST_BLOCKS, MOST_COLUMNS = 8, 28
 BORDER_OPERANDS = 4
 # Cycles from one fused multiply-add to the next that reads its result, and how many of them start in one cycle.
 LATENCY, THROUGHPUT = 4, 2
+# Registers beside sums and two for each vector of weights, where bytes are split: two of a column, a product, a mask.
+SPLIT_OPERANDS = 4
 # Loads of the image's elements that take as long as one of weights, as measured on tiles of 28 registers.
 WEIGHT_COST = 5
 
@@ -29,11 +31,12 @@ def register_tile(analysis: ChannelWindows, target: Target) -> tuple[int, int]:
     """
     width = column_extent(analysis)
     most_blocks = min(MOST_BLOCKS, analysis.per_group) if analysis.channel is not None else 1
+    is_split = _is_split(analysis, target)
 
     def cycles(tile: tuple[int, int]) -> float:
         blocks, columns = tile
         sizes = itertools.product(_tile_sizes(analysis.per_group, blocks), _tile_sizes(width, columns))
-        return sum(_step_cycles(b, c) for b, c in sizes)
+        return sum(_split_cycles(b, c) if is_split else _step_cycles(b, c) for b, c in sizes)
 
     candidates = []
     for blocks in range(1, most_blocks + 1):
@@ -100,6 +103,8 @@ def _fits(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -
         operands = blocks + 2 * columns
     else:
         operands = _operands(target, blocks, columns)
+        if _is_split(analysis, target):
+            operands = SPLIT_OPERANDS + 2 * blocks
         if target.architecture == "aarch64" and analysis.terms == FOUR:
             operands -= columns // FOURS * (FOURS - 1)  # a vector has the fours of several columns
         image = analysis.data.indices[2:-1]
@@ -107,6 +112,10 @@ def _fits(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -
         if target.architecture == "aarch64" and taps:
             operands -= blocks
     return blocks * columns + operands <= _registers(target)
+
+
+def _is_split(analysis: ChannelWindows, target: Target) -> bool:
+    return analysis.terms == FOUR and splits_operands(target)
 
 
 def _stride(analysis: ChannelWindows) -> int:
@@ -124,3 +133,8 @@ def _tile_sizes(extent: int, size: int) -> list[int]:
 def _step_cycles(blocks: int, columns: int) -> float:
     loads = WEIGHT_COST * blocks + columns
     return max(blocks * columns / THROUGHPUT, LATENCY) + loads / 4
+
+
+def _split_cycles(blocks: int, columns: int) -> float:
+    """Return the cycles of a step that splits 3 operations' worth of weights and 2 of a column, three in a cycle."""
+    return (4 * blocks * columns + 3 * blocks + 2 * columns) / 3

@@ -22,7 +22,7 @@ from schedules.epilogue import Epilogue
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
 from schedules.grouped_products import GroupedProducts
 from schedules.intrin.bf16_dot import PAIR
-from schedules.intrin.byte_dot import FOUR
+from schedules.intrin.byte_dot import FOUR, splits_operands
 from schedules.intrin.grouped_dot import GroupedDot, grouped_dot, is_grouped_term
 from schedules.loops import Extent, ceiling, product
 from schedules.reducer import NARROW_FLOATS, accumulator_dtype, reducer_of
@@ -36,6 +36,8 @@ ROWS_TO_TRANSPOSE = 48
 # Rows and vectors of columns where instructions widen 16-bit floats of the rows, as those of the columns are in a panel
 # in fp32: 5 for 80 multiply-adds, each in the place of two of these. 20 of 32 registers.
 WIDENED_TILE = 5, 4
+# Where bytes are split into two vectors of 16 bits: 6 sums, 4 vectors of columns, and 4 registers for a row.
+SPLIT_TILE = 3, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +105,7 @@ class Matmul:
 
     def space(self, target: Target, analysis: MatmulAnalysis) -> Space:
         """Return the register tile, the rows of a task, and whether the column operand is copied to panels."""
-        rows, vectors = WIDENED_TILE if _widens(analysis, target) else register_tile(target)
+        rows, vectors = _register_tile(analysis, target)
         return (
             Choice("rows", rows, (4, 6, 8, 12, 14)),
             Choice("vectors", vectors, (1, 2, 3, 4)),
@@ -125,6 +127,13 @@ class Matmul:
             return few()
         many = _many_rows(analysis, parameters, target, analysis.operand)
         return many if isinstance(extent, int) else tirx.IfThenElse(extent >= enough, many, few())
+
+
+def _register_tile(analysis: MatmulAnalysis, target: Target) -> tuple[int, int]:
+    """Return rows and vectors of accumulators that fit the registers beside what a step needs."""
+    if _widens(analysis, target):
+        return WIDENED_TILE
+    return SPLIT_TILE if analysis.group == FOUR and splits_operands(target) else register_tile(target)
 
 
 def _widens(analysis: MatmulAnalysis, target: Target) -> bool:

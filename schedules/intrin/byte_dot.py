@@ -1,4 +1,4 @@
-"""Dot products of fours of bytes that add to int32 lanes, exactly: vpdpbusd, what AVX2 has instead, sdot and usdot.
+"""Dot products of fours of bytes that add to int32 lanes, exactly: vpdpbusd, two of vpmaddwd, sdot and usdot.
 
 They come in as functions in LLVM's language, as `bf16_dot` does: a row's four bytes are one number of 32 bits in all
 lanes, and where a reduction ends there may be fewer. Which sign the activations may have is up to the instruction.
@@ -49,22 +49,26 @@ _ONE = """
   %result = call <{lanes} x i32>
     @{intrinsic}(<{lanes} x i32> %sum, <{bytes} x i8> {first}, <{bytes} x i8> {second})"""
 _DECLARED = "declare <{lanes} x i32> @{intrinsic}(<{lanes} x i32>, <{bytes} x i8>, <{bytes} x i8>)"
-# One product of an unsigned and a signed byte fits into 16 bits, the sum of two does not: vpmaddubsw gets every other
-# weight, and vpmaddwd adds what it makes in pairs.
+# vpmaddubsw would saturate sums of two products. vpmaddwd multiplies numbers of 16 bits and adds pairs, exactly: every
+# other byte of both operands is widened in place, which one vector of weights or four of activations take just once.
+# The fence, no instruction, keeps LLVM from adding the products of many steps to each other, in registers they lack.
 _AVX2 = """
   %pairs = bitcast <32 x i8> %w to <16 x i16>
-  %low = and <16 x i16> %pairs, splat (i16 255)
-  %high = and <16 x i16> %pairs, splat (i16 -256)
-  %even = bitcast <16 x i16> %low to <32 x i8>
-  %odd = bitcast <16 x i16> %high to <32 x i8>
-  %p = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %x, <32 x i8> %even)
-  %q = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %x, <32 x i8> %odd)
-  %s = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %p, <16 x i16> splat (i16 1))
-  %t = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %q, <16 x i16> splat (i16 1))
-  %both = add <8 x i32> %s, %t
-  %result = add <8 x i32> %sum, %both"""
-_AVX2_DECLARED = """declare <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8>, <32 x i8>)
-declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)"""
+  %raised = shl <16 x i16> %pairs, splat (i16 8)
+  %even = ashr <16 x i16> %raised, splat (i16 8)
+  %odd = ashr <16 x i16> %pairs, splat (i16 8)
+  %fours = bitcast <32 x i8> %x to <16 x i16>
+  %first.third = and <16 x i16> %fours, splat (i16 255)
+  %second.fourth = lshr <16 x i16> %fours, splat (i16 8)
+  %s = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %first.third, <16 x i16> %even)
+  %t = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %second.fourth, <16 x i16> %odd)
+  %some = add <8 x i32> %sum, %s
+  %total = add <8 x i32> %some, %t
+  %float = bitcast <8 x i32> %total to <8 x float>
+  %known = call <8 x float> @llvm.arithmetic.fence.v8f32(<8 x float> %float)
+  %result = bitcast <8 x float> %known to <8 x i32>"""
+_AVX2_DECLARED = """declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)
+declare <8 x float> @llvm.arithmetic.fence.v8f32(<8 x float>)"""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,11 @@ def byte_dot(target: Target, activations: str, weights: str) -> ByteDot | None:
     if activations == "uint8":
         return _single("llvm.aarch64.neon.usdot.v4i32.v16i8", 4, ("%x", "%w"), activations, target)
     return _single("llvm.aarch64.neon.sdot.v4i32.v16i8", 4, ("%w", "%x"), activations, target)
+
+
+def splits_operands(target: Target) -> bool:
+    """Return whether a target multiplies bytes as numbers of 16 bits, two vectors for each of both operands."""
+    return bool(activation_types(target)) and target.architecture == "x86_64" and "avx512_vnni" not in target.features
 
 
 def is_product_of_bytes(term: Expr) -> bool:

@@ -78,7 +78,7 @@ def test_weights_lie_in_fours_where_the_target_takes_the_data(depth: int) -> Non
     ("target", "data", "instruction"),
     [
         ("x86-avx512", "uint8", "vpdpbusd"),
-        ("x86-avx2", "uint8", "vpmaddubsw"),
+        ("x86-avx2", "uint8", "vpmaddwd"),
         ("arm64", "int8", "sdot"),
         ("arm64-i8mm", "uint8", "sudot"),
     ],
