@@ -14,7 +14,9 @@ from optimizer.compile import CompileOptions, plan_model
 from optimizer.lowering import build
 from targets.base import Target
 
-MULTIPLY_ADD = re.compile(r"\s(vfn?m(add|sub)\d+ps|fml[as]|bfdot|bfmmla|[us]+dot|[us]+mmla|vpdpbusd)\s")
+MULTIPLY_ADD = re.compile(
+    r"\s(vfn?m(add|sub)\d+ps|fml[as]|bfdot|bfmmla|[us]+dot|[us]+mmla|vpdpbusd|vpmaddwd|vpmaddubsw)\s"
+)
 _SCALAR_MULTIPLY_ADD = re.compile(r"\s(vfn?m(add|sub)\d+ss|fn?m(add|sub))\s")
 # A vector register stored to the stack or loaded from it.
 _SPILL = re.compile(r"mm\d+.*\(%rsp|\(%rsp.*mm\d|\bq\d+\b.*\[sp")

@@ -17,8 +17,8 @@ MOST_BLOCKS, MOST_COLUMNS = 8, 28
 BORDER_OPERANDS = 4
 # Cycles from one fused multiply-add to the next that reads its result, and how many of them start in one cycle.
 LATENCY, THROUGHPUT = 4, 2
-# Registers beside sums and two for each vector of weights, where bytes are split: two of a column, a product, a mask.
-SPLIT_OPERANDS = 4
+# Registers beside sums and two for each vector of weights where bytes are split: 2 of a column, 2 products, a mask.
+SPLIT_OPERANDS = 5
 # Loads of the image's elements that take as long as one of weights, as measured on tiles of 28 registers.
 WEIGHT_COST = 5
 

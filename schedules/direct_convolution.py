@@ -26,7 +26,8 @@ from schedules.convolution import split_producer
 from schedules.convolution_tile import column_extent, register_tile, task_shape
 from schedules.direct_convolution_tile import Point, RegisterTile
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
-from schedules.intrin.grouped_dot import GroupedDot, grouped_dot
+from schedules.intrin.grouped_call import GroupedDot
+from schedules.intrin.grouped_dot import grouped_dot
 from schedules.intrin.load_fence import with_fences
 from schedules.loops import (
     Extent,

@@ -17,7 +17,7 @@ from schedules.channel_windows import ChannelWindow, ChannelWindows
 from schedules.intrin.byte_dot import FOUR
 from schedules.intrin.byte_rounding import rounding_of
 from schedules.intrin.byte_stores import TOGETHER
-from schedules.intrin.grouped_dot import GroupedDot
+from schedules.intrin.grouped_call import GroupedDot
 from schedules.intrin.load_fence import fence
 from schedules.loops import index, load, local, loop, quotient, store, unrolled, vector, with_local
 from schedules.reducer import accumulate, accumulator_dtype

@@ -9,7 +9,7 @@ from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.intrin.grouped_dot import GroupedDot
+from schedules.intrin.grouped_call import GroupedDot
 from schedules.loops import index, load, store, unrolled
 from schedules.stages import sequence, substitute
 

@@ -23,7 +23,8 @@ from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector
 from schedules.grouped_products import GroupedProducts
 from schedules.intrin.bf16_dot import PAIR
 from schedules.intrin.byte_dot import FOUR, splits_operands
-from schedules.intrin.grouped_dot import GroupedDot, grouped_dot, is_grouped_term
+from schedules.intrin.grouped_call import GroupedDot
+from schedules.intrin.grouped_dot import grouped_dot, is_grouped_term
 from schedules.loops import Extent, ceiling, product
 from schedules.reducer import NARROW_FLOATS, accumulator_dtype, reducer_of
 from schedules.stages import Stage

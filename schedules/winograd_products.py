@@ -10,8 +10,9 @@ from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.by_element import over_terms
-from schedules.intrin.bf16_dot import PAIR, Bf16Dot
+from schedules.intrin.bf16_dot import PAIR
 from schedules.intrin.bf16_pairs import Bf16Pairs
+from schedules.intrin.grouped_call import GroupedDot
 from schedules.loops import LINE_BITS, index, load, local, loop, prefetch, store, tiles, unrolled, vector, with_local
 from schedules.stages import sequence
 from schedules.winograd_structure import WinogradAnalysis
@@ -25,7 +26,7 @@ class Rounding:
     """The target's rounding to pairs of bfloat16, and its dot product of them."""
 
     pairs: Bf16Pairs
-    dot: Bf16Dot
+    dot: GroupedDot
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,8 @@ come in as a small function in LLVM's language, which takes addresses and is inl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from tvm import tirx
-from tvm.ir import Expr
-from tvm.tirx.stmt import Stmt
-
-from schedules.intrin.llvm_functions import attributes, imported
+from schedules.intrin.grouped_call import GroupedDot
+from schedules.intrin.llvm_functions import attributes
 from targets.base import Target
 
 # Neighbours of K that one lane consumes.
@@ -32,14 +27,14 @@ define weak_odr <{lanes} x float> @{call}(<{lanes} x float> %sum, ptr %weights, 
 }}
 {readers}attributes #0 = {{ {attributes} }}
 """
-_READER = """define weak_odr i32 @{call}_1(ptr %from) #0 {{
+_READER = """define weak_odr i32 @{call}_2(ptr %from) #0 {{
   %pair = load i32, ptr %from, align 4
   ret i32 %pair
 }}
 """
 # LLVM 21 and 22 find the element that the instruction takes out of a vector by itself only where that vector is known
 # as one of bfloat16 (llvm/llvm-project#170883): the fence, no instruction, keeps it from being loaded as another one.
-_VECTOR_READER = """define weak_odr <{count} x i32> @{call}_{count}(ptr %from) #0 {{
+_VECTOR_READER = """define weak_odr <{count} x i32> @{call}_vector_{count}(ptr %from) #0 {{
   %some = load <{elements} x bfloat>, ptr %from, align 4
   %widened = shufflevector <{elements} x bfloat> %some, <{elements} x bfloat> poison, <8 x i32> <{whole}>
   %known = call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %widened)
@@ -51,48 +46,20 @@ _VECTOR_READER = """define weak_odr <{count} x i32> @{call}_{count}(ptr %from) #
 _FENCE = "declare <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat>)\n"
 
 
-@dataclass(frozen=True)
-class Bf16Dot:
-    """The instruction of one target, for `lanes` outputs at a time."""
-
-    lanes: int
-    intrinsic: str
-    source: str
-    at_once: int
-    terms: int = PAIR
-
-    def accumulate(self, sums: Expr, weights: Expr, activations: Expr, terms: int = PAIR) -> Expr:
-        """Return sums[l] + w[l][0] * x[0] + w[l][1] * x[1].
-
-        `weights` and `activations` are the reads of the first of `lanes` pairs, aligned to a vector, and of one pair.
-        """
-        assert terms == PAIR
-        return self.accumulate_group(sums, weights, self.groups(activations, 1))
-
-    def accumulate_group(self, sums: Expr, weights: Expr, group: Expr) -> Expr:
-        """Return the same with an x that `groups` gave."""
-        return tirx.call_extern(f"float32x{self.lanes}", _CALL, sums, tirx.address_of(weights), group)
-
-    def groups(self, activations: Expr, count: int) -> Expr:
-        """Return one pair or a vector of at most `at_once`, from the one on that begins at a read."""
-        dtype = "int32" if count == 1 else f"int32x{count}"
-        return tirx.call_extern(dtype, f"{_READ}_{count}", tirx.address_of(activations))
-
-    def imported(self, statement: Stmt) -> Stmt:
-        """Return a statement that calls the function, with the function."""
-        return imported(statement, self.source)
-
-
-def bf16_dot(target: Target) -> Bf16Dot | None:
-    """Return the dot product of a CPU target, None where it has none."""
+def bf16_intrinsic(target: Target) -> str | None:
+    """Return LLVM's name of a CPU target's dot product, None where it has none."""
     if "avx512_bf16" in target.features:
-        return _dot("llvm.x86.avx512bf16.dpbf16ps.512", 16, 1, target)
-    if target.architecture == "aarch64" and "bf16" in target.features:
-        return _dot("llvm.aarch64.neon.bfdot.v4f32.v8bf16", 4, 4, target)
-    return None
+        return "llvm.x86.avx512bf16.dpbf16ps.512"
+    is_arm = target.architecture == "aarch64" and "bf16" in target.features
+    return "llvm.aarch64.neon.bfdot.v4f32.v8bf16" if is_arm else None
 
 
-def _dot(intrinsic: str, lanes: int, at_once: int, target: Target) -> Bf16Dot:
+def bf16_dot(target: Target) -> GroupedDot | None:
+    """Return the dot product of a CPU target, None where it has none."""
+    intrinsic = bf16_intrinsic(target)
+    if intrinsic is None:
+        return None
+    lanes, at_once = (4, 4) if target.architecture == "aarch64" else (16, 1)
     source = _SOURCE.format(
         intrinsic=intrinsic,
         call=_CALL,
@@ -102,7 +69,7 @@ def _dot(intrinsic: str, lanes: int, at_once: int, target: Target) -> Bf16Dot:
         readers=_readers(at_once),
         attributes=attributes(target),
     )
-    return Bf16Dot(lanes, intrinsic, source, at_once)
+    return GroupedDot(lanes, PAIR, "float32", _CALL, _READ, source, at_once)
 
 
 def _readers(most: int) -> str:

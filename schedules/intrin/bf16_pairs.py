@@ -13,7 +13,8 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.stmt import Stmt
 
-from schedules.intrin.bf16_dot import PAIR, Bf16Dot, bf16_dot
+from schedules.intrin.bf16_dot import PAIR, bf16_dot, bf16_intrinsic
+from schedules.intrin.grouped_call import GroupedDot
 from schedules.intrin.llvm_functions import attributes, imported
 from targets.base import Target
 
@@ -57,7 +58,7 @@ class Bf16Pairs:
 
     lanes: int
     source: str
-    dot: Bf16Dot
+    dot: GroupedDot
 
     def accumulate(self, sums: Expr, pairs: Expr, pair: Expr) -> Expr:
         """Return sums[l] + pairs[l][0] * pair[0] + pairs[l][1] * pair[1]."""
@@ -97,7 +98,7 @@ def bf16_pairs(target: Target) -> Bf16Pairs | None:
         return _ROUND.format(call=call, order=", ".join(f"i32 {place}" for place in order), **width)
 
     source = _SOURCE.format(
-        intrinsic=dot.intrinsic,
+        intrinsic=bf16_intrinsic(target),
         call=_DOT,
         alternating=rounding(_ALTERNATING, [place for lane in range(lanes) for place in (lane, lanes + lane)]),
         adjacent=rounding(_ADJACENT, list(range(PAIR * lanes))),

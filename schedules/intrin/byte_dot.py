@@ -6,13 +6,11 @@ lanes, and where a reduction ends there may be fewer. Which sign the activations
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tvm import tirx
 from tvm.ir import Expr, TensorLoad
-from tvm.tirx.stmt import Stmt
 
-from schedules.intrin.llvm_functions import attributes, imported
+from schedules.intrin.grouped_call import GroupedDot
+from schedules.intrin.llvm_functions import attributes
 from targets.base import Target
 
 # Neighbours of K that one lane consumes.
@@ -71,39 +69,6 @@ _AVX2_DECLARED = """declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x 
 declare <8 x float> @llvm.arithmetic.fence.v8f32(<8 x float>)"""
 
 
-@dataclass(frozen=True)
-class ByteDot:
-    """The instruction of one target and type of activations, for `lanes` outputs at a time; weights are int8."""
-
-    lanes: int
-    call: str
-    source: str
-    at_once: int
-    terms: int = FOUR
-
-    def accumulate(self, sums: Expr, weights: Expr, activations: Expr, terms: int = FOUR) -> Expr:
-        """Return sums[l] + the sum of w[l][k] * x[k] over `terms` neighbours.
-
-        `weights` is the read of the first of `lanes` fours, aligned to a vector, `activations` that of the first byte.
-        """
-        four = tirx.call_extern("int32", f"{_READ}_{terms}", tirx.address_of(activations))
-        return self.accumulate_group(sums, weights, four)
-
-    def accumulate_group(self, sums: Expr, weights: Expr, group: Expr) -> Expr:
-        """Return the same with an x that `groups` gave."""
-        return tirx.call_extern(f"int32x{self.lanes}", self.call, sums, tirx.address_of(weights), group)
-
-    def groups(self, activations: Expr, count: int) -> Expr:
-        """Return one four or a vector of at most `at_once`, from the one on that begins at a read."""
-        if count == 1:
-            return tirx.call_extern("int32", f"{_READ}_{FOUR}", tirx.address_of(activations))
-        return tirx.call_extern(f"int32x{count}", f"{_READ}_vector_{count}", tirx.address_of(activations))
-
-    def imported(self, statement: Stmt) -> Stmt:
-        """Return a statement that calls the functions, with the functions."""
-        return imported(statement, self.source)
-
-
 def activation_types(target: Target) -> tuple[str, ...]:
     """Return the types of activations that the target multiplies with int8 weights, the best first; none without."""
     if target.device != "cpu":
@@ -115,7 +80,7 @@ def activation_types(target: Target) -> tuple[str, ...]:
     return ("int8", "uint8") if "i8mm" in target.features else ("int8",)
 
 
-def byte_dot(target: Target, activations: str, weights: str) -> ByteDot | None:
+def byte_dot(target: Target, activations: str, weights: str) -> GroupedDot | None:
     """Return the dot product of a CPU target for two types of bytes, None where it has none."""
     if weights != "int8" or activations not in activation_types(target):
         return None
@@ -143,14 +108,14 @@ def _widens_byte(expression: Expr) -> bool:
     return is_read and str(expression.ty.dtype) == "int32" and str(expression.value.source.dtype) in ("int8", "uint8")
 
 
-def _single(intrinsic: str, lanes: int, operands: tuple[str, str], activations: str, target: Target) -> ByteDot:
+def _single(intrinsic: str, lanes: int, operands: tuple[str, str], activations: str, target: Target) -> GroupedDot:
     """Return a dot product that is one instruction."""
     names = {"lanes": lanes, "bytes": FOUR * lanes, "intrinsic": intrinsic}
     body = _ONE.format(**names, first=operands[0], second=operands[1])
     return _dot(lanes, activations, _DECLARED.format(**names), body, target)
 
 
-def _dot(lanes: int, activations: str, declared: str, body: str, target: Target) -> ByteDot:
+def _dot(lanes: int, activations: str, declared: str, body: str, target: Target) -> GroupedDot:
     call = f"{_DOT}_{activations}"
     at_once = FOURS if target.architecture == "aarch64" else 1
     vectors = [_VECTOR_READER.format(call=_READ, count=count) for count in range(2, at_once + 1)]
@@ -162,7 +127,7 @@ def _dot(lanes: int, activations: str, declared: str, body: str, target: Target)
         readers="".join([*(_reader(count) for count in range(1, FOUR + 1)), *vectors]),
         attributes=attributes(target),
     )
-    return ByteDot(lanes, call, f"{declared}\n{definition}", at_once)
+    return GroupedDot(lanes, FOUR, "int32", call, _READ, f"{declared}\n{definition}", at_once)
 
 
 def _reader(count: int) -> str:

@@ -13,6 +13,8 @@ from onnx import helper, numpy_helper
 import targets
 from benchmarks.arm64 import quantized_product
 from benchmarks.inner_loops import multiplying_loops, save_and_compile
+from benchmarks.integer_convolutions import byte_convolutions
+from benchmarks.integer_products import byte_product
 
 Shape = tuple[int, ...]
 
@@ -47,6 +49,8 @@ KERNELS = {
     "convolution 5x5": convolution(64, 14, 5),
     "Winograd": convolution(64, 9, 3),
     "depthwise": convolution(64, 28, 3, group=64),
+    "product of bytes": byte_product(128, 384, 384),
+    "convolution 1x1 of bytes": byte_convolutions(1, (64, 64), 14, 1),
 }
 
 
