@@ -39,19 +39,26 @@ from schedules.stages import Axis, sequence, substitute, variables_of
 FLOAT = "float32"
 # Keys of one task of packing: enough to be worth handing out, and few enough that small heads divide evenly.
 CHUNK = 32
+# Bytes that are packed at a time, so that they are there in caches when they are read, and memory is bounded.
+PACKED_BYTES = 4 << 20
+PAIR_BYTES = 4
 # Registers of a tile's sums, its rows, and the queries in their lanes.
 Tile = tuple[Var, int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Packed `keys` [heads][key][depth / 2] and `values` [heads][key / 2][column], int32; `axes` are those of heads."""
+    """Packed `keys` [heads][key][depth / 2] and `values` [heads][key / 2][column], int32; `axes` are those of heads.
+
+    Of the first axis there are `at_once` places in the buffers, all of them or a part that divides them.
+    """
 
     dot: Bf16Pairs
     analysis: AttentionAnalysis
     axes: tuple[Axis, ...]
     keys: Var
     values: Var
+    at_once: Extent
 
     @property
     def buffers(self) -> list[Var]:
@@ -62,16 +69,31 @@ class Pairs:
         """Return the place of a head among those packed."""
         if not self.axes:
             return index(0)
-        return flatten([point[axis.variable] for axis in self.axes], [axis.extent for axis in self.axes])
+        places = [point[axis.variable] for axis in self.axes]
+        if self.parts != 1:
+            places[0] = tirx.floormod(places[0], index(self.at_once))
+        return flatten(places, self._extents)
 
-    def pack(self, large: bool) -> Stmt:
-        """Return the packing of all keys and values, by all threads."""
-        extents = [axis.extent for axis in self.axes]
+    @property
+    def parts(self) -> int:
+        """Return how many parts of the first axis are packed one after the other."""
+        extent = self.axes[0].extent if self.axes else 1
+        return extent // self.at_once if isinstance(extent, int) and isinstance(self.at_once, int) else 1
+
+    @property
+    def _extents(self) -> list[Extent]:
+        return [self.at_once, *(axis.extent for axis in self.axes[1:])] if self.axes else []
+
+    def pack(self, part: Expr, large: bool) -> Stmt:
+        """Return the packing of all keys and values of a part of the first axis, by all threads."""
+        extents = self._extents
         keys = self.analysis.key.extent
         chunks = ceiling(keys, CHUNK)
 
         def task(number: Expr) -> Stmt:
             *outside, chunk = unflatten(number, [*extents, chunks])
+            if self.parts != 1:
+                outside[0] = part * self.at_once + outside[0]
             point = {axis.variable: value for axis, value in zip(self.axes, outside, strict=True)}
             first = chunk * CHUNK
             count = tirx.min(index(CHUNK), index(keys) - first)
@@ -218,13 +240,28 @@ def packed(dot: Bf16Pairs, analysis: AttentionAnalysis) -> Pairs:
     """Return the packing of an attention's keys and values, once for each of the heads that differ in them."""
     read = [*variables_of(analysis.keys), *variables_of(analysis.values)]
     axes = tuple(axis for axis in analysis.outer if any(axis.variable.same_as(variable) for variable in read))
-    heads = product([axis.extent for axis in axes])
     keys, depth, columns = analysis.key.extent, analysis.depth.extent, analysis.column.extent
     assert isinstance(depth, int)
+    at_once = _at_once(analysis, axes)
+    heads = product([at_once, *(axis.extent for axis in axes[1:])])
     return Pairs(
         dot,
         analysis,
         axes,
         local([heads, keys, depth // PAIR], "int32", "packed_keys"),
         local([heads, ceiling(keys, PAIR), columns], "int32", "packed_values"),
+        at_once,
     )
+
+
+def _at_once(analysis: AttentionAnalysis, axes: tuple[Axis, ...]) -> Extent:
+    """Return how many places of the first of the heads' axes are packed at a time, if that is the first of all axes."""
+    if not axes:
+        return 1
+    extent = axes[0].extent
+    others = product([analysis.key.extent, *(axis.extent for axis in axes[1:])])
+    if axes[0] is not analysis.outer[0] or not isinstance(extent, int) or not isinstance(others, int):
+        return extent
+    elements = analysis.depth.extent + analysis.column.extent
+    most = PACKED_BYTES // (others * elements // PAIR * PAIR_BYTES)
+    return max(part for part in range(1, extent + 1) if extent % part == 0 and part <= max(1, most))

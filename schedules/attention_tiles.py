@@ -96,8 +96,13 @@ def _tasks(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, pairs: Pairs
     whole = queries // block if isinstance(queries, int) else ceiling(queries, block)
     count = whole + len(last) if isinstance(whole, int) else whole
 
-    def task(number: Expr) -> Stmt:
-        *outside, turn = unflatten(number, [*outer, count])
+    parts = 1 if pairs is None else pairs.parts
+    extents = outer if pairs is None or parts == 1 else [pairs.at_once, *outer[1:]]
+
+    def task(share: Expr, number: Expr) -> Stmt:
+        *outside, turn = unflatten(number, [*extents, count])
+        if parts != 1:
+            outside[0] = share * extents[0] + outside[0]
         point = {axis.variable: value for axis, value in zip(analysis.outer, outside, strict=True)}
         part = Var("part", INDEX)
 
@@ -113,12 +118,21 @@ def _tasks(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, pairs: Pairs
         return sequence([tirx.Bind(part, _in_turn(analysis, turn, count)), body])
 
     large = is_large(product([*outer, queries, analysis.key.extent, analysis.depth.extent]))
-    tasks = parallel(product([*outer, count]), task, large)
+
+    def tasks(share: Expr) -> Stmt:
+        return parallel(product([*extents, count]), lambda number: task(share, number), large)
+
     if pairs is None:
-        return tasks
-    pack = pairs.pack(large)
-    both = region([then_wait(pack), tasks]) if large else sequence([pack, tasks])
-    return pairs.dot.imported(with_local(pairs.buffers, [both]))
+        return tasks(index(0))
+
+    def both(share: Expr) -> Stmt:
+        pack, products = pairs.pack(share, large), tasks(share)
+        if not large:
+            return sequence([pack, products])
+        return sequence([then_wait(pack), products if parts == 1 else then_wait(products)])
+
+    shares = loop(parts, both)
+    return pairs.dot.imported(with_local(pairs.buffers, [region([shares]) if large else shares]))
 
 
 def _in_turn(analysis: AttentionAnalysis, place: Expr, blocks: Extent) -> Expr:

@@ -14,7 +14,7 @@ from tvm.relax import op
 import targets
 from passes.fuse_attention import FuseAttention
 from passes.round_attention import RoundAttention
-from schedules import schedule_module
+from schedules import attention_pairs, schedule_module
 from schedules.intrin.bf16_pairs import bf16_pairs
 from tests.schedules.execution import TARGET, normal, scheduled
 
@@ -293,6 +293,15 @@ def test_products_of_pairs_are_those_of_rounded_operands(queries: int, keys: int
 def test_pairs_of_symbolic_lengths_and_shared_heads() -> None:
     lengths = [(8, 1), (9, 67), (33, 193), (64, 400)]
     _check_rounded(_module(4, 32, "s", "t", groups=2), 4, lengths, 2)
+
+
+@pytest.mark.skipif(not HAS_PAIRS, reason="the machine has no bf16 dot product")
+@pytest.mark.parametrize(("heads", "groups"), [(3, 3), (4, 2)])
+def test_parts_of_a_batch_are_packed_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, heads: int, groups: int
+) -> None:
+    monkeypatch.setattr(attention_pairs, "PACKED_BYTES", 1)
+    _check_rounded(_module(heads, 32, 67, 131, groups=groups), heads, [(67, 131)], groups)
 
 
 @pytest.mark.skipif(not HAS_PAIRS, reason="the machine has no bf16 dot product")
