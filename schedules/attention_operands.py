@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
@@ -19,6 +20,27 @@ FLOAT = "float32"
 def is_plain(element: Expr) -> bool:
     """Return whether an element of keys or values is one number in fp32, as it lies in memory."""
     return isinstance(element, TensorLoad) and str(element.source.dtype) == FLOAT
+
+
+@dataclass(frozen=True)
+class Codes:
+    """An element that is a small integer `code`, as a float, times a `scale`, plus a `minimum`."""
+
+    code: Expr
+    scale: Expr
+    minimum: Expr
+
+
+def codes_of(element: Expr) -> Codes | None:
+    """Return the parts of an element of a quantized cache; None for anything else."""
+    if not isinstance(element, tirx.Add) or not isinstance(element.a, tirx.Mul):
+        return None
+    parts = Codes(element.a.a, element.a.b, element.b)
+    of_bytes = [
+        any(str(read.source.dtype) == "uint8" for read in loads_of(part))
+        for part in (parts.code, parts.scale, parts.minimum)
+    ]
+    return parts if of_bytes == [True, False, False] else None
 
 
 def in_stores(
@@ -127,4 +149,4 @@ class Operand:
         return substitute(self._element, values).astype(FLOAT)
 
 
-__all__ = ["Operand", "alike", "in_stores", "is_plain", "requests"]
+__all__ = ["Codes", "Operand", "alike", "codes_of", "in_stores", "is_plain", "requests"]

@@ -8,17 +8,17 @@ keys in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-import tvm_ffi
 from tvm import tirx
 from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import as_int
+from schedules.access import occurs
+from schedules.attention_block import FLOAT, HEADS_AT_ONCE, SUM, SUMS_AT_ONCE, Block, Heads, products, quotient_of
 from schedules.attention_joining import LOWEST, ZERO, Row, joined
-from schedules.attention_operands import alike, in_stores, requests
+from schedules.attention_mask import choice_of
+from schedules.attention_operands import Codes, codes_of, in_stores
 from schedules.attention_structure import AttentionAnalysis
 from schedules.family import is_large
 from schedules.intrin.vector_math import exp_of_nonpositive
@@ -32,8 +32,6 @@ from schedules.loops import (
     loop,
     parallel,
     product,
-    quotient,
-    remainder,
     store,
     tiles,
     unflatten,
@@ -41,58 +39,10 @@ from schedules.loops import (
     vector,
     with_local,
 )
-from schedules.reducer import Reducer, fold, folds, lanes_for, load_lanes, power_of_two
-from schedules.stages import Axis, sequence, substitute, variables_of
+from schedules.reducer import Reducer, fold, load_lanes
+from schedules.stages import Axis, sequence
 
-FLOAT = "float32"
-# Products of keys with queries that are summed side by side and folded together. Reading more keys at once is slower
-# where they come from memory.
-KEYS_AT_ONCE = 4
-HEADS_AT_ONCE = 4
-# Vectors of sums in a loop: enough to hide the latency of a sum. With what is added to them they have to fit 16
-# registers: around the loops the compiler keeps the constants of the exponential in the others.
-SUMS_AT_ONCE = 8
-# How many keys ahead of their use are asked for. A step of a decoder reads its weights between two uses of a layer's
-# keys and values, which come from memory, and too few at a time for the hardware to foresee much.
-KEYS_AHEAD = 32
-
-_SUM = Reducer(lambda a, b: a + b, ZERO, ZERO)
 _MAXIMUM = Reducer(tirx.max, ZERO, tirx.const(LOWEST, FLOAT))
-
-
-@dataclass(frozen=True, eq=False)
-class _Heads:
-    """The axis of which `count` adjacent heads or queries share keys and values; None where each has its own."""
-
-    axis: Axis | None
-    count: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """A block of keys; `weights` [heads][keys] holds logits, then exponentials; `number` is where its results go."""
-
-    analysis: AttentionAnalysis
-    lanes: int
-    heads: _Heads
-    point: Mapping[Var, Expr]
-    number: Expr
-    base: Expr
-    extent: Extent
-    query: Var
-    weights: Var
-    partial: Var
-    largest: Var
-    total: Var
-    sums: Var
-
-    def at(self, expression: Expr, axes: Mapping[Var, Expr], head: Expr | None = None) -> Expr:
-        """Return `expression` at the task's query, a head of those that share keys, and given values of other axes."""
-        values = {**self.point, **axes}
-        if self.heads.axis is not None:
-            first = self.point[self.heads.axis.variable]
-            values[self.heads.axis.variable] = first if head is None else first + head
-        return substitute(expression, values)
 
 
 def emit(analysis: AttentionAnalysis, lanes: int, key_block: int) -> Stmt:
@@ -126,7 +76,10 @@ def emit(analysis: AttentionAnalysis, lanes: int, key_block: int) -> Stmt:
             "weights": local([heads.count, room], FLOAT, "weights"),
             "partial": local([lanes], FLOAT, "partial"),
         }
-        task = _Block(analysis, lanes, heads, point(values, group), number, base, extent, **buffers, **gathered)
+        if _coded_values(analysis.values, analysis.column) is not None:
+            buffers["scaled"] = local([heads.count, room], FLOAT, "scaled")
+            buffers["offsets"] = local([heads.count], FLOAT, "offsets")
+        task = Block(analysis, lanes, heads, point(values, group), number, base, extent, **buffers, **gathered)
         return with_local(list(buffers.values()), _block(task))
 
     def row(number: Expr) -> Stmt:
@@ -168,7 +121,7 @@ def _axes(analysis: AttentionAnalysis) -> list[Axis]:
     return [*analysis.outer, *([] if analysis.lane is None else [analysis.lane])]
 
 
-def _shared_heads(analysis: AttentionAnalysis) -> _Heads:
+def _shared_heads(analysis: AttentionAnalysis) -> Heads:
     """Return the axis that keys and values depend on only by its quotient by some number of heads, and that number.
 
     The heads of a group may also be an axis of their own, on which keys and values do not depend at all.
@@ -176,32 +129,14 @@ def _shared_heads(analysis: AttentionAnalysis) -> _Heads:
     for axis in _axes(analysis):
         if not isinstance(axis.extent, int):
             continue
-        counts = {_quotient_of(expression, axis) for expression in (analysis.keys, analysis.values)}
+        counts = {quotient_of(expression, axis) for expression in (analysis.keys, analysis.values)}
         count = counts.pop()
         if not counts and count is not None and count > 1 and axis.extent % count == 0:
-            return _Heads(axis, count)
-    return _Heads(None, 1)
+            return Heads(axis, count)
+    return Heads(None, 1)
 
 
-def _quotient_of(expression: Expr, axis: Axis) -> int | None:
-    """Return n where `expression` depends on `axis` through axis // n alone, at most the axis's extent."""
-    divisors: list[int] = []
-    quotients = Var("quotient", axis.variable.ty)
-
-    def visit(division: tirx.FloorDiv, mutator: tvm_ffi.StructuralMutator) -> Expr:
-        divisor = as_int(division.b)
-        if divisor is None or not division.a.same_as(axis.variable):
-            return mutator.default_mutate(division)
-        divisors.append(divisor)
-        return quotients
-
-    rest = tvm_ffi.structural_mutate(expression, (tirx.FloorDiv, visit))
-    if any(variable.same_as(axis.variable) for variable in variables_of(rest)) or len(set(divisors)) > 1:
-        return None
-    return divisors[0] if divisors else as_int(index(axis.extent))
-
-
-def _block(task: _Block) -> list[Stmt]:
+def _block(task: Block) -> list[Stmt]:
     """Return the steps of one block of keys."""
     analysis = task.analysis
     count = task.heads.count
@@ -216,13 +151,14 @@ def _block(task: _Block) -> list[Stmt]:
     in_heads = [(first, min(HEADS_AT_ONCE, count - first)) for first in range(0, count, HEADS_AT_ONCE)]
     return [
         loop(count, copy),
-        _products(task),
+        products(task),
         loop(count, lambda head: _exponentials(task, head)),
+        *([] if task.scaled is None else [_scaled_weights(task)]),
         *(_weighted(task, first, heads) for first, heads in in_heads),
     ]
 
 
-def _exponentials(task: _Block, head: Expr) -> Stmt:
+def _exponentials(task: Block, head: Expr) -> Stmt:
     """Return the logits of a head, their maximum, their exponentials in their place, and the sum of those."""
     analysis = task.analysis
     here = [task.number, head]
@@ -241,13 +177,13 @@ def _exponentials(task: _Block, head: Expr) -> Stmt:
             *_reduced(task, head, _MAXIMUM),
             store(task.largest, _folded(task, _MAXIMUM), here),
             in_vectors(task.lanes, task.extent, exponential),
-            *_reduced(task, head, _SUM),
-            store(task.total, _folded(task, _SUM), here),
+            *_reduced(task, head, SUM),
+            store(task.total, _folded(task, SUM), here),
         ]
     )
 
 
-def _reduced(task: _Block, head: Expr, reducer: Reducer) -> Sequence[Stmt]:
+def _reduced(task: Block, head: Expr, reducer: Reducer) -> Sequence[Stmt]:
     """Return the reduction of a head's weights to one vector, `partial`."""
     start = vector(task.lanes, lambda v: store(task.partial, reducer.identity, [v]))
 
@@ -262,99 +198,56 @@ def _reduced(task: _Block, head: Expr, reducer: Reducer) -> Sequence[Stmt]:
     return start, tiles(task.extent, sizes, add)
 
 
-def _folded(task: _Block, reducer: Reducer) -> Expr:
+def _folded(task: Block, reducer: Reducer) -> Expr:
     return fold(reducer, load_lanes(task.partial, index(0), task.lanes), task.lanes)
 
 
-def _products(task: _Block) -> Stmt:
-    """Return the products of all heads' queries with the keys: lanes along the depth, some keys at a time."""
-    analysis, count = task.analysis, task.heads.count
-    in_heads = [(first, min(HEADS_AT_ONCE, count - first)) for first in range(0, count, HEADS_AT_ONCE)]
-
-    def some(element: Expr, start: Expr, keys: int) -> Stmt:
-        requested = [each for key in range(keys) for each in _requests(task, element, start + key)]
-        products = [_products_of(task, element, start, keys, first, heads) for first, heads in in_heads]
-        return sequence([*requested, *products])
-
-    at_once = min(KEYS_AT_ONCE, SUMS_AT_ONCE // min(count, HEADS_AT_ONCE))
-
-    def part(element: Expr, start: Expr, extent: Extent) -> Stmt:
-        return tiles(extent, [at_once, 1], lambda base, keys: some(element, start + base, keys))
-
-    return in_stores(analysis.keys, analysis.key, task.point, task.base, task.extent, part)
+def _coded_values(values: Expr, column: Axis) -> Codes | None:
+    """Return the codes among values, if there are any whose scale and minimum are the same for all columns."""
+    choice = choice_of(values)
+    for part in (values,) if choice is None else choice[1:]:
+        codes = codes_of(part)
+        if codes is not None and not any(occurs(each, column.variable) for each in (codes.scale, codes.minimum)):
+            return codes
+    return None
 
 
-def _requests(task: _Block, element: Expr, key: Expr) -> list[Stmt]:
-    """Return requests for the memory of a key further on, and of this key's value, which is read after all keys."""
+def _scaled_weights(task: Block) -> Stmt:
+    """Return the exponentials times the scales of values that are codes, and the sums of those times the minima.
+
+    sum_t w[t] (c[t] s[t] + m[t]) = sum_t (w[t] s[t]) c[t] + sum_t w[t] m[t]: then no column needs scales.
+    """
     analysis = task.analysis
+    assert task.scaled is not None
+    assert task.offsets is not None
+    scaled, offsets = task.scaled, task.offsets
 
-    def at(axis: Axis, position: Expr) -> Callable[[Expr, Expr], Expr]:
-        return lambda read, place: task.at(read, {analysis.key.variable: position, axis.variable: place})
+    def part(source: Expr, begin: Expr, length: Extent) -> Stmt:
+        codes = _coded_values(source, analysis.column)
+        if codes is None:
+            return tirx.Evaluate(0)
 
-    value = alike(element, analysis.keys, analysis.values)
-    here = task.base + key
-    return [
-        *requests(element, analysis.depth, at(analysis.depth, here + KEYS_AHEAD), cache=1),
-        *requests(value, analysis.column, at(analysis.column, here), cache=2),
-    ]
+        def head(h: Expr) -> Stmt:
+            def some(base: Expr, width: int) -> Stmt:
+                def one(v: Expr) -> Stmt:
+                    place = begin + base + v
+                    at = {analysis.key.variable: task.base + place}
+                    scale, minimum = (task.at(each, at) for each in (codes.scale, codes.minimum))
+                    weight = load(task.weights, [h, place])
+                    total = load(task.partial, [v]) + weight * minimum
+                    return sequence([store(scaled, weight * scale, [h, place]), store(task.partial, total, [v])])
 
+                return vector(width, one)
 
-def _products_of(task: _Block, element: Expr, start: Expr, keys: int, first: int, heads: int) -> Stmt:
-    """Return the products of the queries of `heads` heads with `keys` keys, whose sums stay in registers."""
-    analysis = task.analysis
-    depth = analysis.depth.extent
-    lanes = lanes_for(depth, task.lanes, most=1)
-    sums = local([heads * keys * lanes], FLOAT, "products")
+            clear = vector(task.lanes, lambda v: store(task.partial, ZERO, [v]))
+            return sequence([clear, tiles(length, [task.lanes, 1], some), store(offsets, _folded(task, SUM), [h])])
 
-    def term(h: Expr, k: Expr, d: Expr) -> Expr:
-        key = task.at(element, {analysis.key.variable: task.base + start + k, analysis.depth.variable: d})
-        return key.astype(FLOAT) * load(task.query, [first + h, d])
+        return loop(task.heads.count, head)
 
-    def each(cell: Callable[[Expr, Expr, Expr], Stmt]) -> Stmt:
-        return unrolled(keys, lambda k: unrolled(heads, lambda h: cell(h, k, (h * keys + k) * lanes)))
-
-    def add(place: Expr, value: Expr) -> Stmt:
-        return store(sums, load(sums, [place]) + value, [place])
-
-    def step(d: Expr) -> Stmt:
-        return each(lambda h, k, own: vector(lanes, lambda v: add(own + v, term(h, k, d * lanes + v))))
-
-    def left(i: Expr) -> Stmt:
-        d = index(quotient(depth, lanes)) * lanes + i
-        return each(lambda h, k, own: add(own, term(h, k, d)))
-
-    return with_local(
-        [sums],
-        [
-            each(lambda h, k, own: vector(lanes, lambda v: store(sums, ZERO, [own + v]))),
-            loop(quotient(depth, lanes), step),
-            loop(remainder(depth, lanes), left),
-            *_kept(task, sums, lanes, start, keys, range(first, first + heads)),
-        ],
-    )
+    return in_stores(analysis.values, analysis.key, task.point, task.base, task.extent, part)
 
 
-def _kept(task: _Block, sums: Var, lanes: int, start: Expr, keys: int, heads: range) -> Sequence[Stmt]:
-    """Return the storing of sums [heads][keys], each the fold of `lanes` lanes, as many at a time as a vector holds."""
-    kept: list[Stmt] = []
-    together = min(keys, lanes)  # of one head
-    places = [(head, key) for head in heads for key in range(0, keys, together)]
-    for begin in range(0, len(places), lanes // together):
-        some = places[begin : begin + lanes // together]
-        own = [(head - heads.start) * keys + key + k for head, key in some for k in range(together)]
-        own += [own[-1]] * (power_of_two(len(own)) - len(own))
-        folded = Var("folded", f"{FLOAT}x{len(own)}" if len(own) > 1 else FLOAT)
-        vectors = [load_lanes(sums, index(each * lanes), lanes) for each in own]
-        kept.append(tirx.Bind(folded, folds(_SUM, vectors, lanes)))
-        for number, (head, key) in enumerate(some):
-            part = [number * together + k for k in range(together)]
-            value = folded if len(own) == 1 else tirx.Shuffle([folded], part)
-            place = start + key if together == 1 else tirx.Ramp(start + key, index(1), together)
-            kept.append(store(task.weights, value, [index(head), place]))
-    return kept
-
-
-def _weighted(task: _Block, first: int, heads: int) -> Stmt:
+def _weighted(task: Block, first: int, heads: int) -> Stmt:
     """Return the sums of the values, weighted by the exponentials of some heads."""
     analysis = task.analysis
     extent = analysis.column.extent
@@ -371,17 +264,26 @@ def _weighted(task: _Block, first: int, heads: int) -> Stmt:
 
             return unrolled(heads, parts)
 
-        def step(source: Expr, j: Expr) -> Stmt:
+        def step(source: Expr, weights: Var, j: Expr) -> Stmt:
             def add(h: Expr, e: Expr) -> Stmt:
                 values = {analysis.key.variable: task.base + j, analysis.column.variable: start + e}
                 value = task.at(source, values).astype(FLOAT)
                 own = h * count + e
-                return store(sums, load(sums, [own]) + load(task.weights, [first + h, j]) * value, [own])
+                return store(sums, load(sums, [own]) + load(weights, [first + h, j]) * value, [own])
 
             return each(add)
 
         def part(source: Expr, begin: Expr, length: Extent) -> Stmt:
-            return loop(length, lambda j: step(source, begin + j))
+            codes = _coded_values(source, analysis.column)
+            if codes is None or task.scaled is None or task.offsets is None:
+                return loop(length, lambda j: step(source, task.weights, begin + j))
+            scaled, offsets = task.scaled, task.offsets
+
+            def offset(h: Expr, e: Expr) -> Stmt:
+                own = h * count + e
+                return store(sums, load(sums, [own]) + load(offsets, [first + h]), [own])
+
+            return sequence([each(offset), loop(length, lambda j: step(codes.code, scaled, begin + j))])
 
         def keep(h: Expr, e: Expr) -> Stmt:
             return store(task.sums, load(sums, [h * count + e]), [task.number, first + h, start + e])
