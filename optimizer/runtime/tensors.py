@@ -66,7 +66,7 @@ def tensor_over(array: object) -> Tensor:
 def allocate(shape: tuple[int, ...], dtype: str, device: Device) -> Tensor:
     """Return a tensor on a device whose values are not defined; memory is taken as it is written to."""
     make = cast("Callable[..., Tensor]", runtime_function("runtime.TVMTensorAllocWithScope"))
-    return make(tvm_ffi.Shape(shape), tvm_ffi.dtype(device_dtype(dtype)), device, None)
+    return make(shape_of(shape), tvm_ffi.dtype(device_dtype(dtype)), device, None)
 
 
 def shape_of(numbers: Sequence[int]) -> object:
@@ -83,7 +83,7 @@ def elements(array: object) -> list[object]:
 def on_device(tensor: Tensor, device: Device) -> Tensor:
     """Return a copy of a tensor in the memory of a device."""
     make = cast("Callable[..., Tensor]", runtime_function("runtime.TVMTensorAllocWithScope"))
-    copy = make(tvm_ffi.Shape(tensor.shape), tensor.dtype, device, None)
+    copy = make(shape_of(tensor.shape), tensor.dtype, device, None)
     runtime_function("runtime.TVMTensorCopyFromTo")(tensor, copy)
     return copy
 
@@ -125,7 +125,7 @@ def wrap_bytes(data: Bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
     if data.ctypes.data % WEIGHT_ALIGNMENT:
         raise ValueError(f"tensor data at {data.ctypes.data:#x} are not aligned to {WEIGHT_ALIGNMENT} bytes")
     view = cast("Callable[..., Tensor]", runtime_function("runtime.TVMTensorCreateView"))
-    return view(tensor_over(data), tvm_ffi.Shape(shape), tvm_ffi.dtype(device_dtype(dtype)), 0)
+    return view(tensor_over(data), shape_of(shape), tvm_ffi.dtype(device_dtype(dtype)), 0)
 
 
 def from_numpy(array: Array, dtype: str) -> Tensor:
