@@ -4,6 +4,8 @@
     round((float(x) * s + DQ(y, t, u)) * c)     =  round(float(x) * (s * c) + DQ(y, t * c, u))
     round(relu(v) * c), round(clip(v, l, h) * c)    likewise, for a positive c
 
+    (x - z) + b                                 =  x - (z - b)                      for z, b of int32, exactly
+
 for constants z, s, b, c, t, u. Numbers are rounded once instead of two or three times; one on the border of two codes
 may go to the other. Limits that the codes have anyway are left out:
 
@@ -56,6 +58,20 @@ def _limited(call: tvm.ir.Call, dataflow: Dataflow) -> relax.Expr | None:
         return None
     rounded = relax.op.round(inner.args[0])
     return relax.op.clip(rounded if shifted is None else relax.op.add(rounded, shifted.args[1]), low, high)
+
+
+def _corrected_once(call: tvm.ir.Call, dataflow: Dataflow) -> relax.Expr | None:
+    """Return an integer sum to which a bias is added with the bias in the correction that is taken from it."""
+    bias, difference = constant_of(call.args[1]), dataflow.call(call.args[0], "relax.subtract")
+    if bias is None or difference is None or dtype_of(call) != "int32" or not dataflow.read_once(call.args[0]):
+        return None
+    correction = constant_of(difference.args[1])
+    if correction is None:
+        return None
+    joined = np.subtract(correction, bias, dtype=np.int32)
+    if joined.size > max(correction.size, bias.size):
+        return None  # one of each row and one of each column
+    return relax.op.subtract(difference.args[0], constant(joined))
 
 
 def _scaled(expr: relax.Expr, factor: float, dataflow: Dataflow) -> relax.Expr | None:
@@ -143,4 +159,8 @@ class FoldRequantization(RulePass):
     """Fold the scales of codes into those of the integer sums and the codes that they are made of."""
 
     name: ClassVar[str] = "fold-requantization"
-    rules: ClassVar[Mapping[str, tuple[Rule, ...]]] = {"relax.round": (_folded,), "relax.clip": (_limited,)}
+    rules: ClassVar[Mapping[str, tuple[Rule, ...]]] = {
+        "relax.add": (_corrected_once,),
+        "relax.round": (_folded,),
+        "relax.clip": (_limited,),
+    }

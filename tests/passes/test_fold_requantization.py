@@ -101,3 +101,18 @@ def test_a_residual_of_codes_takes_the_scale_too() -> None:
 def test_other_roundings_stay(body: Body) -> None:
     before = module_of(body)
     tvm.ir.assert_structural_equal(FoldRequantization().run(before).module, before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "left"), [((5, 1, 1), ["subtract"]), ((), ["subtract"]), ((1, 4), ["subtract", "add"])]
+)
+def test_an_integer_bias_goes_into_the_correction(shape: tuple[int, ...], left: list[str]) -> None:
+    bias = np.full(shape, np.iinfo(np.int32).max, np.int32)  # which wraps around
+
+    def body(x: relax.Var, _: relax.Var) -> relax.Expr:
+        return op.add(op.subtract(x, relax.const(CORRECTION)), relax.const(bias))
+
+    before = module_of(body)
+    after = FoldRequantization().run(before).module
+    np.testing.assert_array_equal(run(after, SUMS, CODES), run(before, SUMS, CODES))
+    assert [name.removeprefix("relax.") for name in operators(after)] == left
