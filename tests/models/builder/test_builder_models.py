@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from optimizer.compile import CompileOptions, compile_in_memory, compile_model, find_target
 from optimizer.execution import Runner
@@ -23,13 +24,18 @@ FOLDER = Path(__file__).parent
 CHUNKS = (20, 1, 1, 5)
 # Float sums of two layers in another order, and the polynomial of the softmax's exponential.
 TOLERANCE = 1000 * 2.0**-24
+# Two layers with a rounding after every operator, of which what is compiled has few.
+NARROW_TOLERANCES = {"float16": 16 * 2.0**-11, "bfloat16": 16 * 2.0**-8}
 # int8 activations of two layers that are 64 wide: less than a hundredth of what rounding weights to 4 bits costs.
 MOST_DIVERGENCE = 3e-3
 
 
 def reference(name: str) -> Runner:
     """onnxruntime with products in floats (accuracy level 0)."""
-    model = onnx.load(FOLDER / f"{name}.onnx")
+    return in_floats(onnx.load(FOLDER / f"{name}.onnx"))
+
+
+def in_floats(model: onnx.ModelProto) -> Runner:
     for node in model.graph.node:
         for attribute in [each for each in node.attribute if each.name == "accuracy_level"]:
             node.attribute.remove(attribute)
@@ -80,6 +86,43 @@ def test_logits_and_caches_equal_onnxruntimes(family: tuple[str, CompiledModel])
 def test_generated_tokens_equal_onnxruntimes(family: tuple[str, CompiledModel]) -> None:
     name, model = family
     require_equal_texts(model, reference(name), tolerance=TOLERANCE)
+
+
+def in_16_bits(name: str, dtype: str) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """Return a family as the builder writes it for GPUs, in 16 bits, and one in fp32 with weights rounded alike."""
+    narrow, exact = (onnx.load(FOLDER / f"{name}.onnx") for _ in range(2))
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    for model, stored in ((narrow, np.dtype(dtype)), (exact, np.dtype(np.float32))):
+        constants = [each.t for node in model.graph.node for each in node.attribute if each.HasField("t")]
+        for tensor in (*model.graph.initializer, *constants):
+            if tensor.data_type == TensorProto.FLOAT:
+                rounded = numpy_helper.to_array(tensor).astype(dtype).astype(stored)
+                tensor.CopyFrom(numpy_helper.from_array(rounded, tensor.name))
+    for value in (*narrow.graph.input, *narrow.graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = kind
+    del narrow.graph.value_info[:]
+    for attribute in [each for node in narrow.graph.node if node.op_type == "Cast" for each in node.attribute]:
+        attribute.i = kind if attribute.i == TensorProto.FLOAT else attribute.i
+    return narrow, exact
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("phi3", "float16"), ("gemma2", "bfloat16")])
+def test_families_in_16_bits_give_the_tokens_of_exact_arithmetic(name: str, dtype: str, tmp_path: Path) -> None:
+    narrow, exact = in_16_bits(name, dtype)
+    onnx.save(narrow, tmp_path / "model.onnx")
+    options = CompileOptions(find_target("host"), activations="float")
+    compile_model(tmp_path / "model.onnx", tmp_path / "model.opt", options, certify=False)
+    model = load(tmp_path / "model.opt")
+    assert f"as {dtype}" in model.manifest.kv_cache_scheme
+    run = in_floats(exact)
+
+    def widened(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return run(
+            {key: value if value.dtype.kind == "i" else value.astype(np.float32) for key, value in inputs.items()}
+        )
+
+    require_equal_texts(model, widened, tolerance=NARROW_TOLERANCES[dtype])
 
 
 def test_int8_activations_change_the_distribution_little() -> None:

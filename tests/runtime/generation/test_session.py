@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +15,9 @@ from optimizer.runtime.generation.token_steps import CHECKED_AT_ONCE
 from optimizer.runtime.kv_cache import SMALLEST_CAPACITY
 from optimizer.runtime.model import CompiledModel
 from optimizer.runtime.tensors import host_view
+from tests.frontend.comparison import theirs
 
+_MODEL = Path(__file__).parents[3] / "examples" / "decoder" / "model.onnx"
 _TOKENS = [465, 1027, 88, 312, 7, 1500, 41, 99, 640, 23, 871]
 # Logits of this model are of magnitude 10; sums of 256 to 512 products in another order differ by some units of 1e-6.
 _TOLERANCE = 2e-4
@@ -176,3 +180,17 @@ def test_a_session_that_is_reset_begins_anew_in_the_same_memory(decoder: Compile
     assert session.tokens == []
     np.testing.assert_array_equal(session.append(_TOKENS), first)
     assert [buffers.tensors[0].data_ptr() for buffers in session._cache.buffers.values()] == address
+
+
+def test_greedy_tokens_are_onnxruntimes_over_64_steps(decoder: CompiledModel) -> None:
+    reference = theirs(onnx.load(_MODEL))
+    past = {spec.name: np.zeros((1, 2, 0, 32), np.float32) for spec in decoder.entry("main").signature.inputs[3:]}
+    session, tokens = DecoderSession(decoder), list(_TOKENS)
+    logits = session.append(tokens)
+    for _ in range(64):
+        token = int(logits.argmax())
+        whole = {"input_ids": np.array([tokens]), "position_ids": np.arange(len(tokens))[None]}
+        expected = reference({**whole, "attention_mask": np.ones((1, len(tokens)), np.int64), **past})["logits"]
+        assert token == expected[0, -1].argmax()
+        tokens.append(token)
+        logits = session.append([token])
