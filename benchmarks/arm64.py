@@ -62,6 +62,7 @@ def kernels() -> Iterator[Kernel]:
     yield Kernel("pointwise_int8_256_256_14", byte_convolutions(1, (256, 256), 14, 1))
     yield Kernel("convolution3x3_int8_128_28", byte_convolutions(1, (128, 128), 28, 3))
     yield Kernel("depthwise3x3_192_28", _convolution(192, 28, 3, group=192))
+    yield Kernel("depthwise3x3_int8_192_28", byte_convolutions(1, (192, 192), 28, 3, depthwise=True))
     yield Kernel("attention_12x197x64", attention("prefill", 12, 197, 197, 64).model, loops=2)
     yield Kernel("attention_decode_32x4096x64", attention("decode", 32, 1, 4096, 64).model)
     yield Kernel("gemm_int8_128x768x768", byte_product(128, 768, 768), both)
@@ -105,6 +106,8 @@ def fraction_of_peak(mca: str, loop: InnerLoop, core: str) -> float:
     kind = next(match[1] for line in loop.instructions if (match := MULTIPLY_ADD.search(line)))
     narrow = "8h" if kind.startswith("bf") else "16b"
     element = narrow if "dot" in kind or "mmla" in kind else "4s"
+    if re.match(r"[us]m(ul|la)l", kind):  # which widen halves of registers
+        element = "8h" if kind.endswith("2") else "4h"
     other = "4b[0]" if kind == "sudot" else element  # which takes elements alone
     best = [f"\t{kind}\tv{number}.4s, v30.{element}, v31.{other}" for number in range(_CHAINS)]
     own = loop.multiply_adds / _cycles(mca, loop.instructions, core)

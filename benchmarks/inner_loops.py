@@ -15,7 +15,7 @@ from optimizer.lowering import build
 from targets.base import Target
 
 MULTIPLY_ADD = re.compile(
-    r"\s(vfn?m(add|sub)\d+ps|fml[as]|bfdot|bfmmla|[us]+dot|[us]+mmla|vpdpbusd|vpmaddwd|vpmaddubsw)\s"
+    r"\s(vfn?m(add|sub)\d+ps|fml[as]|bfdot|bfmmla|[us]+dot|[us]+mmla|[us]m(ul|la)l2?|vpdpbusd|vpmaddwd|vpmaddubsw)\s"
 )
 _SCALAR_MULTIPLY_ADD = re.compile(r"\s(vfn?m(add|sub)\d+ss|fn?m(add|sub))\s")
 # A vector register stored to the stack or loaded from it.
