@@ -7,6 +7,7 @@ So a model says itself what its cache holds, and how coarse that is; it is kept 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvm import relax, te, tirx
@@ -15,6 +16,7 @@ from optimizer.frontend.dimensions import Dimension, simplified
 from optimizer.frontend.node import Node
 from optimizer.frontend.scaled_dot_product import converted
 from optimizer.frontend.value import TensorValue, Value
+from schedules.cache_pages import READS_IN_PLACE
 
 _TYPES = {8: "int8", 4: "uint8"}
 _MODES = {12: "k_quant_type", 13: "v_quant_type"}
@@ -36,7 +38,7 @@ class CacheCodes:
 
     def encoded(self, node: Node, heads: Value, scales: int) -> TensorValue:
         """Return the codes of keys or values [B, G, S, D]."""
-        scale = _scale(node, heads, scales)
+        scale = _scale(node, (1, heads.shape[1], 1, heads.shape[3]), scales)
         divided = node.emit(relax.op.divide(converted(node, heads, "float32").expr, scale.expr))
         least, most = -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
         rounded = relax.op.clip(node.emit(relax.op.round(divided.expr)).expr, least, most)
@@ -55,21 +57,26 @@ class CacheCodes:
         return node.compute(pack, codes.expr, primfunc_name_hint="pack_codes")
 
     def decoded(self, node: Node, codes: Value, scales: int, dtype: str) -> Value:
-        """Return keys or values [B, G, T, D] of a float type from their codes."""
-        if self.bits == 4:
+        """Return keys or values [B, G, T, D] of a float type from their codes, which attention reads where they lie."""
+        per_byte = 8 // self.bits
+        heads = (1, codes.shape[1], 1, simplified(codes.shape[3] * per_byte))
+        scale = _scale(node, heads, scales)
 
-            def unpack(packed: te.Tensor) -> te.Tensor:
-                def element(row: tirx.Var, head: tirx.Var, place: tirx.Var, channel: tirx.Var) -> tirx.PrimExpr:
-                    byte = packed[row, head, place, channel // 2]
-                    shift = (channel % 2 * 4).astype("uint8")
-                    return ((byte >> shift) & tirx.const(15, "uint8")).astype("int8") - tirx.const(8, "int8")
+        def decode(stored: te.Tensor, steps: te.Tensor) -> te.Tensor:
+            def element(row: tirx.Var, head: tirx.Var, place: tirx.Var, channel: tirx.Var) -> tirx.PrimExpr:
+                code = stored[row, head, place, channel // per_byte if per_byte > 1 else channel]
+                if per_byte > 1:
+                    nibble = (code >> (channel % 2 * 4).astype("uint8")) & tirx.const(15, "uint8")
+                    code = nibble.astype("int8") - tirx.const(8, "int8")
+                step = steps[0, head, 0, channel] if len(steps.shape) else steps()
+                return (code.astype("float32") * step).astype(dtype)
 
-                return te.compute((*packed.shape[:3], packed.shape[3] * 2), element, name="unpack_codes")
+            return te.compute((*stored.shape[:3], stored.shape[3] * per_byte), element, name="decode_cache")
 
-            codes = node.compute(unpack, codes.expr, primfunc_name_hint="unpack_codes")
-        scale = _scale(node, codes, scales)
-        floats = node.emit(relax.op.multiply(converted(node, codes, "float32").expr, scale.expr))
-        return converted(node, floats, dtype)
+        attributes = {READS_IN_PLACE: True}
+        return node.compute(
+            decode, codes.expr, scale.expr, primfunc_name_hint="decode_cache", primfunc_attrs=attributes
+        )
 
 
 def cache_codes(node: Node) -> CacheCodes | None:
@@ -91,11 +98,10 @@ def cache_codes(node: Node) -> CacheCodes | None:
     return CacheCodes(bits)
 
 
-def _scale(node: Node, heads: Value, index: int) -> Value:
-    """Return the scale of keys or values as a float, or as [1, G, 1, D]."""
+def _scale(node: Node, channels: Sequence[Dimension], index: int) -> Value:
+    """Return the scale of keys or values as a float, or by `channels`, [1, G, 1, D]."""
     scale = converted(node, node.input(index), "float32")
-    per_channel = node.string(_MODES[index]) == "PER_CHANNEL"
-    return node.reshape(scale, (1, heads.shape[1], 1, heads.shape[3]) if per_channel else ())
+    return node.reshape(scale, channels if node.string(_MODES[index]) == "PER_CHANNEL" else ())
 
 
 __all__ = ["CacheCodes", "cache_codes"]
