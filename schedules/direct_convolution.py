@@ -19,11 +19,11 @@ from tvm import tirx
 from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import AxisGroup
+from schedules.access import AxisGroup, occurs
 from schedules.by_element import multiplies_by_element
 from schedules.channel_windows import ChannelWindows, channel_windows
 from schedules.convolution import split_producer
-from schedules.convolution_tile import column_extent, register_tile, task_shape
+from schedules.convolution_tile import column_extent, divides_image, register_tile, task_shape
 from schedules.direct_convolution_tile import Point, RegisterTile
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
 from schedules.intrin.grouped_call import GroupedDot
@@ -117,13 +117,22 @@ class _Emitter:
         segment = width
         if self.analysis.column_window is None:
             segment = min(width, self.parameters["column_tiles"] * self.parameters["columns"])
-        extents = [*(g.extent for g in batch), groups, tiles_per_group, ceiling(row_count, rows), -(-width // segment)]
+        images = [axes for axes in batch if not self._is_of_weights(axes)]
+        channels_apart = [axes for axes in batch if self._is_of_weights(axes)]
+        of_image = [ceiling(row_count, rows), -(-width // segment)]
+        of_weights = [*(axes.extent for axes in channels_apart), groups, tiles_per_group]
+        by_image = divides_image(analysis)
+        extents = [*(axes.extent for axes in images), *(of_image + of_weights if by_image else of_weights + of_image)]
 
         def task(number: Expr) -> Stmt:
-            *outside, group, tile, row_block, part = unflatten(number, extents)
+            position = unflatten(number, extents)
+            outside, inside = position[: len(images)], position[len(images) :]
+            if by_image:
+                inside = [*inside[2:], *inside[:2]]
+            *channel_position, group, tile, row_block, part = inside
             point: dict[Var, Expr] = {}
-            for axes, position in zip(batch, outside, strict=True):
-                point.update(axes.point(position))
+            for axes, place in zip([*images, *channels_apart], [*outside, *channel_position], strict=True):
+                point.update(axes.point(place))
 
             def columns(point: Point, first: Expr, count: int) -> Stmt:
                 if segment == width:
@@ -138,6 +147,12 @@ class _Emitter:
             return tile_choice(tile, analysis.per_group, self.parameters["blocks"], channels)
 
         return parallel(product(extents), task, is_large(work_of(self.stage)))
+
+    def _is_of_weights(self, axes: AxisGroup) -> bool:
+        """Return whether weights differ along axes, as those of a depthwise convolution do along blocks of channels."""
+        if len(self.stage.loads()) < 2:
+            return False
+        return any(occurs(at, axis.variable) for at in self.analysis.weights.indices for axis in axes.axes)
 
     def _channel_tiles(self) -> tuple[int, int]:
         channel, per_group = self.analysis.channel, self.analysis.per_group
