@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     Input = Array | np.generic | float | SupportsDLPack
     Function = Callable[..., Tensor | Sequence[Tensor]]
     Machine = Mapping[str, Callable[..., Any]]
+    Shapes = Mapping[str, tuple[int, ...]]
 
 # tvm/runtime/memory/memory_manager.h
 _POOLED_ALLOCATOR = 2
@@ -115,6 +116,7 @@ class Entry:
         self._function = function
         self._takes_weights = takes_weights
         self._without_past = kv_cache.without_past(signature)
+        self._bound: tuple[Shapes, Mapping[str, int]] | None = None
         present = {record.present for record in signature.caches}
         self.returned_names: list[str] = [spec.name for spec in signature.outputs if spec.name not in present]
 
@@ -158,20 +160,37 @@ class Entry:
         if outputs not in ("numpy", "dlpack"):
             raise OptionError(f"outputs={outputs!r} is not possible; choose 'numpy' or 'dlpack'")
         given = self._tensors(self.signature, inputs)
-        values = bind_symbols(self.signature, {name: tensor.shape for name, tensor in given.items()})
-        device = self._model.device
-        steps = kv_cache.steps_of_past(self.signature, values)
-        buffers = kv_cache.buffers_of_past(self.signature, given, values, steps, device)
-        caches = kv_cache.tensors_of(self.signature, buffers)
-        arguments = kv_cache.arguments(self.signature, given, caches, values, steps)
-        results = self.invoke([*arguments, self._model.weights] if self._takes_weights else arguments)
-        results = kv_cache.outputs_with_present(self.signature, results, buffers, values, steps, device)
+        values = self._values({name: tensor.shape for name, tensor in given.items()})
+        if self.signature.caches:
+            results = self._run_with_past(given, values)
+        else:
+            results = self.invoke(self._with_weights(list(given.values())))
         specs = self.signature.outputs
         if outputs == "numpy":
             return {
                 spec.name: tensors.to_numpy(result, spec.dtype) for spec, result in zip(specs, results, strict=True)
             }
         return dict(zip([spec.name for spec in specs], self._separate(results, list(given.values())), strict=True))
+
+    def _run_with_past(self, given: Mapping[str, Tensor], values: Mapping[str, int]) -> list[Tensor]:
+        """Run the function on copies of the caches that are `given`, and return all outputs, grown caches too."""
+        device = self._model.device
+        steps = kv_cache.steps_of_past(self.signature, values)
+        buffers = kv_cache.buffers_of_past(self.signature, given, values, steps, device)
+        caches = kv_cache.tensors_of(self.signature, buffers)
+        arguments = kv_cache.arguments(self.signature, given, caches, values, steps)
+        results = self.invoke(self._with_weights(arguments))
+        return kv_cache.outputs_with_present(self.signature, results, buffers, values, steps, device)
+
+    def _values(self, shapes: Shapes) -> Mapping[str, int]:
+        """Return the value of each symbol; the shapes of the last call are not checked again."""
+        bound = self._bound
+        if bound is None or bound[0] != shapes:
+            bound = self._bound = shapes, bind_symbols(self.signature, shapes)
+        return bound[1]
+
+    def _with_weights(self, arguments: list[object]) -> list[object]:
+        return [*arguments, self._model.weights] if self._takes_weights else arguments
 
     def new_cache(self, *, capacity: int | None = None, sizes: Mapping[str, int] | None = None) -> KeyValueCache:
         """Return an empty cache for `append`, with room for `capacity` tokens, or for as many as there will be."""
@@ -209,8 +228,7 @@ class Entry:
     ) -> list[object]:
         """Return all that the code takes to append to `cache`."""
         steps = dict.fromkeys(self.signature.past_symbols, counts)
-        arguments = kv_cache.arguments(self.signature, given, cache.tensors, values, steps, skipped)
-        return [*arguments, self._model.weights] if self._takes_weights else arguments
+        return self._with_weights(kv_cache.arguments(self.signature, given, cache.tensors, values, steps, skipped))
 
     def _tensors(self, signature: EntryPoint, inputs: Mapping[str, Input]) -> dict[str, Tensor]:
         """Return the inputs of `signature` in order as tensors on the model's device; checks names and dtypes."""
@@ -254,15 +272,16 @@ class Entry:
 
     def _separate(self, results: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
         """Return the results, with those copied that lie in the memory of an input or of the weights."""
-        regions = [self._model.weight_region]
-        for spec, argument in zip(self.signature.inputs, arguments, strict=True):
-            size = math.prod(argument.shape) * ITEM_BYTES[spec.dtype]
-            regions.append((argument.data_ptr(), argument.data_ptr() + size))
-        device = self._model.device
-        return [
-            tensors.on_device(result, device) if tensors.shares_memory(result, regions) else result
-            for result in results
-        ]
+        begin, end = self._model.weight_region
+        separate: list[Tensor] = []
+        for result in results:
+            address = result.data_ptr()
+            shared = begin <= address < end
+            for spec, argument in zip(self.signature.inputs, arguments, strict=True):
+                offset = address - argument.data_ptr()
+                shared = shared or (offset >= 0 and offset < math.prod(argument.shape) * ITEM_BYTES[spec.dtype])
+            separate.append(tensors.on_device(result, self._model.device) if shared else result)
+        return separate
 
 
 def _started_machine(package: Package, device: tensors.Device) -> Machine:
