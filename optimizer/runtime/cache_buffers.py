@@ -149,6 +149,8 @@ class CacheBuffers:
 
 
 def _size(dim: str, sizes: Mapping[str, int]) -> int:
+    if dim in sizes:
+        return sizes[dim]
     symbols = dimensions.symbols(dim)
     return dimensions.evaluate(dim, {symbol: sizes.get(symbol, 1) for symbol in symbols})
 

@@ -256,8 +256,11 @@ def buffers_of_past(
     """
     result: dict[str, CacheBuffers] = {}
     specs = {spec.name: spec for spec in entry.inputs}
+    # Most often one of each for all caches.
+    lengths = {size: dimensions.evaluate(size, values) for size in entry.past_symbols}
+    totals = {size: dimensions.evaluate(size, values) for size in entry.cache_totals}
     for record in entry.caches:
-        length, total = (dimensions.evaluate(size, values) for size in (record.length, record.total))
+        length, total = lengths[record.length], totals[record.total]
         if record.past in entry.newest_only:
             total = _require_all_in(record, length, total)
         held = Held(length, steps[record.length].before if record.pages is not None else 0)
@@ -293,6 +296,9 @@ def outputs_with_present(
         if record is None:
             outputs.append(next(returned))
             continue
+        if record.pages is None and record.dtype == spec.dtype:
+            outputs.append(buffers[record.past].tensors[0])
+            continue
         quantized = steps[record.length].quantized if record.pages is not None else 0
         size = record.length if record.past in entry.newest_only else record.total
         held = Held(dimensions.evaluate(size, values), quantized)
@@ -306,8 +312,6 @@ def total_tokens(entry: EntryPoint, values: Mapping[str, int]) -> int:
 
 
 def _as_declared(buffers: CacheBuffers, held: Held, spec: TensorSpec, device: Device) -> Tensor:
-    record = buffers.record
-    if record.pages is None and record.dtype == spec.dtype:
-        return buffers.tensors[0]
+    """Return the tokens that are held in the output's own dtype."""
     tensor = tensors.from_numpy(buffers.read(held).astype(tensors.numpy_dtype(spec.dtype)), spec.dtype)
     return tensor if tensor.device == device else tensors.on_device(tensor, device)

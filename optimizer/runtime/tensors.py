@@ -96,7 +96,7 @@ def is_on_cpu(tensor: SupportsDLPack) -> bool:
 def host_view(tensor: Tensor, dtype: str) -> Array:
     """Return a tensor's values as an array: on the CPU its memory itself, which the array keeps alive, else a copy."""
     kind = numpy_dtype(device_dtype(dtype))
-    if kind.isbuiltin == 1 and tensor.device == CPU:
+    if _is_viewed(tensor, kind):
         return cast("Callable[[object], Array]", np.from_dlpack)(tensor)
     size = math.prod(tensor.shape) * kind.itemsize
     if not size or not is_on_cpu(tensor):
@@ -108,9 +108,14 @@ def host_view(tensor: Tensor, dtype: str) -> Array:
     return np.ctypeslib.as_array(memory).view(kind).reshape(tensor.shape)
 
 
+def _is_viewed(tensor: Tensor, kind: np.dtype[np.generic]) -> bool:
+    """Return whether NumPy takes the memory of a tensor, whose elements are of this kind, as it is."""
+    return kind.isbuiltin == 1 and tensor.device == CPU
+
+
 def write_back(tensor: Tensor, array: Array) -> None:
     """Store what was written to the `host_view` of a tensor, unless that was its own memory."""
-    if array.size and array.ctypes.data != tensor.data_ptr():
+    if not _is_viewed(tensor, array.dtype) and array.size and array.ctypes.data != tensor.data_ptr():
         data = np.ascontiguousarray(array)
         runtime_function("runtime.TVMTensorCopyFromBytes")(tensor, ctypes.c_void_p(data.ctypes.data), data.nbytes)
 

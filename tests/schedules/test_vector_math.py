@@ -31,20 +31,30 @@ def inputs() -> np.ndarray:
     )
 
 
-@pytest.fixture(params=["by tables", "by polynomials"])
+BY_TABLES, BY_POLYNOMIALS = "by tables", "by polynomials"
+WAYS = [BY_POLYNOMIALS, *([BY_TABLES] if register_tables.has_tables(TARGET) else [])]
+
+
+@pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """One way after the other, in which functions of whole vectors are computed."""
-    if not register_tables.has_tables(TARGET) and request.param == "by tables":
-        pytest.skip("this machine has no such instructions")
-    if request.param == "by polynomials":
+    """One way after the other, of those that this machine has, in which functions of whole vectors are computed."""
+    if request.param == BY_POLYNOMIALS:
         monkeypatch.setattr(register_tables, "has_tables", lambda _: False)
     return request.param
 
 
-@pytest.mark.parametrize("name", REFERENCES)
-def test_error_in_units_in_the_last_place(name: str, way: str) -> None:
-    if way == "by tables" and f"tirx.{name}" not in elementary_calls.LOOKED_UP:
-        pytest.skip("there is no table for it")
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        (name, way)
+        for name in REFERENCES
+        for way in WAYS
+        if way == BY_POLYNOMIALS or f"tirx.{name}" in elementary_calls.LOOKED_UP
+    ],
+    indirect=["way"],
+)
+@pytest.mark.usefixtures("way")
+def test_error_in_units_in_the_last_place(name: str) -> None:
     reference, bound = REFERENCES[name]
     x = inputs()
     got, _ = run(getattr(op, name), [x])
@@ -63,10 +73,8 @@ def test_error_in_units_in_the_last_place(name: str, way: str) -> None:
         assert np.abs(got[finite]).max() <= 1
 
 
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("scaled", [False, *([True] if vector_math.scales(TARGET) else [])])
 def test_exponential_of_what_is_not_positive(monkeypatch: pytest.MonkeyPatch, way: str, scaled: bool) -> None:
-    if scaled and not vector_math.scales(TARGET):
-        pytest.skip("this machine has no such instruction")
     monkeypatch.setitem(elementary_calls.LOOKED_UP, "tirx.exp", register_tables.exp_of_nonpositive)
     coefficients = vector_math.EXP_SHORT
     monkeypatch.setitem(
@@ -77,7 +85,7 @@ def test_exponential_of_what_is_not_positive(monkeypatch: pytest.MonkeyPatch, wa
     x = np.concatenate([-np.abs(inputs()), np.linspace(-20, 0, 40001, dtype="float32")])
     got, _ = run(op.exp, [x])
     assert np.array_equal(np.isnan(got), np.isnan(x))
-    assert got[x < vector_math.SMALLEST_EXPONENT].max() <= (2.0**-126 if way == "by tables" else 0)
+    assert got[x < vector_math.SMALLEST_EXPONENT].max() <= (2.0**-126 if way == BY_TABLES else 0)
     assert not got[x < -104].any()
     regular = x >= vector_math.SMALLEST_EXPONENT
     want = np.exp(x[regular].astype("float64"))
