@@ -19,21 +19,25 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.access import as_int
 from schedules.intrin.llvm_call import intrinsic
+from schedules.intrin.vector_math import (
+    LN2,
+    LN2_HIGH,
+    LN2_LOW,
+    LOG2_E,
+    ROUNDING_SHIFT,
+    SCALED_LANES,
+    Function,
+    let,
+    scales,
+)
 from schedules.loops import index, load, local, store, vector, with_local
 from schedules.stages import CONDITIONAL, sequence, substitute
 from targets.base import Target
 
-LANES = 16
+LANES = SCALED_LANES
 VECTOR = f"float32x{LANES}"
 INTEGERS = f"int32x{LANES}"
 ENTRIES = 2 * LANES
-# Adding this rounds |x| < 2**22 to an integer, a fraction of it to that fraction of an integer.
-_ROUNDING_SHIFT = 12582912.0
-_LOG2_E = 1.4426950408889634
-_LN2 = 0.6931471805599453
-# Of ln 2 the first 10 bits, and the rest.
-_LN2_HIGH = 0.693359375
-_LN2_LOW = -2.12194440e-4
 _POWERS = tuple(2.0 ** (entry / ENTRIES) for entry in range(ENTRIES))
 # (exp(r) - 1) / r on |r| <= ln(2) / 64, to 0.9 * 2**-24 of exp(r)
 _EXP = (1.00001464, 0.50000005)
@@ -44,12 +48,10 @@ _ABSOLUTE, _SIGN = 0x7FFFFFFF, -0x80000000
 _ERF_STEP = 1 / 8
 _ERF_LIMIT = (ENTRIES - 0.51) * _ERF_STEP
 
-Function = Callable[[Expr], Expr]
-
 
 def has_tables(target: Target) -> bool:
     """Return whether the target has the instructions."""
-    return target.architecture == "x86_64" and target.vector_lanes(32) == LANES
+    return scales(target)
 
 
 def looked_up(vectors: tirx.For, function_of: Callable[[ir.Call], Function | None]) -> Stmt | None:
@@ -115,17 +117,17 @@ def exp(x: Expr) -> Expr:
 
     Where n is so large that r is no more what it should be, r is some number below 2, for which the rest is positive.
     """
-    return _scaled(x, lambda n: (x - n * _number(_LN2_HIGH)) - n * _number(_LN2_LOW))
+    return _scaled(x, lambda n: (x - n * _number(LN2_HIGH)) - n * _number(LN2_LOW))
 
 
 def exp_of_nonpositive(x: Expr) -> Expr:
     """Return the same of numbers that are at most 0, with one part of ln 2: `vector_math` says what that costs."""
-    return _scaled(x, lambda n: x - n * _number(_LN2))
+    return _scaled(x, lambda n: x - n * _number(LN2))
 
 
 def _scaled(x: Expr, reduced: Function) -> Expr:
     """Return 2**n times exp(r), where `reduced` gives r of n."""
-    shift = _number(_ROUNDING_SHIFT / ENTRIES)
+    shift = _number(ROUNDING_SHIFT / ENTRIES)  # which rounds to a multiple of 1 / ENTRIES
 
     def times_exp(power: Expr, r: Expr) -> Expr:
         first, second = (_number(coefficient) for coefficient in _EXP)
@@ -134,28 +136,28 @@ def _scaled(x: Expr, reduced: Function) -> Expr:
     def value(shifted: Expr, n: Expr) -> Expr:
         bits = tirx.reinterpret(INTEGERS, reduced(n)) & _integer(_BELOW_2)
         power = _entry(_POWERS, tirx.reinterpret(INTEGERS, shifted))
-        result = _let(
-            "r", tirx.reinterpret(VECTOR, bits), lambda r: _let("power", power, lambda power: times_exp(power, r))
+        result = let(
+            "r", tirx.reinterpret(VECTOR, bits), lambda r: let("power", power, lambda power: times_exp(power, r))
         )
         return _times_power(result, n)
 
-    return _let("shifted", x * _number(_LOG2_E) + shift, lambda s: _let("n", s - shift, lambda n: value(s, n)))
+    return let("shifted", x * _number(LOG2_E) + shift, lambda s: let("n", s - shift, lambda n: value(s, n)))
 
 
 def erf(x: Expr) -> Expr:
     """Return the error functions of a vector, by the polynomial of the interval in which |x| lies."""
     bits = tirx.reinterpret(INTEGERS, x)
     magnitude = tirx.reinterpret(VECTOR, bits & _integer(_ABSOLUTE))
-    shift = _number(_ROUNDING_SHIFT * _ERF_STEP)
+    shift = _number(ROUNDING_SHIFT * _ERF_STEP)
 
     def value(a: Expr, shifted: Expr) -> Expr:
         interval = tirx.reinterpret(INTEGERS, shifted)
-        return _let("d", a - (shifted - shift), lambda d: _of_interval(d, interval))
+        return let("d", a - (shifted - shift), lambda d: _of_interval(d, interval))
 
     def of_magnitude(a: Expr) -> Expr:
-        return _let("shifted", a + shift, lambda shifted: value(a, shifted))
+        return let("shifted", a + shift, lambda shifted: value(a, shifted))
 
-    result = _let("a", tirx.min(_number(_ERF_LIMIT), magnitude), of_magnitude)  # NaN passes as the second operand
+    result = let("a", tirx.min(_number(_ERF_LIMIT), magnitude), of_magnitude)  # NaN passes as the second operand
     return tirx.reinterpret(
         VECTOR, (tirx.reinterpret(INTEGERS, result) & _integer(_ABSOLUTE)) | (bits & _integer(_SIGN))
     )
@@ -217,8 +219,3 @@ def _number(value: float) -> Expr:
 
 def _integer(value: int) -> Expr:
     return tirx.Broadcast(tirx.const(value, "int32"), LANES)
-
-
-def _let(name: str, value: Expr, body: Function) -> Expr:
-    variable = Var(name, value.ty)
-    return tirx.Let(variable, value, body(variable))

@@ -91,7 +91,7 @@ def _i32(value: int) -> Expr:
     return tirx.const(value, "int32")
 
 
-def _let(name: str, value: Expr, body: Function) -> Expr:
+def let(name: str, value: Expr, body: Function) -> Expr:
     """Return `body` of `value`, which is computed once."""
     variable = Var(name, value.ty)
     return tirx.Let(variable, value, body(variable))
@@ -135,7 +135,7 @@ def exp(x: Expr) -> Expr:
 
     def in_two_steps(value: Expr, bits: Expr) -> Expr:
         half = bits >> _i32(1)
-        return _let("half", half, lambda half: value * _power_of_two(half) * _power_of_two(bits - half))
+        return let("half", half, lambda half: value * _power_of_two(half) * _power_of_two(bits - half))
 
     # Both steps are biased, so their sum is twice.
     return _exp(x, ROUNDING_SHIFT + 2 * EXPONENT_BIAS, in_two_steps)
@@ -151,18 +151,18 @@ def _exp(x: Expr, shift: float, scaled: Callable[[Expr, Expr], Expr]) -> Expr:
 
     def reduced(x: Expr, shifted: Expr) -> Expr:
         n = shifted - _f32(shift)
-        return _let("n", n, lambda n: (x - n * _f32(LN2_HIGH)) - n * _f32(LN2_LOW))
+        return let("n", n, lambda n: (x - n * _f32(LN2_HIGH)) - n * _f32(LN2_LOW))
 
     def of_reduced(r: Expr, bits: Expr) -> Expr:
         return scaled(polynomial(r, EXP_SHORT) * r + _f32(1.0), bits)
 
     def value(x: Expr, shifted: Expr) -> Expr:
-        return _let("r", reduced(x, shifted), lambda r: _let("bits", _bits(shifted), lambda bits: of_reduced(r, bits)))
+        return let("r", reduced(x, shifted), lambda r: let("bits", _bits(shifted), lambda bits: of_reduced(r, bits)))
 
     def of_clamped(x: Expr) -> Expr:
-        return _let("shifted", x * _f32(LOG2_E) + _f32(shift), lambda shifted: value(x, shifted))
+        return let("shifted", x * _f32(LOG2_E) + _f32(shift), lambda shifted: value(x, shifted))
 
-    return _let("clamped", _clamp(x, -104.0, 89.0), of_clamped)
+    return let("clamped", _clamp(x, -104.0, 89.0), of_clamped)
 
 
 def exp_of_nonpositive(x: Expr, *, to_round: bool = False) -> Expr:
@@ -189,7 +189,7 @@ def nonpositive_by_polynomial(x: Expr, coefficients: Sequence[float], *, scaled:
         result = _reduced(x, lambda r, bits: times_power(polynomial(r, coefficients) * r + _f32(1.0), bits), shift)
         return tirx.Select(x < _f32(SMALLEST_EXPONENT), _f32(0.0), result)
 
-    return _let("x", x, value)
+    return let("x", x, value)
 
 
 def _reduced(x: Expr, body: Callable[[Expr, Expr], Expr], shift: float) -> Expr:
@@ -197,9 +197,9 @@ def _reduced(x: Expr, body: Callable[[Expr, Expr], Expr], shift: float) -> Expr:
 
     def parts(shifted: Expr) -> Expr:
         r = x - (shifted - _f32(shift)) * _f32(LN2)
-        return _let("r", r, lambda r: _let("bits", _bits(shifted), lambda bits: body(r, bits)))
+        return let("r", r, lambda r: let("bits", _bits(shifted), lambda bits: body(r, bits)))
 
-    return _let("shifted", x * _f32(LOG2_E) + _f32(shift), parts)
+    return let("shifted", x * _f32(LOG2_E) + _f32(shift), parts)
 
 
 def _expm1(x: Expr) -> Expr:
@@ -209,7 +209,7 @@ def _expm1(x: Expr) -> Expr:
         def of_power(power: Expr) -> Expr:
             return ((polynomial(r, EXPM1) * r) * r + r) * power + (power - _f32(1.0))
 
-        return _let("power", _power_of_two(bits), of_power)
+        return let("power", _power_of_two(bits), of_power)
 
     return _reduced(x, value, ROUNDING_SHIFT + EXPONENT_BIAS)
 
@@ -221,9 +221,9 @@ def log(x: Expr) -> Expr:
         tiny = original < _f32(2.0**-126)
         scaled = tirx.Select(tiny, original * _f32(2.0**MANTISSA_BITS), original)
         correction = tirx.Select(tiny, _f32(-float(MANTISSA_BITS)), _f32(0.0))
-        return _let("scaled", scaled, lambda s: _special_log(original, _log_normal(s, correction)))
+        return let("scaled", scaled, lambda s: _special_log(original, _log_normal(s, correction)))
 
-    return _let("original", x, normal)
+    return let("original", x, normal)
 
 
 def _log_normal(x: Expr, correction: Expr) -> Expr:
@@ -234,13 +234,13 @@ def _log_normal(x: Expr, correction: Expr) -> Expr:
         exponent = (bits - _i32(root_half)) >> _i32(MANTISSA_BITS)
         mantissa = tirx.reinterpret("float32", bits - (exponent << _i32(MANTISSA_BITS)))
         e = exponent.astype("float32") + correction
-        return _let("e", e, lambda e: _let("f", mantissa - _f32(1.0), lambda f: series(e, f)))
+        return let("e", e, lambda e: let("f", mantissa - _f32(1.0), lambda f: series(e, f)))
 
     def series(e: Expr, f: Expr) -> Expr:
         tail = polynomial(f, LOG) * f * f * f + e * _f32(LN2_LOW)
         return ((tail - f * f * _f32(0.5)) + f) + e * _f32(LN2_HIGH)
 
-    return _let("bits", _bits(x), parts)
+    return let("bits", _bits(x), parts)
 
 
 def _special_log(x: Expr, value: Expr) -> Expr:
@@ -264,19 +264,19 @@ def tanh(x: Expr) -> Expr:
     """Return the hyperbolic tangent of an fp32 expression: with e = exp(2 x) - 1, e / (e + 2)."""
 
     def value(x: Expr) -> Expr:
-        return _let("e", _expm1(x), lambda e: e / (e + _f32(2.0)))
+        return let("e", _expm1(x), lambda e: e / (e + _f32(2.0)))
 
-    return _let("twice", _clamp(x, -TANH_LIMIT, TANH_LIMIT) * _f32(2.0), value)
+    return let("twice", _clamp(x, -TANH_LIMIT, TANH_LIMIT) * _f32(2.0), value)
 
 
 def erf(x: Expr) -> Expr:
     """Return the error function of an fp32 expression: 1 - exp(-p(|x|)) with a polynomial p without constant term."""
 
     def value(x: Expr) -> Expr:
-        exponent = _let("a", tirx.min(_f32(ERF_LIMIT), _absolute(x)), lambda a: _f32(0.0) - a * polynomial(a, ERF))
-        return _with_sign_of(_let("exponent", exponent, _expm1), x)
+        exponent = let("a", tirx.min(_f32(ERF_LIMIT), _absolute(x)), lambda a: _f32(0.0) - a * polynomial(a, ERF))
+        return _with_sign_of(let("exponent", exponent, _expm1), x)
 
-    return _let("x", x, value)
+    return let("x", x, value)
 
 
 def gelu_to_round(x: Expr) -> Expr:
@@ -288,16 +288,16 @@ def gelu_to_round(x: Expr) -> Expr:
 
     def tail(exponent: Expr, shifted: Expr) -> Expr:
         r = exponent - (shifted - _f32(shift))
-        return _let("r", r, lambda r: polynomial(r, EXP2_TO_ROUND)) * _power_of_two(_bits(shifted))
+        return let("r", r, lambda r: polynomial(r, EXP2_TO_ROUND)) * _power_of_two(_bits(shifted))
 
     def power(exponent: Expr) -> Expr:
-        return _let("shifted", exponent + _f32(shift), lambda shifted: tail(exponent, shifted))
+        return let("shifted", exponent + _f32(shift), lambda shifted: tail(exponent, shifted))
 
     def value(x: Expr, a: Expr) -> Expr:
-        q = _let("exponent", polynomial(a, GELU_TO_ROUND), power)
+        q = let("exponent", polynomial(a, GELU_TO_ROUND), power)
         return tirx.max(_f32(0.0), x) - a * q
 
-    return _let("x", x, lambda x: _let("a", tirx.min(_f32(GELU_LIMIT), _absolute(x)), lambda a: value(x, a)))
+    return let("x", x, lambda x: let("a", tirx.min(_f32(GELU_LIMIT), _absolute(x)), lambda a: value(x, a)))
 
 
 def sigmoid(x: Expr) -> Expr:
@@ -317,14 +317,14 @@ def sigmoid_divisor(x: Expr) -> Expr:
 
     def reduced(x: Expr, shifted: Expr) -> Expr:
         n = shifted - _f32(shift)
-        q = _let("n", n, lambda n: (x + n * _f32(LN2_HIGH)) + n * _f32(LN2_LOW))
-        return _let("q", q, lambda q: _let("bits", _bits(shifted), lambda bits: divisor(q, bits)))
+        q = let("n", n, lambda n: (x + n * _f32(LN2_HIGH)) + n * _f32(LN2_LOW))
+        return let("q", q, lambda q: let("bits", _bits(shifted), lambda bits: divisor(q, bits)))
 
     def of_clamped(x: Expr) -> Expr:
-        return _let("shifted", x * _f32(-LOG2_E) + _f32(shift), lambda shifted: reduced(x, shifted))
+        return let("shifted", x * _f32(-LOG2_E) + _f32(shift), lambda shifted: reduced(x, shifted))
 
     # The powers at both ends are 2**128, whose bits are those of infinity, and 2**-127, whose bits are those of 0.
-    return _let("clamped", _clamp(x, -89.0, 88.0), of_clamped)
+    return let("clamped", _clamp(x, -89.0, 88.0), of_clamped)
 
 
 def power(base: Expr, exponent: int) -> Expr:
@@ -336,4 +336,4 @@ def power(base: Expr, exponent: int) -> Expr:
             result = result * x
         return result
 
-    return _let("base", base, multiply)
+    return let("base", base, multiply)

@@ -31,6 +31,20 @@ def inputs() -> np.ndarray:
     )
 
 
+def exponentials_of_nonpositive(
+    monkeypatch: pytest.MonkeyPatch, coefficients: tuple[float, ...], *, scaled: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return numbers that are at most 0, and their exponentials by a polynomial, where no table takes its place."""
+    monkeypatch.setitem(
+        elementary_calls.FUNCTIONS,
+        "tirx.exp",
+        lambda x: vector_math.nonpositive_by_polynomial(x, coefficients, scaled=scaled),
+    )
+    x = np.concatenate([-np.abs(inputs()), np.linspace(-20, 0, 40001, dtype="float32")])
+    got, _ = run(op.exp, [x])
+    return x, got
+
+
 BY_TABLES, BY_POLYNOMIALS = "by tables", "by polynomials"
 WAYS = [BY_POLYNOMIALS, *([BY_TABLES] if register_tables.has_tables(TARGET) else [])]
 
@@ -76,14 +90,7 @@ def test_error_in_units_in_the_last_place(name: str) -> None:
 @pytest.mark.parametrize("scaled", [False, *([True] if vector_math.scales(TARGET) else [])])
 def test_exponential_of_what_is_not_positive(monkeypatch: pytest.MonkeyPatch, way: str, scaled: bool) -> None:
     monkeypatch.setitem(elementary_calls.LOOKED_UP, "tirx.exp", register_tables.exp_of_nonpositive)
-    coefficients = vector_math.EXP_SHORT
-    monkeypatch.setitem(
-        elementary_calls.FUNCTIONS,
-        "tirx.exp",
-        lambda x: vector_math.nonpositive_by_polynomial(x, coefficients, scaled=scaled),
-    )
-    x = np.concatenate([-np.abs(inputs()), np.linspace(-20, 0, 40001, dtype="float32")])
-    got, _ = run(op.exp, [x])
+    x, got = exponentials_of_nonpositive(monkeypatch, vector_math.EXP_SHORT, scaled=scaled)
     assert np.array_equal(np.isnan(got), np.isnan(x))
     assert got[x < vector_math.SMALLEST_EXPONENT].max() <= (2.0**-126 if way == BY_TABLES else 0)
     assert not got[x < -104].any()
@@ -96,14 +103,7 @@ def test_exponential_of_what_is_not_positive(monkeypatch: pytest.MonkeyPatch, wa
 
 def test_exponentials_to_round_are_exact_enough_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(elementary_calls.LOOKED_UP, "tirx.exp")
-    coefficients = vector_math.EXP_TO_ROUND
-    monkeypatch.setitem(
-        elementary_calls.FUNCTIONS,
-        "tirx.exp",
-        lambda x: vector_math.nonpositive_by_polynomial(x, coefficients, scaled=False),
-    )
-    x = np.concatenate([-np.abs(inputs()), np.linspace(-20, 0, 40001, dtype="float32")])
-    got, _ = run(op.exp, [x])
+    x, got = exponentials_of_nonpositive(monkeypatch, vector_math.EXP_TO_ROUND, scaled=False)
     assert np.array_equal(np.isnan(got), np.isnan(x))
     assert not got[x < vector_math.SMALLEST_EXPONENT].any()
     regular = x >= vector_math.SMALLEST_EXPONENT
