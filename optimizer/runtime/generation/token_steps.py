@@ -13,7 +13,7 @@ import numpy as np
 from optimizer.errors import InputMismatchError
 from optimizer.package.alignment import aligned_copy
 from optimizer.runtime.generation.step_inputs import MASK, VALUES, Step
-from optimizer.runtime.kv_cache import counts_of, total_tokens
+from optimizer.runtime.kv_cache import argument_count, counts_of, total_tokens
 from optimizer.runtime.tensors import CPU, tensor_over
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class TokenSteps:
         self._checked = range(0)
         self._laid_out: CacheTensors | None = None
         self._arguments: list[object] = []
-        self._place_of_counts = 0
+        self._place_of_counts = argument_count(entry.signature) - 1
 
     @staticmethod
     def suit(entry: Entry) -> bool:
@@ -96,6 +96,5 @@ class TokenSteps:
         """Return the arguments with the cache's buffers as they are now."""
         given = self._given if self._mask is None else {**self._given, MASK: tensor_over(self._mask[:, : past + 1])}
         self._arguments = self._entry.arguments(given, self._cache, self._values(past), steps, 0)
-        self._place_of_counts = len(self._entry.signature.inputs) + len(self._cache.tensors.others)
         self._laid_out = self._cache.tensors
         return self._arguments
