@@ -9,7 +9,7 @@ import tvm
 from tvm import relax
 
 from optimizer.frontend.importer import ImportedModel
-from optimizer.package.manifest import EntryPoint
+from optimizer.package.entry_points import EntryPoint
 from optimizer.runtime import kv_cache
 from optimizer.runtime.signature import bind_symbols
 from optimizer.runtime.tensors import to_numpy

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from optimizer.frontend.model_file import ModelFile
 from optimizer.package import Manifest
+from optimizer.package.entry_points import CacheRecord, EntryPoint
 from optimizer.package.manifest import (
-    CacheRecord,
-    EntryPoint,
     KernelRecord,
     Library,
     ModelSource,

@@ -12,7 +12,7 @@ from tvm import relax
 from optimizer import execution
 from optimizer.frontend.importer import ImportedModel
 from optimizer.legalization import LEGALIZATIONS
-from optimizer.package.manifest import EntryPoint
+from optimizer.package.entry_points import EntryPoint
 from optimizer.signature import entry_point
 from passes import pipeline
 from passes.base import Pass

@@ -11,7 +11,7 @@ from tvm import relax, tirx
 
 from optimizer.frontend.dimensions import simplified
 from optimizer.frontend.importer import ImportedModel
-from optimizer.package.manifest import CachePages, CacheRecord, EntryPoint, SymbolRange, TensorSpec
+from optimizer.package.entry_points import CachePages, CacheRecord, EntryPoint, SymbolRange, TensorSpec
 from optimizer.weights import ENTRY
 from passes.defined_dimensions import defined_dimensions
 from passes.leave_out_rows import shortened_outputs

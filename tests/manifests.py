@@ -9,8 +9,8 @@ import tvm
 import tvm_ffi
 
 from optimizer.package import Manifest
+from optimizer.package.entry_points import EntryPoint
 from optimizer.package.manifest import (
-    EntryPoint,
     KernelRecord,
     Library,
     ModelSource,

@@ -9,7 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from optimizer.package import Manifest
-    from optimizer.package.manifest import EntryPoint, TensorSpec
+    from optimizer.package.entry_points import EntryPoint, TensorSpec
 
 
 @click.command(name="inspect")

@@ -14,7 +14,7 @@ from optimizer.compile import CompileOptions, Plan, find_target, plan_model
 from optimizer.errors import UnsupportedModelError
 from optimizer.frontend.importer import import_model
 from optimizer.frontend.model_file import ModelFile, read_model
-from optimizer.package.manifest import EntryPoint
+from optimizer.package.entry_points import EntryPoint
 from optimizer.report.explanation import explain
 from optimizer.signature import entry_point
 

@@ -13,7 +13,8 @@ from typing import BinaryIO
 
 from optimizer.errors import PackageError
 from optimizer.package.archive import read_members
-from optimizer.package.manifest import DIGEST_NAME, FORMAT, MANIFEST_NAME, MAX_FILES, MAX_MANIFEST_BYTES, Manifest
+from optimizer.package.entry_points import MANIFEST_NAME
+from optimizer.package.manifest import DIGEST_NAME, FORMAT, MAX_FILES, MAX_MANIFEST_BYTES, Manifest
 from optimizer.package.pieces import ask_for_huge_pages
 
 _DIGEST_LINE_BYTES = 64 + 2 + len(MANIFEST_NAME) + 1

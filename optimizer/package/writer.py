@@ -18,9 +18,9 @@ import numpy as np
 from optimizer.errors import PackageError
 from optimizer.package.archive import DATA_ALIGNMENT, write_archive
 from optimizer.package.dtypes import ITEM_BYTES
+from optimizer.package.entry_points import MANIFEST_NAME
 from optimizer.package.manifest import (
     DIGEST_NAME,
-    MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     WEIGHT_ALIGNMENT,
     Certificate,

@@ -14,7 +14,7 @@ import targets
 from optimizer.execution import call
 from optimizer.frontend.importer import ImportedModel
 from optimizer.lowering import build, lower
-from optimizer.package.manifest import EntryPoint
+from optimizer.package.entry_points import EntryPoint
 from optimizer.reference import with_exact_caches
 from optimizer.runtime.generation.roles import LOGITS
 from optimizer.signature import entry_point

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from optimizer.errors import InputMismatchError, OptionError
 from optimizer.package.dtypes import numpy_dtype
-from optimizer.package.manifest import EntryPoint, TensorSpec
+from optimizer.package.entry_points import EntryPoint, TensorSpec
 from optimizer.runtime.array_files import read_arrays
 from optimizer.runtime.generation.roles import LOGITS
 from optimizer.runtime.generation.step_inputs import MASK, POSITIONS, TOKENS

@@ -9,7 +9,8 @@ import numpy as np
 from optimizer.errors import OptionError
 from optimizer.package import dimensions
 from optimizer.package.dtypes import numpy_dtype
-from optimizer.package.manifest import EntryPoint, Manifest, TensorSpec
+from optimizer.package.entry_points import EntryPoint, TensorSpec
+from optimizer.package.manifest import Manifest
 
 _DEFAULT_SIZE = 8
 

@@ -14,7 +14,7 @@ from optimizer.package.dtypes import numpy_dtype
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from optimizer.package.manifest import TensorSpec
+    from optimizer.package.entry_points import TensorSpec
 
     Array = NDArray[np.generic]
 

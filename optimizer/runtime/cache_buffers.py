@@ -11,7 +11,7 @@ import numpy as np
 
 from optimizer.package import dimensions
 from optimizer.package.dtypes import ITEM_BYTES
-from optimizer.package.manifest import CacheRecord
+from optimizer.package.entry_points import CacheRecord
 from optimizer.runtime import cache_pages, tensors
 from optimizer.runtime.tensors import Device, Tensor
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optimizer.package.manifest import CachePages
+from optimizer.package.entry_points import CachePages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from optimizer.errors import OptionError
 from optimizer.package import dimensions
-from optimizer.package.manifest import CachePages, CacheRecord, EntryPoint, TensorSpec
+from optimizer.package.entry_points import CachePages, CacheRecord, EntryPoint, TensorSpec
 from optimizer.runtime import cache_pages, tensors
 from optimizer.runtime.cache_buffers import CacheBuffers, Held, Room
 from optimizer.runtime.tensors import Device, Tensor

@@ -15,7 +15,8 @@ import tvm_ffi
 
 from optimizer.errors import OptionError, PackageError
 from optimizer.package.dtypes import ITEM_BYTES, device_dtype, numpy_dtype
-from optimizer.package.manifest import EntryPoint, Manifest, TensorSpec
+from optimizer.package.entry_points import EntryPoint, TensorSpec
+from optimizer.package.manifest import Manifest
 from optimizer.package.reader import Package
 from optimizer.runtime import kv_cache, tensors
 from optimizer.runtime.devices import open_device

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from optimizer.errors import InputMismatchError
 from optimizer.package import dimensions
-from optimizer.package.manifest import EntryPoint, TensorSpec
+from optimizer.package.entry_points import EntryPoint, TensorSpec
 
 
 def check_names(entry: EntryPoint, given: Iterable[str]) -> None:

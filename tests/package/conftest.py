@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from optimizer.package import Manifest, Weight, write_package
-from optimizer.package.manifest import EntryPoint, Library, SymbolRange, TensorSpec
+from optimizer.package.entry_points import EntryPoint, SymbolRange, TensorSpec
+from optimizer.package.manifest import Library
 from tests.manifests import draft_manifest
 
 WritePackage = Callable[..., Path]

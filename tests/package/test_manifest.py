@@ -12,18 +12,8 @@ from hypothesis import strategies as st
 
 from optimizer.errors import PackageError
 from optimizer.package.dtypes import ITEM_BYTES
-from optimizer.package.manifest import (
-    CacheRecord,
-    Certificate,
-    EntryPoint,
-    FileRecord,
-    Manifest,
-    OutputComparison,
-    PassRecord,
-    SymbolRange,
-    TensorSpec,
-    WeightRecord,
-)
+from optimizer.package.entry_points import CacheRecord, EntryPoint, SymbolRange, TensorSpec
+from optimizer.package.manifest import Certificate, FileRecord, Manifest, OutputComparison, PassRecord, WeightRecord
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20)

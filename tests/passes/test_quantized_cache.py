@@ -16,7 +16,7 @@ from tvm import relax
 from optimizer.compile import CompileOptions, compile_in_memory, compile_model, find_target
 from optimizer.execution import Runner
 from optimizer.frontend.importer import import_model
-from optimizer.package.manifest import CachePages
+from optimizer.package.entry_points import CachePages
 from optimizer.runtime import cache_pages
 from passes.fuse_attention import FuseAttention
 from passes.rewrite_kv_cache import RewriteKvCache, caches_of

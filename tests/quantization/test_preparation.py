@@ -9,7 +9,7 @@ import pytest
 
 from optimizer.compile import CompileOptions, find_target, import_with, parse_passes
 from optimizer.errors import OptionError, QualityError
-from optimizer.package.manifest import EntryPoint, TensorSpec
+from optimizer.package.entry_points import EntryPoint, TensorSpec
 from optimizer.quantization.preparation import Calibration, prepared, refitted
 from optimizer.quantization.quality import Gate
 from optimizer.quantization.samples import OWN, Samples, given_samples, token_inputs

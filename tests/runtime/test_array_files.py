@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from optimizer.package.manifest import TensorSpec
+from optimizer.package.entry_points import TensorSpec
 from optimizer.runtime.array_files import read_arrays, write_arrays
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimizer.package.manifest import CachePages
+from optimizer.package.entry_points import CachePages
 from optimizer.runtime.cache_pages import dequantized, quantized, rows, settled
 
 _LAYOUTS = st.builds(CachePages, st.sampled_from([4, 8]), st.booleans(), st.just(32), st.just(32))

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from optimizer.errors import OptionError
-from optimizer.package.manifest import CacheRecord, EntryPoint, TensorSpec
+from optimizer.package.entry_points import CacheRecord, EntryPoint, TensorSpec
 from optimizer.runtime.generation.step_inputs import MASK, PER_SEQUENCE, RANKS, TOKENS
 
 LOGITS = "logits"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimizer.compile import CompileOptions, compile_model, find_target
-from optimizer.package.manifest import CachePages
+from optimizer.package.entry_points import CachePages
 from optimizer.runtime import load
 from optimizer.runtime.cache_buffers import Held
 from optimizer.runtime.generation import DecoderSession

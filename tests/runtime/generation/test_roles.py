@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from optimizer.errors import OptionError
-from optimizer.package.manifest import EntryPoint, SymbolRange, TensorSpec
+from optimizer.package.entry_points import EntryPoint, SymbolRange, TensorSpec
 from optimizer.runtime.generation.roles import roles_of
 
 _SYMBOLS = tuple(SymbolRange(name, 0, None) for name in ("batch", "new", "past"))
