@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,11 +13,10 @@ from tvm import relax, tirx
 from tvm.relax import op
 
 from passes.attention_elements import MOST_OPERATIONS
-from passes.base import Site
 from passes.fuse_attention import FuseAttention
-from passes.provenance import annotate
 from passes.tensor_types import numpy_dtype
-from tests.passes.graph import assert_kept, graph
+from tests.passes.attention_graphs import emit, scores_of, weights_of, with_sink
+from tests.passes.graph import graph
 from tests.passes.properties.relax_interpreter import Interpreter
 from tests.passes.relax_modules import operators, run
 
@@ -220,7 +218,7 @@ def test_a_mask_cast_to_16_bits_hides_as_much_as_that_holds(narrow: bool) -> Non
 
     def body(q, k, v, seen):
         mask = op.where(seen, relax.const(0.0), relax.const(LOWEST))
-        return op.matmul(op.nn.softmax(op.add(_scores(q, k), op.astype(mask, dtype))), v)
+        return op.matmul(op.nn.softmax(op.add(scores_of(q, k), op.astype(mask, dtype))), v)
 
     module = graph(body, (2, 4), (3, 4), (3, 2), (2, 3), dtype=[dtype, dtype, dtype, "bool"])
     outcome = FuseAttention().run(module)
@@ -277,152 +275,15 @@ def test_refusal_says_why_and_changes_nothing(form: Form, keys: int, reason: str
     tvm.ir.assert_structural_equal(outcome.module, module)
 
 
-def _emit(value: relax.Expr) -> relax.Expr:
-    return relax.BlockBuilder.current().emit(value)
-
-
-def _scores(q: relax.Expr, k: relax.Expr) -> relax.Expr:
-    return op.matmul(q, op.permute_dims(k))
-
-
-def _weights(q: relax.Expr, k: relax.Expr) -> relax.Expr:
-    return op.nn.softmax(_scores(q, k))
-
-
-def _cast_softmax(q: relax.Expr, k: relax.Expr) -> relax.Expr:
-    return op.astype(op.nn.softmax(op.astype(_scores(q, k), "float64")), "float32")
-
-
-@pytest.mark.parametrize(
-    ("body", "shapes", "reason"),
-    [
-        (
-            lambda q, k, v: op.matmul(_weights(q, k), v),
-            [(6, 4), (6, 4), (6,)],
-            "a shape is not known, or of less than two dimensions",
-        ),
-        (
-            lambda q, k, v: op.permute_dims(op.reshape(op.matmul(_weights(q, k), v), (6, 2, 2)), [1, 0, 2]),
-            [(6, 4)] * 3,
-            "the axis of the values is split or joined with another one",
-        ),
-        (
-            lambda q, k, v: op.matmul(op.permute_dims(_weights(q, k)), v),
-            [(6, 4)] * 3,
-            "the softmax normalizes another axis than the one that the product adds up",
-        ),
-        (
-            lambda q, k, v: op.matmul(op.nn.softmax(op.nn.relu(q)), v),
-            [(6, 6), (6, 4), (6, 4)],
-            "what the softmax normalizes does not come from a product by elementwise operators",
-        ),
-        (
-            lambda q, k, v: op.matmul(op.nn.softmax(op.add(s := _emit(_scores(q, k)), op.tanh(s))), v),
-            [(6, 4)] * 3,
-            "the scores are read more than once on their way to the softmax, or through a gather",
-        ),
-        (
-            lambda q, k, v: op.matmul(op.nn.softmax(op.permute_dims(_scores(q, k))), v),
-            [(6, 4)] * 3,
-            "the scores' keys are not in the order of the softmax's axis",
-        ),
-        (
-            lambda q, k, v: op.matmul(_weights(q, k), v),
-            [(6, 1), (6, 1), (6, 4)],
-            "the products are of one number only",
-        ),
-        (
-            lambda q, k, v: op.matmul(_weights(q, k), op.multiply(v, relax.const(2.0))),
-            [(6, 4)] * 3,
-            "the values are scaled",
-        ),
-        (
-            lambda q, k, v: op.permute_dims(op.reshape(op.matmul(_weights(q, k), v), (4, 6))),
-            [(6, 4)] * 3,
-            "the result is rearranged in a way that cannot be followed",
-        ),
-        (
-            lambda q, k, v: op.matmul(op.reshape(_weights(q, k), (4, 6)), v),
-            [(6, 3), (4, 3), (6, 4)],
-            "the probabilities are rearranged in a way that cannot be followed",
-        ),
-        (
-            lambda q, k, v: op.matmul(_cast_softmax(q, k), v),
-            [(6, 4)] * 3,
-            "the softmax computes in float64",
-        ),
-        (
-            lambda q, k, v: op.matmul(op.where(op.isnan(v), relax.const(0.0), _weights(q, k)), v),
-            [(6, 4), (6, 4), (6, 6)],
-            "the probabilities are chosen by a condition",
-        ),
-        (
-            lambda q, k, v: op.matmul(op.where(op.isnan(w := _emit(_weights(q, k))), relax.const(1.0), w), v),
-            [(6, 4)] * 3,
-            "the probabilities are chosen by a condition",
-        ),
-        (
-            lambda q, k, v: op.matmul(op.nn.softmax(s := _emit(_scores(q, k))), op.matmul(s, v)),
-            [(6, 4)] * 3,
-            "what the softmax normalizes has another reader",
-        ),
-    ],
-)
-def test_an_attention_of_another_form_is_refused(body, shapes, reason: str) -> None:
-    assert [site.refusal for site in assert_kept(FuseAttention(), body, *shapes).sites] == [reason]
-
-
-def test_the_site_of_an_attention_carries_the_nodes_of_its_products_and_softmax() -> None:
-    module = graph(lambda q, k, v: op.matmul(_weights(q, k), v), *[(6, 4)] * 3)
-    bindings = module["main"].body.blocks[0].bindings
-    module = annotate(module, {binding.var: (binding.value.op.name,) for binding in bindings})
-    (site,) = FuseAttention().run(module).sites
-    assert site == Site(bindings[-1].var.name, None, ("relax.matmul", "relax.nn.softmax"))
-
-
-def test_the_site_of_a_refusal_carries_the_nodes_of_the_product_and_of_the_end() -> None:
-    module = graph(lambda q, k, v: op.permute_dims(op.matmul(_cast_softmax(q, k), v)), *[(6, 4)] * 3)
-    bindings = module["main"].body.blocks[0].bindings
-    module = annotate(module, {binding.var: (binding.value.op.name,) for binding in bindings})
-    (site,) = FuseAttention().run(module).sites
-    nodes = ("relax.matmul", "relax.permute_dims")
-    assert site == Site(bindings[-1].var.name, "the softmax computes in float64", nodes)
-
-
-def test_a_result_that_is_also_read_before_its_transposition_is_one_site() -> None:
-    def body(q, k, v):
-        product = _emit(op.matmul(_weights(q, k), v))
-        return product, op.permute_dims(product)
-
-    module = graph(body, *[(6, 4)] * 3)
-    outcome = FuseAttention().run(module)
-    assert [site.refusal for site in outcome.sites] == [None]
-    assert operators(outcome.module) == ["relax.call_tir", "relax.permute_dims"]
-
-
-def test_the_end_is_behind_a_rounding_and_views_of_the_product() -> None:
-    def body(q, k, v):
-        product = op.matmul(op.nn.softmax(op.matmul(q, op.permute_dims(k, [0, 2, 1]))), v)
-        return op.permute_dims(op.astype(op.reshape(product, (2, 3, 5, 4)), "float16"), [0, 2, 1, 3])
-
-    module = graph(body, *[(6, 5, 4)] * 3)
-    outcome = FuseAttention().run(module)
-    assert [site.refusal for site in outcome.sites] == [None]
-    assert operators(outcome.module) == ["relax.call_tir"]
-    arrays = [np.random.default_rng(0).standard_normal((6, 5, 4)).astype("float32") for _ in range(3)]
-    (expected,), (result,) = (Interpreter(each).run(arrays) for each in (module, outcome.module))
-    np.testing.assert_allclose(result, expected, rtol=2**-10, atol=1e-6)  # half a step of float16 either way
-
-
 def test_a_tensor_that_is_queries_keys_and_values_is_handed_over_once() -> None:
-    module = graph(lambda x: op.matmul(_weights(x, x), x), (6, 4))
+    module = graph(lambda x: op.matmul(weights_of(x, x), x), (6, 4))
     (binding,) = FuseAttention().run(module).module["main"].body.blocks[0].bindings
     assert len(binding.value.args[1].fields) == 1
 
 
 def test_operands_that_are_widened_are_handed_over_narrow() -> None:
     def body(q, k, v):
-        return op.matmul(_weights(q, op.astype(k, "float32")), op.astype(v, "float32"))
+        return op.matmul(weights_of(q, op.astype(k, "float32")), op.astype(v, "float32"))
 
     module = graph(body, *[(6, 4)] * 3, dtype=["float32", "float16", "bfloat16"])
     (binding,) = FuseAttention().run(module).module["main"].body.blocks[0].bindings
@@ -434,7 +295,7 @@ def test_operands_that_are_widened_are_handed_over_narrow() -> None:
 def test_a_mask_of_one_number_is_that_number_unless_it_is_large(keys: int, read: bool) -> None:
     def body(q, k, v):
         mask = relax.const(np.full((1, keys), -3, "float32"))
-        return op.matmul(op.nn.softmax(op.add(_scores(q, k), mask)), v)
+        return op.matmul(op.nn.softmax(op.add(scores_of(q, k), mask)), v)
 
     (binding,) = FuseAttention().run(graph(body, (6, 4), (keys, 4), (keys, 3))).module["main"].body.blocks[0].bindings
     assert len(binding.value.args[1].fields) == 3 + read
@@ -443,7 +304,7 @@ def test_a_mask_of_one_number_is_that_number_unless_it_is_large(keys: int, read:
 def test_a_score_is_not_rounded_to_16_bits_and_is_cut_to_integers() -> None:
     def through(dtype: str | None) -> tuple[np.ndarray, np.ndarray]:
         def body(q, k, v):
-            scores = _scores(q, k)
+            scores = scores_of(q, k)
             cast = scores if dtype is None else op.astype(op.astype(scores, dtype), "float32")
             return op.matmul(op.nn.softmax(cast), v)
 
@@ -466,8 +327,8 @@ def test_a_score_is_not_rounded_to_16_bits_and_is_cut_to_integers() -> None:
 @pytest.mark.parametrize("guarded", [True, False])
 def test_a_query_that_sees_no_key_gives_zero_where_the_model_says_so_and_else_nan(guarded: bool) -> None:
     def body(q, k, v, seen):
-        scores = op.where(seen, _scores(q, k), relax.const(float("-inf")))
-        weights = _emit(op.nn.softmax(scores))
+        scores = op.where(seen, scores_of(q, k), relax.const(float("-inf")))
+        weights = emit(op.nn.softmax(scores))
         if guarded:
             weights = op.where(op.isnan(weights), relax.const(0.0), weights)
         return op.matmul(weights, v)
@@ -485,7 +346,7 @@ def test_a_query_that_sees_no_key_gives_zero_where_the_model_says_so_and_else_na
 
 def test_what_is_done_to_a_score_is_computed_with_it() -> None:
     def body(q, k, v, seen):
-        scores = op.multiply(op.tanh(op.divide(_scores(q, k), relax.const(30.0))), relax.const(30.0))
+        scores = op.multiply(op.tanh(op.divide(scores_of(q, k), relax.const(30.0))), relax.const(30.0))
         hidden = op.astype(op.logical_not(seen), "float32")
         bias = op.multiply(op.subtract(op.zeros((1, 6), "float32"), hidden), relax.const(9.0))
         floor = op.negative(op.multiply(op.ones((5, 1), "float32"), relax.const(20.0)))
@@ -502,17 +363,10 @@ def test_what_is_done_to_a_score_is_computed_with_it() -> None:
     np.testing.assert_allclose(run(outcome.module, *arrays, seen), run(module, *arrays, seen), rtol=1e-4, atol=1e-5)
 
 
-def _sunk(q: relax.Expr, k: relax.Expr, v: relax.Expr, sink: relax.Expr, *, first: bool = False) -> relax.Expr:
-    scores = [_emit(_scores(q, k)), sink]
-    weights = op.nn.softmax(_emit(op.concat(scores[::-1] if first else scores, -1)), -1)
-    begin = int(first)
-    return op.matmul(op.strided_slice(_emit(weights), [1], [begin], [begin + 5], [1]), v)
-
-
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_logit_of_a_sink_joins_the_softmax(wide: bool) -> None:
     shapes = [(6, 4), (5, 4), (5, 3), (6, 1)]
-    module = graph(_sunk, *shapes)
+    module = graph(with_sink, *shapes)
     outcome = FuseAttention().run(module)
     assert [site.refusal for site in outcome.sites] == [None]
     assert operators(outcome.module) == ["relax.call_tir"]
@@ -521,49 +375,10 @@ def test_the_logit_of_a_sink_joins_the_softmax(wide: bool) -> None:
     np.testing.assert_allclose(run(outcome.module, *arrays), run(module, *arrays), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        lambda q, k, v, s: _sunk(q, k, v, s, first=True),
-        lambda q, k, v, s: op.matmul(  # the sink's own probability has a value, too
-            op.nn.softmax(_emit(op.concat([_emit(_scores(q, k)), s], -1)), -1),
-            op.concat([v, op.strided_slice(v, [0], [0], [1])], 0),
-        ),
-    ],
-)
-def test_columns_beside_the_scores_that_are_no_sinks_are_refused(body) -> None:
-    (site,) = assert_kept(FuseAttention(), body, (6, 4), (5, 4), (5, 3), (6, 1)).sites
-    assert site.refusal is not None
-
-
-def test_a_product_that_no_softmax_feeds_is_no_site() -> None:
-    x = relax.Var("x", relax.TensorType((4, 4), "float32"))
-    builder = relax.BlockBuilder()
-    with builder.function("main", [x]):
-        with builder.dataflow():
-            output = builder.emit_output(op.matmul(op.nn.relu(x), x))
-        builder.emit_func_output(output)
-    assert FuseAttention().run(builder.get()).sites == ()
-
-
-def _plain() -> tvm.IRModule:
-    return FuseAttention().run(graph(lambda q, k, v: op.matmul(_weights(q, k), v), (5, 4), (6, 4), (6, 3))).module
-
-
-def test_the_steps_are_named_for_what_they_compute() -> None:
-    (function,) = [f for f in _plain().functions.values() if isinstance(f, tirx.PrimFunc)]
-    text = function.script()
-    assert re.findall(r'sblock\("(\w+)"\)', text)[1:] == [
-        "scores", "logits", "largest", "exponentials", "total", "probabilities", "attention",
-    ]  # fmt: skip
-    assert [v.name_hint for v in _plain().get_global_vars() if v.name_hint != "main"] == ["attention"]
-    assert all(f", {loop} in T.grid" in text for loop in ("depth", "key", "term", "member"))
-
-
 @pytest.mark.parametrize(("steps", "fused"), [(MOST_OPERATIONS, True), (MOST_OPERATIONS + 1, False)])
 def test_as_much_is_done_to_a_score_as_the_limit_says(steps: int, fused: bool) -> None:
     def body(q, k, v):
-        scores = _scores(q, k)
+        scores = scores_of(q, k)
         for _ in range(steps):
             scores = op.tanh(scores)
         return op.matmul(op.nn.softmax(scores), v)
@@ -574,7 +389,7 @@ def test_as_much_is_done_to_a_score_as_the_limit_says(steps: int, fused: bool) -
 
 def test_a_bias_of_queries_by_keys_is_handed_over_with_queries_next_to_each_other() -> None:
     def body(q, k, v, bias):
-        return op.matmul(op.nn.softmax(op.add(_scores(q, k), bias)), v)
+        return op.matmul(op.nn.softmax(op.add(scores_of(q, k), bias)), v)
 
     module = FuseAttention().run(graph(body, (5, 4), (6, 4), (6, 3), (5, 6))).module
     assert operators(module) == ["relax.permute_dims", "relax.call_tir"]
@@ -585,7 +400,7 @@ def test_a_bias_of_queries_by_keys_is_handed_over_with_queries_next_to_each_othe
 def test_numbers_made_for_scores_of_16_bits_are_wide() -> None:
     def body(q, k, v):
         floor = op.negative(op.multiply(op.ones((5, 1), "float16"), relax.const(2.0, "float16")))
-        scores = op.add(op.maximum(_scores(q, k), floor), op.zeros((5, 6), "float16"))
+        scores = op.add(op.maximum(scores_of(q, k), floor), op.zeros((5, 6), "float16"))
         return op.matmul(op.nn.softmax(scores), v)
 
     module = graph(body, (5, 4), (6, 4), (6, 3), dtype="float16")
@@ -596,21 +411,3 @@ def test_numbers_made_for_scores_of_16_bits_are_wide() -> None:
     (expected,) = Interpreter(module, wide=True).run(arrays)
     (result,) = Interpreter(outcome.module).run(arrays)
     np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("renamed", [True, False])
-def test_a_transposition_behind_another_name_is_the_end(renamed: bool) -> None:
-    builder = relax.BlockBuilder()
-    inputs = [
-        relax.Var(name, relax.TensorType(shape, "float32")) for name, shape in zip("qkv", [(6, 4)] * 3, strict=True)
-    ]
-    with builder.function("main", inputs):
-        with builder.dataflow():
-            q, k, v = inputs
-            product = builder.emit(op.matmul(builder.emit(_weights(q, builder.emit(k))), v))
-            read = builder.emit(product) if renamed else product
-            output = builder.emit_output(op.permute_dims(read))
-        builder.emit_func_output(output)
-    outcome = FuseAttention().run(builder.get())
-    assert [site.location for site in outcome.sites] == [output.name]
-    assert operators(outcome.module) == ["relax.call_tir"]
