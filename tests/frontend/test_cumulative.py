@@ -1,19 +1,38 @@
-"""Running sums and products of lines that lie apart or side by side, against onnxruntime."""
+"""Running sums and products of lines that lie apart or side by side."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.frontend.comparison import assert_same
+from tests.frontend.comparison import assert_same, node_model, ours
 
 
-@pytest.mark.parametrize("columns", [1, 7, 85])  # 85 = 64 + 16 + 5
-@pytest.mark.parametrize(("exclusive", "reverse"), [(0, 0), (1, 0), (0, 1), (1, 1)])
-def test_running_sums_along_a_middle_axis(columns: int, exclusive: int, reverse: int) -> None:
-    x = np.random.default_rng(columns).integers(-9, 9, (2, 13, columns)).astype(np.float32)
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_running_sums_along_each_of_four_axes(axis: int) -> None:
+    x = np.random.default_rng(axis).integers(-9, 9, (2, 3, 5, 7)).astype(np.int64)
+    model = node_model("CumSum", {"x": x, "axis": np.array(axis)}, ["y"], domain="", constants=["axis"])
+    (got,) = ours(model)({"x": x}).values()
+    np.testing.assert_array_equal(got, np.cumsum(x, axis))
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    before=st.sampled_from([1, 2, 5]),
+    length=st.sampled_from([1, 2, 13]),
+    after=st.sampled_from([1, 7, 16, 85, 257, 523]),
+    exclusive=st.integers(0, 1),
+    reverse=st.integers(0, 1),
+)
+def test_running_sums_along_a_middle_axis(before: int, length: int, after: int, exclusive: int, reverse: int) -> None:
+    x = np.random.default_rng(after).integers(-9, 9, (before, length, after)).astype(np.float32)
     inputs = {"x": x, "axis": np.array(1)}
-    assert_same("CumSum", inputs, ["y"], domain="", constants=["axis"], exclusive=exclusive, reverse=reverse)
+    model = node_model("CumSum", inputs, ["y"], domain="", constants=["axis"], exclusive=exclusive, reverse=reverse)
+    (got,) = ours(model)({"x": x}).values()
+    sums = np.flip(np.cumsum(np.flip(x, 1), 1), 1) if reverse else np.cumsum(x, 1)
+    np.testing.assert_array_equal(got, sums - x if exclusive else sums)
 
 
 def test_running_sums_of_a_shape_known_at_run_time() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import tvm.ir
 from tvm import relax, te, tirx
@@ -11,7 +12,7 @@ from tvm.script.ir_builder import tirx as ir
 from optimizer.frontend.converters.kernel_loops import kernel, loops
 from optimizer.frontend.converters.precision import HALF_TYPES
 from optimizer.frontend.converters.runtime_axes import vector
-from optimizer.frontend.dimensions import Shape, product
+from optimizer.frontend.dimensions import Dimension, Shape, product
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
 from optimizer.frontend.value import Value
@@ -19,8 +20,12 @@ from optimizer.frontend.value import Value
 Combine = Callable[[tvm.ir.Expr, tvm.ir.Expr], tvm.ir.Expr]
 
 _INT64 = "int64"
-# So many neighbouring lines are scanned at once, as many as there are left of them.
-_SIDE_BY_SIDE = (64, 16, 1)
+# Neighbouring lines of a task, at least and at most, and how many tasks are enough. Where caches do not hold the tensor
+# long pieces of rows count more than that the values so far lie on the stack.
+_SHORTEST_STRIP, _LONGEST_STRIP, _TASKS = 64, 256, 4
+_LARGE_ELEMENTS, _LONGEST_LARGE_STRIP = 4 * 1024 * 1024, 1024
+# A vector of lines is carried through so many rows in registers.
+_LANES, _ROWS = 16, 2
 _OPERATORS: dict[str, tuple[Combine, int]] = {"CumSum": (lambda x, y: x + y, 0), "CumProd": (lambda x, y: x * y, 1)}
 
 
@@ -29,21 +34,24 @@ def _register(operator: str, combine: Combine, identity: int) -> None:
     def convert(node: Node) -> Result:
         data = node.input(0)
         wide = "float32" if data.dtype in HALF_TYPES else data.dtype
-        lines = node.emit(relax.op.reshape(data.expr, _lines(node, data)))
+        shape, axis = _lines(node, data)
+        lines = node.emit(relax.op.reshape(data.expr, shape))
         if wide != data.dtype:
             lines = node.emit(relax.op.astype(lines.expr, wide))
         exclusive, reverse = bool(node.integer("exclusive", 0)), bool(node.integer("reverse", 0))
-        scanned = node.compute(lambda tensor: _scan(tensor, combine, identity, exclusive, reverse), lines.expr)
+        scanned = node.compute(_Scan(combine, identity, axis, exclusive, reverse).of, lines.expr)
         result = node.emit(relax.op.reshape(scanned.expr, list(data.shape)))
         return result if wide == data.dtype else relax.op.astype(result.expr, data.dtype)
 
 
-def _lines(node: Node, data: Value) -> Shape:
-    """Return the shape with the axes before and after the axis of the scan merged."""
+def _lines(node: Node, data: Value) -> tuple[Shape, int]:
+    """Return the shape with at most one axis after that of the scan, and which axis that is."""
     known = node.known_integers(1)
     if known is not None:
         axis = node.checked_axis(known[0], data.rank)
-        return (product(data.shape[:axis]), data.shape[axis], product(data.shape[axis + 1 :]))
+        if axis >= data.rank - 2:
+            return tuple(data.shape), axis
+        return (*data.shape[: axis + 1], product(data.shape[axis + 1 :])), axis
 
     def merged(shape: te.Tensor, given: te.Tensor) -> te.Tensor:
         rank = int(shape.shape[0])
@@ -57,48 +65,129 @@ def _lines(node: Node, data: Value) -> Shape:
             after = after * tirx.Select(axis < place, shape[place], one)
         return vector([before, length, after])
 
-    return node.compute_shape(merged, node.dimensions(data), node.expr(1))
+    return node.compute_shape(merged, node.dimensions(data), node.expr(1)), 1
 
 
-def _scan(lines: te.Tensor, combine: Combine, identity: int, exclusive: bool, reverse: bool) -> te.Tensor:
-    """Return the running combination along axis 1 of a tensor of rank 3: many lines side by side where they lie so."""
-    dtype = str(lines.dtype)
+@dataclass(frozen=True)
+class _Scan:
+    """The running combination along an axis that is the last one or the one before: neighbouring lines together."""
 
-    def body(source: tirx.Buffer, target: tirx.Buffer) -> None:
-        before, length, after = source.shape
+    combine: Combine
+    identity: int
+    axis: int
+    exclusive: bool
+    reverse: bool
 
-        def scan(blocks: tvm.ir.Expr, first: int, width: int) -> None:
-            divisor = tirx.max(blocks, tirx.const(1, _INT64))  # an empty loop must not fold to a division by zero
-            with loops([before * blocks], parallel=True) as (task,):
-                i = tirx.floordiv(task, divisor)
-                start = first + tirx.floormod(task, divisor) * width
-                running = ir.alloc_buffer((width,), dtype, scope="local")
-                with ir.vectorized(0, width) as lane:
-                    ir.buffer_store(running, tirx.const(identity, dtype), [lane])
-                with ir.serial(0, length) as step:
-                    j = length - 1 - step if reverse else step
+    def of(self, lines: te.Tensor) -> te.Tensor:
+        """Return the tensor of all running combinations."""
 
-                    def emit() -> None:
-                        with ir.vectorized(0, width) as lane:
-                            ir.buffer_store(target, running[lane], [i, j, start + lane])
+        def body(source: tirx.Buffer, target: tirx.Buffer) -> None:
+            after = self._after(source)
+            if not isinstance(after, tirx.IntImm):
+                self._strips(source, target, after, 0, 1)
+                return
+            columns = int(after)
+            width = min(_strip([product(source.shape[: self.axis]), source.shape[self.axis], after]), columns)
+            whole, rest = divmod(columns, width) if width else (0, 0)
+            self._strips(source, target, tirx.const(whole, _INT64), 0, width)
+            if rest:
+                self._strips(source, target, tirx.const(1, _INT64), whole * width, rest)
 
-                    if exclusive:
-                        emit()
-                    with ir.vectorized(0, width) as lane:
-                        ir.buffer_store(running, combine(running[lane], source[i, j, start + lane]), [lane])
-                    if not exclusive:
-                        emit()
+        return kernel([lines], [lines.shape], [str(lines.dtype)], body, "scan")
 
-        if not isinstance(after, tirx.IntImm):
-            scan(after, 0, 1)
-            return
-        start, rest = 0, int(after)
-        for width in _SIDE_BY_SIDE:
-            if rest >= width:
-                scan(tirx.const(rest // width, _INT64), start, width)
-            start, rest = start + rest // width * width, rest % width
+    def _strips(self, source: tirx.Buffer, target: tirx.Buffer, count: tvm.ir.Expr, first: int, width: int) -> None:
+        """Emit `count` strips of `width` lines, from line `first` on.
 
-    return kernel([lines], [lines.shape], [dtype], body, "scan")
+        A strip's values so far lie in the first-level cache. Some rows at a time pass through registers, so that what
+        is read and written are long pieces of a few rows, not a line or two of every one.
+        """
+        length = source.shape[self.axis]
+        with loops([product(source.shape[: self.axis]) * count], parallel=True) as (task,):
+            outside, strip = _divided(task, count)
+            start = first + strip * width
+            running = ir.alloc_buffer((width,), str(source.dtype), scope="local")
+            with ir.serial(0, width) as lane:
+                ir.buffer_store(running, tirx.const(self.identity, str(source.dtype)), [lane])
+
+            def rows(row: tvm.ir.Expr, height: int) -> None:
+                whole, rest = divmod(width, _LANES)
+                with ir.serial(0, whole) as number:
+                    self._tile(source, target, (outside, row, start), running, (number * _LANES, height, _LANES))
+                if rest:
+                    offset = tirx.const(whole * _LANES, _INT64)
+                    self._tile(source, target, (outside, row, start), running, (offset, height, rest))
+
+            blocks = tirx.floordiv(length, _ROWS)
+            with ir.serial(0, blocks) as block:
+                rows(block * _ROWS, _ROWS)
+            with ir.serial(0, length - blocks * _ROWS) as row:
+                rows(blocks * _ROWS + row, 1)
+
+    def _after(self, lines: tirx.Buffer | te.Tensor) -> tvm.ir.Expr:
+        """Return how many lines lie side by side."""
+        return lines.shape[self.axis + 1] if self.axis + 1 < len(lines.shape) else tirx.const(1, _INT64)
+
+    def _place(
+        self, lines: tirx.Buffer, outside: tvm.ir.Expr, step: tvm.ir.Expr, column: tvm.ir.Expr
+    ) -> list[tvm.ir.Expr]:
+        """Return the indices of an element of the flattened outer axes, the axis, and the one after it if there is."""
+        point: list[tvm.ir.Expr] = []
+        for extent in reversed(lines.shape[1 : self.axis]):
+            outside, own = _divided(outside, extent)
+            point.insert(0, own)
+        before = [outside, *point] if self.axis else []
+        return [*before, step, *([column] if self.axis + 1 < len(lines.shape) else [])]
+
+    def _tile(
+        self,
+        source: tirx.Buffer,
+        target: tirx.Buffer,
+        at: tuple[tvm.ir.Expr, tvm.ir.Expr, tvm.ir.Expr],
+        running: tirx.Buffer,
+        tile: tuple[tvm.ir.Expr, int, int],
+    ) -> None:
+        """Emit steps of neighbouring lines of a strip `at` a place: from an offset, so many steps and lines.
+
+        All is read before anything is written: where rows lie a multiple of a page apart, a load waits for a store.
+        """
+        (outside, step, start), (offset, height, lanes) = at, tile
+        dtype, column = str(source.dtype), start + offset
+        rows = [source.shape[1] - 1 - step - each if self.reverse else step + each for each in range(height)]
+        values = ir.alloc_buffer((height + 1, lanes), dtype, scope="local")
+        with ir.vectorized(0, lanes) as lane:
+            ir.buffer_store(values, running[offset + lane], [0, lane])
+        for number, row in enumerate(rows):
+            with ir.vectorized(0, lanes) as lane:
+                ir.buffer_store(
+                    values, source[tuple(self._place(source, outside, row, column + lane))], [number + 1, lane]
+                )
+        for number in range(height):
+            with ir.vectorized(0, lanes) as lane:
+                ir.buffer_store(
+                    values, self.combine(values[number, lane], values[number + 1, lane]), [number + 1, lane]
+                )
+        for number, row in enumerate(rows):
+            with ir.vectorized(0, lanes) as lane:
+                result = values[number if self.exclusive else number + 1, lane]
+                ir.buffer_store(target, result, self._place(source, outside, row, column + lane))
+        with ir.vectorized(0, lanes) as lane:
+            ir.buffer_store(running, values[height, lane], [offset + lane])
+
+
+def _divided(number: tvm.ir.Expr, extent: tvm.ir.Expr) -> tuple[tvm.ir.Expr, tvm.ir.Expr]:
+    """Return quotient and remainder; a loop over nothing must not fold to a division by zero."""
+    divisor = tirx.max(extent, tirx.const(1, _INT64))
+    return tirx.floordiv(number, divisor), tirx.floormod(number, divisor)
+
+
+def _strip(shape: Sequence[Dimension]) -> int:
+    """Return how many neighbouring lines a task has, of which there may be fewer."""
+    before, length, after = (int(extent) if isinstance(extent, int | tirx.IntImm) else None for extent in shape)
+    assert after is not None
+    if before is not None and length is not None and before * length * after > _LARGE_ELEMENTS:
+        return _LONGEST_LARGE_STRIP
+    tasks = -(-_TASKS // max(1, before or _TASKS))
+    return min(max(-(-after // tasks // _LANES) * _LANES, _SHORTEST_STRIP), _LONGEST_STRIP)
 
 
 for _operator, (_combine, _identity) in _OPERATORS.items():
