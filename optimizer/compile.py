@@ -117,6 +117,8 @@ class CompileOptions:
             if self.operand_dtype == "bfloat16" and self.target.device == "cpu":
                 steps.append(f"round-attention{{target={self.target.name}}}")
             steps.append("eliminate-common-subexpressions")  # several products convert the same operand
+            if self.operand_dtype == "bfloat16" and self.target.device == "cpu":
+                steps.append("narrow-attention")
         return ",".join(steps)
 
     @property

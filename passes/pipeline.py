@@ -31,6 +31,7 @@ _PASSES = {
     "fold-norm-scales": ("passes.fold_norm_scales", "FoldNormScales"),
     "fuse-attention": ("passes.fuse_attention", "FuseAttention"),
     "leave-out-rows": ("passes.leave_out_rows", "LeaveOutRows"),
+    "narrow-attention": ("passes.narrow_attention", "NarrowAttention"),
     "recognize-activations": ("passes.recognize_activations", "RecognizeActivations"),
     "recognize-integer-products": ("passes.recognize_integer_products", "RecognizeIntegerProducts"),
     "recognize-normalization": ("passes.recognize_normalization", "RecognizeNormalization"),

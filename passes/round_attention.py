@@ -46,7 +46,7 @@ class RoundAttention(Pass):
         functions = dict(module.functions_items())
         for location, function, nodes in calls.found:
             # Calls may share a function.
-            attention = _attention(module[function])
+            attention = attention_of(module[function])
             if attention is None:
                 continue
             try:
@@ -86,7 +86,8 @@ class _Calls(PyExprVisitor):
             self.found.append((binding.var.name, value.args[0], nodes_of(value)))
 
 
-def _attention(function: tirx.PrimFunc) -> AttentionAnalysis | None:
+def attention_of(function: tirx.PrimFunc) -> AttentionAnalysis | None:
+    """Return the analysis of a function that is one attention; None for any other."""
     staged = parse(function)
     kernel = None if staged is None else whole(staged)
     return None if kernel is None else analyse(kernel.stages)

@@ -8,6 +8,7 @@ from tvm import relax, te, tirx
 from tvm.relax import op
 
 from schedules.partial_sums import PART_TERMS
+from schedules.tiling import BLOCKS_TO_TAKE_WHOLE
 from tests.schedules.execution import integers, normal, run, scheduled, sum_tolerance
 
 SIZES = st.sampled_from([1, 2, 3, 7, 8, 13, 16, 17, 31, 32, 33, 49, 67])
@@ -20,6 +21,13 @@ def test_matmul_of_any_size_with_bias_and_activation(m: int, n: int, k: int) -> 
     got, _ = run(lambda x, w, c: op.nn.relu(op.add(op.matmul(x, w), c)), [a, b, bias])
     want = np.maximum(a.astype("float64") @ b + bias, 0)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=sum_tolerance(k, 1.0))
+
+
+def test_many_blocks_of_rows_are_computed_whole() -> None:
+    rows = 32 * BLOCKS_TO_TAKE_WHOLE + 5
+    a, b = normal(rows, 3), normal(3, 131, seed=1)
+    got, _ = run(op.matmul, [a, b])
+    np.testing.assert_allclose(got, a.astype("float64") @ b, rtol=1e-6, atol=sum_tolerance(3, 1.0))
 
 
 @pytest.mark.parametrize(("rows", "terms"), [(4, 16384), (40, 16384), (9, 16411)])
