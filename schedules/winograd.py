@@ -41,7 +41,7 @@ from schedules.loops import (
 )
 from schedules.stages import sequence
 from schedules.winograd_combination import combined
-from schedules.winograd_products import Factors, Rounding
+from schedules.winograd_products import Factors, NarrowProducts
 from schedules.winograd_structure import WinogradAnalysis, analyse
 from schedules.winograd_task import BLOCKS, task_shape
 from targets.base import Target
@@ -87,7 +87,7 @@ class Winograd:
         if not analysis.in_pairs or pairs is None or dot is None:
             statement = _Emitter(analysis, parameters, terms, None).statement()
         else:
-            statement = pairs.imported(_Emitter(analysis, parameters, terms, Rounding(pairs, dot)).statement())
+            statement = pairs.imported(_Emitter(analysis, parameters, terms, NarrowProducts(pairs, dot)).statement())
         return with_fences(statement, target) if terms > 1 else statement
 
 
@@ -98,7 +98,7 @@ class _Emitter:
     analysis: WinogradAnalysis
     parameters: Parameters
     terms_at_once: int
-    rounded: Rounding | None
+    rounded: NarrowProducts | None
 
     @cached_property
     def window(self) -> int:
@@ -265,7 +265,9 @@ class _Task:
 
         return with_local([half], [loop(window, of_column), loop(len(rows), of_row)])
 
-    def _rounded_row(self, rounded: Rounding, half: Var, row: Expr, first: Expr, tile: Expr, channels: Expr) -> Stmt:
+    def _rounded_row(
+        self, rounded: NarrowProducts, half: Var, row: Expr, first: Expr, tile: Expr, channels: Expr
+    ) -> Stmt:
         """Return the transform of row `row` of `half` into the spectrum from frequency `first` on, rounded."""
         window, lanes = self.window, self.lanes
         values = local([window, lanes], "float32", "values")

@@ -22,8 +22,8 @@ LINES_AHEAD = 48
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """The target's rounding to pairs of bfloat16, and its dot product of them."""
+class NarrowProducts:
+    """Products of pairs of bfloat16: how a target rounds to them, and its dot product of them."""
 
     pairs: Bf16Pairs
     dot: GroupedDot
@@ -41,7 +41,7 @@ class Factors:
     width: int
     columns: int
     terms_at_once: int
-    rounded: Rounding | None
+    rounded: NarrowProducts | None
 
     def multiply(self, products: Var, block: Expr, count: int) -> Stmt:
         """Return the matrix products of `count` blocks of output channels, one frequency after the other."""
@@ -104,7 +104,7 @@ class Factors:
 
     def _step_of_pairs(
         self,
-        rounded: Rounding,
+        rounded: NarrowProducts,
         sums: Var,
         shape: tuple[int, int],
         place: tuple[Expr, Expr, Expr],
