@@ -3,7 +3,8 @@
 Each kernel is compiled for a target, its hot loop is found in the assembly (the innermost loop with the most
 multiply-adds, among those that do little else: Winograd's transforms, mostly additions, are none), and llvm-mca says
 how many cycles an iteration takes on each core that it has a model of. The peak is what the same model says of nothing
-but multiply-adds of the same kind on registers of their own.
+but multiply-adds of the same kind on registers of their own. Beside it stands for how many of the cycles the busiest of
+the core's units is at work: near 100 %, no order of the loop's instructions would take fewer.
 """
 
 from __future__ import annotations
@@ -61,8 +62,10 @@ def kernels() -> Iterator[Kernel]:
     yield Kernel("convolution3x3_128_28", _convolution(128, 28, 3))
     yield Kernel("pointwise_int8_256_256_14", byte_convolutions(1, (256, 256), 14, 1))
     yield Kernel("convolution3x3_int8_128_28", byte_convolutions(1, (128, 128), 28, 3))
+    yield Kernel("first7x7_3_64_224", _convolution(64, 224, 7, inputs=3))
     yield Kernel("depthwise3x3_192_28", _convolution(192, 28, 3, group=192))
-    yield Kernel("depthwise3x3_int8_192_28", byte_convolutions(1, (192, 192), 28, 3, depthwise=True))
+    for size in (3, 5):  # the layer in the middle, whose data are blocked before and after it
+        yield Kernel(f"depthwise{size}x{size}_int8_192_28", byte_convolutions(3, (192, 192), 28, size, depthwise=True))
     yield Kernel("attention_12x197x64", attention("prefill", 12, 197, 197, 64).model, loops=2)
     yield Kernel("attention_decode_32x4096x64", attention("decode", 32, 1, 4096, 64).model)
     yield Kernel("gemm_int8_128x768x768", byte_product(128, 768, 768), both)
@@ -80,7 +83,7 @@ def lines() -> Iterator[str]:
             for target in kernel.targets:
                 assembly = save_and_compile(kernel.model, targets.get(target), Path(folder))
                 for loop in hot_loops(multiplying_loops(assembly))[: kernel.loops]:
-                    fractions = [f"{fraction_of_peak(mca, loop, core):.0%}" for core in CORES]
+                    fractions = [_judged(mca, loop, core) for core in CORES]
                     counts = (loop.multiply_adds, len(loop.instructions), loop.spills, loop.scalar_loads)
                     yield f"| {kernel.name} | {target} | {' | '.join(map(str, counts))} | {' | '.join(fractions)} |"
 
@@ -110,24 +113,31 @@ def fraction_of_peak(mca: str, loop: InnerLoop, core: str) -> float:
         element = "8h" if kind.endswith("2") else "4h"
     other = "4b[0]" if kind == "sudot" else element  # which takes elements alone
     best = [f"\t{kind}\tv{number}.4s, v30.{element}, v31.{other}" for number in range(_CHAINS)]
-    own = loop.multiply_adds / _cycles(mca, loop.instructions, core)
-    return own / (len(best) / _cycles(mca, best, core))
+    own = loop.multiply_adds / _cycles(mca, loop.instructions, core)[0]
+    return own / (len(best) / _cycles(mca, best, core)[0])
 
 
-def _cycles(mca: str, instructions: list[str], core: str) -> float:
-    """Return the cycles that an iteration takes when many follow one another."""
+def _judged(mca: str, loop: InnerLoop, core: str) -> str:
+    """Return the fraction of the peak, and of the cycles in which the core's busiest unit is at work."""
+    cycles, busiest = _cycles(mca, loop.instructions, core)
+    return f"{fraction_of_peak(mca, loop, core):.0%} ({busiest / cycles:.0%})"
+
+
+def _cycles(mca: str, instructions: list[str], core: str) -> tuple[float, float]:
+    """Return the cycles that an iteration takes when many follow one another, and those of the busiest unit."""
     command = [mca, "-mtriple=aarch64", f"-mcpu={core}", f"-mattr={_FEATURES}", f"-iterations={_ITERATIONS}"]
     done = subprocess.run(command, input="\n".join(instructions), text=True, capture_output=True, check=False)
     found = re.search(r"Total Cycles:\s+(\d+)", done.stdout)
-    if found is None:
+    pressure = re.search(r"Resource pressure per iteration:\n[^\n]*\n([^\n]*)", done.stdout)
+    if found is None or pressure is None:
         raise McaError(f"{mca} cannot judge a loop for {core}: {done.stderr.strip()}")
-    return int(found[1]) / _ITERATIONS
+    return int(found[1]) / _ITERATIONS, max(float(unit) for unit in pressure[1].split() if unit != "-")
 
 
-def _convolution(channels: int, size: int, kernel: int, group: int = 1) -> onnx.ModelProto:
-    image = (1, channels, size, size)
-    weights = (channels, channels // group, kernel, kernel)
-    return _single("Conv", image, weights, image, pads=[kernel // 2] * 4, group=group)
+def _convolution(channels: int, size: int, kernel: int, group: int = 1, inputs: int = 0) -> onnx.ModelProto:
+    inputs = inputs or channels
+    weights, output = (channels, inputs // group, kernel, kernel), (1, channels, size, size)
+    return _single("Conv", (1, inputs, size, size), weights, output, pads=[kernel // 2] * 4, group=group)
 
 
 def _single(

@@ -60,17 +60,19 @@ class RegisterTile:
 
     def statement(self) -> Stmt:
         """Return initialization, reduction and epilogue."""
+        return with_local([self.registers], [self.started(), self._reduction(), self.finished()])
+
+    def started(self) -> Stmt:
+        """Return the initialization of the registers."""
         stage = self.analysis.stage
         assert stage.initial is not None
 
         def start(at: Point, register: Expr, _: Expr) -> Stmt:
             return store(self.registers, substitute(stage.initial, at).astype(self.dtype), [register])
 
-        return with_local(
-            [self.registers], [self._cells((0, self.columns), start), self._reduction(), self._finished()]
-        )
+        return self._cells((0, self.columns), start)
 
-    def _finished(self) -> Stmt:
+    def finished(self) -> Stmt:
         """Return what follows the reduction; neighbouring columns are rounded to bytes together."""
         if rounding_of(self.analysis.epilogue.value) is None or not self._outputs_adjoin:
             return self._cells((0, self.columns), lambda at, register, _: self._written(at, register))

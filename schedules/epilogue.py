@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tvm_ffi
-from tvm import tirx
-from tvm.ir import Expr, Var
+from tvm import ir, tirx
+from tvm.ir import Expr, TensorLoad, Var
 
-from schedules.access import as_int
-from schedules.loops import index, store
-from schedules.stages import Axis, Stage, replace_loads, simplify_indices, substitute
+from schedules.access import as_int, occurs
+from schedules.loops import index, load, local, store
+from schedules.stages import (
+    CONDITIONAL,
+    Axis,
+    Stage,
+    calls_of,
+    contains,
+    replace_loads,
+    simplify_indices,
+    substitute,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +41,42 @@ class Epilogue:
         else:
             value = total
         return store(self.stage.output, value, [substitute(i, point) for i in self.indices])
+
+
+@dataclass(frozen=True, eq=False)
+class KeptRead:
+    """A read of an epilogue whose values for the lanes are in a local buffer."""
+
+    read: TensorLoad
+    buffer: Var
+
+    def loaded(self, point: Mapping[Var, Expr], lane: Expr) -> tirx.BufferStore:
+        """Return the store of what is read for a lane at `point` of the reduction's spatial axes."""
+        return store(self.buffer, substitute(self.read, point), [lane])
+
+
+def keep_reads(epilogue: Epilogue, lane: Axis, moving: Sequence[Axis]) -> tuple[Epilogue, tuple[KeptRead, ...]]:
+    """Return an epilogue in which local buffers hold what it reads that depends on none of the axes `moving`.
+
+    LLVM would read that again after each store, which may change it for all that it knows.
+    """
+    conditional = any(isinstance(call.op, ir.Op) and call.op.name == CONDITIONAL for call in calls_of(epilogue.value))
+    if epilogue.stage is epilogue.source or conditional:
+        return epilogue, ()  # Not all that a condition guards can be read.
+    kept: list[KeptRead] = []
+
+    def rewrite(read: TensorLoad) -> Expr | None:
+        moves = any(occurs(position, axis.variable) for position in read.indices for axis in moving)
+        if moves or contains([epilogue.source.output, epilogue.stage.output], read.source):
+            return None
+        known = next((each for each in kept if tvm_ffi.structural_equal(each.read, read)), None)
+        if known is None:
+            known = KeptRead(read, local([lane.extent], str(read.source.dtype), "kept"))
+            kept.append(known)
+        return load(known.buffer, [lane.variable])
+
+    value = replace_loads(epilogue.value, rewrite)
+    return replace(epilogue, value=value), tuple(kept)
 
 
 def plain(source: Stage) -> Epilogue:

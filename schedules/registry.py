@@ -8,6 +8,7 @@ from typing import Any
 from schedules import cuda
 from schedules.attention import Attention
 from schedules.convolution import Convolution
+from schedules.depthwise_bytes import DepthwiseBytes
 from schedules.direct_convolution import DirectConvolution
 from schedules.elementwise import Elementwise
 from schedules.family import Family
@@ -27,6 +28,7 @@ FAMILIES: tuple[Family[Any], ...] = (
     GatedProduct(),
     Attention(),
     Winograd(),
+    DepthwiseBytes(),
     DirectConvolution(),
     QuantizedMatmul(),
     Pooling(),

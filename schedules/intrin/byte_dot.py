@@ -84,13 +84,25 @@ def byte_dot(target: Target, activations: str, weights: str) -> GroupedDot | Non
     """Return the dot product of a CPU target for two types of bytes, None where it has none."""
     if weights != "int8" or activations not in activation_types(target):
         return None
-    if "avx512_vnni" in target.features:
-        return _single("llvm.x86.avx512.vpdpbusd.512", 16, ("%x", "%w"), activations, target)
-    if target.architecture == "x86_64":
+    if splits_operands(target):
         return _dot(8, activations, _AVX2_DECLARED, _AVX2, target)
-    if activations == "uint8":
-        return _single("llvm.aarch64.neon.usdot.v4i32.v16i8", 4, ("%x", "%w"), activations, target)
-    return _single("llvm.aarch64.neon.sdot.v4i32.v16i8", 4, ("%w", "%x"), activations, target)
+    return _dot(target.vector_lanes(32), activations, *single_instruction(target, activations), target)
+
+
+def single_instruction(target: Target, activations: str) -> tuple[str, str]:
+    """Return the declaration and the body of %result, the sums %sum and the products of the bytes %x and %w.
+
+    The target has dot products of the type and does not split their operands (`splits_operands`).
+    """
+    lanes = target.vector_lanes(32)
+    if target.architecture == "x86_64":
+        intrinsic, operands = "llvm.x86.avx512.vpdpbusd.512", ("%x", "%w")
+    elif activations == "uint8":
+        intrinsic, operands = "llvm.aarch64.neon.usdot.v4i32.v16i8", ("%x", "%w")
+    else:
+        intrinsic, operands = "llvm.aarch64.neon.sdot.v4i32.v16i8", ("%w", "%x")
+    names = {"lanes": lanes, "bytes": FOUR * lanes, "intrinsic": intrinsic}
+    return _DECLARED.format(**names), _ONE.format(**names, first=operands[0], second=operands[1])
 
 
 def splits_operands(target: Target) -> bool:
@@ -106,13 +118,6 @@ def is_product_of_bytes(term: Expr) -> bool:
 def _widens_byte(expression: Expr) -> bool:
     is_read = isinstance(expression, tirx.Cast) and isinstance(expression.value, TensorLoad)
     return is_read and str(expression.ty.dtype) == "int32" and str(expression.value.source.dtype) in ("int8", "uint8")
-
-
-def _single(intrinsic: str, lanes: int, operands: tuple[str, str], activations: str, target: Target) -> GroupedDot:
-    """Return a dot product that is one instruction."""
-    names = {"lanes": lanes, "bytes": FOUR * lanes, "intrinsic": intrinsic}
-    body = _ONE.format(**names, first=operands[0], second=operands[1])
-    return _dot(lanes, activations, _DECLARED.format(**names), body, target)
 
 
 def _dot(lanes: int, activations: str, declared: str, body: str, target: Target) -> GroupedDot:

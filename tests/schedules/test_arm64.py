@@ -103,6 +103,25 @@ def bytes_convolution(channels: int, outputs: int, size: int, kernel: int, group
     return Case((node,), x, {"w": w, "z": np.array(zero, np.uint8)}, convolved(x.astype(np.int32) - zero, w, group))
 
 
+def separable_bytes(channels: int, size: int, kernel: int, stride: int) -> Case:
+    """A pointwise convolution, its sums rounded to bytes, and a depthwise one of these."""
+    rng = np.random.default_rng(channels + size)
+    x = rng.integers(0, 256, (1, 8, size, size)).astype(np.uint8)
+    first = rng.integers(-128, 128, (channels, 8, 1, 1)).astype(np.int8)
+    w = rng.integers(-128, 128, (channels, 1, kernel, kernel)).astype(np.int8)
+    constants = {"w": w, "first": first, "s": np.array(512, np.float32), "z": np.array(0, np.uint8)}
+    nodes = (
+        helper.make_node("ConvInteger", ["x", "first"], ["sums"]),
+        helper.make_node("Cast", ["sums"], ["floats"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("QuantizeLinear", ["floats", "s", "z"], ["bytes"]),
+        helper.make_node(
+            "ConvInteger", ["bytes", "w"], ["y"], pads=[kernel // 2] * 4, group=channels, strides=[stride] * 2
+        ),
+    )
+    sums = np.clip(np.rint(convolved(x.astype(np.int32), first, 1) / 512), 0, 255).astype(np.int32)
+    return Case(nodes, x, constants, convolved(sums, w, channels)[..., ::stride, ::stride])
+
+
 def codes(size: int, dtype: type[np.integer], zero: int) -> Case:
     """Numbers rounded to bytes: halves, others, and some far beyond their range."""
     halves = np.arange(size) / 2 - size / 4
@@ -183,6 +202,7 @@ BYTES = [
     bytes_convolution(*sizes)
     for sizes in ((12, 8, 7, 1), (18, 20, 13, 3), (3, 8, 9, 7, 1, 5), (8, 8, 9, 3, 8), (24, 16, 6, 3, 1, 128))
 ]
+BYTES += [separable_bytes(*sizes) for sizes in ((6, 18, 3, 1), (9, 7, 5, 2), (4, 3, 3, 1))]
 BYTES += [codes(1201, np.uint8, 77), codes(607, np.int8, -5)]
 QUANTIZED.append(quantized(11, 18, 64, 8, zero_points=True))
 FLOATS += [attention(2, 21, 37, 24), attention(3, 1, 37, 16)]
@@ -198,7 +218,7 @@ ROUNDED = [replace(case, error=2.0**-6) for case in FLOATS]
     ("target", "precision", "cases"),
     [
         pytest.param("arm64", "model", FLOATS + QUANTIZED + BYTES + PRODUCTS + HALVES, id="arm64"),
-        pytest.param("arm64-i8mm", "bf16", ROUNDED + QUANTIZED + PRODUCTS + PAIRS, id="arm64-i8mm"),
+        pytest.param("arm64-i8mm", "bf16", ROUNDED + QUANTIZED + BYTES + PRODUCTS + PAIRS, id="arm64-i8mm"),
     ],
 )
 def test_kernels_compute_what_numpy_does(target: str, precision: str, cases: list[Case], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tvm.relax import op
 import targets
 from optimizer.lowering import build, lower
 from passes.block_channels import BlockChannels
-from schedules.intrin.byte_dot import activation_types
+from schedules.intrin.byte_dot import activation_types, splits_operands
 from targets.base import Target
 from tests.schedules.execution import TARGET, Dimension, module_of
 from tests.schedules.test_convolution import convolve
@@ -104,19 +104,47 @@ def test_sums_are_exact(
 
 
 @pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
-@pytest.mark.parametrize(("groups", "kernel", "stride", "border"), [(0, 3, 1, 0), (0, 5, 2, 3), (2, 3, 1, 0)])
-def test_groups_and_depthwise(groups: int, kernel: int, stride: int, border: int, target: Target) -> None:
-    channels = 4 * BLOCK if groups else 2 * BLOCK + 3
-    groups, around = groups or channels, kernel // 2
-    x, w = drawn(DATA, 1, channels, 9, 30), drawn("int8", channels, channels // groups, kernel, kernel, seed=1)
+def test_groups(target: Target) -> None:
+    x, w = drawn(DATA, 1, 4 * BLOCK, 9, 30), drawn("int8", 4 * BLOCK, 2 * BLOCK, 3, 3, seed=1)
+    executable, families = blocked(lambda x: conv(x, w, padding=1, groups=2), [*x.shape], target)
+    np.testing.assert_array_equal(run(executable, x), convolve(x, w, padding=1, groups=2))
+    assert "direct-convolution" in families
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    size=st.tuples(st.integers(2, 13), st.integers(2, 31)),
+    kernel=st.tuples(st.sampled_from([2, 3, 5]), st.sampled_from([2, 3, 4, 5, 7])),
+    stride=st.sampled_from([1, 2, 3]),
+    dilation=st.sampled_from([1, 1, 2]),
+    border=st.sampled_from([None, 0, 3]),
+    batch=st.sampled_from([1, 2]),
+    target=st.sampled_from(HERE),
+)
+def test_depthwise(
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: int,
+    dilation: int,
+    border: int | None,
+    batch: int,
+    target: Target,
+) -> None:
+    channels = BLOCK + 3
+    widths = [dilation * (taps - 1) // 2 for taps in kernel] if border is not None else [0, 0]
+    shape = [max(s, dilation * (taps - 1) + 2 + stride) for s, taps in zip(size, kernel, strict=True)]
+    x, w = drawn(DATA, batch, channels, *shape), drawn("int8", channels, 1, *kernel, seed=1)
 
     def layer(x: relax.Var) -> relax.Expr:
-        return conv(op.nn.pad(x, [0, 0, 0, 0, *[around] * 4], "constant", border), w, strides=stride, groups=groups)
+        around = [0, 0, 0, 0, *[width for width in widths for _ in range(2)]]
+        data = op.nn.pad(x, around, "constant", border or 0)
+        return conv(data, w, strides=stride, dilation=dilation, groups=channels)
 
     executable, families = blocked(layer, [*x.shape], target)
-    padded = np.pad(x, [(0, 0), (0, 0), *[(around, around)] * 2], constant_values=border)
-    np.testing.assert_array_equal(run(executable, x), convolve(padded, w, stride, groups=groups))
-    assert "direct-convolution" in families
+    padded = np.pad(x, [(0, 0), (0, 0), *[(width, width) for width in widths]], constant_values=border or 0)
+    np.testing.assert_array_equal(run(executable, x), convolve(padded, w, stride, 0, dilation, channels))
+    direct = splits_operands(target) or dilation > 1
+    assert ("direct-convolution" if direct else "depthwise-bytes") in families
 
 
 @pytest.mark.parametrize(("dtype", "zero"), [("uint8", 0), ("uint8", 113), ("int8", -128), ("int8", 5)])
@@ -188,7 +216,7 @@ def test_a_network_converts_its_image_only_at_the_ends() -> None:
     sums = convolve(pooled, depthwise, 1, 1, groups=BLOCK).astype("float32")
     want = convolve(quantize(sums * np.float32(1e-2), DATA, 0), other)
     np.testing.assert_array_equal(run(executable, x), want)
-    assert families.count("direct-convolution") == 4
+    assert families.count("direct-convolution") + families.count("depthwise-bytes") == 4
     assert len(families) == 6
 
 
