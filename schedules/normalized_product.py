@@ -9,7 +9,7 @@ alone, wait for each other, and then share the rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tvm_ffi
 from tvm.ir import Expr
@@ -20,7 +20,7 @@ from schedules.access import AxisGroup, as_int
 from schedules.convolution import Convolution
 from schedules.direct_convolution import DirectConvolution
 from schedules.family import PARALLEL_THRESHOLD, Choice, Kernel, Parameters, Space, is_large, work_of
-from schedules.loops import Extent, parallel, product, region, then_wait, tile_choice, tiles
+from schedules.loops import Extent, parallel, product, region, then_wait, tiles
 from schedules.matmul import Matmul, MatmulAnalysis, register_tile, tile_of
 from schedules.quantized_matmul import QuantizedMatmul
 from schedules.row_parts import PartedKernel
@@ -189,10 +189,14 @@ def _in_blocks_of_rows(analysis: NormalizedProductAnalysis, parameters: Paramete
     height = parameters["rows"]
     block = max(height, parameters["owned_rows"] // height * height)
     panel = None if contraction.block else contraction.operand
-    tile = tile_of(contraction, target, (height, parameters["vectors"]), block, panel)
-    columns, rows = tile.vector_group.extent, tile.row_extent
-    assert isinstance(columns, int)
+    rows = _rows(contraction)
     assert isinstance(rows, int)
+    # As many for each core, of sizes that differ little: with the last one short a core waited for the other.
+    shares = -(-rows // (block * target.cores)) * target.cores
+    block = -(-rows // (shares * height)) * height
+    tile = replace(tile_of(contraction, target, (height, parameters["vectors"]), block, panel), shares=shares)
+    columns = tile.vector_group.extent
+    assert isinstance(columns, int)
 
     def task(number: Expr) -> Stmt:
         def of_columns(base: Expr, width: int) -> Stmt:
@@ -201,13 +205,9 @@ def _in_blocks_of_rows(analysis: NormalizedProductAnalysis, parameters: Paramete
         def part(analysis: Part) -> Stmt:
             if isinstance(analysis, MatmulAnalysis):
                 return tiles(columns, [tile.width], tiling.in_whole_vectors(tile, of_columns))
-            return tile_choice(
-                number,
-                rows,
-                tile.row_block,
-                lambda start, count: consecutive_rows(analysis, start, count, parameters["row_vectors"], target),
-            )
+            start, count = tiling.rows_of_share(tile, number)
+            return consecutive_rows(analysis, start, count, parameters["row_vectors"], target)
 
         return sequence([part(each) for each in analysis.parts])
 
-    return tiling.with_instructions(tile, parallel(-(-rows // tile.row_block), task))
+    return tiling.with_instructions(tile, parallel(shares, task))
