@@ -20,6 +20,19 @@ from targets.base import Target
 
 _DOT, _ALTERNATING, _ADJACENT = "optimizer_dot_pairs_bf16", "optimizer_alternate_bf16", "optimizer_join_bf16"
 _NEIGHBOURS = "optimizer_neighbours_bf16"
+# With AVX512-BF16 one instruction rounds two vectors, and one more puts them in order.
+_ROUND_BOTH = """
+declare <{elements} x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<{lanes} x float>, <{lanes} x float>)
+"""
+_ROUND_AT_ONCE = """
+define weak_odr <{lanes} x i32> @{call}(<{lanes} x float> %first, <{lanes} x float> %second) #0 {{
+  %both = call <{elements} x bfloat>
+    @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<{lanes} x float> %second, <{lanes} x float> %first)
+  %ordered = shufflevector <{elements} x bfloat> %both, <{elements} x bfloat> poison, <{elements} x i32> <{order}>
+  %pairs = bitcast <{elements} x bfloat> %ordered to <{lanes} x i32>
+  ret <{lanes} x i32> %pairs
+}}
+"""
 _ROUND = """
 define weak_odr <{lanes} x i32> @{call}(<{lanes} x float> %first, <{lanes} x float> %second) #0 {{
   %a = fptrunc <{lanes} x float> %first to <{lanes} x bfloat>
@@ -94,10 +107,13 @@ def bf16_pairs(target: Target) -> Bf16Pairs | None:
     lanes = dot.lanes
     width = {"lanes": lanes, "elements": PAIR * lanes}
 
-    def rounding(call: str, order: list[int]) -> str:
-        return _ROUND.format(call=call, order=", ".join(f"i32 {place}" for place in order), **width)
+    at_once = target.architecture == "x86_64"
 
-    source = _SOURCE.format(
+    def rounding(call: str, order: list[int]) -> str:
+        source = _ROUND_AT_ONCE if at_once else _ROUND
+        return source.format(call=call, order=", ".join(f"i32 {place}" for place in order), **width)
+
+    source = (_ROUND_BOTH.format(**width) if at_once else "") + _SOURCE.format(
         intrinsic=bf16_intrinsic(target),
         call=_DOT,
         alternating=rounding(_ALTERNATING, [place for lane in range(lanes) for place in (lane, lanes + lane)]),
