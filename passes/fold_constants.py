@@ -142,7 +142,7 @@ class _ConstantBindings(PyExprVisitor):
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         value = binding.value
         operands = [tensor for operand in _operands(value) for tensor in _tensors(operand)]
-        if not operands or not all(map(self._is_constant, operands)):
+        if not operands or not all(map(self._is_constant, operands)) or relax.analysis.free_symbolic_vars(value):
             return
         result, given = _bytes(value.ty), sum(_bytes(operand.ty) or 0 for operand in operands)
         if result is None or result > max(ALWAYS_KEPT_BYTES, MOST_GROWTH * given):

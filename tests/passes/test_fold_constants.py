@@ -6,9 +6,11 @@ import tvm
 from tvm import relax
 from tvm.relax import op
 
+from optimizer.frontend.importer import import_model
 from passes.base import Site
 from passes.fold_constants import FoldConstants
 from passes.provenance import annotate
+from tests.frontend.comparison import node_model
 from tests.passes.graph import assert_kept, assert_rewritten, graph
 from tests.passes.properties.relax_interpreter import Interpreter
 from tests.passes.relax_modules import constants, operators, run
@@ -171,3 +173,20 @@ def test_parts_of_a_split_constant_are_constants(sections: int | list[int], axis
     assert outcome.rewritten == count
     for found, expected in zip(constants(outcome.module), np.split(weights, sections, axis=axis), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_what_depends_on_a_size_that_the_caller_chooses_stays() -> None:
+    last = np.array(-1, np.int64)
+    shapes = {"x": ["batch", "tokens", 4]}
+    node = node_model(
+        "Gather",
+        {"x": np.zeros((1, 2, 4), "float32"), "last": last},
+        ["y"],
+        domain="",
+        axis=1,
+        constants=["last"],
+        shapes=shapes,
+    )
+    outcome = FoldConstants().run(import_model(node).module)
+    assert outcome.rewritten == 0
+    assert "relax.take" in operators(outcome.module)
