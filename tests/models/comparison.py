@@ -73,5 +73,11 @@ def _inputs(model: CompiledModel, tokens: list[int], count: int, room: int) -> M
         "write_indices": np.array([begin]),
         "nonpad_kv_seqlen": np.array([total]),
     }
-    declared = {spec.name for spec in model.entry("main").signature.inputs}
+    declared = {spec.name: spec for spec in model.entry("main").signature.inputs}
+    if "attention_mask" in declared:
+        spec = declared["attention_mask"]
+        given["attention_mask"] = given["attention_mask"].astype(spec.dtype)
+        if len(spec.shape) == 4:
+            hidden = np.triu(np.ones((1, 1, count, total), np.bool_), begin + 1)
+            given["attention_mask"] = ~hidden if spec.dtype == "bool" else np.where(hidden, np.float32(-1e9), 0)
     return {name: array for name, array in given.items() if name in declared}

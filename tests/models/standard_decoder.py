@@ -12,10 +12,17 @@ from onnx import TensorProto, helper, numpy_helper
 HEADS, GROUPS, SIZE, LAYERS, VOCABULARY = 4, 2, 8, 2, 100
 WIDTH = HEADS * SIZE
 LONGEST = 64
-FORMS = ("appended", "scattered", "masked")
+MASKS: Mapping[str, tuple[int, list[int | str]]] = {
+    "bool_tokens": (TensorProto.BOOL, ["batch", "total"]),
+    "float_tokens": (TensorProto.FLOAT, ["batch", "total"]),
+    "bool_queries": (TensorProto.BOOL, ["batch", 1, "new", "total"]),
+    "float_queries": (TensorProto.FLOAT, ["batch", 1, "new", "total"]),
+}
+FORMS = ("appended", "scattered", "masked", *MASKS)
 """How keys and values are kept: appended by Attention itself (opset 23), or written by TensorScatter (opset 24) to a
 cache whose room the caller chooses, where two inputs say (`scattered`); or to one of `LONGEST` places, of which a mask
-and the positions of the new tokens say which are seen (`masked`)."""
+and the positions of the new tokens say which are seen (`masked`). `MASKS` are appended, with a mask of a type and
+shape: of the tokens that there are, or of what each query sees."""
 
 
 class _Writer:
@@ -58,7 +65,7 @@ class _Writer:
 def standard_decoder(form: str) -> onnx.ModelProto:
     """Return a decoder that keeps keys and values in one of the `FORMS`."""
     writer = _Writer()
-    room = {"appended": "past", "scattered": "room", "masked": LONGEST}[form]
+    room = {"scattered": "room", "masked": LONGEST}.get(form, "past")
     positions = "position_ids"
     if form == "masked":
         positions = writer.emit("Unsqueeze", "cache_position", writer.array(np.array([0])))
@@ -79,7 +86,8 @@ def standard_decoder(form: str) -> onnx.ModelProto:
         silu = writer.emit("Mul", gate, writer.emit("Sigmoid", gate))
         stream = writer.emit("Add", stream, writer.product(writer.emit("Mul", silu, up), 2 * WIDTH, WIDTH))
     writer.emit("MatMul", writer.norm(stream), writer.weight(WIDTH, VOCABULARY), outputs=["logits"])
-    return _model(writer, where.inputs, room, "total" if form == "appended" else room, 23 if form == "appended" else 24)
+    grows = room == "past"
+    return _model(writer, where.inputs, room, "total" if grows else room, 23 if grows else 24, MASKS.get(form))
 
 
 class _Places:
@@ -97,19 +105,31 @@ class _Places:
             given = writer.emit("Unsqueeze", given, writer.array(np.array([1, 2])))
             self._mask = writer.emit("And", given, writer.emit("LessOrEqual", columns, rows))
         else:
+            self._mask = self._given_mask() if form in MASKS else ""
             self.inputs["position_ids"] = ["batch", "new"]
         if form == "scattered":
             self.inputs |= {"write_indices": ["batch"], "nonpad_kv_seqlen": ["batch"]}
             self._starts = "write_indices"
+
+    def _given_mask(self) -> str:
+        if "queries" in self._form:
+            return "attention_mask"
+        emit, array = self._writer.emit, self._writer.array
+        size = emit("Gather", emit("Shape", "attention_mask"), array(np.array(1)))
+        columns = emit("Range", array(np.array(0)), size, array(np.array(1)))
+        rows = emit("Unsqueeze", "position_ids", array(np.array([1, 3])))
+        given = emit("Unsqueeze", emit("Cast", "attention_mask", to=TensorProto.BOOL), array(np.array([1, 2])))
+        return emit("And", given, emit("LessOrEqual", columns, rows))
 
     def attention(self, layer: int, query: str, key: str, value: str) -> str:
         """Return the heads of a layer's attention, which keeps its keys and values."""
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         present = [f"present.{layer}.{part}" for part in ("key", "value")]
         emit = self._writer.emit
-        if self._form == "appended":
+        if self._form == "appended" or self._form in MASKS:
             outputs = [f"heads_{layer}", *present]
-            return emit("Attention", query, key, value, "", *past, outputs=outputs, is_causal=1)
+            causal = int(not self._mask)
+            return emit("Attention", query, key, value, self._mask, *past, outputs=outputs, is_causal=causal)
         for old, new, name in zip(past, (key, value), present, strict=True):
             emit("TensorScatter", old, new, self._starts, outputs=[name])
         if self._form == "masked":
@@ -118,7 +138,12 @@ class _Places:
 
 
 def _model(
-    writer: _Writer, integers: Mapping[str, Sequence[int | str]], past: int | str, present: int | str, opset: int
+    writer: _Writer,
+    integers: Mapping[str, Sequence[int | str]],
+    past: int | str,
+    present: int | str,
+    opset: int,
+    mask: tuple[int, list[int | str]] | None,
 ) -> onnx.ModelProto:
     declare = helper.make_tensor_value_info
     caches = [(layer, part) for layer in range(LAYERS) for part in ("key", "value")]
@@ -128,6 +153,7 @@ def _model(
         return [declare(f"{name}.{layer}.{part}", TensorProto.FLOAT, shape) for layer, part in caches]
 
     inputs = [declare(name, TensorProto.INT64, shape) for name, shape in integers.items()]
+    inputs += [] if mask is None else [declare("attention_mask", *mask)]
     logits = declare("logits", TensorProto.FLOAT, ["batch", "new", VOCABULARY])
     outputs = [logits, *cache("present", present)]
     graph = helper.make_graph(writer.nodes, "decoder", inputs + cache("past_key_values", past), outputs, writer.weights)

@@ -10,7 +10,7 @@ import numpy as np
 from optimizer.errors import OptionError
 from optimizer.runtime.generation.returned_cache import ReturnedCache
 from optimizer.runtime.generation.roles import DecoderRoles, roles_of
-from optimizer.runtime.generation.step_inputs import VALUES, Step
+from optimizer.runtime.generation.step_inputs import VALUES, Step, mask_values
 from optimizer.runtime.generation.token_steps import TokenSteps
 from optimizer.runtime.kv_cache import fixed_room, require_room
 from optimizer.runtime.tensors import host_view
@@ -100,6 +100,9 @@ class DecoderSession:
         room = self._cache.capacity if self._roles.has_mask_over_room else None
         step = Step(tokens, past, room or past + count)
         inputs: dict[str, Input] = {name: VALUES[name](step) for name in self._roles.inputs}
+        mask = self._roles.mask
+        if mask is not None:
+            inputs[mask.name] = mask_values(step, mask.dtype, len(mask.shape))
         outputs = self._step(inputs, count)
         self.tokens += tokens
         return self._logits(outputs[self._roles.logits.name])

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from optimizer.errors import InputMismatchError
 from optimizer.package.alignment import aligned_copy
-from optimizer.runtime.generation.step_inputs import MASK, VALUES, Step
+from optimizer.runtime.generation.step_inputs import MASK, VALUES, Step, mask_values
 from optimizer.runtime.kv_cache import argument_count, counts_of, total_tokens
 from optimizer.runtime.tensors import CPU, tensor_over
 
 if TYPE_CHECKING:
     from optimizer.runtime.generation.roles import DecoderRoles
+    from optimizer.runtime.generation.step_inputs import Mask
     from optimizer.runtime.kv_cache import CacheTensors, KeyValueCache, Steps
     from optimizer.runtime.model import Entry
     from optimizer.runtime.tensors import Tensor
@@ -32,9 +31,10 @@ class TokenSteps:
     def __init__(self, entry: Entry, roles: DecoderRoles, cache: KeyValueCache) -> None:
         self._entry = entry
         self._cache = cache
-        self._numbers = {name: aligned_copy(VALUES[name](Step((0,), 0, 1))) for name in roles.inputs if name != MASK}
+        self._numbers = {name: aligned_copy(VALUES[name](Step((0,), 0, 1))) for name in roles.inputs}
         self._given = {name: tensor_over(array) for name, array in self._numbers.items()}
-        self._mask = np.zeros((1, 0), np.int64) if MASK in roles.inputs else None
+        self._mask_spec = roles.mask
+        self._mask = None if roles.mask is None else self._wide_mask(0)
         self._logits = entry.returned_names.index(roles.logits.name)
         places = [spec.name for spec in entry.signature.inputs]
         self._place_of_mask = places.index(MASK) if self._mask is not None else 0
@@ -60,13 +60,19 @@ class TokenSteps:
         for name, array in self._numbers.items():
             array[...] = VALUES[name](step)
         if self._mask is not None:
-            arguments[self._place_of_mask] = tensor_over(self._mask[:, : past + 1])
+            arguments[self._place_of_mask] = tensor_over(self._mask[..., : past + 1])
         signature = self._entry.signature
         lengths, paged = [past] * len(signature.past_symbols), [steps] * len(signature.paged_symbols)
         arguments[self._place_of_counts] = counts_of(signature, lengths, paged, 0)
         results = self._entry.invoke(arguments)
         cache.commit(past + 1, steps)
         return results[self._logits]
+
+    def _wide_mask(self, places: int) -> Mask:
+        """Return the mask of a token that sees all `places`."""
+        assert self._mask_spec is not None
+        step = Step((0,), places - 1, places)
+        return aligned_copy(mask_values(step, self._mask_spec.dtype, len(self._mask_spec.shape)))
 
     def _check(self, past: int) -> bool:
         """Return whether steps from `past` tokens on are sound, as many as are checked at once."""
@@ -75,7 +81,7 @@ class TokenSteps:
         if past >= end or not all(self._fits(length) for length in (past, end - 1)):
             return False
         if self._mask is not None and self._mask.size < end:
-            self._mask = aligned_copy(np.ones((1, 2 * end), np.int64))
+            self._mask = self._wide_mask(2 * end)
         self._checked = range(past, end)
         return True
 
@@ -89,12 +95,12 @@ class TokenSteps:
     def _values(self, past: int) -> dict[str, int]:
         shapes = {name: array.shape for name, array in self._numbers.items()}
         if self._mask is not None:
-            shapes[MASK] = (1, past + 1)
+            shapes[MASK] = (*self._mask.shape[:-1], past + 1)
         return self._entry.values_of(shapes, past)
 
     def _lay_out(self, past: int, steps: Steps) -> list[object]:
         """Return the arguments with the cache's buffers as they are now."""
-        given = self._given if self._mask is None else {**self._given, MASK: tensor_over(self._mask[:, : past + 1])}
+        given = self._given if self._mask is None else {**self._given, MASK: tensor_over(self._mask[..., : past + 1])}
         self._arguments = self._entry.arguments(given, self._cache, self._values(past), steps, 0)
         self._laid_out = self._cache.tensors
         return self._arguments

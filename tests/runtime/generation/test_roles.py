@@ -32,6 +32,13 @@ def test_the_empty_cache_of_one_sequence_has_no_tokens() -> None:
         ((_TOKENS, _PAST, TensorSpec("cache_position", "int64", (4,))), (_LOGITS, _PRESENT), "4 tokens"),
         ((TensorSpec("input_ids", "int64", (4, "new")), _PAST), (_LOGITS, _PRESENT), "4 sequences"),
         ((TensorSpec("input_ids", "int64", ("batch", 8)), _PAST), (_LOGITS, _PRESENT), "8 tokens"),
+        (
+            (_TOKENS, _PAST, TensorSpec("attention_mask", "int64", ("batch", 1, "new", "all"))),
+            (_LOGITS, _PRESENT),
+            "integers, booleans or floats",
+        ),
+        ((_TOKENS, _PAST, TensorSpec("attention_mask", "bool", (4, 1, "new", "all"))), (_LOGITS, _PRESENT), "4 sequ"),
+        ((_TOKENS, _PAST, TensorSpec("attention_mask", "bool", ("batch", 8))), (_LOGITS, _PRESENT), "8 tokens"),
         ((TensorSpec("input_ids", "int32", ("batch", "new")), _PAST), (_LOGITS, _PRESENT), "as int64"),
         ((_TOKENS, _PAST), (_LOGITS, dataclasses.replace(_PRESENT, shape=_PAST.shape)), "--kv-cache in-place"),
         ((_TOKENS, dataclasses.replace(_PAST, shape=("batch", 2, 64, 32))), (_LOGITS, _PRESENT), "grows"),
