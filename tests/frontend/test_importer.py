@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, defs, helper, parser
+from onnx import TensorProto, defs, helper, numpy_helper, parser
 
 from optimizer.errors import UnsupportedModelError
 from optimizer.frontend.importer import import_model
@@ -52,6 +52,17 @@ def test_all_blockers_are_reported_at_once_with_their_nodes():
     found = {(blocker.node, blocker.operator) for blocker in caught.value.blockers}
     assert found == {("one", "other::First"), ("three", "StringNormalizer"), ("four", "other::Second")}
     assert "3 node(s)" in str(caught.value)
+
+
+def test_embeddings_that_the_builder_shares_wrongly_are_refused_with_the_option_to_build_with():
+    model = parsed("""<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
+        g (int64[n] ids, float[8, 2] scales) => (float[n, 64] y) <int64[2] shape = {8, 32}> {
+            rows = Reshape(weights, shape)
+            y = com.microsoft.GatherBlockQuantized <bits = 4, block_size = 32>(rows, ids, scales)
+        }""")
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((64, 8), np.float32), "weights"))
+    with pytest.raises(UnsupportedModelError, match=r"512 elements .* \[8, 32\].* shared_embeddings=false"):
+        import_model(model)
 
 
 def test_the_domain_of_an_operator_decides_what_it_means():

@@ -58,7 +58,24 @@ def reshaped(node: Node, data: Value, shape: Sequence[Dimension]) -> TensorValue
     if any(isinstance(extent, int) and extent == 0 for extent in shape):
         # Relax takes a 0 for the dimension of the input, and there is nothing to copy.
         return node.emit(relax.op.zeros(list(shape), data.dtype), data.narrow_type)
+    given, wanted = product(data.shape), product(shape)
+    if isinstance(given, int) and isinstance(wanted, int) and given != wanted:
+        raise node.unsupported(f"{given} elements cannot take the shape {list(shape)}{_cause(data, given, wanted)}")
     return node.emit(relax.op.reshape(data.expr, list(shape)), data.narrow_type)
+
+
+def _cause(data: Value, given: int, wanted: int) -> str:
+    """Return what is known of models with such a mistake, and the fix.
+
+    onnxruntime-genai's builder reshapes the head's weights for a GatherBlockQuantized by the names that they would have
+    when quantized; with zero points its default method gives floats that name. onnxruntime refuses such models, too.
+    """
+    if data.constant is None or not data.dtype.startswith(("float", "bfloat")) or given != 2 * wanted:
+        return ""
+    return (
+        f"; its {data.dtype} stand where codes of 4 bits are meant, as onnxruntime-genai's builder writes it for "
+        "is_symmetric=false; build with shared_embeddings=false, or with algo_config=rtn"
+    )
 
 
 @converter("Flatten")
