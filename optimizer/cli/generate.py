@@ -25,6 +25,12 @@ _DEFAULT = "default: as the settings beside the model say, else"
     multiple=True,
     help="The text to continue; several, one after the other.",
 )
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Put prompts into the model's chat template: the turns of one conversation, each with its answer.",
+)
+@click.option("--system", help="With --chat: what the conversation begins with, before the first prompt.")
 @click.option("--max-new-tokens", "-n", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--temperature", type=float, help=f"0 takes the likeliest token each time; {_DEFAULT} 0.")
 @click.option("--top-k", type=int, help=f"Draw from the k likeliest tokens, 0: from all; {_DEFAULT} 0.")
@@ -44,6 +50,8 @@ _DEFAULT = "default: as the settings beside the model say, else"
 def command(
     package: Path,
     prompts: tuple[str, ...],
+    chat: bool,
+    system: str | None,
     max_new_tokens: int,
     temperature: float | None,
     top_k: int | None,
@@ -62,9 +70,11 @@ def command(
     from optimizer.cli.console import print_json
     from optimizer.errors import OptionError
     from optimizer.runtime import load
-    from optimizer.runtime.generation import DecoderSession, TextGenerator
+    from optimizer.runtime.generation import Conversation, DecoderSession, TextGenerator
     from optimizer.runtime.generation.session import MOST_AT_ONCE
 
+    if system is not None and not chat:
+        raise OptionError("--system begins a conversation; give --chat, too")
     model = load(package, device=device, threads=threads)
     generator = TextGenerator(model, tokenizer)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
@@ -74,18 +84,20 @@ def command(
     if limit is not None and max_context is not None and max_context > limit:
         raise OptionError(f"the model has positions for a context of {limit} tokens; give --max-context up to that")
     session = DecoderSession(model, capacity=capacity, most_at_once=chunk or MOST_AT_ONCE)
+    conversation = Conversation(generator, system=system, session=session) if chat else None
     loaded = time.perf_counter() - start
     documents: list[dict[str, object]] = []
     for prompt in prompts:
-        session.reset()
-        generation = generator.generate(prompt, sampling, max_new_tokens=max_new_tokens, session=session)
-        pieces: list[str] = []
+        if conversation is None:
+            session.reset()
+            generation = generator.generate(prompt, sampling, max_new_tokens=max_new_tokens, session=session)
+        else:
+            generation = conversation.ask(prompt, sampling, max_new_tokens=max_new_tokens)
         for piece in generation:
-            pieces.append(piece)
             if not as_json:
                 click.echo(piece, nl=False)
         if as_json:
-            documents.append(_document(prompt, "".join(pieces), generation, loaded))
+            documents.append(_document(prompt, generation, loaded))
         else:
             click.echo()
             _print_figures(generation, loaded)
@@ -93,12 +105,12 @@ def command(
         print_json(documents[0] if len(documents) == 1 else documents)
 
 
-def _document(prompt: str, text: str, generation: Generation, loaded: float) -> dict[str, object]:
+def _document(prompt: str, generation: Generation, loaded: float) -> dict[str, object]:
     from optimizer.report.memory import peak_resident_bytes
 
     return {
         "prompt": prompt,
-        "text": text,
+        "text": generation.text,
         "tokens": generation.tokens,
         "finished": generation.finished,
         "prompt_tokens": len(generation.prompt_tokens),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimizer.errors import OptionError
+from optimizer.runtime.generation.chat_template import CHAT_FILES, ChatTemplate, read_chat_template
 from optimizer.runtime.generation.sampling import Sampler, Sampling
 from optimizer.runtime.generation.session import DecoderSession
 from optimizer.runtime.generation.settings import SETTINGS_FILES, read_settings
@@ -17,16 +19,16 @@ from optimizer.runtime.kv_cache import require_room
 if TYPE_CHECKING:
     from optimizer.runtime.model import CompiledModel
 
-COMPANION_FILES = (TOKENIZER_FILE, *SETTINGS_FILES)
+COMPANION_FILES = (TOKENIZER_FILE, *SETTINGS_FILES, *CHAT_FILES)
 DEFAULT_TOKENS = 128
 
 
 class Generation:
     """One answer in the making: iterate over it for the pieces of text, then read what it took.
 
-    `finished` says why it ended: "stop token", "length" (as many tokens as were asked for) or "context is full".
-    Times are in seconds: `prefill_seconds` reads the prompt, which gives the first token; `decode_seconds` is for the
-    tokens after it.
+    `text` is what was yielded so far. `finished` says why it ended: "stop token", "length" (as many tokens as were
+    asked for) or "context is full". Times are in seconds: `prefill_seconds` reads the prompt, which gives the first
+    token; `decode_seconds` is for the tokens after it.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Generation:
     ) -> None:
         self.prompt_tokens: list[int] = prompt
         self.tokens: list[int] = []
+        self.text: str = ""
         self.finished: str = ""
         self.prefill_seconds: float = 0.0
         self.decode_seconds: float = 0.0
@@ -48,6 +51,7 @@ class Generation:
         for token in self._generate():
             text = text_of(token)
             if text is not None:
+                self.text += text
                 yield text
 
     def _generate(self) -> Iterator[int]:
@@ -95,6 +99,16 @@ class TextGenerator:
         self._model = model
         self.tokenizer = Tokenizer(files[TOKENIZER_FILE])
         self.settings = read_settings(files)
+        self._files = files
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """Return the model's chat template, if it has one; raises as `read_chat_template` and `ChatTemplate` do."""
+        return read_chat_template(self._files)
+
+    def new_session(self) -> DecoderSession:
+        """Return an empty session with the context that the settings say."""
+        return DecoderSession(self._model, capacity=self.settings.capacity)
 
     def generate(
         self,
@@ -111,12 +125,18 @@ class TextGenerator:
         OptionError for less than one new token; iterating does so for an empty prompt of a model that has no token to
         begin with, and for a prompt that is longer than the context.
         """
-        if max_new_tokens < 1:
-            raise OptionError(f"{max_new_tokens} new tokens are no text; ask for 1 or more")
-        session = session or DecoderSession(self._model, capacity=self.settings.capacity)
+        session = session or self.new_session()
         tokens = self.tokenizer.encode(prompt, begins=not session.tokens)
         if not tokens and not session.tokens and self.settings.begin is not None:
             tokens = [self.settings.begin]
+        return self.generate_from(tokens, sampling, max_new_tokens=max_new_tokens, session=session)
+
+    def generate_from(
+        self, tokens: list[int], sampling: Sampling | None, *, max_new_tokens: int, session: DecoderSession
+    ) -> Generation:
+        """Return the continuation of what `session` has read and `tokens` after it, as `generate` does of a text."""
+        if max_new_tokens < 1:
+            raise OptionError(f"{max_new_tokens} new tokens are no text; ask for 1 or more")
         return Generation(self, session, tokens, Sampler(sampling or self.settings.sampling), max_new_tokens)
 
 
