@@ -22,6 +22,7 @@ from optimizer.shared_bindings import leave_out_tuples, share_sizes, share_views
 from optimizer.symbolic_arguments import keep_symbolic_functions_apart
 from optimizer.weight_checks import trust_weights
 from optimizer.widening import widen_at_readers
+from optimizer.work_division import divide_work
 from passes.base import Site
 from passes.fold_constants import FoldConstants
 from passes.provenance import carry
@@ -132,7 +133,10 @@ def fuse(module: tvm.IRModule, target: Target, after: Callable[[str, tvm.IRModul
     packed, _ = prepack(merging.module, target)
     module = carry(merging.module, relax.transform.DeadCodeElimination()(packed))
     after("prepack", module)
-    return FusedModule(module, {"fuse-operators": fused_groups(grouped), "merge-kernels": merging.sites})
+    division = divide_work(module, target)
+    after("divide-work", division.module)
+    sites = {"fuse-operators": fused_groups(grouped), "merge-kernels": merging.sites, "divide-work": division.sites}
+    return FusedModule(division.module, sites)
 
 
 def _run(module: tvm.IRModule, transforms: _Transforms, after: Callable[[str, tvm.IRModule], None]) -> tvm.IRModule:

@@ -15,6 +15,7 @@ from tvm import ir, sym, tirx
 from tvm.ir import Expr, TensorLoad
 
 from schedules.access import Access, AxisGroup, Step, as_int, group_axes, linear_coefficient, occurs
+from schedules.division import Division
 from schedules.epilogue import Epilogue
 from schedules.intrin.bf16_dot import PAIR
 from schedules.intrin.byte_dot import FOUR
@@ -82,7 +83,7 @@ class ChannelWindows:
     where it is not static), `outer` the rest of them. `depth` is the axis over input channels that are read as
     [channel // block, ..., channel % block], None where there is none. `grouped` is the axis over input channels of
     which `terms` neighbours lie together in data and weights, pairs of bfloat16 or fours of bytes, None where there is
-    none.
+    none. `division` is how cores divide the output.
     """
 
     stage: Stage
@@ -97,6 +98,7 @@ class ChannelWindows:
     depth: Axis | None
     grouped: Axis | None
     terms: int
+    division: Division = Division.CHANNELS
 
     @property
     def block(self) -> int:

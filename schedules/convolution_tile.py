@@ -9,17 +9,14 @@ from tvm.ir import Var
 
 from schedules.access import as_int, linear_coefficient, occurs
 from schedules.channel_windows import ChannelWindows
+from schedules.division import TASKS_PER_CORE, Division
 from schedules.intrin.byte_dot import FOUR, FOURS, splits_operands
 from schedules.loops import Extent, product
 from targets.base import Target
 
-# Tasks per core that leave no core idle for long while another finishes its last one.
-TASKS_PER_CORE = 8
 MOST_BLOCKS, MOST_COLUMNS = 8, 28
 # Lane by lane: the columns that a row of taps reaches beyond the tile, and its weights.
 BORDER_OPERANDS = 4
-# How many times as many channels a depthwise convolution has as the layers around it read and write.
-EXPANSION = 6
 # Cycles from one fused multiply-add to the next that reads its result, and how many of them start in one cycle.
 LATENCY, THROUGHPUT = 4, 2
 # Registers beside sums and two for each vector of weights where bytes are split: 2 of a column, 2 products, a mask.
@@ -70,29 +67,13 @@ def task_shape(analysis: ChannelWindows, target: Target, blocks: int, columns: i
 
 def _even(total: int, wanted: int, analysis: ChannelWindows) -> int:
     """Return about `wanted` of `total` rows or tiles a task; where cores divide an image, its parts are of one size."""
-    if not divides_image(analysis):
+    if analysis.division is not Division.IMAGE:
         return wanted
     near = range(wanted + wanted // 2, (wanted - 1) // 2, -1)
     return next((each for each in near if total % each == 0), wanted)
 
 
-def divides_image(analysis: ChannelWindows) -> bool:
-    """Return whether a core computes all channels of a part of the image, and not some channels of the whole image.
-
-    It reads all weights then, and the layer after it finds its part of the image in the same core's cache: that is what
-    moves fewer bytes between cores, unless weights are large. The weights of the layers around a depthwise convolution
-    are taken to be those that expand its channels from a sixth.
-    """
-    if len(analysis.stage.loads()) < 2:
-        return False
-    weights, *images = map(_bytes_of, (analysis.weights.source, analysis.data.source, analysis.stage.output))
-    if analysis.channel is None:
-        channels = int(analysis.data.source.shape[1]) * analysis.block
-        weights = channels**2 // EXPANSION * analysis.data.source.dtype.bits // 8
-    return weights < sum(images)
-
-
-def _bytes_of(buffer: Var) -> int:
+def bytes_of(buffer: Var) -> int:
     """Return the size of a buffer, in which extents that are not static count as one."""
     return math.prod(as_int(extent) or 1 for extent in buffer.shape) * buffer.dtype.bits // 8
 

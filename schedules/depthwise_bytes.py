@@ -20,9 +20,10 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.access import as_int, linear_coefficient
 from schedules.channel_windows import ChannelWindow, ChannelWindows, windows_of
-from schedules.convolution_tile import column_extent, divides_image, task_shape
+from schedules.convolution_tile import column_extent, task_shape
 from schedules.direct_convolution import DirectConvolution
 from schedules.direct_convolution_tile import Point, RegisterTile
+from schedules.division import Division
 from schedules.epilogue import KeptRead, keep_reads
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
 from schedules.intrin.byte_dot import FOUR, activation_types, is_product_of_bytes, splits_operands
@@ -163,7 +164,7 @@ class _Emitter:
         windows, rows = self.analysis.windows, self.analysis.windows.outer[-1]
         images = [group.extent for group in windows.outer[:-1]]
         count = ceiling(rows.extent, self.parameters["rows"])
-        by_image = divides_image(windows)
+        by_image = windows.division is Division.IMAGE
         extents = [count, *images] if by_image else [*images, count]
 
         def task(number: Expr) -> Stmt:

@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tvm import tirx
 from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import AxisGroup, occurs
+from schedules.access import AxisGroup, as_int, occurs
 from schedules.by_element import multiplies_by_element
 from schedules.channel_windows import ChannelWindows, channel_windows
 from schedules.convolution import split_producer
-from schedules.convolution_tile import column_extent, divides_image, register_tile, task_shape
+from schedules.convolution_tile import column_extent, register_tile, task_shape
 from schedules.direct_convolution_tile import Point, RegisterTile
+from schedules.division import Division
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
 from schedules.intrin.grouped_call import GroupedDot
 from schedules.intrin.grouped_dot import grouped_dot
@@ -91,7 +92,8 @@ def analyse(kernel: Kernel) -> ChannelWindows | None:
     stage, follows = split_epilogue(rest)
     if stage is None or follows is None:
         return None
-    return channel_windows(producer, stage, follows)
+    windows = channel_windows(producer, stage, follows)
+    return None if windows is None else replace(windows, division=kernel.division)
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,12 @@ class _Emitter:
         segment = width
         if self.analysis.column_window is None:
             segment = min(width, self.parameters["column_tiles"] * self.parameters["columns"])
-        images = [axes for axes in batch if not self._is_of_weights(axes)]
-        channels_apart = [axes for axes in batch if self._is_of_weights(axes)]
+        images = [axes for axes in batch if not self._is_of_channels(axes)]
+        channels_apart = [axes for axes in batch if self._is_of_channels(axes)]
         of_image = [ceiling(row_count, rows), -(-width // segment)]
-        of_weights = [*(axes.extent for axes in channels_apart), groups, tiles_per_group]
-        by_image = divides_image(analysis)
-        extents = [*(axes.extent for axes in images), *(of_image + of_weights if by_image else of_weights + of_image)]
+        of_channels = [*(axes.extent for axes in channels_apart), groups, tiles_per_group]
+        by_image = analysis.division is Division.IMAGE
+        extents = [*(axes.extent for axes in images), *(of_image + of_channels if by_image else of_channels + of_image)]
 
         def task(number: Expr) -> Stmt:
             position = unflatten(number, extents)
@@ -148,11 +150,10 @@ class _Emitter:
 
         return parallel(product(extents), task, is_large(work_of(self.stage)))
 
-    def _is_of_weights(self, axes: AxisGroup) -> bool:
-        """Return whether weights differ along axes, as those of a depthwise convolution do along blocks of channels."""
-        if len(self.stage.loads()) < 2:
-            return False
-        return any(occurs(at, axis.variable) for at in self.analysis.weights.indices for axis in axes.axes)
+    def _is_of_channels(self, axes: AxisGroup) -> bool:
+        """Return whether axes are those of blocks of channels, each with an image of its own."""
+        is_one_image = len(axes.axes) == 1 or as_int(self.stage.output.shape[0]) == 1
+        return is_one_image and any(occurs(self.stage.indices[1], axis.variable) for axis in axes.axes)
 
     def _channel_tiles(self) -> tuple[int, int]:
         channel, per_group = self.analysis.channel, self.analysis.per_group

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,10 +10,11 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import AxisGroup, branches_on, group_axes
+from schedules.access import AxisGroup, as_int, branches_on, group_axes
 from schedules.by_turns import row_by_turns
-from schedules.family import Choice, Kernel, Parameters, Space, is_large, parallel_if_large, vector_width
-from schedules.loops import Extent, index, loop, product, quotient, remainder, store, tiles, unflatten, vector
+from schedules.division import TASKS_PER_CORE, Division, even_parts
+from schedules.family import Choice, Kernel, Parameters, Space, is_large, parallel_if_large, vector_width, work_of
+from schedules.loops import Extent, index, loop, parallel, product, quotient, remainder, store, tiles, unflatten, vector
 from schedules.segments import Segment, phases, segments
 from schedules.stages import Stage, sequence
 from targets.base import Target
@@ -25,6 +27,7 @@ class ElementwiseAnalysis:
     stage: Stage
     groups: tuple[AxisGroup, ...]
     conditional: bool
+    division: Division
 
 
 class Elementwise:
@@ -39,7 +42,8 @@ class Elementwise:
             return None
         stage = kernel.stages[0]
         groups = tuple(group_axes(stage.spatial, [stage]))
-        return ElementwiseAnalysis(stage, groups, bool(groups) and branches_on(stage.value, groups[-1].inner))
+        conditional = bool(groups) and branches_on(stage.value, groups[-1].inner)
+        return ElementwiseAnalysis(stage, groups, conditional, kernel.division)
 
     def space(self, target: Target, analysis: ElementwiseAnalysis) -> Space:
         """Return the vectors' width and the length of a task on a single axis."""
@@ -91,12 +95,37 @@ class Elementwise:
         work = product([axis.extent for axis in stage.spatial])
         outer_extents = [group.extent for group in groups[:-1]]
         inner = groups[-1].extent
+        if analysis.division is Division.IMAGE and divides_image(analysis):
+            return _by_image(analysis, TASKS_PER_CORE * target.cores, whole_row)
         if outer_extents:
             return parallel_if_large(
                 product(outer_extents), work, lambda task: whole_row(unflatten(task, outer_extents))
             )
         chunk = parameters["chunk"] if is_large(work) else 0
         return split_row(inner, chunk, lambda start, extent: row([], start, extent))
+
+
+def divides_image(analysis: ElementwiseAnalysis) -> bool:
+    """Return whether the stage is of one image [1, C/block, spatial..., block] that can be divided by its parts."""
+    shape = [as_int(extent) for extent in analysis.stage.output.shape]
+    if len(analysis.groups) != len(("blocks", "image", "block")) or len(shape) <= len(analysis.groups):
+        return False
+    blocks, image, _ = (group.extent for group in analysis.groups)
+    return isinstance(image, int) and shape[:2] == [1, blocks] and image == math.prod(each or 0 for each in shape[2:-1])
+
+
+def _by_image(analysis: ElementwiseAnalysis, most_parts: int, row: Callable[[list[Expr]], Stmt]) -> Stmt:
+    """Return all channels of parts of an image, one part after the other."""
+    blocks, image, _ = (group.extent for group in analysis.groups)
+    assert isinstance(image, int)
+    parts = even_parts(image, most_parts)
+    size = image // parts
+
+    def task(number: Expr) -> Stmt:
+        part, block = unflatten(number, [parts, blocks])
+        return loop(size, lambda position: row([block, part * size + position]))
+
+    return parallel(product([parts, blocks]), task, is_large(work_of(analysis.stage)))
 
 
 def vector_tiles(extent: Extent, lanes: int, element: Callable[[Expr], Stmt]) -> Stmt:

@@ -10,6 +10,7 @@ from tvm import tirx
 from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
+from schedules.division import Division
 from schedules.loops import Extent, index, parallel, product
 from schedules.stages import Stage
 from targets.base import Target
@@ -25,11 +26,12 @@ PARALLEL_THRESHOLD = 32 * 1024
 class Kernel:
     """Stages that run as one parallel region, in program order: the unit that a family schedules.
 
-    `private` are the intermediate buffers that no other kernel touches.
+    `private` are the intermediate buffers that no other kernel touches; `division` is how cores are to divide an image.
     """
 
     stages: tuple[Stage, ...]
     private: tuple[Var, ...] = ()
+    division: Division = Division.CHANNELS
 
 
 @dataclass(frozen=True)

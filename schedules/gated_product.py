@@ -78,7 +78,7 @@ def whole(staged: StagedFunction) -> GatedKernel | None:
         return None
     if not any(read.source.same_as(made) for stage in second.stages[1:] for read in stage.loads()):
         return None
-    return GatedKernel((*first.stages, *second.stages), (made,), (first, second))
+    return GatedKernel((*first.stages, *second.stages), (made,), products=(first, second))
 
 
 def _is_product(kernel: Kernel) -> bool:

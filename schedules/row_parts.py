@@ -43,7 +43,7 @@ def whole(staged: StagedFunction) -> PartedKernel | None:
             if parts is not None:
                 every = tuple(stage for part in parts for stage in part.stages)
                 private = tuple(buffer for part in parts for buffer in part.private)
-                return PartedKernel(every, private, tuple(parts), 1 if first else 0)
+                return PartedKernel(every, private, parts=tuple(parts), product=1 if first else 0)
     return None
 
 

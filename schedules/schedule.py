@@ -9,6 +9,7 @@ from tvm import tirx
 from tvm.tirx.stmt import Stmt
 
 from schedules import attention_structure, cuda, fallback, gated_product, row_parts, winograd_structure
+from schedules.division import division_of
 from schedules.family import Kernel, Parameters, defaults, work_of
 from schedules.gated_product import GatedProduct
 from schedules.inline import inline
@@ -65,7 +66,8 @@ def schedule_function(
     staged = parse(function)
     if staged is None:
         return function.with_attr(SCHEDULED, True), KernelReport(name, "opaque", reason="no loop nests at the top")
-    kernels = kernels_of(staged, target)
+    division = division_of(function)
+    kernels = [replace(k, division=division) if isinstance(k, Kernel) else k for k in kernels_of(staged, target)]
     candidates = [kernel for kernel in kernels if isinstance(kernel, Kernel)]
     main = max(candidates, key=_weight, default=None)
     workload = identity(function)

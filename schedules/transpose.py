@@ -15,7 +15,8 @@ from tvm import sym, tirx
 from tvm.ir import Expr, Range, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import Access, AxisGroup, Step, branches_on, group_axes
+from schedules.access import Access, AxisGroup, Step, as_int, branches_on, group_axes
+from schedules.division import Division
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
 from schedules.loops import (
     index,
@@ -55,6 +56,7 @@ class TransposeAnalysis:
     across: AxisGroup
     along: AxisGroup
     turned: tuple[TensorLoad, ...]
+    division: Division
 
 
 class Transpose:
@@ -81,7 +83,7 @@ class Transpose:
             )
             if turned and _long(across):
                 outer = tuple(group for group in groups if group is not across)
-                return TransposeAnalysis(stage, outer, across, along, turned)
+                return TransposeAnalysis(stage, outer, across, along, turned, kernel.division)
         return None
 
     def space(self, target: Target, analysis: TransposeAnalysis) -> Space:
@@ -97,9 +99,13 @@ class Transpose:
         outer = [group.extent for group in analysis.outer]
 
         strips = max(1, across // strip)
+        by_image = analysis.division is Division.IMAGE and as_int(analysis.stage.output.shape[0]) == 1
 
         def task(number: Expr) -> Stmt:
-            *outside, position = unflatten(number, [*outer, strips])
+            if by_image:
+                position, *outside = unflatten(number, [strips, *outer])
+            else:
+                *outside, position = unflatten(number, [*outer, strips])
             point: dict[Var, Expr] = {}
             for group, value in zip(analysis.outer, outside, strict=True):
                 point.update(group.point(value))
