@@ -1,4 +1,4 @@
-"""Products of 8-bit activations with constant 8-bit weights, as exact integer products.
+"""Products of 8-bit activations with constant 8-bit weights or with each other, as exact integer products.
 
     DQ(x, sx, zx) @ DQ(w, sw, zw) = float(x @ w' - zx * sum(w')) * (sx * sw)        with w' = w - zw
     (x - zx) @ (w - zw)           =       x @ w' - zx * sum(w')
@@ -27,6 +27,13 @@ from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
 
 import targets
+from passes.activation_products import (
+    ActivationProduct,
+    activation_product,
+    correction,
+    packed_fours,
+    product_of_fours,
+)
 from passes.base import Dataflow, Pass, PassOutcome, Refusal, Site, require
 from passes.integer_operands import (
     BYTES,
@@ -41,6 +48,7 @@ from passes.integer_operands import (
 )
 from passes.tensor_types import constant, constant_of, dtype_of
 from schedules.intrin.byte_dot import activation_types
+from targets.base import Target
 
 _CONVOLUTIONS: Mapping[str, Callable[..., relax.Expr]] = {
     "relax.nn.conv1d": relax.op.nn.conv1d,
@@ -88,17 +96,18 @@ class RecognizeIntegerProducts(Pass):
 
     def run(self, module: tvm.IRModule) -> PassOutcome:
         """Rewrite all Relax functions of the module."""
-        types, sites = activation_types(targets.get(self.target)), []
+        target, sites = targets.get(self.target), []
         rewritten = tvm.IRModule(dict(module.functions), attrs=module.attrs)
         for variable, function in module.functions_items():
             if isinstance(function, relax.Function):
                 dataflow = Dataflow(function)
-                finder = _Finder(dataflow, types)
+                finder = _Finder(dataflow, activation_types(target))
                 finder.visit_expr(function)
                 sites.extend(finder.sites)
                 if finder.products:
-                    rewriter = _Rewriter(module, dataflow, finder.products, types)
-                    rewritten.update_func(variable, rewriter.visit_expr(function))
+                    rewriter = _Rewriter(rewritten, dataflow, finder.products, target)
+                    rewriter.builder_.update_func(variable, rewriter.visit_expr(function))
+                    rewritten = rewriter.builder_.get()
                     sites.extend(rewriter.sites)
         return PassOutcome(relax.transform.DeadCodeElimination()(rewritten), tuple(sites))
 
@@ -111,7 +120,7 @@ class _Finder(PyExprVisitor):
         super().__init__()
         self._dataflow = dataflow
         self._types = types
-        self.products: dict[relax.Var, IntegerProduct] = {}
+        self.products: dict[relax.Var, IntegerProduct | ActivationProduct] = {}
         self.sites: list[Site] = []
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
@@ -129,7 +138,9 @@ class _Finder(PyExprVisitor):
         super().visit_var_binding_(binding)
 
 
-def _product(call: tvm.ir.Call, dataflow: Dataflow, types: tuple[str, ...]) -> IntegerProduct | None:
+def _product(
+    call: tvm.ir.Call, dataflow: Dataflow, types: tuple[str, ...]
+) -> IntegerProduct | ActivationProduct | None:
     """Return the integer product that a call is, None for what is no product of quantized activations.
 
     Raises Refusal where its weights or its form are not such that it can be one.
@@ -141,6 +152,9 @@ def _product(call: tvm.ir.Call, dataflow: Dataflow, types: tuple[str, ...]) -> I
         return None
     is_convolution = call.op.name in _CONVOLUTIONS
     weights = _weights(call, codes, dataflow)
+    other = None if is_convolution or weights is not None or not types else activation_product(call, codes, dataflow)
+    if other is not None:
+        return other
     require(weights is not None, "the weights are no constant integers")
     assert weights is not None
     require(bool(types), "the target has no dot product of bytes")
@@ -162,6 +176,10 @@ def _weights(call: tvm.ir.Call, codes: Codes, dataflow: Dataflow) -> ConstantWei
     return dequantized_weights(call.args[1], dataflow, 0 if call.op.name in _CONVOLUTIONS else -1)
 
 
+def _read(product: IntegerProduct | ActivationProduct) -> Codes:
+    return product.codes if isinstance(product, IntegerProduct) else product.left
+
+
 def _is_done(call: tvm.ir.Call, codes: Codes, types: tuple[str, ...]) -> bool:
     """Return whether a product is of integers in the form that this pass makes."""
     return codes.scale is None and dtype_of(call.args[0]) in types and dtype_of(call.args[1]) == "int8"
@@ -173,16 +191,17 @@ class _Rewriter(PyExprMutator):
         self,
         module: tvm.IRModule,
         dataflow: Dataflow,
-        products: Mapping[relax.Var, IntegerProduct],
-        types: tuple[str, ...],
+        products: Mapping[relax.Var, IntegerProduct | ActivationProduct],
+        target: Target,
     ) -> None:
         super().__init__(module)
         self._dataflow = dataflow
         self._products = products
-        self._types = types
+        self._types = activation_types(target)
+        self._columns = target.layouts.column_block
         # Codes of the type that the target does not multiply, by the variables that hold them, as the other type.
         self._turned: dict[relax.Var, relax.Expr] = {}
-        read = (self._source(product.codes.codes) for product in products.values())
+        read = (self._source(_read(product).codes) for product in products.values())
         self._to_turn = {source for source in read if source is not None}
         self.sites: list[Site] = []
 
@@ -190,7 +209,9 @@ class _Rewriter(PyExprMutator):
         """Rewrite products, and quantization around them."""
         call, value = binding.value, None
         if binding.var in self._products:
-            value = self._integer_product(self._products[binding.var])
+            product = self._products[binding.var]
+            of_weights = isinstance(product, IntegerProduct)
+            value = self._integer_product(product) if of_weights else self._activation_product(product)
         elif self._dataflow.call(call, "relax.quantize") is not None and isinstance(call, tvm.ir.Call):
             value = self._quantized(binding.var, call)
         elif self._dataflow.call(call, "relax.dequantize") is not None and isinstance(call, tvm.ir.Call):
@@ -249,6 +270,23 @@ class _Rewriter(PyExprMutator):
             return exact
         scales = (product.scales.astype(np.float64) * product.codes.scale).astype(np.float32)
         factor = product.along_outputs(scales if (scales != scales[0]).any() else scales[:1])
+        return relax.op.multiply(self._emit(relax.op.astype(exact, "float32")), factor)
+
+    def _activation_product(self, product: ActivationProduct) -> relax.Expr:
+        """Return the product of bytes whose right operand is packed as it comes."""
+        codes, zero = self._codes(product.left)
+        other, given = self._moved(product.right, self.visit_expr(product.right.codes)), product.right.zero
+        other_zero = given if isinstance(given, int) else self.visit_expr(given)
+        _, columns = product.shape
+        packed = self.builder_.call_te(packed_fours, other, self._columns, primfunc_name_hint="pack_fours")
+        sums = self.builder_.call_te(
+            product_of_fours, codes, self._emit(packed), columns, primfunc_name_hint="product_of_fours"
+        )
+        extra = correction(product, (zero, other_zero), (codes, other))
+        exact = self._emit(sums) if extra is None else self._emit(relax.op.subtract(self._emit(sums), extra))
+        if product.left.scale is None or product.right.scale is None:
+            return exact
+        factor = relax.const(product.left.scale * product.right.scale, "float32")
         return relax.op.multiply(self._emit(relax.op.astype(exact, "float32")), factor)
 
     def _codes(self, codes: Codes) -> tuple[relax.Expr, int | relax.Expr]:

@@ -75,6 +75,15 @@ def bytes_product(rows: int, depth: int, columns: int, zero: int) -> Case:
     return Case((node,), x, {"w": w, "z": np.array(zero, np.uint8)}, (x.astype(np.int32) - zero) @ w.astype(np.int32))
 
 
+def squared_bytes(size: int) -> Case:
+    """The square of a matrix of bytes: a product of two activations."""
+    x = np.random.default_rng(size).integers(0, 256, (size, size)).astype(np.uint8)
+    wide = x.astype(np.int32)
+    return Case(
+        (helper.make_node("MatMulInteger", ["x", "x", "z"], ["y"]),), x, {"z": np.array(3, np.uint8)}, (wide - 3) @ wide
+    )
+
+
 def attention(heads: int, queries: int, keys: int, depth: int) -> Case:
     """The attention of the input to constant keys and values."""
     x, k = normal(1, heads, queries, depth), normal(1, heads, keys, depth)
@@ -207,6 +216,7 @@ BYTES += [codes(1201, np.uint8, 77), codes(607, np.int8, -5)]
 QUANTIZED.append(quantized(11, 18, 64, 8, zero_points=True))
 FLOATS += [attention(2, 21, 37, 24), attention(3, 1, 37, 16)]
 PRODUCTS = [bytes_product(*sizes) for sizes in ((1, 3, 5, 0), (11, 67, 19, 131), (9, 32, 8, 128), (16, 50, 33, 7))]
+PRODUCTS += [squared_bytes(size) for size in (11, 36)]
 HALVES = [narrow_product(*sizes, onnx.TensorProto.FLOAT16, 2.0**-11) for sizes in ((37, 67, 19), (3, 6, 17))]
 PAIRS = [narrow_product(*sizes, onnx.TensorProto.BFLOAT16, 2.0**-8) for sizes in ((9, 66, 19), (9, 67, 19), (9, 6, 17))]
 # Operands are rounded to 8 bits, for Winograd's filtering twice.
