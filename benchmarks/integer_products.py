@@ -36,3 +36,21 @@ def byte_product(rows: int, columns: int, depth: int) -> onnx.ModelProto:
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def product_of_activations(images: int, rows: int, columns: int, depth: int) -> onnx.ModelProto:
+    """Return `images` products of two uint8 activations, in uint8."""
+    constants = {"zero": np.array(_ZERO, np.uint8), "middle": np.array(128, np.uint8)}
+    constants |= {"scale": np.array(_SCALE, np.float32), "wide": np.array(_SCALE * math.sqrt(depth) * 8, np.float32)}
+    operands = ["x", "scale", "zero", "w", "scale", "middle", "wide", "zero"]
+    graph = helper.make_graph(
+        [helper.make_node("QLinearMatMul", operands, ["y"])],
+        "kernel",
+        [
+            helper.make_tensor_value_info("x", TensorProto.UINT8, (images, rows, depth)),
+            helper.make_tensor_value_info("w", TensorProto.UINT8, (images, depth, columns)),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.UINT8, (images, rows, columns))],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)

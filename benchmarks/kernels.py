@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks import row_kernels
 from benchmarks.integer_convolutions import byte_convolutions
-from benchmarks.integer_products import byte_product
+from benchmarks.integer_products import byte_product, product_of_activations
 
 Bound = Literal["compute", "integer", "copy", "read"]
 _FLOAT_BYTES = 4
@@ -57,6 +57,9 @@ def cases() -> Iterator[KernelCase]:
         yield matmul(m, n, k)
     for m, n, k in _PRODUCTS:
         yield KernelCase(f"gemm_int8_{m}x{n}x{k}", byte_product(m, n, k), "integer", 2 * m * n * k)
+    for images, m, n, k in ((12, 197, 197, 64), (12, 197, 64, 197), (1, 512, 512, 512)):
+        model = product_of_activations(images, m, n, k)
+        yield KernelCase(f"activations_int8_{images}x{m}x{n}x{k}", model, "integer", 2 * images * m * n * k)
     yield _gemv(4096, 4096)
     for n, k in ((1536, 576), (49152, 576), (4864, 896), (896, 4864), (8192, 2048), (2048, 8192), (128256, 2048)):
         yield _quantized(1, n, k)
