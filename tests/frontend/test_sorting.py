@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import parser
 
 from optimizer.frontend.importer import import_model
 from optimizer.reference import unoptimized
+from tests.frontend.comparison import node_model, ours
 
 
 @pytest.mark.parametrize("largest", [0, 1])
@@ -61,6 +64,33 @@ def test_first_elements_of_lines_of_several_blocks(largest: int) -> None:
     values, positions = unoptimized(import_model(model))({"x": x}).values()
     keys = np.where(np.isnan(x), np.float32(1e9), x.clip(-1e8, 1e8))
     want = np.argsort(-keys if largest else keys, axis=1, kind="stable")[:, :7]
+    np.testing.assert_array_equal(positions, want)
+    np.testing.assert_array_equal(values, np.take_along_axis(x, want, axis=1))
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(
+    length=st.sampled_from([131, 2053, 4099, 9001]),
+    count=st.sampled_from([65, 127, 601]),
+    kind=st.sampled_from(["float32", "float16", "int32", "uint8"]),
+    distinct=st.sampled_from([1, 3, 1000, 10**6]),
+    largest=st.integers(0, 1),
+    ascending=st.booleans(),
+)
+def test_many_first_elements_of_long_lines(
+    length: int, count: int, kind: str, distinct: int, largest: int, ascending: bool
+) -> None:
+    count = min(count, length)
+    x = np.random.default_rng(length).integers(0, distinct, (2, length)).astype(kind)
+    if ascending:
+        x.sort(axis=1)
+    if kind.startswith("float"):
+        x[0, ::7], x[1, 5], x[1, 6], x[1, 9::50] = -0.0, np.inf, -np.inf, np.nan
+    inputs = {"x": x, "k": np.array([count])}
+    model = node_model("TopK", inputs, ["v", "p"], domain="", constants=["k"], largest=largest)
+    values, positions = ours(model)({"x": x}).values()
+    ranks = np.unique(x, return_inverse=True)[1].reshape(x.shape)  # NaN last
+    want = np.argsort(-ranks if largest else ranks, axis=1, kind="stable")[:, :count]
     np.testing.assert_array_equal(positions, want)
     np.testing.assert_array_equal(values, np.take_along_axis(x, want, axis=1))
 

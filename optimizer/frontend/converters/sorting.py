@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import tvm.ir
@@ -10,6 +11,7 @@ from tvm import relax, te, tirx
 from tvm.script.ir_builder import tirx as ir
 
 from optimizer.frontend.converters.kernel_loops import kernel, loops
+from optimizer.frontend.converters.sort_keys import pays_to_select, selected_by_keys, sorted_by_digits
 from optimizer.frontend.dimensions import product
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
@@ -21,8 +23,6 @@ _FEW = 64
 _BLOCK = 16
 # Shorter lines are sorted before the digits of longer ones are counted.
 _SHORT = 128
-_DIGIT_BITS, _KEY_BITS = 8, 32
-_DIGITS = 1 << _DIGIT_BITS
 _NARROW_TYPES = ("float32", "float16", "bfloat16", "int32", "int16", "int8", "uint16", "uint8")
 _MOST_PASSES = 62  # of a merge sort whose runs double from 1 to the largest int64
 
@@ -102,9 +102,13 @@ def top_k(node: Node) -> Result:
 
     if isinstance(count, int) and 0 < count <= _FEW:
         indices = node.compute(_first_positions, data.expr, count, largest)
+    elif isinstance(count, int) and data.dtype in _NARROW_TYPES and pays_to_select(count, extent):
+        select = partial(selected_by_keys, count=count, descending=largest)
+        call = node.graph.builder.call_te(select, data.expr, primfunc_name_hint="topk")
+        indices = node.emit_tuple(call)[0]
     else:
         is_short = isinstance(extent, int) and extent < _SHORT
-        ordered = _merged_positions if is_short or data.dtype not in _NARROW_TYPES else _sorted_by_digits
+        ordered = _merged_positions if is_short or data.dtype not in _NARROW_TYPES else sorted_by_digits
         # With the memory that the sort needs besides: a kernel of a GPU allocates none.
         call = node.graph.builder.call_te(ordered, data.expr, largest, primfunc_name_hint="topk")
         positions, _ = node.emit_tuple(call)
@@ -164,66 +168,6 @@ def _first_positions(data: te.Tensor, count: int, descending: bool) -> te.Tensor
 
     before, _, after = data.shape
     return kernel([data], [(before, count, after)], [_INT64], body, "first_positions")
-
-
-def _sorted_by_digits(data: te.Tensor, descending: bool) -> list[te.Tensor]:
-    """Return the positions along axis 1 of a tensor of rank 3 in the order of their elements, and spare memory.
-
-    Elements of up to 32 bits become unsigned keys of the same order, each with its position below it in 64 bits, which
-    are distributed by one digit of the key after the other, the lowest first (Knuth, The Art of Computer Programming
-    3, 5.2.5: radix sort). The sort is stable. NaN counts as greater than any number.
-    """
-    passes = _KEY_BITS // _DIGIT_BITS
-
-    def body(source: tirx.Buffer, order: tirx.Buffer, spare: tirx.Buffer) -> None:
-        before, length, after = source.shape
-        with loops([before, after], parallel=True) as (i, k):
-            counts = ir.alloc_buffer((passes * _DIGITS,), _INT64, scope="local")
-            total = ir.alloc_buffer((1,), _INT64, scope="local")
-
-            def place(number: int, entry: tvm.ir.Expr) -> tvm.ir.Expr:
-                shifted = entry >> tirx.const(_KEY_BITS + number * _DIGIT_BITS, _INT64)
-                return (shifted & tirx.const(_DIGITS - 1, _INT64)) + number * _DIGITS
-
-            with ir.serial(0, passes * _DIGITS) as digit:
-                ir.buffer_store(counts, tirx.const(0, _INT64), [digit])
-            with ir.serial(0, length) as j:
-                ir.buffer_store(order, _sort_key(source[i, j, k], descending) << _KEY_BITS | j, [i, j, k])
-                for number in range(passes):
-                    own = place(number, order[i, j, k])
-                    ir.buffer_store(counts, counts[own] + 1, [own])
-            for number in range(passes):
-                ir.buffer_store(total, tirx.const(0, _INT64), [0])
-                with ir.serial(0, _DIGITS) as digit:
-                    ir.buffer_store(total, total[0] + counts[number * _DIGITS + digit], [0])
-                    # Where the first element with this digit goes.
-                    ir.buffer_store(counts, total[0] - counts[number * _DIGITS + digit], [number * _DIGITS + digit])
-            for number in range(passes):
-                given, taken = (order, spare) if number % 2 == 0 else (spare, order)
-                with ir.serial(0, length) as j:
-                    own = place(number, given[i, j, k])
-                    ir.buffer_store(taken, given[i, j, k], [i, counts[own], k])
-                    ir.buffer_store(counts, counts[own] + 1, [own])
-            with ir.serial(0, length) as j:
-                ir.buffer_store(order, order[i, j, k] & tirx.const((1 << _KEY_BITS) - 1, _INT64), [i, j, k])
-
-    shape = data.shape
-    return kernel([data], [shape, shape], [_INT64, _INT64], body, "sorted_positions")
-
-
-def _sort_key(value: tvm.ir.Expr, descending: bool) -> tvm.ir.Expr:
-    """Return an int64 in [0, 2**32) that is in the order of the values, those that are equal having equal ones."""
-    if str(value.ty.dtype).startswith(("float", "bfloat")):
-        number = value.astype("float32")
-        # Zeros of both signs are equal, and so are all NaN.
-        bits = tirx.reinterpret("int32", tirx.Select(number == 0, tirx.const(0, "float32"), number))
-        ascending = tirx.Select(bits < 0, bits ^ tirx.const(0x7FFFFFFF, "int32"), bits)
-        key = tirx.Select(tirx.isnan(number), tirx.const(0x7FFFFFFF, "int32"), ascending)
-    else:
-        key = value.astype("int32")
-    if descending:
-        key = tirx.const(-1, "int32") - key
-    return key.astype(_INT64) + tirx.const(1 << (_KEY_BITS - 1), _INT64)
 
 
 def _merged_positions(data: te.Tensor, descending: bool) -> list[te.Tensor]:
