@@ -11,6 +11,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as ir
 
 Body = Callable[..., None]
+# The elements of vectors, which are written as such: compilers do not make vectors of these kernels' loops.
+LANES = 16
 
 
 def kernel(
@@ -40,9 +42,19 @@ def loops(extents: Sequence[tvm.ir.Expr], parallel: bool = False) -> Iterator[li
 
 
 def copy(source: tirx.Buffer, target: tirx.Buffer) -> None:
-    """Copy a buffer to another of the same shape."""
-    with loops(list(source.shape), parallel=True) as index:
-        ir.buffer_store(target, source[tuple(index)], index)
+    """Copy a buffer to another of the same shape, in vectors where the last of several axes is static."""
+    *outer, last = source.shape if len(source.shape) > 0 else [tirx.const(1, "int64")]
+    width = int(last) if outer and isinstance(last, tirx.IntImm) and str(source.dtype) != "bool" else 0
+    vectors = width // LANES
+    with loops(outer or [last], parallel=True) as index:
+        if vectors:
+            with ir.serial(0, vectors) as vector, ir.vectorized(0, LANES) as lane:
+                place = (*index, vector * LANES + lane)
+                ir.buffer_store(target, source[place], list(place))
+        rest = [last - vectors * LANES] if outer else []
+        with loops(rest) as own:
+            place = (*index, *(vectors * LANES + each for each in own))[: len(source.shape)]
+            ir.buffer_store(target, source[place], list(place))
 
 
-__all__ = ["copy", "kernel", "loops"]
+__all__ = ["LANES", "copy", "kernel", "loops"]

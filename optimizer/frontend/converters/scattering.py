@@ -9,7 +9,7 @@ from tvm import te, tirx
 from tvm.script.ir_builder import tirx as ir
 
 from optimizer.frontend.converters.gathering import clipped_index
-from optimizer.frontend.converters.kernel_loops import copy, kernel, loops
+from optimizer.frontend.converters.kernel_loops import LANES, copy, kernel, loops
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
 from optimizer.frontend.value import TensorValue
@@ -22,6 +22,10 @@ _COMBINE: dict[str, Callable[[tvm.ir.Expr, tvm.ir.Expr], tvm.ir.Expr]] = {
     "max": tirx.max,
     "min": tirx.min,
 }
+
+
+# Into how many strips rows are divided where each has a whole number of vectors.
+_STRIPS = (4, 2, 1)
 
 
 @converter("Scatter", since=9)
@@ -53,12 +57,24 @@ def scatter_nd(node: Node) -> Result:
 
     def body(data: tirx.Buffer, indices: tirx.Buffer, updates: tirx.Buffer, out: tirx.Buffer) -> None:
         copy(data, out)
-        outer = list(indices.shape)[:-1]
-        # Two of the positions may be the same, so they are taken in order.
-        with loops(outer) as place, loops(list(data.shape)[depth:]) as rest:
+        outer, rest = list(indices.shape)[:-1], list(data.shape)[depth:]
+        width = rest[-1].value if rest and isinstance(rest[-1], tirx.IntImm) else 1
+        strips = next(count for count in _STRIPS if width % (count * LANES) == 0 or count == 1)
+        lanes = LANES if width % LANES == 0 else 1
+        middle = rest[:-1] if lanes > 1 else rest
+
+        # Two of the positions may be the same, so each thread takes them in order, for a strip of the last axis.
+        with loops([tirx.const(strips, "int64")], parallel=strips > 1) as (strip,), loops(outer) as place:
             address = [clipped_index(indices[(*place, k)], data.shape[k]) for k in range(depth)]
-            target = [*address, *rest]
-            ir.buffer_store(out, combine(out[tuple(target)], updates[(*place, *rest)]), target)
+            with loops(middle) as between:
+                if lanes == 1:
+                    target = (*address, *between)
+                    ir.buffer_store(out, combine(out[target], updates[(*place, *between)]), list(target))
+                    return
+                with ir.serial(0, width // strips // lanes) as vector, ir.vectorized(0, lanes) as lane:
+                    column = strip * (width // strips) + vector * lanes + lane
+                    target = (*address, *between, column)
+                    ir.buffer_store(out, combine(out[target], updates[(*place, *between, column)]), list(target))
 
     return _scattered(node, body)
 
