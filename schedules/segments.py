@@ -106,9 +106,12 @@ def _decided(value: Expr, axis: Axis, begin: int, end: int) -> Expr:
 
     def choose(call: ir.Call, mutator: tvm_ffi.StructuralMutator) -> Expr:
         if isinstance(call.op, ir.Op) and call.op.name == CONDITIONAL:
-            outcome = as_int(analyzer.simplify(call.args[0]))
+            condition = analyzer.simplify(call.args[0])
+            outcome = as_int(condition)
             if outcome is not None:
                 return _decided(call.args[1] if outcome else call.args[2], axis, begin, end)
+            # What is left may ask for other axes alone.
+            return tirx.if_then_else(condition, *(_decided(each, axis, begin, end) for each in call.args[1:]))
         return mutator.default_mutate(call)
 
     return tvm_ffi.structural_mutate(value, (ir.Call, choose))

@@ -56,7 +56,7 @@ def _padded_by(node: Node, data: Value, pads: Sequence[int], fill: relax.Expr) -
         if number == 0 or data.dtype in ("float32", "float64"):
             return node.emit(relax.op.nn.pad(data.expr, widths, "constant", number), data.narrow_type)
     shape = [simplified(extent + low + high) for extent, low, high in zip(data.shape, before, after, strict=True)]
-    return _padded(node, data, relax.const(np.array(before, np.int64)), shape, fill)
+    return _padded(node, data, relax.const(np.array(before, np.int64)), shape, fill, before[-1] if before else None)
 
 
 def _padded_at_run_time(node: Node, data: Value, fill: relax.Expr) -> Result:
@@ -87,8 +87,17 @@ def _padded_at_run_time(node: Node, data: Value, fill: relax.Expr) -> Result:
 
 
 def _padded(
-    node: Node, data: Value, before: relax.Expr, shape: Sequence[tvm.ir.Expr | int], fill: relax.Expr
+    node: Node,
+    data: Value,
+    before: relax.Expr,
+    shape: Sequence[tvm.ir.Expr | int],
+    fill: relax.Expr,
+    last_before: int | None = None,
 ) -> TensorValue:
+    """Return the padded tensor; `last_before` is how many elements the last axis gets before its own, if it is known.
+
+    What the last axis has of its own are then the elements between two bounds, which a schedule copies in vectors.
+    """
     mode = _mode(node)
 
     def padded(tensor: te.Tensor, first: te.Tensor, value: te.Tensor) -> te.Tensor:
@@ -96,6 +105,8 @@ def _padded(
             places = [i - first[axis] for axis, i in enumerate(index)]
             inner = [_source(place, extent, mode) for place, extent in zip(places, tensor.shape, strict=True)]
             if mode != "constant":
+                if last_before is not None and isinstance(tensor.shape[-1], tirx.IntImm):
+                    inner[-1] = _between(index[-1], last_before, tensor.shape[-1], inner[-1])
                 return tensor(*inner)
             inside = [tirx.all(p >= 0, p < extent) for p, extent in zip(places, tensor.shape, strict=True)]
             return tirx.Select(
@@ -119,6 +130,12 @@ def _source(place: tvm.ir.Expr, extent: tvm.ir.Expr, mode: str) -> tvm.ir.Expr:
         folded = tirx.floormod(place, period)
         return tirx.min(folded, period - folded) if not _is_one(extent) else tirx.const(0, _INT64)
     return tirx.max(tirx.min(place, last), tirx.const(0, _INT64))
+
+
+def _between(place: tirx.Var, before: int, extent: tvm.ir.Expr, outside: tvm.ir.Expr) -> tvm.ir.Expr:
+    """Return which element of an axis stands at a place: its own ones in order, and `outside` beyond both ends."""
+    inside = tirx.if_then_else(place < before + extent, place - before, outside)
+    return tirx.if_then_else(place < before, outside, inside)
 
 
 def _is_one(extent: tvm.ir.Expr) -> bool:
