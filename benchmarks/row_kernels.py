@@ -140,6 +140,7 @@ def row_kernels() -> Iterator[RowKernel]:
         {"kernel_shape": [13, 13], "strides": [1, 1], "pads": [6] * 4},
     )
     yield from _picks()
+    yield from _moves()
     yield from _beyond_caches()
 
 
@@ -171,6 +172,29 @@ def _picks() -> Iterator[RowKernel]:
     limits = (np.array([100]), np.array([0.5], floats), np.array([0.5], floats))
     boxes = ((1, 1000, 4), (1, 1, 1000))
     yield RowKernel("nms_100_of_1000", "NonMaxSuppression", boxes, ("kept", 3), limits, dtype=TensorProto.INT64)
+
+
+def _moves() -> Iterator[RowKernel]:
+    """Yield kernels that move, convert or compare elements where other operators of a model leave them no choice."""
+    rows, image, framed = (1024, 1024), (1, 64, 112, 112), (1, 64, 118, 118)
+    pads = (np.array([0, 0, 3, 3, 0, 0, 3, 3]),)
+    for mode in ("constant", "edge", "reflect"):
+        yield RowKernel(f"pad_{mode}_64_112", "Pad", (image,), framed, pads, {"mode": mode})
+    every_second = tuple(np.array([number]) for number in (0, 2048, 1, 2))
+    yield RowKernel("slice_1024x2048_step2", "Slice", ((1024, 2048),), rows, every_second, picked=2**20)
+    yield RowKernel("expand_1x1024", "Expand", ((1, 1024),), rows, (np.array(rows),))
+    yield RowKernel("tile_64x64x64_122", "Tile", ((64, 64, 64),), (64, 128, 128), (np.array([1, 2, 2]),))
+    blocks: dict[str, Attribute] = {"blocksize": 2}
+    yield RowKernel("depth_to_space_64_128", "DepthToSpace", ((1, 64, 128, 128),), (1, 16, 256, 256), (), blocks)
+    half: dict[str, Attribute] = {"to": TensorProto.FLOAT16}
+    yield RowKernel("cast_1024x1024_fp16", "Cast", (rows,), rows, (), half, dtype=TensorProto.FLOAT16)
+    yield RowKernel("less_1024x1024", "Less", (rows, rows), rows, dtype=TensorProto.BOOL)
+    chosen = (rows, Positions((256, 1), 1024))
+    yield RowKernel("gather_nd_256_of_1024x1024", "GatherND", chosen, (256, 1024), picked=256 * 1024)
+    scales = (np.ones(64, np.float32),) * 2
+    channels = (1, 64, 128, 128)
+    yield RowKernel("instance_norm_64_128", "InstanceNormalization", (channels,), channels, scales)
+    yield RowKernel("top_300_of_672000", "TopK", ((1, 672000),), (1, 300), (np.array([300]),), outputs=2)
 
 
 def _beyond_caches() -> Iterator[RowKernel]:
