@@ -1,0 +1,181 @@
+"""Make each family in each form: `python -m benchmarks.families.make FOLDER [--family NAME] [--form NAME]`.
+
+Writes FOLDER/FAMILY/FORM/model.onnx. Beside what onnxruntime-genai's builder made lie, in `tokens.json`, those that
+onnxruntime-genai itself generates, or why it does not. What cannot be made is said in `failed.txt`. Needs torch,
+transformers and onnxruntime-genai.
+"""
+
+# torch, transformers and onnxruntime-genai are installed only where models are made.
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+import transformers
+from onnxruntime_genai.models import builder
+
+from benchmarks.architecture import Architecture, Dimensions, Input, Variant
+from benchmarks.export import FlatModule, export, randomize
+from benchmarks.families.checkpoints import FAMILIES, SMALL, class_names
+from benchmarks.families.forms import BUILT, EXPORTED, Built, Exported
+from benchmarks.families.texts import PENALTY, PROMPT, STEPS
+
+# transformers has no other attention for it.
+_ALWAYS_EAGER = ("gemma2",)
+_TOKENIZER = Path(__file__).resolve().parents[2] / "examples" / "decoder" / "tokenizer.json"
+
+
+def checkpoint(family: str, settings: Mapping[str, object], attention: str = "sdpa") -> torch.nn.Module:
+    """Return a family's model with random weights, the same at every call; `settings` are beside the family's."""
+    config_class, model_class = class_names(family)
+    config = getattr(transformers, config_class)(**{**SMALL, **FAMILIES[family][1], **settings})
+    if attention == "eager" or family not in _ALWAYS_EAGER:
+        config._attn_implementation = attention
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(config)
+    randomize(model)
+    return model.eval()
+
+
+def read_old_rope_of_gemma3() -> None:
+    """Have the builder take Gemma 3's configuration, of which it knows what transformers 4 wrote alone."""
+    given = builder.Gemma3Model.__init__
+
+    def init(self: object, config: transformers.PretrainedConfig, *arguments: object) -> None:
+        kinds = config.rope_parameters
+        if isinstance(kinds, dict) and "full_attention" in kinds:
+            config.rope_parameters = kinds["full_attention"]
+            config.rope_local_base_freq = kinds["sliding_attention"]["rope_theta"]
+        given(self, config, *arguments)
+
+    builder.Gemma3Model.__init__ = init
+
+
+def build(family: str, form: Built, folder: Path) -> None:
+    """Have the builder make a form of a family."""
+    source = folder / "checkpoint"
+    checkpoint(family, form.settings).save_pretrained(source)
+    transformers.PreTrainedTokenizerFast(tokenizer_file=str(_TOKENIZER)).save_pretrained(source)
+    arguments = (None, str(source), str(folder), form.precision, form.provider, str(folder / "cache"))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        options = builder.parse_extra_options(*arguments, list(form.options))
+        builder.create_model(*arguments, **options)
+    for left in (source, folder / "cache"):
+        shutil.rmtree(left, ignore_errors=True)
+    onnx.save(onnx.load(folder / "model.onnx"), folder / "model.onnx")
+    (folder / "model.onnx.data").unlink(missing_ok=True)
+    _without_windows_of_no_layers(folder / "genai_config.json")
+    (folder / "tokens.json").write_text(json.dumps(generated(folder)) + "\n", encoding="utf-8")
+
+
+def _without_windows_of_no_layers(path: Path) -> None:
+    """Take the ring from settings that name no layers for it.
+
+    Of Mistral and Phi-3 the builder knows no layers with a window and gives them whole caches, for which
+    onnxruntime-genai then makes buffers that are too small.
+    """
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    decoder = settings["model"]["decoder"]
+    if decoder.get("sliding_window", {}).get("layers") == []:
+        del decoder["sliding_window"]
+        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def generated(folder: Path) -> list[int] | str:
+    """Return the tokens that onnxruntime-genai generates on the CPU, the likeliest ones, or why it does not."""
+    import onnxruntime_genai  # noqa: PLC0415 - loads a library
+
+    length = len(PROMPT) + STEPS
+    try:
+        config = onnxruntime_genai.Config(str(folder))
+        config.clear_providers()
+        model = onnxruntime_genai.Model(config)
+        parameters = onnxruntime_genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=length, min_length=length, do_sample=False, repetition_penalty=PENALTY)
+        generator = onnxruntime_genai.Generator(model, parameters)
+        generator.append_tokens(PROMPT)
+        for _ in range(STEPS):
+            generator.generate_next_token()
+        return [int(token) for token in generator.get_sequence(0)[len(PROMPT) :]]
+    except Exception as error:  # whatever it fails with is said in the table
+        return f"{type(error).__name__}: {error}"[:300]
+
+
+def export_plain(family: str, form: Exported, folder: Path) -> None:
+    """Have one of torch's exporters write a form of a family."""
+    model = checkpoint(family, {}, form.attention)
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    given = [Input("input_ids", ("batch", "sequence"), lambda rng, shape, _: rng.integers(3, 100, shape))]
+    mask = np.dtype(form.mask)
+    given.append(Input("attention_mask", ("batch", "total_sequence"), lambda _, shape, __: np.ones(shape, mask)))
+    if form.with_positions:
+        given.append(Input("position_ids", ("batch", "sequence"), _places))
+    dims = ("batch", heads, "past_sequence", size)
+    names = [
+        f"past_key_values.{layer}.{part}" for layer in range(config.num_hidden_layers) for part in ("key", "value")
+    ]
+    given += [Input(name, dims, lambda rng, shape, _: rng.standard_normal(shape, np.float32)) for name in names]
+    case = {"chunk": {"batch": 2, "sequence": 3, "past_sequence": 4, "total_sequence": 7}}
+    variant = Variant({}, tuple(given), case)
+    config_class, model_class = class_names(family)
+    architecture = Architecture(
+        model_class, config_class, {"logits": {0: "batch", 1: "sequence"}}, variant, call="decoder_with_past"
+    )
+    names = tuple(spec.name for spec in given)
+    module = FlatModule(model, "decoder_with_past", names, tuple(architecture.outputs_of(variant)))
+    export(module.eval().to(getattr(torch, form.dtype)), architecture, variant, form.exporter, folder / "model.onnx")
+
+
+def _places(_: np.random.Generator, shape: tuple[int, ...], dimensions: Dimensions) -> np.ndarray:
+    return np.broadcast_to(np.arange(shape[1]), shape) + dimensions["past_sequence"]
+
+
+def make(folder: Path, work: Callable[[Path], None]) -> str:
+    """Make one form in `folder`, unless it is there, and return what came of it in a word."""
+    if (folder / "model.onnx").exists() or (folder / "failed.txt").exists():
+        return "there"
+    made = folder.with_name(f".{folder.name}")
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
+    try:
+        work(made)
+    except Exception as error:  # whatever the makers fail with is said in the table
+        (made / "failed.txt").write_text(f"{type(error).__name__}: {error}"[:500], encoding="utf-8")
+        (made / "model.onnx").unlink(missing_ok=True)
+    made.rename(folder)
+    return "failed" if (folder / "failed.txt").exists() else "made"
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Make decoders of each family in each form.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--family", action="append", choices=FAMILIES)
+    parser.add_argument("--form", action="append", choices=[*EXPORTED, *BUILT])
+    arguments = parser.parse_args()
+    read_old_rope_of_gemma3()
+    for family in arguments.family or FAMILIES:
+        for name in arguments.form or [*BUILT, *EXPORTED]:
+            folder = arguments.folder / family / name
+            if name in EXPORTED:
+                print(family, name, make(folder, partial(export_plain, family, EXPORTED[name])), flush=True)
+            elif family != "gpt2":
+                print(family, name, make(folder, partial(build, family, BUILT[name])), flush=True)
+
+
+if __name__ == "__main__":
+    main()
