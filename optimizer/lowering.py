@@ -19,6 +19,7 @@ from optimizer.kernel_nodes import carry_into_groups, fused_groups, name_kernels
 from optimizer.legalization import LEGALIZATIONS
 from optimizer.shape_heap import lower_shapes
 from optimizer.shared_bindings import leave_out_tuples, share_sizes, share_views
+from optimizer.step_launches import launch_layers_once
 from optimizer.symbolic_arguments import keep_symbolic_functions_apart
 from optimizer.weight_checks import trust_weights
 from optimizer.widening import widen_at_readers
@@ -71,6 +72,8 @@ _FINISH = (
     lambda: leave_out_tuples,
     lambda: share_views,
     relax.transform.KillAfterLastUse,
+)
+_FINISH_CALLS = (
     relax.transform.LowerRuntimeBuiltin,
     relax.transform.ComputePrimValue,
     lambda: lower_shapes,
@@ -146,9 +149,13 @@ def _run(module: tvm.IRModule, transforms: _Transforms, after: Callable[[str, tv
     return module
 
 
-def build(module: tvm.IRModule, target: Target) -> relax.VMExecutable:
+def build(module: tvm.IRModule, target: Target, *, once_a_layer: bool = True) -> relax.VMExecutable:
     """Generate code for a module whose TIR functions are scheduled."""
     with target.tvm_target() as tvm_target, generating_source(), code_generation.options(target):
         for transform in _FINISH:
+            module = transform()(module)
+        if once_a_layer:
+            module = launch_layers_once(module, target)
+        for transform in _FINISH_CALLS:
             module = transform()(module)
         return relax.build(module, tvm_target, relax_pipeline=None, tir_pipeline=code_generation.pipeline(target))

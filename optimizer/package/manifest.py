@@ -30,6 +30,8 @@ WEIGHT_ALIGNMENT = 64
 """Bytes: what TVM requires of every tensor that it takes without a copy."""
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# The names of functions that go through several kernels in one launch begin so.
+SEVERAL_KERNELS = "layer_of_"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Scalar = None | bool | int | float | str

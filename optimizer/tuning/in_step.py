@@ -105,7 +105,7 @@ class _Step:
         self._entry = entry_point(model.plan.imported, model.plan.rewritten)
         self._weights = [tvm.runtime.convert(list(lifted.weights))]
         self._keys = {kernel.function: kernel.key for kernel in kernels if kernel.workload}
-        self._machine = relax.VirtualMachine(build(lifted.module, model.options.target), tvm.cpu())
+        self._machine = relax.VirtualMachine(build(lifted.module, model.options.target, once_a_layer=False), tvm.cpu())
         self._machine.set_instrument(self._observe)
         self._stopwatch = Stopwatch()
 
