@@ -306,7 +306,7 @@ def group_of(stage: Stage, operand: TensorLoad, reduction: Sequence[AxisGroup]) 
 def dot_of(analysis: MatmulAnalysis, target: Target) -> GroupedDot | None:
     """Return the instruction that adds several terms of a product, whose other operand is contiguous along K.
 
-    None where the target has none, or where weights in its groups would have to be filled up that cannot be.
+    None where the target has none.
     """
     if len(analysis.reduction) != 1 or len(analysis.stage.loads()) != 2:
         return None
@@ -315,9 +315,7 @@ def dot_of(analysis: MatmulAnalysis, target: Target) -> GroupedDot | None:
     if reducer is None or not isinstance(along.extent, int) or step(other, along) != Step.UNIT:
         return None
     dot = grouped_dot(target, analysis.operand, reducer.term)
-    if dot is None or (analysis.group > 1 and dot.terms != analysis.group):
-        return None
-    return dot if dot.terms == FOUR or along.extent % dot.terms == 0 else None
+    return None if dot is None or (analysis.group > 1 and dot.terms != analysis.group) else dot
 
 
 def row_group(groups: Sequence[AxisGroup], stage: Stage, operand: TensorLoad) -> AxisGroup | None:

@@ -27,15 +27,21 @@ define weak_odr <{lanes} x float> @{call}(<{lanes} x float> %sum, ptr %weights, 
 }}
 {readers}attributes #0 = {{ {attributes} }}
 """
-_READER = """define weak_odr i32 @{call}_2(ptr %from) #0 {{
-  %pair = load i32, ptr %from, align 4
+# Rows of an odd number of elements begin at any of them, and end with half a pair.
+_READER = """define weak_odr i32 @{call}_1(ptr %from) #0 {{
+  %last = load i16, ptr %from, align 2
+  %pair = zext i16 %last to i32
+  ret i32 %pair
+}}
+define weak_odr i32 @{call}_2(ptr %from) #0 {{
+  %pair = load i32, ptr %from, align 2
   ret i32 %pair
 }}
 """
 # LLVM 21 and 22 find the element that the instruction takes out of a vector by itself only where that vector is known
 # as one of bfloat16 (llvm/llvm-project#170883): the fence, no instruction, keeps it from being loaded as another one.
 _VECTOR_READER = """define weak_odr <{count} x i32> @{call}_vector_{count}(ptr %from) #0 {{
-  %some = load <{elements} x bfloat>, ptr %from, align 4
+  %some = load <{elements} x bfloat>, ptr %from, align 2
   %widened = shufflevector <{elements} x bfloat> %some, <{elements} x bfloat> poison, <8 x i32> <{whole}>
   %known = call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %widened)
   %words = bitcast <8 x bfloat> %known to <4 x i32>
@@ -73,7 +79,7 @@ def bf16_dot(target: Target) -> GroupedDot | None:
 
 
 def _readers(most: int) -> str:
-    """Return the functions that read one pair and vectors of up to `most`."""
+    """Return the functions that read one pair, or half of one, and vectors of up to `most`."""
 
     def vector(count: int) -> str:
         elements = PAIR * count
