@@ -12,9 +12,12 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks.families.texts import PENALTY, PROMPT
 from optimizer.compile import CompileOptions, compile_in_memory, compile_model, find_target
 from optimizer.execution import Runner
 from optimizer.runtime import load
+from optimizer.runtime.generation import DecoderSession, Sampling
+from optimizer.runtime.generation.sampling import Sampler
 from optimizer.runtime.model import CompiledModel
 from tests.models.comparison import require_equal_texts
 
@@ -88,6 +91,19 @@ def test_generated_tokens_equal_onnxruntimes(family: tuple[str, CompiledModel]) 
     require_equal_texts(model, reference(name), tolerance=TOLERANCE)
 
 
+def test_generated_tokens_equal_those_of_onnxruntime_genai(family: tuple[str, CompiledModel]) -> None:
+    name, model = family
+    settings = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    session, sampler = DecoderSession(model), Sampler(Sampling(repetition_penalty=PENALTY))
+    ends, text = settings["model"]["eos_token_id"], list(PROMPT)
+    logits = session.append(text)
+    for expected in settings["tokens"]:
+        logits[ends] = -np.inf
+        assert sampler.choose(logits, text) == expected
+        text.append(expected)
+        logits = session.append([expected])
+
+
 def in_16_bits(name: str, dtype: str) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """Return a family as the builder writes it for GPUs, in 16 bits, and one in fp32 with weights rounded alike."""
     narrow, exact = (onnx.load(FOLDER / f"{name}.onnx") for _ in range(2))
@@ -107,7 +123,7 @@ def in_16_bits(name: str, dtype: str) -> tuple[onnx.ModelProto, onnx.ModelProto]
     return narrow, exact
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("phi3", "float16"), ("gemma2", "bfloat16")])
+@pytest.mark.parametrize(("name", "dtype"), [("qwen3", "float16"), ("gemma3", "bfloat16"), ("mistral", "bfloat16")])
 def test_families_in_16_bits_give_the_tokens_of_exact_arithmetic(name: str, dtype: str, tmp_path: Path) -> None:
     narrow, exact = in_16_bits(name, dtype)
     onnx.save(narrow, tmp_path / "model.onnx")
