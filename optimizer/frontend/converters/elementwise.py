@@ -78,7 +78,13 @@ def sign(node: Node) -> Result:
         return relax.op.minimum(value.expr, node.scalar(1, value.dtype))
     if not is_float(value.dtype):
         return relax.op.sign(value.expr)
-    return in_float32(node, value, lambda x: relax.op.where(relax.op.isnan(x), x, relax.op.sign(x)))
+    return in_float32(node, value, _sign_of_float)
+
+
+def _sign_of_float(x: relax.Expr) -> relax.Expr:
+    """Return what Sign says by two choices: zeros and NaN stand for themselves. TVM's sign takes branches."""
+    zero, one, minus_one = (relax.const(number, str(x.ty.dtype.dtype)) for number in (0, 1, -1))
+    return relax.op.where(relax.op.greater(x, zero), one, relax.op.where(relax.op.less(x, zero), minus_one, x))
 
 
 @converter("IsNaN")
