@@ -15,6 +15,7 @@ from targets.base import Target
 FUNCTIONS: dict[str, Function] = {
     "tirx.exp": vector_math.exp,
     "tirx.log": vector_math.log,
+    "tirx.log1p": vector_math.log1p,
     "tirx.tanh": vector_math.tanh,
     "tirx.erf": vector_math.erf,
     "tirx.sigmoid": vector_math.sigmoid,

@@ -3,9 +3,9 @@
 LLVM turns a vector exp, log, tanh or erf into one call of the C library for each lane. Here each is a polynomial with
 an exact argument reduction, written as a TIR expression. All compute in fp32 (fp16 is widened around them),
 propagate NaN, and give the limits at infinities. Largest errors against float64 over all of fp32's range, as the tests
-measure them: exp 2, log 0.9, tanh 2.5, erf 2.9, sigmoid 2.4 units in the last place; sigmoid below exp(-88) becomes 0.
-None takes a branch: an exponential less 1 that is exact around 0, too, serves tanh and erf over their whole range.
-Where vectors are whole registers of AVX-512, `register_tables` has exponentials and erf in half the arithmetic;
+measure them: exp 2, log 0.9, log1p 2.5, tanh 2.5, erf 2.9, sigmoid 2.4 units in the last place; sigmoid below exp(-88)
+becomes 0. None takes a branch: an exponential less 1 that is exact around 0, too, serves tanh and erf over their whole
+range. Where vectors are whole registers of AVX-512, `register_tables` has exponentials and erf in half the arithmetic;
 `elementary_calls` chooses.
 
 The coefficients are weighted least-maximum fits (Lawson's algorithm on Chebyshev nodes) made for this file over the
@@ -224,6 +224,20 @@ def log(x: Expr) -> Expr:
         return let("scaled", scaled, lambda s: _special_log(original, _log_normal(s, correction)))
 
     return let("original", x, normal)
+
+
+def log1p(x: Expr) -> Expr:
+    """Return log(1 + x) of an fp32 expression: with u = 1 + x rounded, log(u) x / (u - 1), where errors of u cancel.
+
+    The formula is W. Kahan's (HP-15C Advanced Functions Handbook, 1982, appendix). No u but 0 is below 2**-24.
+    """
+
+    def value(x: Expr, u: Expr) -> Expr:
+        quotient = x / (u - _f32(1.0))
+        logarithm = _special_log(u, _log_normal(u, _f32(0.0)) * quotient)
+        return tirx.Select(u.equal(_f32(1.0)), x, logarithm)
+
+    return let("x", x, lambda x: let("u", x + _f32(1.0), lambda u: value(x, u)))
 
 
 def _log_normal(x: Expr, correction: Expr) -> Expr:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from tvm import relax, te, tirx
 from tvm.relax import op
 
+from optimizer.frontend.converters import activation
 from schedules.intrin import elementary_calls, register_tables, vector_math
 from tests.schedules.execution import TARGET, normal, run
 
@@ -29,6 +31,41 @@ def inputs() -> np.ndarray:
     return np.concatenate(
         [patterns, np.linspace(-110, 110, 40001, dtype="float32"), np.linspace(-5, 5, 40001, dtype="float32")]
     )
+
+
+def log1p(tensor: te.Tensor) -> te.Tensor:
+    """Return log(1 + x), which Relax has no operator for."""
+    return te.compute(tensor.shape, lambda *index: tirx.log1p(tensor[index]))
+
+
+def computed(function: Callable[[te.Tensor], te.Tensor], x: np.ndarray) -> np.ndarray:
+    """Return what a tensor expression gives."""
+    got, _ = run(lambda x: relax.BlockBuilder.current().call_te(function, x), [x])
+    return got
+
+
+# Each with its reference, the largest error in units in the last place, and what is allowed besides: where exponentials
+# are no longer normal numbers, the error of one, 2**-149, is multiplied by x, which is above -104.
+COMPOSED = {
+    "log1p": (log1p, np.log1p, 2.5, 0.0),
+    "softplus": (activation.softplus, lambda x: np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))), 4, 0.0),
+    "mish": (activation.mish, lambda x: x * np.tanh(np.log1p(np.exp(np.minimum(x, 500)))), 4.5, 104 * 2.0**-149),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_error_of_functions_without_an_operator(name: str) -> None:
+    function, reference, bound, besides = COMPOSED[name]
+    x = inputs()
+    got = computed(function, x)
+    with np.errstate(all="ignore"):
+        want = reference(x.astype("float64"))
+        rounded = want.astype("float32")
+        unit = np.spacing(np.abs(rounded)).astype("float64")
+    finite = np.isfinite(rounded)
+    np.testing.assert_array_equal(got[~finite], rounded[~finite])
+    excess = np.abs(got[finite] - want[finite]) - besides * (x[finite] < -87)
+    assert np.max(excess / unit[finite]) <= bound
 
 
 def exponentials_of_nonpositive(
@@ -134,8 +171,6 @@ def test_fp16_is_rounded_once() -> None:
 
 
 def test_small_whole_powers_are_products() -> None:
-    from tvm import relax
-
     x = normal(70)
     got, _ = run(lambda x: op.power(x, relax.const(2.0)), [x])
     np.testing.assert_array_equal(got, x * x)

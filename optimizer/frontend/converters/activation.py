@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tvm import relax, te, tirx
+from tvm.ir import Expr
 
 from optimizer.frontend.converters.precision import in_float32
 from optimizer.frontend.node import Node, Result
@@ -12,6 +13,7 @@ from optimizer.frontend.registry import converter
 
 _SELU_ALPHA = 1.67326319217681884765625  # the ONNX schema's defaults
 _SELU_GAMMA = 1.05070102214813232421875
+_MISH_LIMIT = 20  # from here on Mish rounds to x, in fp64, too, and the square of the exponential is finite
 
 
 @converter("Relu")
@@ -124,14 +126,27 @@ def _swish(node: Node, x: relax.Expr) -> relax.Expr:
 
 
 def _softplus(node: Node, x: relax.Expr) -> relax.Expr:
-    return node.compute(_softplus_of, x).expr
+    return node.compute(softplus, x).expr
 
 
 def _mish(node: Node, x: relax.Expr) -> relax.Expr:
-    return relax.op.multiply(x, relax.op.tanh(_softplus(node, x)))
+    return node.compute(mish, x).expr
 
 
-def _softplus_of(tensor: te.Tensor) -> te.Tensor:
+def mish(tensor: te.Tensor) -> te.Tensor:
+    """Return x tanh(log(1 + exp(x))) = x n / (n + 2) with e = exp(x) and n = e (e + 2), where nothing cancels."""
+    two, limit = (tirx.const(number, tensor.dtype) for number in (2, _MISH_LIMIT))
+
+    def value(*index: Expr) -> Expr:
+        # No bindings: a schedule that repeats them would bind a variable twice. LLVM computes equal terms once.
+        e = tirx.exp(tirx.min(limit, tensor[index]))
+        n = e * (e + two)
+        return tensor[index] * (n / (n + two))
+
+    return te.compute(tensor.shape, value, name="mish")
+
+
+def softplus(tensor: te.Tensor) -> te.Tensor:
     """Return log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), which neither overflows nor cancels."""
     zero = tirx.const(0, tensor.dtype)
     return te.compute(
