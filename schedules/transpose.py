@@ -2,8 +2,9 @@
 
 The output is computed in square tiles; each is first read along the input's contiguous axis into a buffer of the tile's
 size, so that every cache line is read once and whole, and then written along the output's. A whole tile of as many
-vectors as they have lanes is turned in registers. Where tiles do not divide an axis the last one begins earlier and
-computes again what it has in common with the one before it, so that all tiles of axes longer than a tile are whole.
+vectors as they have lanes is turned in registers, and so is one of fewer, 4 or 8, where an axis has no more. Where
+tiles do not divide an axis the last one begins earlier and computes again what it has in common with the one before
+it, so that all tiles of axes longer than a tile are whole.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tvm.ir import Expr, Range, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, AxisGroup, Step, as_int, branches_on, group_axes
-from schedules.division import Division
+from schedules.division import TASKS_PER_CORE, Division
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
 from schedules.loops import (
     index,
@@ -35,7 +36,7 @@ from schedules.loops import (
 from schedules.matmul import step
 from schedules.stages import Axis, Stage, replace_loads, sequence, substitute
 from schedules.streaming import LAST_CACHE_BYTES
-from schedules.turn import turn_rows
+from schedules.turn import turn_rows, turn_short_rows
 from targets.base import Target
 
 # Below this a tile is too narrow for its detour through memory to pay.
@@ -99,13 +100,18 @@ class Transpose:
         outer = [group.extent for group in analysis.outer]
 
         strips = max(1, across // strip)
+        tasks = product([*outer, strips])
+        # Without a task for each core the other axis is divided, too.
+        parts = 1
+        if isinstance(tasks, int) and tasks < target.cores:
+            parts = max(1, min(along // side, TASKS_PER_CORE * target.cores // tasks))
         by_image = analysis.division is Division.IMAGE and as_int(analysis.stage.output.shape[0]) == 1
 
         def task(number: Expr) -> Stmt:
             if by_image:
-                position, *outside = unflatten(number, [strips, *outer])
+                position, *outside, part = unflatten(number, [strips, *outer, parts])
             else:
-                *outside, position = unflatten(number, [*outer, strips])
+                *outside, position, part = unflatten(number, [*outer, strips, parts])
             point: dict[Var, Expr] = {}
             for group, value in zip(analysis.outer, outside, strict=True):
                 point.update(group.point(value))
@@ -119,7 +125,7 @@ class Transpose:
                         lambda row, count: _tile(analysis, point, (row, count), (column, columns), target),
                     )
 
-                return _overlapping(index(0), along, side, column_of)
+                return _part_of(along, side, part, parts, column_of)
 
             # The last strip has the rest as well: what overlaps is of one task.
             last = across - (strips - 1) * strip
@@ -130,7 +136,7 @@ class Transpose:
             start = position * strip
             return tirx.IfThenElse(position < strips - 1, strip_of(start, strip), strip_of(start, last))
 
-        return parallel(product([*outer, strips]), task, is_large(work_of(analysis.stage)))
+        return parallel(product([tasks, parts]), task, is_large(work_of(analysis.stage)))
 
 
 def _with_blocks_apart(stage: Stage) -> Stage:
@@ -165,6 +171,19 @@ def _overlapping(start: Expr, extent: int, side: int, body: Callable[[Expr, int]
     return sequence(statements)
 
 
+def _part_of(extent: int, side: int, part: Expr, parts: int, body: Callable[[Expr, int], Stmt]) -> Stmt:
+    """Return one of so many parts of the tiles of `_overlapping` from 0 on; the last part has the tile of the rest."""
+    if parts == 1:
+        return _overlapping(index(0), extent, side, body)
+    whole = extent // side
+    count = -(-whole // parts)
+    first = part * count
+    tiles = loop(tirx.min(index(count), whole - first), lambda number: body((first + number) * side, side))
+    if not extent % side:
+        return tiles
+    return sequence([tiles, tirx.IfThenElse(part == parts - 1, body(index(extent - side), side), None)])
+
+
 def _is_strided(read: TensorLoad, along: AxisGroup) -> bool:
     """Return whether steps along a group are strides, those of an index with an upper bound included."""
     unbounded = [at.a if isinstance(at, tirx.Min) and isinstance(at.b, tirx.IntImm) else at for at in read.indices]
@@ -188,7 +207,8 @@ def _tile(
     buffers = [local([columns * rows], str(read.source.dtype), "turned") for read in analysis.turned]
 
     lanes = target.vector_lanes(REGISTER_BITS)
-    in_registers = rows == columns and all(_is_register(buffer, rows, lanes) for buffer in buffers)
+    is_square = rows == columns
+    in_registers = all(_is_registers(buffer, rows, columns, lanes) for buffer in buffers)
 
     def at(r: Expr, c: Expr) -> dict[Var, Expr]:
         return {**point, **analysis.across.point(across[0] + r), **analysis.along.point(along[0] + c)}
@@ -206,8 +226,10 @@ def _tile(
 
     copies = [fill(buffer, read) for buffer, read in zip(buffers, analysis.turned, strict=True)]
     each_row = unrolled if in_registers else loop
-    turns = [turn for buffer in buffers for turn in turn_rows(buffer, rows)] if in_registers else []
-    ahead = _ahead(analysis, lambda r, c: at(r, c + TILES_AHEAD * columns), rows, target) if in_registers else []
+    turned = [turn_rows(each, rows) if is_square else turn_short_rows(each, rows, columns) for each in buffers]
+    turns = [turn for each in turned for turn in each] if in_registers else []
+    is_far = in_registers and is_square  # what short rows read lies together, and requests for it are of no use
+    ahead = _ahead(analysis, lambda r, c: at(r, c + TILES_AHEAD * columns), rows, target) if is_far else []
     written = each_row(rows, lambda r: vector(columns, lambda c: element(r, c)))
     return with_local(buffers, [*copies, *ahead, *turns, written])
 
@@ -234,9 +256,10 @@ def _ahead(
     return [*reads, unrolled(side, lambda r: line(own, at(r, zero)))]
 
 
-def _is_register(buffer: Var, side: int, lanes: int) -> bool:
-    """Return whether rows of `side` elements of the buffer are vectors that can be shuffled."""
-    return side == lanes and side & (side - 1) == 0 and buffer.dtype.bits == REGISTER_BITS
+def _is_registers(buffer: Var, rows: int, columns: int, lanes: int) -> bool:
+    """Return whether the `columns` elements of each of `rows` rows of a tile are a vector that can be shuffled."""
+    powers = all(each & (each - 1) == 0 for each in (rows, columns))
+    return rows <= columns == lanes and powers and buffer.dtype.bits == REGISTER_BITS
 
 
 def _reading(value: Expr, reads: Sequence[TensorLoad], buffers: Sequence[Var], position: Expr) -> Expr:

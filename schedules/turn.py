@@ -56,5 +56,23 @@ def turn_rows(buffer: Var, side: int) -> list[Stmt]:
     return statements
 
 
+def turn_short_rows(buffer: Var, rows: int, lanes: int) -> list[Stmt]:
+    """Return the transposition of `lanes` rows of `rows` elements, powers of two, that lie in `rows` vectors.
+
+    Each of log2(rows) rounds takes the even lanes of neighbouring vectors to the first half of the buffer and the odd
+    ones to the second half: it rotates the bits of every element's position by one, from [lane, row] to [row, lane].
+    """
+    statements: list[Stmt] = []
+    evens, odds = list(range(0, 2 * lanes, 2)), list(range(1, 2 * lanes, 2))
+    for _ in range(rows.bit_length() - 1):
+        vectors = [Var(f"vector{row}", f"{buffer.dtype}x{lanes}") for row in range(rows)]
+        statements += [tirx.Bind(each, load(buffer, [_row(row, lanes)])) for row, each in enumerate(vectors)]
+        for half, chosen in enumerate((evens, odds)):
+            for pair in range(rows // 2):
+                shuffled = tirx.Shuffle(vectors[2 * pair : 2 * pair + 2], [tirx.IntImm("int32", at) for at in chosen])
+                statements.append(store(buffer, shuffled, [_row(half * rows // 2 + pair, lanes)]))
+    return statements
+
+
 def _row(row: int, side: int) -> Expr:
     return tirx.Ramp(index(row * side), index(1), side)

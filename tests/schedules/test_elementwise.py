@@ -44,6 +44,15 @@ def test_transposition(shape: tuple[int, ...], axes: list[int]) -> None:
     np.testing.assert_array_equal(got, x.transpose(axes))
 
 
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(rows=st.integers(16, 7000), columns=st.sampled_from([4, 5, 8, 16]))
+def test_transposition_to_few_long_rows(rows: int, columns: int) -> None:
+    x = normal(rows, columns)
+    got, families = run(lambda x: op.permute_dims(x, [1, 0]), [x])
+    np.testing.assert_array_equal(got, x.T)
+    assert families == {"transpose"}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int32", "float64", "float16", "uint8"])
 def test_transposition_of_whole_and_cut_tiles(dtype: str) -> None:
     x = integers(3, 80, 49, dtype=dtype)
