@@ -206,7 +206,8 @@ class QuantizedEmitter:
             def element(lane: Expr) -> Stmt:
                 column = base + v * lanes + lane
                 here = {**points[r], self.analysis.columns.variable: column}
-                return self.analysis.epilogue.store(load(totals, [index(number * lanes) + lane]), here)
+                total = load(totals, [index(number * lanes) + lane])
+                return self.analysis.epilogue.store(_times(total, 1 / self.dot.unit), here)
 
             return vector(width, element)
 
@@ -294,14 +295,15 @@ class QuantizedEmitter:
         return self._activation(self.operands.codes, point, [group, _ramp(index(first), count)])
 
     def _scaled(self, exact: Expr, group: Expr, column: Expr, point: Mapping[Var, Expr], total: Expr) -> Expr:
-        """Return (sum of products - zero point * sum of activations) * the product of both scales."""
+        """Return (sum of products - zero point * sum of activations) * the product of both scales, in units."""
         lanes = self.dot.lanes
         scale = self._activation(self.operands.scales, point, [group])
         factor = self._parameters(self.operands.weight_scales, group, column) * tirx.Broadcast(scale, lanes)
         if self.operands.zero_points is None:
             return exact * factor
         zeros = self._parameters(self.operands.zero_points, group, column)
-        return (exact - zeros * tirx.Broadcast(tirx.Cast("float32", total), lanes)) * factor
+        of_activations = _times(tirx.Cast("float32", total), self.dot.unit)
+        return (exact - zeros * tirx.Broadcast(of_activations, lanes)) * factor
 
     def _parameters(self, read: TensorLoad, group: Expr, column: Expr) -> Expr:
         """Return scales or zero points of a vector of columns as float32."""
@@ -318,6 +320,11 @@ class QuantizedEmitter:
 def ceiling_int(extent: int | Expr, size: int) -> int:
     """Return how many parts of `size` cover a constant extent."""
     return -(-int(extent) // size)
+
+
+def _times(value: Expr, factor: float) -> Expr:
+    """Return a float times a constant; no code where it is one."""
+    return value if factor == 1 else value * tirx.const(factor, "float32")
 
 
 def _ramp(base: Expr, lanes: int) -> Expr:

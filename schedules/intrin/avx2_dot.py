@@ -24,6 +24,7 @@ class Avx2Dot:
     bits: int
     lanes = 8
     reduction = 4
+    unit = 1.0
     center = 0
 
     def unpack(self, packed: Expr, bits: int) -> list[Expr]:

@@ -15,6 +15,7 @@ class Avx512Vnni:
 
     lanes = 16
     reduction = 4
+    unit = 1.0
     center = 0
 
     def unpack(self, packed: Expr, bits: int) -> list[Expr]:

@@ -17,7 +17,7 @@ class IntegerDot(Protocol):
     """Sums of products of codes with signed bytes, for `lanes` outputs at a time.
 
     An accumulator is a list of vectors. `reduction` is how many neighbours of K a lane takes at once. `center` is what
-    is taken from each code before it is multiplied.
+    is taken from each code before it is multiplied. `unit`, a power of two, is what `total` makes of a sum of one.
     """
 
     lanes: int
@@ -25,6 +25,9 @@ class IntegerDot(Protocol):
 
     @property
     def center(self) -> int: ...
+
+    @property
+    def unit(self) -> float: ...
 
     def unpack(self, packed: Expr, bits: int) -> list[Expr]:
         """Return the codes of `bits` bits in a vector of bytes: bytes, as int32 lanes, in the order of K."""
@@ -46,7 +49,7 @@ class IntegerDot(Protocol):
         ...
 
     def total(self, accumulator: Sequence[Expr], offset: Expr) -> Expr:
-        """Return the sums of the lanes as float32."""
+        """Return the sums of the lanes as float32, times `unit`."""
         ...
 
 

@@ -153,13 +153,18 @@ def convolved(x: NDArray[T], w: NDArray[np.number], group: int) -> NDArray[T]:
 
 
 def quantized(rows: int, outputs: int, depth: int, bits: int, *, zero_points: bool = False) -> Case:
-    """A product with weights in groups of 32; the activations' groups have 127 as largest, so that they are exact."""
+    """A product with weights in groups of 32; the activations' groups have 127 as largest, so that they are exact.
+
+    Some sums are as large as they can be, of either sign.
+    """
     rng = np.random.default_rng(rows + outputs + depth + bits)
     groups = depth // 32
     x = rng.integers(-127, 128, (rows, groups, 32)).astype(np.float32)
     x[..., 5] = 127
+    x[1:2] = 127
     x = (x * 2.0 ** rng.integers(-3, 4, (rows, groups, 1))).astype(np.float32).reshape(rows, depth)
     codes = rng.integers(0, 1 << bits, (outputs, groups, 32)).astype(np.uint8)
+    codes[0], codes[1] = 0, (1 << bits) - 1
     packed = codes if bits == 8 else codes[..., ::2] | codes[..., 1::2] << 4
     constants = {"w": packed, "s": rng.standard_normal((outputs, groups)).astype(np.float32)}
     zeros = np.full((outputs, groups), 1 << (bits - 1), np.int64)
