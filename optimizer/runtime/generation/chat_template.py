@@ -71,7 +71,7 @@ class ChatTemplate:
 
 def read_chat_template(files: Mapping[str, bytes]) -> ChatTemplate | None:
     """Return the template that `CHAT_FILES` hold, if any does; raises PackageError for a malformed file."""
-    settings = _settings(files[TOKENIZER_SETTINGS_FILE]) if TOKENIZER_SETTINGS_FILE in files else {}
+    settings = _settings(files)
     if TEMPLATE_FILE in files:
         source: object = files[TEMPLATE_FILE].decode(errors="replace")
     else:
@@ -82,13 +82,19 @@ def read_chat_template(files: Mapping[str, bytes]) -> ChatTemplate | None:
         return None
     if not isinstance(source, str):
         raise PackageError(f"the chat template in {TOKENIZER_SETTINGS_FILE} is no text")
+    return ChatTemplate(source, special_tokens(files))
+
+
+def special_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
+    """Return the tokenizer's special tokens by name ("eos_token"), where its settings say; raises PackageError."""
+    settings = _settings(files)
     given = {name: _token(settings.get(name)) for name in _SPECIAL}
-    return ChatTemplate(source, {name: token for name, token in given.items() if token is not None})
+    return {name: token for name, token in given.items() if token is not None}
 
 
-def _settings(content: bytes) -> Mapping[str, object]:
+def _settings(files: Mapping[str, bytes]) -> Mapping[str, object]:
     try:
-        document = json.loads(content)
+        document = json.loads(files.get(TOKENIZER_SETTINGS_FILE, b"{}"))
     except ValueError as error:
         raise PackageError(f"{TOKENIZER_SETTINGS_FILE} is no JSON: {error}") from error
     if not isinstance(document, dict):

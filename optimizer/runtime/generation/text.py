@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimizer.errors import OptionError
-from optimizer.runtime.generation.chat_template import CHAT_FILES, ChatTemplate, read_chat_template
+from optimizer.runtime.generation.chat_template import CHAT_FILES, ChatTemplate, read_chat_template, special_tokens
 from optimizer.runtime.generation.sampling import Sampler, Sampling
 from optimizer.runtime.generation.session import DecoderSession
-from optimizer.runtime.generation.settings import SETTINGS_FILES, read_settings
+from optimizer.runtime.generation.settings import SETTINGS_FILES, Settings, read_settings
 from optimizer.runtime.generation.tokenizer import TOKENIZER_FILE, Tokenizer
 from optimizer.runtime.kv_cache import require_room
 
@@ -83,8 +84,8 @@ class TextGenerator:
     """A decoder with its tokenizer.
 
     The tokenizer (tokenizer.json) and the settings (generation_config.json or genai_config.json: stop tokens, length of
-    the context, sampling) are those in the package, which the compiler takes from beside the model, or those in
-    `folder`.
+    the context, sampling; without a stop token the one that tokenizer_config.json ends texts with) are those in the
+    package, which the compiler takes from beside the model, or those in `folder`.
     Raises OptionError where there is no tokenizer or the `tokenizers` library is missing.
     """
 
@@ -98,8 +99,15 @@ class TextGenerator:
             )
         self._model = model
         self.tokenizer = Tokenizer(files[TOKENIZER_FILE])
-        self.settings = read_settings(files)
+        self.settings = self._settings(files)
         self._files = files
+
+    def _settings(self, files: Mapping[str, bytes]) -> Settings:
+        """Return the settings; where they name no stop token it is the tokenizer's token for the end of a text."""
+        settings = read_settings(files)
+        end = special_tokens(files).get("eos_token")
+        number = None if end is None else self.tokenizer.number(end)
+        return settings if settings.stop or number is None else replace(settings, stop=(number,))
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:

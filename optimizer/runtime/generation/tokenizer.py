@@ -19,6 +19,7 @@ class _Library(Protocol):
     """The part of `tokenizers.Tokenizer` that is used here."""
 
     def encode(self, sequence: str, *, add_special_tokens: bool) -> _Encoding: ...
+    def token_to_id(self, token: str) -> int | None: ...
 
 
 class _Stream(Protocol):
@@ -46,6 +47,10 @@ class Tokenizer:
     def encode(self, text: str, *, begins: bool = True) -> list[int]:
         """Return the tokens of a text, if it `begins` one with those that the tokenizer puts around it."""
         return list(self._tokenizer.encode(text, add_special_tokens=begins).ids)
+
+    def number(self, token: str) -> int | None:
+        """Return the number of a token of the vocabulary, None where there is no such token."""
+        return self._tokenizer.token_to_id(token)
 
     def stream(self, before: Sequence[int]) -> Callable[[int], str | None]:
         """Return a function from the tokens after `before`, one by one, to their text.

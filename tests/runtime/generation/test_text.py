@@ -81,6 +81,22 @@ def test_an_answer_of_no_tokens_is_refused(decoder: CompiledModel) -> None:
         TextGenerator(decoder).generate(_PROMPT, max_new_tokens=0)
 
 
+def test_where_no_settings_name_a_stop_token_it_is_the_one_that_ends_texts(
+    decoder: CompiledModel, tmp_path: Path
+) -> None:
+    content = decoder.read_file("tokenizer.json") or b""
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "the"}}))
+    number = Tokenizer(content).number("the")
+    assert number is not None
+    assert TextGenerator(decoder, tmp_path).settings.stop == (number,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 5}))
+    assert TextGenerator(decoder, tmp_path).settings.stop == (5,)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "no token of the vocabulary"}))
+    assert TextGenerator(decoder, tmp_path).settings.stop == ()
+
+
 def test_a_stop_token_ends_the_text_and_is_not_part_of_it(decoder: CompiledModel, tmp_path: Path) -> None:
     first = TextGenerator(decoder).generate(_PROMPT, max_new_tokens=6)
     list(first)
