@@ -107,7 +107,7 @@ def row_kernels() -> Iterator[RowKernel]:
     for width in (7, 197, 1023, 1025):
         shape = (2**20 // width, width)
         yield RowKernel(f"softmax_{shape[0]}x{width}", "Softmax", (shape,), shape, attributes={"axis": -1})
-    for operator in ("Exp", "Tanh", "Erf", "Gelu", "Sigmoid"):
+    for operator in ("Exp", "Tanh", "Erf", "Gelu", "Sigmoid", "Softplus", "Mish", "Sin", "Cos", "Sign"):
         yield RowKernel(f"{operator.lower()}_1024x1024", operator, (rows,), rows)
     for axis, left in ((0, (256, 128)), (1, (64, 128)), (2, (64, 256))):
         axes = (np.array([axis]),)

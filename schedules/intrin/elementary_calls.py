@@ -7,7 +7,7 @@ from tvm import ir, tirx
 from tvm.ir import Expr, TensorLoad
 from tvm.tirx.stmt import Stmt
 
-from schedules.intrin import register_tables, vector_math
+from schedules.intrin import circular_functions, register_tables, vector_math
 from schedules.intrin.bf16_conversion import Bf16Buffers, computes_before
 from schedules.intrin.vector_math import EXP_SHORT, EXP_TO_ROUND, NONPOSITIVE, TO_ROUND, Function
 from targets.base import Target
@@ -56,7 +56,8 @@ def expand(expression: ir.Node, buffers: Bf16Buffers, target: Target) -> ir.Node
 
     def expand_loop(loop: tirx.For, mutator: tvm_ffi.StructuralMutator) -> Stmt:
         looked_up = register_tables.looked_up(loop, _function_of) if register_tables.has_tables(target) else None
-        return mutator.default_mutate(loop) if looked_up is None else mutator.mutate(looked_up)
+        in_vectors = circular_functions.guarded(loop) if looked_up is None else looked_up
+        return mutator.default_mutate(loop) if in_vectors is None else mutator.mutate(in_vectors)
 
     rules = [
         (tirx.For, expand_loop),

@@ -6,7 +6,7 @@ propagate NaN, and give the limits at infinities. Largest errors against float64
 measure them: exp 2, log 0.9, log1p 2.5, tanh 2.5, erf 2.9, sigmoid 2.4 units in the last place; sigmoid below exp(-88)
 becomes 0. None takes a branch: an exponential less 1 that is exact around 0, too, serves tanh and erf over their whole
 range. Where vectors are whole registers of AVX-512, `register_tables` has exponentials and erf in half the arithmetic;
-`elementary_calls` chooses.
+`elementary_calls` chooses. Sines and cosines are in `circular_functions`.
 
 The coefficients are weighted least-maximum fits (Lawson's algorithm on Chebyshev nodes) made for this file over the
 intervals given with them.

@@ -11,7 +11,7 @@ from tvm import relax, te, tirx
 from tvm.relax import op
 
 from optimizer.frontend.converters import activation
-from schedules.intrin import elementary_calls, register_tables, vector_math
+from schedules.intrin import circular_functions, elementary_calls, register_tables, vector_math
 from tests.schedules.execution import TARGET, normal, run
 
 REFERENCES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
@@ -66,6 +66,31 @@ def test_error_of_functions_without_an_operator(name: str) -> None:
     np.testing.assert_array_equal(got[~finite], rounded[~finite])
     excess = np.abs(got[finite] - want[finite]) - besides * (x[finite] < -87)
     assert np.max(excess / unit[finite]) <= bound
+
+
+@pytest.mark.parametrize("name", ["sin", "cos"])
+def test_error_of_circular_functions(name: str) -> None:
+    quarters = (np.arange(-5300, 5300) * (math.pi / 2)).astype("float32")
+    dense = np.linspace(-circular_functions.LIMIT, circular_functions.LIMIT, 100001, dtype="float32")
+    mixed = np.random.default_rng(0).permutation(np.concatenate([quarters, inputs()]))
+    x = np.concatenate([quarters, dense, inputs(), mixed])
+    got, _ = run(getattr(op, name), [x])
+    with np.errstate(all="ignore"):
+        want = getattr(np, name)(x.astype("float64"))
+    finite = np.isfinite(x)
+    assert np.isnan(got[~finite]).all()
+    unit = np.spacing(np.abs(want[finite]).astype("float32")).astype("float64")
+    error = np.abs(got[finite] - want[finite]) / unit
+    assert error.max() <= 2
+    if name == "sin":
+        np.testing.assert_array_equal(np.signbit(got[x == 0]), np.signbit(x[x == 0]))
+
+
+def test_vectors_of_nested_circular_functions() -> None:
+    x = np.concatenate([normal(100), normal(100) * np.float32(1e6)])
+    got, _ = run(lambda x: op.multiply(op.sin(op.cos(x)), op.exp(op.cos(x))), [x])
+    exact = np.cos(x.astype("float64"))
+    np.testing.assert_allclose(got, np.sin(exact) * np.exp(exact), rtol=1e-5, atol=1e-7)
 
 
 def exponentials_of_nonpositive(
