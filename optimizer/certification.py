@@ -58,6 +58,8 @@ def plan_certification(source: ModelFile, plan: Plan, options: CompileOptions) -
         return Certification(None, f"none: this machine cannot execute {options.target.name}")
     run_with = _natively if execution == "native" else _emulated
 
+    rewriting = [record for record in plan.passes if record.outcome.rewritten]
+
     def check(package: Path) -> Certificate:
         return certify(
             source.model,
@@ -65,10 +67,11 @@ def plan_certification(source: ModelFile, plan: Plan, options: CompileOptions) -
             path=source.path,
             shapes={**fixed_shapes(source.model, plan.imported), **options.shapes},
             precision=_precision(record.item for record in plan.passes),
-            activations=_activations(record.item for record in plan.passes if record.outcome.rewritten),
+            activations=_activations(record.item for record in rewriting),
             dequantized=reference.lazily_dequantized(plan.imported, [record.item for record in plan.passes]),
             unoptimized=reference.lazily_unoptimized(plan.imported),
             cache_bits=_cache_bits(record.item for record in plan.passes),
+            makes_steps=any(isinstance(record.item, RewriteKvCache) for record in rewriting),
         )
 
     return Certification(check, execution)
@@ -153,6 +156,7 @@ def certify_package(
         activations=_activations(items) if manifest.weight_scheme != "none" else None,
         dequantized=reference.lazily_dequantized(imported, items),
         cache_bits=_cache_bits(items),
+        makes_steps=bool(manifest.entry_points[0].caches),
     )
 
 

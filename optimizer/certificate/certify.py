@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -32,12 +33,16 @@ _PAST_IN_CODES = 101
 
 @dataclass(frozen=True)
 class ReferenceRun:
-    """Inputs that a reference accepted, with the values of the symbols, and what it gave."""
+    """Inputs that a reference accepted, with the values of the symbols, and what it gave.
+
+    `in_codes` says whether its past reaches into the codes of a quantized cache.
+    """
 
     seed: int
     values: dict[str, int]
     inputs: dict[str, Array]
     outputs: Outputs
+    in_codes: bool = False
 
 
 def certify(
@@ -51,6 +56,7 @@ def certify(
     dequantized: Runner | None = None,
     unoptimized: Runner | None = None,
     cache_bits: int | None = None,
+    makes_steps: bool = False,
     seeds: Sequence[int] = SEEDS,
 ) -> Certificate:
     """Return the certificate of a compiled model, after one run per seed with other symbol values each.
@@ -60,7 +66,8 @@ def certify(
     `precision` the dtype that it computes in ("float16", "bfloat16"), if coarser than the model's. `activations` is
     "int8" where products round theirs to that. `dequantized` runs the model with the weights that the compile has
     rounded, and is the only reference then: the rounding itself is no error of the package. `unoptimized` runs the
-    imported module and is the last resort where no other reference can run the model. With caches of codes of
+    imported module and is the last resort where no other reference can run the model. A package that `makes_steps`
+    of a token, for which it may have other code, has one more run of those. With caches of codes of
     `cache_bits`, one more run has a past that reaches into them, if the reference accepts one so long: the values of
     the symbols in the certificate show it.
     Raises CertificateError with output, error and tolerance when an output differs by more than its tolerance, and when
@@ -68,15 +75,16 @@ def certify(
     """
     sources = (dequantized, unoptimized)
     constructors = references(model, path, *sources, rounds_activations=activations == "int8")
-    reaches_codes = cache_bits is not None
-    kind, version, expected = _reference_runs(model, constructors, shapes, seeds, reaches_codes=reaches_codes)
+    needed = _FurtherRuns(shapes, makes_steps, cache_bits is not None)
+    kind, version, expected = _reference_runs(model, constructors, seeds, needed)
     pairs = [_defined(model, shapes, each, _run_package(run, each.inputs)) for each in expected]
     exact = arithmetic(model, precision, activations)
-    comparisons = compare_runs(pairs[: len(seeds)], exact)
+    of_floats = [each for each in expected if not each.in_codes]
+    comparisons = compare_runs(pairs[: len(of_floats)], exact)
     if exact.quantizes and kind == "onnxruntime" and not all(each.ok for each in comparisons):
-        comparisons = loosened(comparisons, _own_differences(model, path, expected[: len(seeds)], exact))
+        comparisons = loosened(comparisons, _own_differences(model, path, of_floats, exact))
     if cache_bits is not None:
-        comparisons = worst_of((*comparisons, *compare_runs(pairs[len(seeds) :], with_codes(exact, cache_bits))))
+        comparisons = worst_of((*comparisons, *compare_runs(pairs[len(of_floats) :], with_codes(exact, cache_bits))))
     require_agreement(comparisons, f"{kind} {version}")
     settings_used = tuple(each.values for each in expected)
     return Certificate(kind, version, tuple(each.seed for each in expected), settings_used, comparisons)
@@ -116,10 +124,8 @@ def _run_package(run: Runner, inputs: Mapping[str, Array]) -> Outputs:
 def _reference_runs(
     model: onnx.ModelProto,
     constructors: Iterable[Callable[[], Reference]],
-    shapes: Mapping[str, Sequence[int | str]] | None,
     seeds: Sequence[int],
-    *,
-    reaches_codes: bool,
+    needed: _FurtherRuns,
 ) -> tuple[ReferenceKind, str, list[ReferenceRun]]:
     """Return kind and version of the first reference that accepts inputs for every seed, and what it gave for them.
 
@@ -131,9 +137,8 @@ def _reference_runs(
         try:
             reference = construct()
             kind = reference.kind
-            runs = [_accepted(model, reference, shapes, run, seed) for run, seed in enumerate(seeds)]
-            if reaches_codes:
-                runs += _with_long_past(model, reference, shapes, max(seeds, default=-1) + 1)
+            runs = [_accepted(model, reference, needed.shapes, run, seed) for run, seed in enumerate(seeds)]
+            runs += needed.of(model, reference, max(seeds, default=-1) + 1)
             return reference.kind, reference.version, runs
         except ReferenceFailedError as error:
             reasons.append(f"{kind}: {(str(error).strip() or 'failed').splitlines()[0]:.300}")
@@ -142,16 +147,25 @@ def _reference_runs(
     )
 
 
-def _with_long_past(
-    model: onnx.ModelProto, reference: Reference, shapes: Mapping[str, Sequence[int | str]] | None, seed: int
-) -> list[ReferenceRun]:
-    """Return a run with a past that reaches into the codes of a cache; none where the reference refuses it."""
-    if "past" not in symbols(graph_inputs(model, shapes)).values():
-        return []
-    try:
-        return [_accepted(model, reference, shapes, 0, seed, _PAST_IN_CODES)]
-    except ReferenceFailedError:
-        return []
+@dataclass(frozen=True)
+class _FurtherRuns:
+    """Runs beside those of the seeds, where the reference accepts them: of one token, and with a past in codes."""
+
+    shapes: Mapping[str, Sequence[int | str]] | None
+    of_one_token: bool
+    in_codes: bool
+
+    def of(self, model: onnx.ModelProto, reference: Reference, seed: int) -> list[ReferenceRun]:
+        """Return the runs of a model, those in codes last."""
+        meanings = set(symbols(graph_inputs(model, self.shapes)).values())
+        runs: list[ReferenceRun] = []
+        with contextlib.suppress(ReferenceFailedError):
+            if self.of_one_token and "sequence" in meanings:
+                runs.append(_accepted(model, reference, self.shapes, 0, seed, single=True))
+        with contextlib.suppress(ReferenceFailedError):
+            if self.in_codes and "past" in meanings:
+                runs.append(replace(_accepted(model, reference, self.shapes, 0, seed, _PAST_IN_CODES), in_codes=True))
+        return runs
 
 
 def _accepted(
@@ -161,13 +175,15 @@ def _accepted(
     run: int,
     seed: int,
     past: int | None = None,
+    *,
+    single: bool = False,
 ) -> ReferenceRun:
     """Return the first run that the reference accepts, over the likely values of the symbols.
 
     Raises ReferenceFailedError with the first refusal when it accepts none.
     """
     refusal: ReferenceFailedError | None = None
-    for values in settings(graph_inputs(model, shapes), run, past):
+    for values in settings(graph_inputs(model, shapes), run, past, single=single):
         inputs = make_inputs(model, seed, values, shapes=shapes, padded=run > 0)
         try:
             return ReferenceRun(seed, values, inputs, reference.run(inputs))

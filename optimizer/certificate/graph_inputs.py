@@ -97,10 +97,13 @@ def evaluate(dim: int | str, values: Mapping[str, int]) -> int:
     return values[dim] if dim in values else dimensions.evaluate(dim, values)
 
 
-def settings(inputs: Sequence[GraphInput], run: int, past: int | None = None) -> Iterator[dict[str, int]]:
+def settings(
+    inputs: Sequence[GraphInput], run: int, past: int | None = None, *, single: bool = False
+) -> Iterator[dict[str, int]]:
     """Yield values for all symbols, the likeliest first; the second and later runs begin with other values.
 
-    `past` is how many tokens lie behind those of the run, if that matters; masks cover them then.
+    `past` is how many tokens lie behind those of the run, if that matters; masks cover them then. A run of a `single`
+    token is of one sequence.
     Meaning is taken from names, as exporters choose them: batch, sequence, past, total (past and sequence together),
     height and width. What has no such name gets a prime of its own. The room for a sliding window is enough for all
     tokens.
@@ -111,7 +114,8 @@ def settings(inputs: Sequence[GraphInput], run: int, past: int | None = None) ->
     for sizes in _SECOND if run else _FIRST:
         if past is not None and not sizes.total:
             continue
-        values = _assign(atoms, sizes if past is None else replace(sizes, past=past), window)
+        chosen = replace(sizes, batch=1, sequence=1) if single else sizes
+        values = _assign(atoms, chosen if past is None else replace(chosen, past=past), window)
         if values not in seen:
             seen.append(values)
             yield values

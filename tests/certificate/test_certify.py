@@ -266,6 +266,19 @@ def test_one_run_has_a_past_that_reaches_into_the_codes_of_a_cache() -> None:
         certify(subject, _stored_in_codes(1 / 10), cache_bits=8)
 
 
+def test_a_package_that_makes_steps_is_run_on_one_token_as_well() -> None:
+    def wrong_for_one_token(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        present = right_cache(inputs)
+        return {"present": -present if inputs["added"].shape[::2] == (1, 1) else present}
+
+    subject = parse_model(_CACHE.replace("new", "sequence"))
+    certificate = certify(subject, right_cache_alone, makes_steps=True)
+    assert certificate.settings[2] == {"batch": 1, "past": 3, "sequence": 1}
+    assert certify(subject, wrong_for_one_token).outputs[0].ok
+    with pytest.raises(CertificateError, match="'present' differs"):
+        certify(subject, wrong_for_one_token, makes_steps=True)
+
+
 def test_runs_that_do_not_reach_into_codes_keep_their_tolerance() -> None:
     with pytest.raises(CertificateError, match="'present' differs"):
         certify(parse_model(_CACHE), lambda inputs: {"present": right_cache(inputs) * np.float32(1.001)}, cache_bits=8)
@@ -273,6 +286,10 @@ def test_runs_that_do_not_reach_into_codes_keep_their_tolerance() -> None:
 
 def right_cache(inputs: Mapping[str, Array]) -> Array:
     return np.concatenate([inputs["old"], inputs["added"]], 2)
+
+
+def right_cache_alone(inputs: Mapping[str, Array]) -> dict[str, Array]:
+    return {"present": right_cache(inputs)}
 
 
 @pytest.mark.parametrize(
