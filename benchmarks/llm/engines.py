@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -139,32 +139,40 @@ class LlamaCpp(DecoderEngine):
 
 
 class Reads(DecoderEngine):
-    """No engine: reads as many bytes for each token as its products have weights, at the speed of memory."""
+    """No engine: reads the bytes that each token after a prompt takes, at the speed of memory.
+
+    They are those of the products' weights and of the prompt's keys and values in 16 bits.
+    """
 
     name = "read"
     distribution = "optimizer"
 
     def __init__(self, decoder: Decoder, threads: int, context: int) -> None:
-        import tvm  # noqa: PLC0415
-
-        from optimizer.compile import find_target  # noqa: PLC0415
         from optimizer.runtime.threads import use_threads  # noqa: PLC0415
-        from optimizer.tuning.peak import read  # noqa: PLC0415
 
         use_threads(threads)
-        target = find_target("host")
-        function, arguments = read(target, decoder.weight_bytes, threads)
-        self._arguments = [tvm.runtime.tensor(array) for array in arguments]
-        self._entry = tvm.compile(function, target=target.tvm_target())["main"]
+        self._decoder, self._threads = decoder, threads
+        self._step: Callable[[], object] = lambda: None
 
     def version(self) -> str:
         return ""
 
     def start(self, prompt: Sequence[int]) -> None:
-        self.step()
+        import tvm  # noqa: PLC0415
+
+        from optimizer.compile import find_target  # noqa: PLC0415
+        from optimizer.tuning.peak import read  # noqa: PLC0415
+
+        target = find_target("host")
+        work = self._decoder.weight_bytes + self._decoder.cache_bytes(len(prompt), 2)
+        function, arrays = read(target, work, self._threads)
+        arguments = [tvm.runtime.tensor(array) for array in arrays]
+        entry = tvm.compile(function, target=target.tvm_target())["main"]
+        self._step = lambda: entry(*arguments)
+        self._step()
 
     def step(self) -> None:
-        self._entry(*self._arguments)
+        self._step()
 
 
 ENGINES: dict[str, type[DecoderEngine]] = {
