@@ -148,6 +148,16 @@ def test_layer_norm_with_activation(width: int) -> None:
     assert width == 1 or families == {"rowwise"}
 
 
+@pytest.mark.parametrize(("rows", "width"), [(131, 768), (1031, 48)])
+def test_layer_norm_of_rows_that_follow_each_other_in_a_task(rows: int, width: int) -> None:
+    x, scale, bias = normal(rows, width), normal(width, seed=1), normal(width, seed=2)
+    got, families = run(lambda x, g, b: op.nn.layer_norm(x, g, b, axes=[-1]), [x, scale, bias])
+    wide = x.astype("float64")
+    want = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5) * scale + bias
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert families == {"rowwise"}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_rms_norm(dtype: str) -> None:
     x, scale = normal(3, 5, 72, dtype=dtype), normal(72, dtype=dtype, seed=1)
