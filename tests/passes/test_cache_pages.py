@@ -7,7 +7,7 @@ import pytest
 import tvm
 from tvm import relax, te, tirx
 
-from optimizer.package import manifest
+from optimizer.package import entry_points
 from optimizer.runtime import cache_pages
 from passes.cache_append import parameters
 from passes.cache_pages import append_to_pages, read_pages
@@ -28,7 +28,7 @@ def _tokens() -> np.ndarray:
 
 def _quantized(tokens: np.ndarray, pages: CachePages) -> tuple[np.ndarray, np.ndarray]:
     return cache_pages.quantized(
-        tokens.astype(np.float32), manifest.CachePages(pages.bits, pages.by_channel, PAGE, RECENT)
+        tokens.astype(np.float32), entry_points.CachePages(pages.bits, pages.by_channel, PAGE, RECENT)
     )
 
 
@@ -98,7 +98,7 @@ def test_what_is_read_are_the_numbers_of_the_codes_and_then_recent_tokens(pages:
     output = tvm.runtime.empty((BATCH, HEADS, PAST, CHANNELS), "float32")
     compiled = tvm.compile(tvm.IRModule({"read": function}), "llvm")
     compiled["read"](*map(tvm.runtime.tensor, buffers), output, BEFORE, PAST)
-    form = manifest.CachePages(pages.bits, pages.by_channel, PAGE, RECENT)
+    form = entry_points.CachePages(pages.bits, pages.by_channel, PAGE, RECENT)
     tokens = _tokens()[:, :, :PAST].astype(np.float32)
     held = cache_pages.dequantized(*_quantized(tokens[:, :, :BEFORE], pages), form)
     np.testing.assert_allclose(output.numpy(), np.concatenate([held, tokens[:, :, BEFORE:]], 2), rtol=1e-6)
