@@ -9,7 +9,7 @@ alone, wait for each other, and then share the rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import tvm_ffi
 from tvm.ir import Expr
@@ -20,7 +20,7 @@ from schedules.access import AxisGroup, as_int
 from schedules.convolution import Convolution
 from schedules.direct_convolution import DirectConvolution
 from schedules.family import PARALLEL_THRESHOLD, Choice, Kernel, Parameters, Space, is_large, work_of
-from schedules.loops import Extent, parallel, product, region, then_wait, tiles
+from schedules.loops import Extent, parallel, product, region, then_wait, tile_choice, tiles
 from schedules.matmul import Matmul, MatmulAnalysis, register_tile, tile_of
 from schedules.quantized_matmul import QuantizedMatmul
 from schedules.row_parts import PartedKernel
@@ -187,14 +187,11 @@ def _in_blocks_of_rows(analysis: NormalizedProductAnalysis, parameters: Paramete
     """Return the parallel loop over blocks of rows, of each of which a task computes all parts and all columns."""
     contraction = analysis.product
     height = parameters["rows"]
-    block = max(height, parameters["owned_rows"] // height * height)
-    panel = None if contraction.block else contraction.operand
     rows = _rows(contraction)
     assert isinstance(rows, int)
-    # As many for each core, of sizes that differ little: with the last one short a core waited for the other.
-    shares = -(-rows // (block * target.cores)) * target.cores
-    block = -(-rows // (shares * height)) * height
-    tile = replace(tile_of(contraction, target, (height, parameters["vectors"]), block, panel), shares=shares)
+    block = height * _even_block(-(-rows // height), max(1, parameters["owned_rows"] // height), target.cores)
+    panel = None if contraction.block else contraction.operand
+    tile = tile_of(contraction, target, (height, parameters["vectors"]), block, panel)
     columns = tile.vector_group.extent
     assert isinstance(columns, int)
 
@@ -205,9 +202,27 @@ def _in_blocks_of_rows(analysis: NormalizedProductAnalysis, parameters: Paramete
         def part(analysis: Part) -> Stmt:
             if isinstance(analysis, MatmulAnalysis):
                 return tiles(columns, [tile.width], tiling.in_whole_vectors(tile, of_columns))
-            start, count = tiling.rows_of_share(tile, number)
-            return consecutive_rows(analysis, start, count, parameters["row_vectors"], target)
+            return tile_choice(
+                number,
+                rows,
+                tile.row_block,
+                lambda start, count: consecutive_rows(analysis, start, count, parameters["row_vectors"], target),
+            )
 
         return sequence([part(each) for each in analysis.parts])
 
-    return tiling.with_instructions(tile, parallel(shares, task))
+    return tiling.with_instructions(tile, parallel(-(-rows // tile.row_block), task))
+
+
+def _even_block(count: int, most: int, cores: int) -> int:
+    """Return the size of blocks of `count` tiles, at most `most`, with which the core that has most has least to do.
+
+    Of several the largest. Only the last block is shorter: sizes that depend on a block's number leave those of the
+    rows it computes to be guessed by TVM, whose guess may name a variable of a loop that is yet to come.
+    """
+
+    def longest(size: int) -> int:
+        return min(count, -(-count // (size * cores)) * size)
+
+    most = min(most, -(-count // cores))
+    return min(range(most, max(0, most // 2 - 1), -1), key=longest)

@@ -65,8 +65,7 @@ class Tile:
 
     `panel` is the read that is copied to [reduction][width] in the task before its rows are computed, if any; `ahead`
     one whose next columns come into the second-level cache while these are computed. With `grouped` the sums are of
-    dot products of several terms. `by_element` is whether instructions multiply by an element of a register. With
-    `shares` the rows are cut into so many blocks, which differ by a tile at most, and `row_block` is the longest.
+    dot products of several terms. `by_element` is whether instructions multiply by an element of a register.
     """
 
     stage: Stage
@@ -84,7 +83,6 @@ class Tile:
     ahead: TensorLoad | None = None
     grouped: GroupedProducts | None = None
     by_element: bool = False
-    shares: int = 0
 
     @property
     def terms(self) -> int:
@@ -200,35 +198,12 @@ def block_of_rows(tile: Tile, point: Mapping[Var, Expr], base: Expr, width: int,
         sizes = [tile.rows] if isinstance(extent, int) else [tile.rows, 1]
         return tiles(extent, sizes, lambda row, count: _micro(tile, stage, point, base, width, start + row, count))
 
-    if tile.shares:
-        body = _share(tile, block, kernels)
-    elif isinstance(rows, int):
+    if isinstance(rows, int):
         body = tile_choice(block, rows, tile.row_block, kernels)
     else:
         start = block * tile.row_block
         body = kernels(start, tirx.min(tirx.const(tile.row_block, "int64"), rows - start))
     return with_local(panels, [*prepare, body]) if panels else body
-
-
-def rows_of_share(tile: Tile, number: Expr) -> tuple[Expr, Extent]:
-    """Return the first row of a share of the rows, and how many they are: whole tiles, and what is left at the end."""
-    rows = tile.row_extent
-    assert isinstance(rows, int)
-    count = -(-rows // tile.rows)
-    first, end = (tirx.floordiv(place * count, index(tile.shares)) * tile.rows for place in (number, number + 1))
-    return first, tirx.min(end, index(rows)) - first
-
-
-def _share(tile: Tile, number: Expr, kernels: Callable[[Expr, Extent], Stmt]) -> Stmt:
-    """Return the tiles of a share of the rows, one loop for shares of all sizes."""
-    first, count = rows_of_share(tile, number)
-    whole = loop(tirx.floordiv(count, index(tile.rows)), lambda i: kernels(first + i * tile.rows, tile.rows))
-    assert isinstance(tile.row_extent, int)
-    rest = tile.row_extent % tile.rows
-    if not rest:
-        return whole
-    last = kernels(index(tile.row_extent - rest), rest)
-    return sequence([whole, tirx.IfThenElse(number.equal(tile.shares - 1), last, None)])
 
 
 def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, width: int, row: Expr, rows: int) -> Stmt:

@@ -50,7 +50,7 @@ def _drawn(*shapes: tuple[int, ...]) -> list[_Array]:
     return [rng.standard_normal(shape).astype("float32") for shape in shapes]
 
 
-def _run(function: tirx.PrimFunc, arguments: list[_Array], owned_rows: int, *outputs: tuple[int, int]) -> list[_Array]:
+def _run(function: tirx.PrimFunc, arguments: list[_Array], owned_rows: int, *outputs: tuple[int, ...]) -> list[_Array]:
     """Return what the function, scheduled for this machine, writes to its last parameters, of shapes `outputs`."""
     scheduled, report = schedule_function(function, _HOST, {"owned_rows": owned_rows})
     assert (report.family, report.regions) == ("normalized-product", 1)
@@ -99,6 +99,22 @@ def test_a_norm_before_a_product_is_right(rows: int, depth: int, columns: int, o
     y, scale, shift, w, residual = _drawn((rows, depth), (depth,), (depth,), (depth, columns), (rows, columns))
     (result,) = _run(function, [y, scale, shift, w, residual], owned_rows, (rows, columns))
     _check(result, _normalized(y.astype("float64"), scale, shift) @ w + residual, depth)
+
+
+def test_rows_of_an_image_are_cut_into_blocks_whose_size_is_known() -> None:
+    image, depth, columns = (2, 14, 14), 96, 128
+    y, scale, shift = _tensor((*image, depth), "y"), _tensor((depth,), "scale"), _tensor((depth,), "shift")
+    norm = _function(y, scale, shift, topi.nn.layer_norm(y, scale, shift, [3], _EPSILON))
+    x, w = _tensor((*image, depth), "x"), _tensor((depth, columns), "w")
+    k = te.reduce_axis((0, depth), "k")
+    product = te.compute((*image, columns), lambda a, b, c, j: te.sum(x[a, b, c, k] * w[k, j], axis=k))
+    function = joined(norm, _function(x, w, te.compute(product.shape, lambda *at: product[at] * 0.5)), [0])
+    assert function is not None
+    arrays = _drawn((*image, depth), (depth,), (depth,), (depth, columns))
+    (result,) = _run(function, arrays, 64, (*image, columns))
+    values, *affine, weights = arrays
+    normalized = _normalized(values.astype("float64").reshape(-1, depth), *affine)
+    _check(result.reshape(-1, columns), normalized @ weights * 0.5, depth)
 
 
 @pytest.mark.parametrize(("owned_rows", "rows"), [(0, 133), (32, 133), (32, 136), (32, 5)])
