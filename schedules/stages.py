@@ -7,6 +7,7 @@ What does not have that form (sorting, scans, scatters, calls with side effects)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -96,8 +97,57 @@ class StagedFunction:
         symbolic = [buffer for buffer in kept if not all(isinstance(extent, tirx.IntImm) for extent in buffer.shape)]
         static = [buffer for buffer in kept if not contains(symbolic, buffer)]
         body = sequence([*(tirx.AllocBuffer(buffer, {}) for buffer in symbolic), body])
+        # Those that are walked through by rows of several axes, too: TVM then knows which rows a task accesses.
+        body, static = _with_flat_rows(body, static)
         root = s_tir.SBlock([], [], [], "root", body, alloc_buffers=static)
         return self.function.with_body(s_tir.SBlockRealize([], True, root))
+
+
+def _with_flat_rows(body: Stmt, buffers: Sequence[Var]) -> tuple[Stmt, list[Var]]:
+    """Return a statement in which the axes of a row's number are one axis of a buffer, and the buffers it then has.
+
+    Of an index such as [r // 14 // 14, r // 14 % 14, r % 14, c] that is r.
+    """
+    divided: list[Var] = []
+
+    def find(access: TensorLoad | tirx.BufferStore) -> None:
+        buffer = access.source if isinstance(access, TensorLoad) else access.buffer
+        if any(isinstance(at, tirx.FloorDiv) for at in access.indices[:-1]):
+            divided.append(buffer)
+
+    tvm_ffi.structural_walk(body, [(TensorLoad, find), (tirx.BufferStore, find)])
+    flat: dict[Var, Var] = {}
+    for buffer in buffers:
+        if contains(divided, buffer):
+            *axes, last = (int(extent) for extent in buffer.shape)
+            shape = [math.prod(axes), last]
+            flat[buffer] = tirx.decl_buffer(shape, str(buffer.dtype), buffer.name, scope=buffer.scope(), layout=None)
+    if not flat:
+        return body, list(buffers)
+    analyzer = sym.Analyzer()
+
+    def place(buffer: Var, indices: Sequence[Expr]) -> list[Expr]:
+        row: Expr = indices[0]
+        for extent, at in zip(buffer.shape[1:-1], indices[1:-1], strict=True):
+            row = row * extent + at
+        return [analyzer.simplify(row), indices[-1]]
+
+    def read(load: TensorLoad, mutator: tvm_ffi.StructuralMutator) -> Expr:
+        load = mutator.default_mutate(load)
+        if load.source not in flat:
+            return load
+        return tirx.BufferLoad(flat[load.source], place(load.source, load.indices))
+
+    def write(store: tirx.BufferStore, mutator: tvm_ffi.StructuralMutator) -> Stmt:
+        store = mutator.default_mutate(store)
+        if store.buffer not in flat:
+            return store
+        return tirx.BufferStore(flat[store.buffer], store.value, place(store.buffer, store.indices))
+
+    rewritten = tvm_ffi.structural_mutate(body, [(TensorLoad, read), (tirx.BufferStore, write)])
+    if any(contains(buffers_of(rewritten), buffer) for buffer in flat):
+        return body, list(buffers)  # some code takes one as a whole
+    return rewritten, [flat.get(buffer, buffer) for buffer in buffers]
 
 
 class NotAStageError(Exception):
