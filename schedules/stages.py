@@ -97,7 +97,7 @@ class StagedFunction:
         symbolic = [buffer for buffer in kept if not all(isinstance(extent, tirx.IntImm) for extent in buffer.shape)]
         static = [buffer for buffer in kept if not contains(symbolic, buffer)]
         body = sequence([*(tirx.AllocBuffer(buffer, {}) for buffer in symbolic), body])
-        # Those that are walked through by rows of several axes, too: TVM then knows which rows a task accesses.
+        # It writes one into the size of a static one, too, whose rows have several axes, unless they become one.
         body, static = _with_flat_rows(body, static)
         root = s_tir.SBlock([], [], [], "root", body, alloc_buffers=static)
         return self.function.with_body(s_tir.SBlockRealize([], True, root))
@@ -112,16 +112,16 @@ def _with_flat_rows(body: Stmt, buffers: Sequence[Var]) -> tuple[Stmt, list[Var]
 
     def find(access: TensorLoad | tirx.BufferStore) -> None:
         buffer = access.source if isinstance(access, TensorLoad) else access.buffer
-        if any(isinstance(at, tirx.FloorDiv) for at in access.indices[:-1]):
+        is_divided = any(isinstance(at, tirx.FloorDiv) for at in access.indices[:-1])
+        if is_divided and contains(buffers, buffer) and not contains(divided, buffer):
             divided.append(buffer)
 
     tvm_ffi.structural_walk(body, [(TensorLoad, find), (tirx.BufferStore, find)])
     flat: dict[Var, Var] = {}
-    for buffer in buffers:
-        if contains(divided, buffer):
-            *axes, last = (int(extent) for extent in buffer.shape)
-            shape = [math.prod(axes), last]
-            flat[buffer] = tirx.decl_buffer(shape, str(buffer.dtype), buffer.name, scope=buffer.scope(), layout=None)
+    for buffer in divided:
+        *axes, last = (int(extent) for extent in buffer.shape)
+        shape = [math.prod(axes), last]
+        flat[buffer] = tirx.decl_buffer(shape, str(buffer.dtype), buffer.name, scope=buffer.scope(), layout=None)
     if not flat:
         return body, list(buffers)
     analyzer = sym.Analyzer()
@@ -145,7 +145,8 @@ def _with_flat_rows(body: Stmt, buffers: Sequence[Var]) -> tuple[Stmt, list[Var]
         return tirx.BufferStore(flat[store.buffer], store.value, place(store.buffer, store.indices))
 
     rewritten = tvm_ffi.structural_mutate(body, [(TensorLoad, read), (tirx.BufferStore, write)])
-    if any(contains(buffers_of(rewritten), buffer) for buffer in flat):
+    used = buffers_of(rewritten)
+    if any(contains(used, buffer) for buffer in flat):
         return body, list(buffers)  # some code takes one as a whole
     return rewritten, [flat.get(buffer, buffer) for buffer in buffers]
 
