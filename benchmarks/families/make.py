@@ -10,7 +10,6 @@ transformers and onnxruntime-genai.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -29,6 +28,7 @@ from benchmarks.architecture import Architecture, Dimensions, Input, Variant
 from benchmarks.export import FlatModule, export, randomize
 from benchmarks.families.checkpoints import FAMILIES, SMALL, class_names
 from benchmarks.families.forms import BUILT, EXPORTED, Built, Exported
+from benchmarks.families.selection import parsed
 from benchmarks.families.texts import PENALTY, PROMPT, STEPS
 
 # transformers has no other attention for it.
@@ -162,15 +162,11 @@ def make(folder: Path, work: Callable[[Path], None]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description="Make decoders of each family in each form.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--family", action="append", choices=FAMILIES)
-    parser.add_argument("--form", action="append", choices=[*EXPORTED, *BUILT])
-    arguments = parser.parse_args()
+    selection = parsed("Make decoders of each family in each form.")
     read_old_rope_of_gemma3()
-    for family in arguments.family or FAMILIES:
-        for name in arguments.form or [*BUILT, *EXPORTED]:
-            folder = arguments.folder / family / name
+    for family in selection.families:
+        for name in selection.forms:
+            folder = selection.folder / family / name
             if name in EXPORTED:
                 print(family, name, make(folder, partial(export_plain, family, EXPORTED[name])), flush=True)
             elif family != "gpt2":

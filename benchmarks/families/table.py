@@ -7,7 +7,6 @@ floats are of 16 bits: for it widened to fp32), tokens with its choices and with
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import sys
@@ -21,8 +20,8 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.families.checkpoints import EOS, FAMILIES, WINDOW
-from benchmarks.families.forms import BUILT, EXPORTED
+from benchmarks.families.checkpoints import EOS, WINDOW
+from benchmarks.families.selection import parsed
 from benchmarks.families.texts import CHUNKS, PENALTY, PROMPT, STEPS
 from optimizer.compile import CompileOptions, compile_model, find_target
 from optimizer.errors import OptimizerError
@@ -191,14 +190,10 @@ def rows(folder: Path, families: Sequence[str], forms: Sequence[str]) -> Iterato
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description="Compare decoders of each family in each form with onnxruntime.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--family", action="append", choices=FAMILIES)
-    parser.add_argument("--form", action="append", choices=[*EXPORTED, *BUILT])
-    arguments = parser.parse_args()
+    selection = parsed("Compare decoders of each family in each form with onnxruntime.")
     print(f"{datetime.date.today()}, `python -m benchmarks.families.table {' '.join(sys.argv[1:])}`\n")
     print(f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}")
-    for row in rows(arguments.folder, arguments.family or list(FAMILIES), arguments.form or [*BUILT, *EXPORTED]):
+    for row in rows(selection.folder, selection.families, selection.forms):
         print(row.line(), flush=True)
 
 
