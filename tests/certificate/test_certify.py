@@ -94,6 +94,22 @@ def test_package_that_refuses_the_inputs_fails() -> None:
         certify(linear(), refuse)
 
 
+def test_exact_interpolation_agrees_with_positions_that_the_reference_rounds() -> None:
+    size, scale = 200, np.float32(1.37)
+    resized = int(size * scale)
+    subject = parse_model(
+        f'<ir_version: 10, opset_import: ["" : 18]> g (float[1, {size}] x) => (float[1, {resized}] y)'
+        f'<float[2] scales = {{1.0, 1.37}}> {{ y = Resize<mode = "linear">(x, , scales) }}'
+    )
+    places = np.clip((np.arange(resized) + 0.5) / float(scale) - 0.5, 0, size - 1)
+
+    def exact(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        row = inputs["x"][0].astype(np.float64)
+        return {"y": np.interp(places, np.arange(size), row)[None].astype(np.float32)}
+
+    assert all(output.ok for output in certify(subject, exact).outputs)
+
+
 def test_fixed_shapes_are_used() -> None:
     certificate = certify(linear(), right, shapes={"x": (4, 16)})
     assert certificate.settings == ({}, {})
