@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from benchmarks.kernels import KernelCase, attention, matmul, rows, transpose
+from benchmarks.kernels import KernelCase, attention, convolution, matmul, rows, transpose
 from benchmarks.tables import random_inputs
 from optimizer.compile import CompileOptions, compile_model, find_target
 from optimizer.package.alignment import aligned_copy
@@ -28,6 +28,7 @@ RATIO = 2.0
 SMALLEST_JUDGED = 4
 _SIZES = (*range(1, 35), *range(46, 51), *range(62, 67), *range(78, 83), *range(94, 99), *range(126, 131))
 _ELEMENTS = 2**17
+_IMAGE = (28, 28)
 # A measurement is the shortest of calls for so long; what looks like a cliff is measured again.
 _SECONDS = 0.02
 _REPEATS = 3
@@ -43,6 +44,14 @@ SCANS: Mapping[str, Scan] = {
     "layer_norm_width": lambda size: rows("layer_norm", "LayerNormalization", _ELEMENTS // size, size),
     "transpose_rows": lambda size: transpose((size, _ELEMENTS // 128), (1, 0)),
     "transpose_columns": lambda size: transpose((_ELEMENTS // 128, size), (1, 0)),
+    "conv3x3_image": lambda size: convolution("conv", 32, 32, (size, size), 3),
+    # By the size of the result: of neighbouring images, two have the same.
+    "conv3x3_s2_image": lambda size: convolution("conv", 32, 32, (2 * size - 1, 2 * size - 1), 3, 2),
+    "conv1x1_inputs": lambda size: convolution("conv", size, 64, _IMAGE, 1),
+    "conv1x1_outputs": lambda size: convolution("conv", 64, size, _IMAGE, 1),
+    "conv3x3_inputs": lambda size: convolution("conv", size, 64, _IMAGE, 3),
+    "conv3x3_outputs": lambda size: convolution("conv", 64, size, _IMAGE, 3),
+    "depthwise3x3_channels": lambda size: convolution("conv", size, size, _IMAGE, 3, groups=size),
 }
 """The scans by name: the kernel of each size."""
 

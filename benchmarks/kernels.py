@@ -165,25 +165,25 @@ def _int8_convolutions() -> Iterator[KernelCase]:
 def _other_convolutions() -> Iterator[KernelCase]:
     """Return layers that stand alone in networks: the first, those with strides, groups, one or three dimensions."""
     for channels, kernel, size in ((576, 5, 14), (768, 7, 7), (96, 7, 56)):
-        yield _convolution(f"depthwise{kernel}x{kernel}", channels, channels, (size,) * 2, kernel, groups=channels)
+        yield convolution(f"depthwise{kernel}x{kernel}", channels, channels, (size,) * 2, kernel, groups=channels)
     for channels, kernel, size in ((96, 3, 112), (240, 5, 28)):
-        yield _convolution(f"depthwise{kernel}x{kernel}", channels, channels, (size,) * 2, kernel, 2, groups=channels)
+        yield convolution(f"depthwise{kernel}x{kernel}", channels, channels, (size,) * 2, kernel, 2, groups=channels)
     for outputs, kernel, stride in ((64, 7, 2), (32, 3, 2), (768, 16, 16), (96, 4, 4)):
         padding = 0 if kernel == stride else kernel // 2
-        yield _convolution(f"first{kernel}x{kernel}", 3, outputs, (224, 224), kernel, stride, padding)
+        yield convolution(f"first{kernel}x{kernel}", 3, outputs, (224, 224), kernel, stride, padding)
     for channels, size in ((128, 56), (256, 28), (512, 14)):
-        yield _convolution("conv3x3", channels, channels, (size,) * 2, 3, 2)
-        yield _convolution("conv1x1", 2 * channels, 4 * channels, (size,) * 2, 1, 2)
+        yield convolution("conv3x3", channels, channels, (size,) * 2, 3, 2)
+        yield convolution("conv1x1", 2 * channels, 4 * channels, (size,) * 2, 1, 2)
     for channels, size in ((128, 56), (512, 14)):
-        yield _convolution("conv3x3", channels, channels, (size,) * 2, 3, groups=32)
+        yield convolution("conv3x3", channels, channels, (size,) * 2, 3, groups=32)
     for inputs, outputs, size in ((256, 128, 28), (64, 32, 56)):
-        yield _convolution("transposed2x2", inputs, outputs, (size,) * 2, 2, 2, 0, transposed=True)
-    yield _convolution("conv1d3", 80, 384, (3000,), 3)
-    yield _convolution("conv1d3", 384, 384, (3000,), 3, 2)
-    yield _convolution("conv3d3x3x3", 32, 32, (16, 28, 28), 3)
+        yield convolution("transposed2x2", inputs, outputs, (size,) * 2, 2, 2, 0, transposed=True)
+    yield convolution("conv1d3", 80, 384, (3000,), 3)
+    yield convolution("conv1d3", 384, 384, (3000,), 3, 2)
+    yield convolution("conv3d3x3x3", 32, 32, (16, 28, 28), 3)
 
 
-def _convolution(
+def convolution(
     name: str,
     inputs: int,
     outputs: int,
@@ -195,7 +195,7 @@ def _convolution(
     *,
     transposed: bool = False,
 ) -> KernelCase:
-    """A layer with an activation and, so that the result may stay in any layout, maxima: the input is converted."""
+    """Return a layer, activation and maxima, so that its result may stay in any layout; the input is converted."""
     rank, padding = len(image), kernel // 2 if padding is None else padding
     if transposed:
         size = tuple((extent - 1) * stride + kernel - 2 * padding for extent in image)
