@@ -16,7 +16,7 @@ import onnx
 from benchmarks import arm64, cliffs, fusion, transfer, tuning
 from benchmarks.architecture import EXPORTERS, Exporter
 from benchmarks.comparison import Judge, Row, compare
-from benchmarks.engines import BF16_ENGINES, ENGINES
+from benchmarks.engines import ENGINES, OTHER_ENGINES
 from benchmarks.exact import in_float64, unoptimized
 from benchmarks.llm import table as llm
 from benchmarks.models import Sizes
@@ -36,7 +36,7 @@ _COLUMNS = (
     "tolerance",
 )
 
-_ENGINES = tuple(dict.fromkeys([*ENGINES, *BF16_ENGINES, "peak", *llm.ENGINES]))
+_ENGINES = tuple(dict.fromkeys([*ENGINES, *OTHER_ENGINES, "peak", *llm.ENGINES]))
 
 
 @click.command()
