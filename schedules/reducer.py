@@ -14,6 +14,10 @@ from schedules.loops import Extent, index, load, local, loop, quotient, remainde
 from schedules.stages import Stage, loads_of, replace_loads, sequence, substitute
 
 NARROW_FLOATS = ("float16", "bfloat16")
+# How many times as many lanes as a vector statement has are added up side by side: a sum waits for the one before it.
+REGISTERS = 4
+# Requests for lines that belong to a vector of a walk, from its first position and width.
+Requests = Callable[[Expr, int], list[Stmt]]
 # Elements of 32 bits within which every instruction set shuffles cheaply.
 SEGMENT = 4
 
@@ -103,7 +107,7 @@ def term_at(stage: Stage, reducer: Reducer, point: Mapping[Var, Expr]) -> Expr:
     return widen(term) if accumulator_dtype(stage) != str(stage.output.dtype) else term
 
 
-def lanes_for(extent: Extent, lanes: int, most: int = 4) -> int:
+def lanes_for(extent: Extent, lanes: int, most: int = REGISTERS) -> int:
     """Return how many lanes accumulate side by side: 1, 2 or 4 registers up to `most`, no more than the axis has."""
     if not isinstance(extent, int):
         return lanes
@@ -205,17 +209,27 @@ def _walks(extent: Extent, lanes: int, most: int) -> list[_Walk]:
 
 @dataclass(frozen=True, eq=False)
 class Beside:
-    """A reduction that shares the walk of another one: `at` gives its axes' values at a position of the walk."""
+    """A reduction that shares the walk of another one: `at` gives its axes' values at a position of the walk.
+
+    `before` is done at each point before its term is read.
+    """
 
     stage: Stage
     reducer: Reducer
     at: Callable[[Expr], Mapping[Var, Expr]]
     finish: Callable[[Expr], Stmt]
+    before: Callable[[Mapping[Var, Expr]], Stmt] | None = None
 
     @property
     def identity(self) -> Expr:
         """What leaves a total as it is, of the type that accumulates."""
         return self.reducer.identity.astype(accumulator_dtype(self.stage))
+
+    def ahead(self, width: int, point: Callable[[Expr], Mapping[Var, Expr]]) -> Stmt:
+        """Return what is done before the terms at `point` of each lane."""
+        before = self.before
+        assert before is not None
+        return vector(width, lambda lane: before(point(lane)))
 
     def step(self, walk: _Walk, buffer: Var, point: Callable[[Expr], Mapping[Var, Expr]]) -> Stmt:
         """Return the step that combines the terms at `point` of each lane with a buffer of totals."""
@@ -239,15 +253,18 @@ def reduce_contiguous(
     finish: Callable[[Expr], Stmt],
     before: Callable[[Mapping[Var, Expr]], Stmt] | None = None,
     beside: Beside | None = None,
+    ahead: Requests | None = None,
+    registers: int = REGISTERS,
 ) -> Stmt:
     """Return code that reduces one element in lanes along a contiguous axis of `extent`.
 
     `outer(body)` wraps `body` in the loops of the other reduction axes and hands it their values; `at(i)` gives the
     contiguous axis's; `finish(total)` stores the result; `before` is done at each point before its term is read. The
-    axis is walked by several registers at once (by `lanes` where there is `before`, which needs registers of its own).
-    `beside` is another reduction of the same extent, where there are no other axes.
+    axis is walked by so many `registers` of `lanes` at once (by one where there is `before`, which needs its own ones).
+    `beside` is another reduction of the same extent, where there are no other axes; `ahead` has requests for lines that
+    are done on the way.
     """
-    own = [Beside(stage, reducer, at, finish), *([beside] if beside is not None else [])]
+    own = [Beside(stage, reducer, at, finish, before), *([beside] if beside is not None else [])]
     buffers: list[Var] = []
     initialize, accumulate_all = [], []
     totals: list[Expr] = []
@@ -259,10 +276,12 @@ def reduce_contiguous(
         def point(each: Beside) -> Callable[[Expr], Mapping[Var, Expr]]:
             return lambda lane: {**values, **each.at(position + lane)}
 
-        ahead = [] if before is None else [vector(walk.width, lambda lane, b=before: b(point(own[0])(lane)))]
-        return sequence([*ahead, *(each.step(walk, total, point(each)) for each, total in zip(own, sums, strict=True))])
+        first = [] if ahead is None else ahead(position, walk.width)
+        first += [each.ahead(walk.width, point(each)) for each in own if each.before is not None]
+        return sequence([*first, *(each.step(walk, total, point(each)) for each, total in zip(own, sums, strict=True))])
 
-    for number, walk in enumerate(_walks(extent, lanes, 4 if before is None else 1)):
+    most = 1 if any(each.before is not None for each in own) else registers
+    for number, walk in enumerate(_walks(extent, lanes, most)):
         sums = [local([walk.width], accumulator_dtype(each.stage), f"lanes{number}") for each in own]
         for each, buffer in zip(own, sums, strict=True):
             initialize.append(vector(walk.width, lambda lane, b=buffer, i=each.identity: store(b, i, [lane])))

@@ -14,7 +14,16 @@ from schedules.elementwise import overlapping_tiles
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
 from schedules.loops import load, local, nest, parallel, product, store, unflatten, vector, with_local
 from schedules.matmul import follows_as_stage, split_epilogue, step, walks_in_lanes
-from schedules.reducer import Beside, Reducer, accumulate, accumulator_dtype, reduce_contiguous, reducer_of
+from schedules.reducer import (
+    REGISTERS,
+    Beside,
+    Reducer,
+    Requests,
+    accumulate,
+    accumulator_dtype,
+    reduce_contiguous,
+    reducer_of,
+)
 from schedules.reduction_structure import ReductionAnalysis
 from schedules.stages import Stage, substitute
 from targets.base import Target
@@ -114,11 +123,14 @@ def reduce_element(
     finish: Callable[[Expr], Stmt],
     before: Callable[[Mapping[Var, Expr]], Stmt] | None = None,
     beside: Beside | None = None,
+    ahead: Requests | None = None,
+    registers: int = REGISTERS,
 ) -> Stmt:
     """Return code that computes one element of a reduction at `point` of its spatial axes.
 
     `before` is done at each point ahead of its term, where the reduction runs in lanes (`along`), and `beside` is
-    another reduction in the same walk, where it has no other axes.
+    another reduction in the same walk, where it has no other axes, and `ahead` requests for lines on the way; so many
+    `registers` of lanes are walked at once.
     """
     if along is None or reducer is None:
         return _serial_element(stage, reduction, point, finish)
@@ -133,7 +145,9 @@ def reduce_element(
 
         return nest([group.extent for group in others], inside)
 
-    return reduce_contiguous(stage, reducer, along.extent, lanes, outer, along.point, finish, before, beside)
+    return reduce_contiguous(
+        stage, reducer, along.extent, lanes, outer, along.point, finish, before, beside, ahead, registers
+    )
 
 
 def _serial_element(

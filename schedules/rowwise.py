@@ -8,16 +8,15 @@ exponentials.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import tvm_ffi
 from tvm import tirx
-from tvm.ir import Expr, TensorLoad, Var
+from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import AxisGroup, as_int, branches_on, group_axes, same_extent
-from schedules.elementwise import overlapping_vectors
+from schedules.access import as_int, same_extent
 from schedules.family import Choice, Kernel, Parameters, Space, parallel_if_large, vector_width, work_of
 from schedules.loops import (
     Extent,
@@ -26,18 +25,17 @@ from schedules.loops import (
     load,
     local,
     loop,
-    nest,
     product,
     store,
+    tiles,
     unflatten,
     with_local,
 )
-from schedules.matmul import walks_in_lanes
-from schedules.reducer import Beside, reducer_of
-from schedules.reduction import reduce_columns, reduce_element
+from schedules.row_steps import Row, RowBuffer, RowCode, in_row, is_along_row
 from schedules.rows_ahead import lines_ahead
 from schedules.softmax import simplified
-from schedules.stages import Axis, Stage, as_extent, bind, replace_loads, sequence
+from schedules.stages import Axis, Stage, as_extent, bind, sequence
+from schedules.streaming import LAST_CACHE_BYTES
 from targets.base import Target
 
 TASKS_PER_CORE = 4
@@ -45,6 +43,8 @@ SYMBOLIC_ROWS_PER_TASK = 4
 # The work of a row that takes as long as the division that finds its place, and what a row may grow to.
 SHORT_ROW = 64
 LONGEST_ROW = 8192
+# The rows whose steps take turns, so that one computes while another waits for the last lanes of its sums.
+ROWS_TOGETHER = 2
 # The rows of a task from which on one more first step, that of its last row's next, does not count.
 FEWEST_ROWS = 8
 
@@ -59,7 +59,7 @@ class RowwiseAnalysis:
 
 
 # A stage of a row, and one that is computed in its walk.
-_RowStep = tuple[Stage | None, Stage]
+RowStep = tuple[Stage | None, Stage]
 
 
 class Rowwise:
@@ -115,31 +115,40 @@ def in_tasks(count: Extent, work: Extent, target: Target, rows: Callable[[Expr, 
 def consecutive_rows(analysis: RowwiseAnalysis, start: Expr, extent: Extent, vectors: int, target: Target) -> Stmt:
     """Return code for rows [start, start + extent) of the flattened leading axes; a statement spans `vectors`."""
     extents = row_extents(analysis)
-    buffers = [_RowBuffer.of(buffer, analysis.leading) for buffer in analysis.private]
     lanes = max(vector_width(target, stage) for stage in analysis.stages) * vectors
     leading, steps = analysis.leading, _in_one_walk(analysis.stages, analysis.leading)
     count = product(extents)
     rows = extent if isinstance(extent, int) else _rows_per_task(count, target)
     if isinstance(count, int) and rows >= FEWEST_ROWS and _shares_walks(steps, leading):
-        return _first_steps_early(steps, leading, buffers, start, extent, extents, lanes)
+        return _first_steps_early(steps, RowCode(leading, lanes), analysis.private, start, extent, extents)
+    together = ROWS_TOGETHER if rows >= ROWS_TOGETHER and _waits_for_folds(analysis, target) else 1
+    own = [[RowBuffer.of(buffer, leading) for buffer in analysis.private] for _ in range(together)]
+    code = RowCode(leading, lanes, together)
+    walks = [number for number, (_, stage) in enumerate(steps) if number and _walks_along_row(stage, leading)]
 
-    def row(number: Expr) -> Stmt:
-        position = unflatten(number, extents)
-        first, *others = [_step(stage, leading, buffers, position, lanes, before) for before, stage in steps]
-        asked = lines_ahead(analysis.stages, leading, unflatten(number + 1, extents), target)
-        return sequence([first, *asked, *others])
+    def side_by_side(first: Expr, size: int) -> Stmt:
+        at = [Row(unflatten(first + row, extents), own[row]) for row in range(size)]
+        following = [unflatten(first + row, extents) for row in range(size, 2 * size)]
+        ahead = lines_ahead(analysis.stages, leading, following, target)
+        return sequence(
+            [
+                code.step(stage, at, before, ahead=ahead if number in walks[:1] else None)
+                for number, (before, stage) in enumerate(steps)
+            ]
+        )
 
-    return with_local([each.local for each in buffers], [loop(extent, lambda i: row(start + i))])
+    sizes = [together, 1] if together > 1 else [1]
+    groups = tiles(extent, sizes, lambda offset, size: side_by_side(start + offset, size))
+    return with_local([each.local for row in own for each in row], [groups])
 
 
 def _first_steps_early(
-    steps: Sequence[_RowStep],
-    leading: int,
-    buffers: Sequence[_RowBuffer],
+    steps: Sequence[RowStep],
+    code: RowCode,
+    private: Sequence[Var],
     start: Expr,
     extent: Extent,
     extents: Sequence[Extent],
-    lanes: int,
 ) -> Stmt:
     """Return code for rows of which each takes the first step of the next along, in the walk of its second one.
 
@@ -147,29 +156,21 @@ def _first_steps_early(
     last row of all its first step is done again.
     """
     (_, first), second, *others = steps
+    buffers = [RowBuffer.of(buffer, code.leading) for buffer in private]
     last = index(product(extents)) - 1
-    result = _in_row(first, buffers).output
+    result = in_row(first, buffers).output
     coming = local([1], str(result.dtype), "coming")
 
     def row(number: Expr) -> Stmt:
-        position, following = (unflatten(each, extents) for each in (number, tirx.min(number + 1, last)))
-        beside = _beside(first, leading, buffers, following, coming)
-        walk = _step(second[1], leading, buffers, position, lanes, second[0], beside)
-        rest = [_step(stage, leading, buffers, position, lanes, before) for before, stage in others]
+        own, following = (Row(unflatten(each, extents), buffers) for each in (number, tirx.min(number + 1, last)))
+        beside = code.beside(first, following, lambda total: store(coming, total, [index(0)]))
+        walk = code.step(second[1], [own], second[0], beside)
+        rest = [code.step(stage, [own], before) for before, stage in others]
         return sequence([walk, *rest, store(result, load(coming, [index(0)]), [index(0)])])
 
-    opening = _step(first, leading, buffers, unflatten(start, extents), lanes)
+    opening = code.step(first, [Row(unflatten(start, extents), buffers)])
     own = [*(each.local for each in buffers), coming]
     return with_local(own, [opening, loop(extent, lambda i: row(start + i))])
-
-
-def _beside(stage: Stage, leading: int, buffers: Sequence[_RowBuffer], position: Sequence[Expr], result: Var) -> Beside:
-    """Return a reduction along the row at `position`, to be done in the walk of another one, and stored to `result`."""
-    point = bind(stage.indices[:leading], position)
-    row, axis = _in_row(stage, buffers), stage.reduction[0].variable
-    reducer = reducer_of(row)
-    assert reducer is not None
-    return Beside(row, reducer, lambda i: {**point, axis: i}, lambda total: store(result, total, [index(0)]))
 
 
 def _most_work(stages: Sequence[Stage]) -> Extent:
@@ -177,6 +178,22 @@ def _most_work(stages: Sequence[Stage]) -> Extent:
     amounts = [work_of(stage) for stage in stages]
     constant = [amount for amount in amounts if isinstance(amount, int)]
     return max(constant) if len(constant) == len(amounts) else next(a for a in amounts if not isinstance(a, int))
+
+
+def _waits_for_folds(analysis: RowwiseAnalysis, target: Target) -> bool:
+    """Return whether steps wait for the last lanes of a sum along the row, and the caches have room for several rows.
+
+    Arrays beyond the last cache are waited for in any case, and come faster one row after the other.
+    """
+    stages, leading = analysis.stages, analysis.leading
+    if not any(is_along_row(stage, leading) for stage in stages):
+        return False
+    widest = max(read.source.dtype.bits // 8 for stage in stages for read in stage.loads())
+    row = max(_row_work(stage, leading) for stage in stages) * widest
+    rows = product(row_extents(analysis))
+    if isinstance(rows, int) and rows * row >= LAST_CACHE_BYTES:
+        return False
+    return ROWS_TOGETHER * row <= target.caches.level1 // 2  # as much again is written, or kept between steps
 
 
 def _long_rows(stages: Sequence[Stage], leading: int) -> int:
@@ -202,23 +219,6 @@ def _rows_per_task(count: Extent, target: Target) -> int:
     if not isinstance(count, int):
         return SYMBOLIC_ROWS_PER_TASK
     return max(1, count // (TASKS_PER_CORE * target.cores))
-
-
-@dataclass(frozen=True, eq=False)
-class _RowBuffer:
-    """The one-row stand-in of an intermediate buffer."""
-
-    buffer: Var
-    local: Var
-    leading: int
-
-    @staticmethod
-    def of(buffer: Var, leading: int) -> _RowBuffer:
-        shape = [_extent(extent) for extent in buffer.shape[leading:]] or [1]
-        return _RowBuffer(buffer, local(shape, str(buffer.dtype), f"{buffer.name}_row"), leading)
-
-    def at(self, indices: Sequence[Expr]) -> list[Expr]:
-        return list(indices[self.leading :]) or [index(0)]
 
 
 def _extent(expression: Expr) -> Extent:
@@ -248,9 +248,9 @@ def _common_prefix(left: Sequence[Expr], right: Sequence[Expr], most: int) -> in
     return count
 
 
-def _in_one_walk(stages: Sequence[Stage], leading: int) -> list[_RowStep]:
+def _in_one_walk(stages: Sequence[Stage], leading: int) -> list[RowStep]:
     """Return the stages, each reduction with the one before it where both can walk along the row together."""
-    steps: list[_RowStep] = []
+    steps: list[RowStep] = []
     for stage in stages:
         before = steps[-1] if steps else None
         if before is not None and before[0] is None and _walks_with(before[1], stage, leading):
@@ -262,7 +262,7 @@ def _in_one_walk(stages: Sequence[Stage], leading: int) -> list[_RowStep]:
 
 def _walks_with(first: Stage, stage: Stage, leading: int) -> bool:
     """Return whether a reduction along the row's only axis reads `first` at its own position alone."""
-    if first.is_reduction or not _is_along_row(stage, leading):
+    if first.is_reduction or not is_along_row(stage, leading):
         return False
     inner = first.indices[leading:]
     axis = stage.reduction[0]
@@ -272,115 +272,21 @@ def _walks_with(first: Stage, stage: Stage, leading: int) -> bool:
     return bool(reads) and all(read.indices[-1].same_as(axis.variable) for read in reads)
 
 
-def _is_along_row(stage: Stage, leading: int) -> bool:
-    """Return whether a stage reduces a row's only axis to one element, in lanes."""
-    if len(stage.reduction) != 1 or len(stage.output.shape) > leading or reducer_of(stage) is None:
-        return False
-    return walks_in_lanes(stage, group_axes(stage.reduction, [stage])[-1])
-
-
-def _shares_walks(steps: Sequence[_RowStep], leading: int) -> bool:
+def _shares_walks(steps: Sequence[RowStep], leading: int) -> bool:
     """Return whether the second step can take the next row's first one along: both reduce, and it computes enough."""
     if len(steps) < 2:
         return False
     (before, first), (computed, second) = steps[:2]
-    if before is not None or computed is None or not _is_along_row(first, leading):
+    if before is not None or computed is None or not is_along_row(first, leading):
         return False
     return _same(first.reduction[0], second.reduction[0])
+
+
+def _walks_along_row(stage: Stage, leading: int) -> bool:
+    """Return whether a stage goes through all positions of a row."""
+    return is_along_row(stage, leading) or (not stage.is_reduction and len(stage.output.shape) > leading)
 
 
 def _same(left: Axis, right: Axis) -> bool:
     """Return whether two axes have the same extent."""
     return same_extent(index(left.extent), right.extent)
-
-
-def _step(
-    stage: Stage,
-    leading: int,
-    rows: Sequence[_RowBuffer],
-    position: Sequence[Expr],
-    lanes: int,
-    first: Stage | None = None,
-    beside: Beside | None = None,
-) -> Stmt:
-    """Return one stage's code for the row at `position`; `first` and `beside` are computed on the way."""
-    point = bind(stage.indices[:leading], position)
-    inner = [axis for axis in stage.spatial if axis.variable not in point]
-    stage = _in_row(stage, rows)
-    if not stage.is_reduction:
-        return _map(stage, group_axes(inner, [stage]), point, lanes)
-    if first is None:
-        return _reduce(stage, inner, point, lanes)
-    own = bind(first.indices[:leading], position)
-    walked = first.indices[leading]
-    row = _in_row(first, rows)
-
-    def before(values: Mapping[Var, Expr]) -> Stmt:
-        indices, value = row.at({**own, walked: values[stage.reduction[0].variable]})
-        return store(row.output, value, indices)
-
-    return _reduce(stage, inner, point, lanes, before, beside)
-
-
-def _in_row(stage: Stage, rows: Sequence[_RowBuffer]) -> Stage:
-    """Return `stage` with private buffers replaced by their one-row stand-ins."""
-
-    def stand_in(buffer: Var) -> _RowBuffer | None:
-        return next((row for row in rows if row.buffer.same_as(buffer)), None)
-
-    def rewrite(read: TensorLoad) -> Expr | None:
-        row = stand_in(read.source)
-        return None if row is None else load(row.local, row.at(read.indices))
-
-    own = stand_in(stage.output)
-    value = replace_loads(stage.value, rewrite)
-    if own is None:
-        return replace(stage, value=value)
-    return replace(stage, output=own.local, indices=tuple(own.at(stage.indices)), value=value)
-
-
-def _map(stage: Stage, groups: Sequence[AxisGroup], point: Mapping[Var, Expr], lanes: int) -> Stmt:
-    def element(positions: Sequence[Expr]) -> Stmt:
-        values = dict(point)
-        for group, position in zip(groups, positions, strict=True):
-            values.update(group.point(position))
-        indices, value = stage.at(values)
-        return store(stage.output, value, indices)
-
-    if not groups:
-        return element([])
-    last = groups[-1]
-
-    def row(outer: list[Expr]) -> Stmt:
-        if branches_on(stage.value, last.inner):
-            return loop(last.extent, lambda i: element([*outer, i]))
-        return overlapping_vectors(last.extent, lanes, lambda i: element([*outer, i]))
-
-    return nest([group.extent for group in groups[:-1]], row)
-
-
-def _reduce(
-    stage: Stage,
-    inner: Sequence[Axis],
-    point: Mapping[Var, Expr],
-    lanes: int,
-    before: Callable[[Mapping[Var, Expr]], Stmt] | None = None,
-    beside: Beside | None = None,
-) -> Stmt:
-    reduction = tuple(group_axes(stage.reduction, [stage]))
-    reducer = reducer_of(stage)
-    along = reduction[-1] if reducer is not None and walks_in_lanes(stage, reduction[-1]) else None
-    columns = group_axes(inner, [stage])
-    if along is None and reducer is not None and columns and walks_in_lanes(stage, columns[-1]):
-        return reduce_columns(stage, reduction, columns, point, lanes)
-
-    def one(positions: Sequence[Expr]) -> Stmt:
-        values = {**point, **{axis.variable: p for axis, p in zip(inner, positions, strict=True)}}
-        indices, _ = stage.at(values)
-
-        def finish(total: Expr) -> Stmt:
-            return store(stage.output, total, indices)
-
-        return reduce_element(stage, reduction, reducer, along, lanes, values, finish, before, beside)
-
-    return nest([axis.extent for axis in inner], one)

@@ -158,6 +158,26 @@ def test_layer_norm_of_rows_that_follow_each_other_in_a_task(rows: int, width: i
     assert families == {"rowwise"}
 
 
+@pytest.mark.parametrize(
+    ("rows", "width", "dtype"), [(96, 131, "float32"), (33, 48, "float16"), (96, 37, "bfloat16"), (7, 64, "float32")]
+)
+def test_a_norm_does_not_depend_on_where_a_row_stands(rows: int, width: int, dtype: str) -> None:
+    row, residual = normal(width).astype(dtype), normal(width, seed=1).astype(dtype)
+    ones = np.ones(width, "float32")
+
+    def norm(x: relax.Expr, r: relax.Expr, g: relax.Expr) -> relax.Expr:
+        return op.astype(op.nn.layer_norm(op.astype(op.add(x, r), "float32"), g, g, axes=[-1]), dtype)
+
+    repeated = [np.tile(each, (rows, 1)) for each in (row, residual)]
+    got, families = run(norm, [*repeated, ones], [("rows", width), ("rows", width), (width,)] if rows < 8 else None)
+    wide = (row + residual).astype("float64")
+    want = (wide - wide.mean()) / np.sqrt(wide.var() + 1e-5) + 1
+    tolerance = 8 * {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
+    np.testing.assert_allclose(got[0].astype("float64"), want, rtol=tolerance, atol=tolerance)
+    np.testing.assert_array_equal(got, np.tile(got[0], (rows, 1)))
+    assert "rowwise" in families
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_rms_norm(dtype: str) -> None:
     x, scale = normal(3, 5, 72, dtype=dtype), normal(72, dtype=dtype, seed=1)
