@@ -18,7 +18,7 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, AxisGroup, Step, as_int, branches_on, group_axes
 from schedules.division import TASKS_PER_CORE, Division
-from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
+from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
 from schedules.loops import (
     index,
     load,
@@ -41,8 +41,6 @@ from targets.base import Target
 
 # Below this a tile is too narrow for its detour through memory to pay.
 SHORTEST_AXIS = 4
-# The elements that tiles are turned in registers of: shuffles of bytes and halves take more rounds than they save.
-REGISTER_BITS = 32
 # How many tiles ahead lines are asked for: rows are too far apart for the hardware to see what comes next.
 TILES_AHEAD = 4
 SECOND_LEVEL = 2
@@ -89,8 +87,9 @@ class Transpose:
 
     def space(self, target: Target, analysis: TransposeAnalysis) -> Space:
         """Return the side of a tile, and how many of them side by side one task reads on its way along the output."""
-        lanes = vector_width(target, analysis.stage)
-        return (Choice("side", lanes, (lanes // 2, lanes, 2 * lanes)), Choice("tiles", 2, (1, 2, 4, 8)))
+        side = _side(analysis.turned, target)
+        tiles = 2 if _fills_registers(analysis.turned, side, target) else 1
+        return (Choice("side", side, (side // 2, side, 2 * side)), Choice("tiles", tiles, (1, 2, 4, 8)))
 
     def apply(self, analysis: TransposeAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the loop nest."""
@@ -206,9 +205,9 @@ def _tile(
     stage = analysis.stage
     buffers = [local([columns * rows], str(read.source.dtype), "turned") for read in analysis.turned]
 
-    lanes = target.vector_lanes(REGISTER_BITS)
     is_square = rows == columns
-    in_registers = all(_is_registers(buffer, rows, columns, lanes) for buffer in buffers)
+    is_shuffled = not any(str(buffer.dtype) == "bool" for buffer in buffers)
+    in_registers = is_shuffled and _is_registers(rows, columns, _side(analysis.turned, target))
 
     def at(r: Expr, c: Expr) -> dict[Var, Expr]:
         return {**point, **analysis.across.point(across[0] + r), **analysis.along.point(along[0] + c)}
@@ -228,7 +227,8 @@ def _tile(
     each_row = unrolled if in_registers else loop
     turned = [turn_rows(each, rows) if is_square else turn_short_rows(each, rows, columns) for each in buffers]
     turns = [turn for each in turned for turn in each] if in_registers else []
-    is_far = in_registers and is_square  # what short rows read lies together, and requests for it are of no use
+    # What short rows read lies together, and parts of lines come with the parts before them.
+    is_far = in_registers and is_square and _fills_registers(analysis.turned, rows, target)
     ahead = _ahead(analysis, lambda r, c: at(r, c + TILES_AHEAD * columns), rows, target) if is_far else []
     written = each_row(rows, lambda r: vector(columns, lambda c: element(r, c)))
     return with_local(buffers, [*copies, *ahead, *turns, written])
@@ -256,10 +256,21 @@ def _ahead(
     return [*reads, unrolled(side, lambda r: line(own, at(r, zero)))]
 
 
-def _is_registers(buffer: Var, rows: int, columns: int, lanes: int) -> bool:
-    """Return whether the `columns` elements of each of `rows` rows of a tile are a vector that can be shuffled."""
+def _side(reads: Sequence[TensorLoad], target: Target) -> int:
+    """Return the side of the tiles of elements, as wide as the widest one, that are turned in registers."""
+    lanes = target.vector_lanes(max(read.source.dtype.bits for read in reads))
+    return min(lanes, target.vector_registers // 2)  # one for each row, and as many for what is on its way
+
+
+def _fills_registers(reads: Sequence[TensorLoad], side: int, target: Target) -> bool:
+    """Return whether a tile's rows are whole registers: narrower ones are parts of a line."""
+    return all(read.source.dtype.bits * side >= target.vector_bits for read in reads)
+
+
+def _is_registers(rows: int, columns: int, side: int) -> bool:
+    """Return whether the `columns` elements of each of `rows` rows of a tile are vectors that can be shuffled."""
     powers = all(each & (each - 1) == 0 for each in (rows, columns))
-    return rows <= columns == lanes and powers and buffer.dtype.bits == REGISTER_BITS
+    return rows <= columns == side and powers
 
 
 def _reading(value: Expr, reads: Sequence[TensorLoad], buffers: Sequence[Var], position: Expr) -> Expr:

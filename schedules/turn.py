@@ -10,6 +10,9 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.loops import index, load, local, store, unrolled, vector, with_local
 
+# Within so many bits every instruction set interleaves two vectors by one instruction.
+INTERLEAVED_BITS = 128
+
 
 def turned(
     side: int, dtype: str, element: Callable[[Expr, Expr], Expr], write: Callable[[Expr, Expr, Expr], Stmt]
@@ -31,7 +34,30 @@ def turned(
 
 
 def turn_rows(buffer: Var, side: int) -> list[Stmt]:
-    """Return the transposition of `side` vectors in log2(side) rounds, each of which swaps blocks of half the size.
+    """Return the transposition of `side` vectors in log2(side) rounds of as many shuffles as there are vectors."""
+    return _interleave(buffer, side) if side * buffer.dtype.bits <= INTERLEAVED_BITS else _swap_blocks(buffer, side)
+
+
+def _interleave(buffer: Var, side: int) -> list[Stmt]:
+    """Return rounds, each of which interleaves the lanes of rows i and i + side / 2 to rows 2i and 2i + 1.
+
+    It rotates the bits of every element's position by one, after log2(side) rounds from [row, lane] to [lane, row].
+    """
+    statements: list[Stmt] = []
+    half = side // 2
+    for _ in range(side.bit_length() - 1):
+        vectors = [Var(f"row{row}", f"{buffer.dtype}x{side}") for row in range(side)]
+        statements += [tirx.Bind(each, load(buffer, [_row(row, side)])) for row, each in enumerate(vectors)]
+        for row in range(side):
+            lanes = [lane + source * side for lane in range(row % 2 * half, (row % 2 + 1) * half) for source in (0, 1)]
+            pair = [vectors[row // 2], vectors[row // 2 + half]]
+            turned = tirx.Shuffle(pair, [tirx.IntImm("int32", lane) for lane in lanes])
+            statements.append(store(buffer, turned, [_row(row, side)]))
+    return statements
+
+
+def _swap_blocks(buffer: Var, side: int) -> list[Stmt]:
+    """Return rounds, each of which swaps blocks of half the size.
 
     A round at distance d exchanges, in every pair of rows i and i + d, the lanes d.. of the one with the lanes 0.. of
     the other, in every 2d lanes (Eklundh, A Fast Computer Method for Matrix Transposing, 1972).

@@ -80,6 +80,11 @@ class Target:
         return max(1, self.vector_bits // bits)
 
     @property
+    def vector_registers(self) -> int:
+        """Return how many vector registers there are: x86 has 16 of 256 bits, and 32 of 512; Arm has 32."""
+        return 16 if self.architecture == "x86_64" and self.vector_bits < 512 else 32
+
+    @property
     def linker_triple(self) -> str:
         """The triple, with the C library's version, that the linker is asked for."""
         return f"{self.architecture}-linux-gnu.{GLIBC_FLOOR}"

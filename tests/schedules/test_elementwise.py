@@ -45,9 +45,13 @@ def test_transposition(shape: tuple[int, ...], axes: list[int]) -> None:
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
-@given(rows=st.integers(16, 7000), columns=st.sampled_from([4, 5, 8, 16]))
-def test_transposition_to_few_long_rows(rows: int, columns: int) -> None:
-    x = normal(rows, columns)
+@given(
+    rows=st.integers(16, 7000),
+    columns=st.sampled_from([4, 5, 8, 16]),
+    dtype=st.sampled_from(["float32", "float16", "uint8", "int64"]),
+)
+def test_transposition_to_few_long_rows(rows: int, columns: int, dtype: str) -> None:
+    x = integers(rows, columns, dtype=dtype)
     got, families = run(lambda x: op.permute_dims(x, [1, 0]), [x])
     np.testing.assert_array_equal(got, x.T)
     assert families == {"transpose"}
@@ -58,6 +62,12 @@ def test_transposition_of_whole_and_cut_tiles(dtype: str) -> None:
     x = integers(3, 80, 49, dtype=dtype)
     got, _ = run(lambda x: op.add(op.permute_dims(x, [0, 2, 1]), relax.const(1, dtype)), [x])
     np.testing.assert_array_equal(got, x.transpose(0, 2, 1) + np.ones((), dtype))
+
+
+def test_transposition_of_truth_values() -> None:
+    x = integers(40, 33, dtype="bool")
+    got, _ = run(lambda x: op.permute_dims(x, [1, 0]), [x])
+    np.testing.assert_array_equal(got, x.T)
 
 
 @pytest.mark.parametrize(("channels", "size"), [(48, (28, 28)), (48, (5, 7)), (16, (9, 9)), (40, (13, 16))])
