@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.frontend.comparison import assert_close, assert_same, node_model, ours
+from tests.frontend.comparison import assert_close, assert_same, node_model, ours, theirs
 
 
 def numbers(*shape: int) -> np.ndarray:
@@ -69,6 +69,13 @@ def test_sampling_far_outside_of_a_symbolic_image(mode: str, padding: str):
             align_corners=aligned,
             tolerance=16,
         )
+
+
+def test_as_many_grids_as_maps_whatever_the_given_size_says():
+    maps = numbers(2, 2, 3)
+    model = node_model("AffineGrid", {"t": maps, "s": np.zeros(4, np.int64)}, ["y"], domain="", shapes={})
+    given = ours(model)({"t": maps, "s": np.array([3, 1, 2, 5], np.int64)})["y"]
+    assert_close({"y": given}, theirs(model)({"t": maps, "s": np.array([2, 1, 2, 5], np.int64)}))
 
 
 @pytest.mark.parametrize("inverse", [0, 1])

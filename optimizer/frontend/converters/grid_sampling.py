@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Sequence
 
 from tvm import te, tirx
 
 from optimizer.frontend.accumulation import accumulation_dtype, cast
-from optimizer.frontend.dimensions import as_expression
+from optimizer.frontend.dimensions import as_expression, product
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
 
@@ -38,8 +39,8 @@ def affine_grid(node: Node) -> Result:
                 total = total + maps(batch, row, column) * coordinate(place, as_expression(length))
             return total
 
-        shape = [as_expression(length) for length in (size[0], *spatial, rank)]
-        return te.compute(shape, element, name="affine_grid")
+        # As many as there are maps: `size` may be an input, and say more.
+        return te.compute((maps.shape[0], *map(as_expression, spatial), rank), element, name="affine_grid")
 
     return cast(node.compute(grid, node.cast(theta, dtype).expr).expr, dtype, theta.dtype)
 
@@ -53,32 +54,57 @@ def grid_sample(node: Node) -> Result:
     mode, padding = names.get(mode, mode), node.string("padding_mode", "zeros")
     if mode not in _TAPS or padding not in ("zeros", "border", "reflection"):
         raise node.unsupported(f"mode '{mode}' with padding '{padding}'")
-    aligned = bool(node.integer("align_corners", 0))
-    rank = data.rank - 2
     dtype = accumulation_dtype(data.dtype)
-    operands = [node.cast(value, dtype).expr for value in (data, grid)]
+    aligned = bool(node.integer("align_corners", 0))
 
-    def sample(image: te.Tensor, places: te.Tensor) -> te.Tensor:
-        axes = [
-            _axis_taps(places, rank - 1 - axis, _Border(image.shape[2 + axis], padding, dtype, aligned=aligned), mode)
-            for axis in range(rank)
-        ]
-        count = len(_TAPS[mode](tirx.const(0, dtype), dtype))
+    def taps(places: te.Tensor, lengths: Sequence[tirx.Expr]) -> list[te.Tensor]:
+        borders = [_Border(length, padding, dtype, aligned=aligned) for length in lengths]
+        return _plane_taps(places, borders, lengths, mode)
+
+    def sample(planes: te.Tensor, pixels: te.Tensor, weights: te.Tensor) -> te.Tensor:
+        zero, first = tirx.const(0, dtype), tirx.const(0, "int64")
+        count = len(_TAPS[mode](zero, dtype)) ** (data.rank - 2)
 
         def element(batch: tirx.Expr, channel: tirx.Expr, *output: tirx.Expr) -> tirx.Expr:
-            total: tirx.Expr = tirx.const(0, dtype)
-            for taps in itertools.product(range(count), repeat=rank):
-                pixel = [index(batch, *output, tap) for (index, _), tap in zip(axes, taps, strict=True)]
-                value = image(batch, channel, *pixel)
-                for (_, weight), tap in zip(axes, taps, strict=True):
-                    value = value * weight(batch, *output, tap)
-                inside = tirx.all(*[index >= 0 for index in pixel])
-                total = total + tirx.if_then_else(inside, value, tirx.const(0, dtype))
+            total: tirx.Expr = zero
+            for tap in range(count):
+                pixel = pixels(batch, tap, *output)
+                value = tirx.Select(pixel >= 0, planes(batch, channel, tirx.max(pixel, first)), zero)
+                total = total + value * weights(batch, tap, *output)
             return total
 
-        return te.compute((*image.shape[:2], *places.shape[1:-1]), element, name="grid_sample")
+        return te.compute((*planes.shape[:2], *pixels.shape[2:]), element, name="grid_sample")
 
-    return cast(node.compute(sample, *operands).expr, dtype, data.dtype)
+    # Kernels of their own: what all channels share is computed once.
+    lengths = [as_expression(length) for length in data.shape[2:]]
+    call = node.graph.builder.call_te(taps, node.cast(grid, dtype).expr, lengths, primfunc_name_hint="grid_taps")
+    pixels, weights = node.emit_tuple(call)
+    planes = node.reshape(node.cast(data, dtype), (*data.shape[:2], product(data.shape[2:])))
+    return cast(node.compute(sample, planes.expr, pixels.expr, weights.expr).expr, dtype, data.dtype)
+
+
+def _plane_taps(
+    places: te.Tensor, borders: Sequence[_Border], lengths: Sequence[tirx.Expr], mode: str
+) -> list[te.Tensor]:
+    """Return the pixel of each tap in its plane (-1 for none), and the tap's weight: both [N, taps, places...]."""
+    axes = [_axis_taps(places, len(borders) - 1 - axis, border, mode) for axis, border in enumerate(borders)]
+    count = len(_TAPS[mode](tirx.const(0, places.dtype), places.dtype))
+    shape = (places.shape[0], count ** len(axes), *places.shape[1:-1])
+
+    def of_axes(which: int, at: Sequence[tirx.Expr]) -> list[tirx.Expr]:
+        batch, tap, *output = at
+        numbers = [tap // count ** (len(axes) - 1 - axis) % count for axis in range(len(axes))]
+        return [axis[which](batch, *output, number) for axis, number in zip(axes, numbers, strict=True)]
+
+    def pixel(*at: tirx.Expr) -> tirx.Expr:
+        indices = of_axes(0, at)
+        flat = functools.reduce(lambda row, axis: row * axis[0] + axis[1], zip(lengths, indices, strict=True), 0)
+        return tirx.Select(tirx.all(*[index >= 0 for index in indices]), flat, tirx.const(-1, "int64"))
+
+    def weight(*at: tirx.Expr) -> tirx.Expr:
+        return functools.reduce(operator.mul, of_axes(1, at))
+
+    return [te.compute(shape, pixel, name="pixel"), te.compute(shape, weight, name="weight")]
 
 
 def _axis_taps(places: te.Tensor, column: int, border: _Border, mode: str) -> tuple[te.Tensor, te.Tensor]:
