@@ -92,6 +92,9 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, ModuleNotFoundError) and not _is_own(error.name or ""):
+            click.echo(f"error: the Python package '{error.name}' is not installed; `pip install .` does it", err=True)
+            sys.exit(OptimizerError.exit_code)
         reason = str(error).strip().splitlines()
         click.echo(
             f"internal error: {type(error).__name__}: {reason[0] if reason else ''}\n"
@@ -99,3 +102,7 @@ def main() -> None:
             err=True,
         )
         sys.exit(_INTERNAL_ERROR)
+
+
+def _is_own(module: str) -> bool:
+    return module.partition(".")[0] in ("optimizer", "passes", "schedules", "targets")

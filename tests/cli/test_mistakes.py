@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,13 @@ def test_truncated_file(optimizer: Callable, perceptron: Path, tmp_path: Path) -
     path = tmp_path / "cut.onnx"
     path.write_bytes(perceptron.read_bytes()[:-100])
     _fails(optimizer("compile", path), 3, "cut.onnx", "truncated")
+
+
+def test_missing_dependency(optimizer: Callable, perceptron: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optimizer.cli.compile", None)  # as if importing it had failed
+    assert optimizer("compile", perceptron).code == 70
+    monkeypatch.setattr("importlib.import_module", lambda _: __import__("surely_absent"))
+    _fails(optimizer("compile", perceptron), 1, "surely_absent", "pip install")
 
 
 def test_limits_on_rounding_that_nobody_asked_for(optimizer: Callable, perceptron: Path) -> None:
