@@ -70,6 +70,20 @@ def optimized_onnxruntime(model: onnx.ModelProto, path: Path | None) -> Referenc
     return _onnxruntime(model, path, optimized=True)
 
 
+def perturbed_onnxruntime(model: onnx.ModelProto, path: Path | None) -> Reference:
+    """Return onnxruntime with each number of fp32 that the model holds moved to the next larger one.
+
+    Raises ReferenceFailedError if it cannot load the model.
+    """
+    moved = onnx.ModelProto()
+    moved.CopyFrom(model)
+    for tensor in moved.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and tensor.data_location != onnx.TensorProto.EXTERNAL:
+            values = onnx.numpy_helper.to_array(tensor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.nextafter(values, np.float32(np.inf)), tensor.name))
+    return _onnxruntime(moved, path, is_as_stored=False)
+
+
 def _with_accuracy_level(model: onnx.ModelProto, level: int) -> onnx.ModelProto:
     """Return the model with an accuracy level for each MatMulNBits: itself where all have it."""
     if all(_accuracy_level(node) == level for node in model.graph.node if node.op_type == "MatMulNBits"):

@@ -10,11 +10,11 @@ numbers below the smallest normal one may be off by that number, since machines 
 Integers and booleans must be equal. Only a model that quantizes, and so rounds numbers that may lie on a tie, may be
 one step off in its 8-bit outputs, and has the unit roundoff of an 8-bit grid in its floating-point outputs. So has a
 model compiled to products of int8 activations with quantized weights. Where a quantized model of many layers amplifies
-changes of codes, onnxruntime with its graph optimizations differs from itself without them; outputs may then be as far
-off as that, up to four tolerances. Where a run reads keys and values from codes of b bits, its outputs have the unit
-roundoff of a b-bit grid. Operators that read images at computed positions (GridSample, Resize, RoiAlign) round these to
-u32 times the image's size L: a position takes about two roundings, and neighbours differ by twice the largest value at
-most, so that outputs may be off by 4 L u32 more.
+changes of codes, onnxruntime with its graph optimizations differs from itself without them, and from itself with the
+next numbers for all scales; outputs may then be as far off as that, up to four tolerances. Where a run reads keys and
+values from codes of b bits, its outputs have the unit roundoff of a b-bit grid. Operators that read images at computed
+positions (GridSample, Resize, RoiAlign) round these to u32 times the image's size L: a position takes about two
+roundings, and neighbours differ by twice the largest value at most, so that outputs may be off by 4 L u32 more.
 """
 
 from __future__ import annotations

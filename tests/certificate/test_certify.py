@@ -323,6 +323,15 @@ def test_an_output_may_be_as_far_off_as_the_reference_is_from_itself(error: floa
     assert tolerance <= found.tolerance <= MOST_LOOSENED * tolerance
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("onnxruntime"), reason="needs onnxruntime")
+def test_a_perturbed_reference_has_the_next_number_for_each_of_fp32() -> None:
+    model = linear()
+    inputs = {"x": np.eye(16, dtype=np.float32)}
+    (y, _) = references.perturbed_onnxruntime(model, None).run(inputs).values()
+    np.testing.assert_array_equal(y, np.nextafter(MATRIX, np.float32(np.inf)))
+    np.testing.assert_array_equal(numpy_helper.to_array(model.graph.initializer[0]), MATRIX)
+
+
 def test_a_reference_that_cannot_compute_in_integers_allows_nothing_more() -> None:
     comparison = compare("y", np.ones(1, np.float32), np.array([2], np.float32), 0.5)
     assert loosened([comparison], []) == (comparison,)
