@@ -90,6 +90,7 @@ class CompileOptions:
         can_fail = str(self.target.device == "cpu").lower()
         in_place = [f"rewrite-kv-cache{{dtype={self.kv_cache_dtype},can_fail={can_fail}}}", "leave-out-rows"]
         steps = in_place if self.kv_cache == "in-place" else []
+        steps.append("bound-dynamic-quantization")
         steps.append(f"recognize-integer-products{{target={self.target.name}}}")
         steps += [f"pack-quantized-weights{{target={self.target.name},activations={self.activations}}}", self.passes]
         if self.weights in WEIGHT_BITS:

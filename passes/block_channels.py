@@ -11,13 +11,14 @@ With `dtype` bfloat16 what a convolution reads is rounded to it, once, where it 
 widened again. Products of its channels with weights of bfloat16, transformed by Winograd's filtering or not, are of
 pairs of neighbouring channels. Fp32 remain the weights of depthwise convolutions, sums, what follows, transforms.
 
-Convolutions of bytes that are summed in int32 read fours of neighbouring channels (`passes.integer_convolutions`).
+Convolutions of bytes that are summed in int32 read fours of neighbouring channels (`passes.integer_convolutions`). The
+sum of all bytes of a window is one of a single channel, which all lanes hold: it broadcasts to any number of channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -124,10 +125,14 @@ class _Blocker(BlockedForms):
             self._borders[binding.var] = border
         if name == "relax.concat":
             return self._concatenation(call)
+        if name == "relax.multiply":
+            self._note_product(binding.var, call)
         if not any(self._is_blocked(argument) for argument in call.args):
             return None
         if name in ELEMENTWISE:
-            return self._elementwise(call)
+            return self._less_products(call) or self._elementwise(call)
+        if name == "relax.nn.pad":
+            return self._padding(call)
         if name in QUANTIZATIONS:
             return self._quantization(call)
         if name in POOLINGS:
@@ -154,6 +159,8 @@ class _Blocker(BlockedForms):
             require(several == 1, f"a depthwise convolution with {several} outputs a channel")
             depth, packed = block, blocked_operators.pack_depthwise(values, block)
         else:
+            if site.sums_windows:
+                values = np.repeat(values, block, axis=0)
             self._require_blocks(values, site.groups, is_blocked)
             depth = block if is_blocked or site.channels > block else site.channels
             packed = blocked_operators.pack_fours(values, block, depth)
@@ -167,9 +174,9 @@ class _Blocker(BlockedForms):
                 return blocked_operators.depthwise(x, w, geometry)
             return blocked_operators.dense(x, w, site.channels, site.groups, geometry)
 
-        return self._computed(call, compute, packed, data)
+        return replace(self._computed(call, compute, packed, data), spread=site.sums_windows)
 
-    def _bordered(self, data: relax.Expr, border: Geometry, value: int) -> relax.Var:
+    def _bordered(self, data: relax.Expr, border: Geometry, value: float) -> relax.Var:
         """Return a blocked image with a border of some value."""
         return self._emit(
             self.builder_.call_te(
@@ -280,11 +287,25 @@ class _Blocker(BlockedForms):
             return None
         return Blocked(self._emit(tvm.ir.Call(call.op, operands, call.attrs, call.ty_args)), shape)
 
+    def _padding(self, call: tvm.ir.Call) -> Blocked | None:
+        """Return an image padded with a constant."""
+        border = border_of(call)
+        if border is None:
+            return None
+        blocked, ones = self._blocked[call.args[0]], (1,) * len(border.pads_begin)
+        geometry = Geometry(ones, ones, border.pads_begin, border.pads_end)
+        return Blocked(self._bordered(self._read(blocked), geometry, border.value), tuple(call.ty.shape.values))
+
     def _quantization(self, call: tvm.ir.Call) -> Blocked | None:
         """Quantization by one scale treats all elements alike."""
-        parameters = [constant_of(parameter) for parameter in call.args[1:]]
-        scalars = [relax.const(each.reshape(())) for each in parameters if each is not None and each.size == 1]
-        if len(scalars) < len(parameters) or not self._is_blocked(call.args[0]):
+        scalars: list[relax.Expr] = []
+        for parameter in call.args[1:]:
+            array = constant_of(parameter)
+            if array is not None and array.size == 1:
+                scalars.append(relax.const(array.reshape(())))
+            elif parameter.ty.ndim == 0:
+                scalars.append(self.visit_expr(parameter))
+        if len(scalars) < len(call.args[1:]) or not self._is_blocked(call.args[0]):
             return None
         known = self._blocked[call.args[0]]
         changed = tvm.ir.Call(call.op, [self._read(known), *scalars], call.attrs, call.ty_args)
@@ -309,17 +330,23 @@ class _Blocker(BlockedForms):
         return Blocked(self._emit(pooled), tuple(call.ty.shape.values))
 
     def _reduction(self, call: tvm.ir.Call) -> Blocked | relax.Expr | None:
-        """Reductions over the whole image stay blocked, without the axes if these are dropped."""
+        """Reductions over the whole image stay blocked, without the axes if these are dropped.
+
+        The least or largest of all is that of each channel's.
+        """
         blocked = self._blocked[call.args[0]]
         rank = len(blocked.shape)
         image = list(range(2, rank))
-        axes = None if call.attrs.axis is None else sorted(int(axis) % rank for axis in call.attrs.axis)
-        if axes != image:
+        axes = list(range(rank)) if call.attrs.axis is None else sorted(int(axis) % rank for axis in call.attrs.axis)
+        of_all = axes == list(range(rank)) and call.op.name in ("relax.max", "relax.min")
+        if axes != image and not of_all:
             return None
         self._rounded(call.args[0])  # it is stored: no kernel computes it and the reduction
         data = self._read(self._blocked[call.args[0]])
         kept = self._emit(REDUCTIONS[call.op.name](data, image, keepdims=True))
         result = Blocked(kept, (*blocked.shape[:2], *[tvm.tirx.IntImm("int64", 1)] * len(image)))
+        if of_all:
+            return REDUCTIONS[call.op.name](self._emit(self._unblocked(result)), keepdims=bool(call.attrs.keepdims))
         if call.attrs.keepdims:
             return result
         return relax.op.reshape(self._emit(self._unblocked(result)), list(blocked.shape[:2]))

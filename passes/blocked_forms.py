@@ -12,28 +12,41 @@ from tvm.relax.expr_functor import PyExprMutator
 
 from passes import blocked_operators
 from passes.convolution_sites import static
+from passes.tensor_types import equal_shapes
 
 
 @dataclass(frozen=True)
 class Blocked:
     """A blocked tensor with the number of its channels and the shape that it has unblocked.
 
-    `rounded` is what a convolution reads of it where that is of another type.
+    `rounded` is what a convolution reads of it where that is of another type. `spread` says that it has one channel,
+    which all lanes hold.
     """
 
     var: relax.Var
     shape: tuple[tvm.ir.Expr, ...]
     rounded: relax.Var | None = None
+    spread: bool = False
 
     @property
     def channels(self) -> int:
         return int(self.shape[1])
 
 
+def _is_of_channels(expr: relax.Expr, result: Sequence[tvm.ir.Expr]) -> bool:
+    """Return whether a tensor has one element for each of several channels of a result [N, C, spatial...]."""
+    sizes = [static(size) for size in expr.ty.shape.values]
+    axis, channels = len(sizes) - len(result) + 1, static(result[1])
+    if not 0 <= axis <= 1 or channels in (None, 1) or sizes[axis] != channels:
+        return False
+    return all(size == 1 for size in (*sizes[:axis], *sizes[axis + 1 :]))
+
+
 class BlockedForms(PyExprMutator):
     """Keeps blocked forms: `_blocked` of values that have one, `_converted` of others, `_plain` converted back.
 
-    `dtype` is what convolutions of fp32 read.
+    `_products` holds products of one number, or one at each position, and a constant one of each channel. `dtype` is
+    what convolutions of fp32 read.
     """
 
     def __init__(self, module: tvm.IRModule, block: int, dtype: str) -> None:
@@ -44,11 +57,13 @@ class BlockedForms(PyExprMutator):
         self._blocked: dict[relax.Var, Blocked] = {}
         self._plain: dict[relax.Var, relax.Expr] = {}
         self._converted: dict[relax.Var, Blocked] = {}
+        self._products: dict[relax.Var, tuple[relax.Expr, relax.Expr]] = {}
+        self._narrow: dict[tuple[relax.Var, int], relax.Var] = {}
 
     def visit_dataflow_block_(self, block: relax.DataflowBlock) -> relax.BindingBlock:
         """Forget blocked forms at the end of a block: others do not see its variables."""
         result = super().visit_dataflow_block_(block)
-        for known in (self._blocked, self._plain, self._converted):
+        for known in (self._blocked, self._plain, self._converted, self._products, self._narrow):
             known.clear()
         return result
 
@@ -98,9 +113,14 @@ class BlockedForms(PyExprMutator):
         return blocked
 
     def _in_blocks(self, expr: relax.Expr, block: int) -> relax.Var:
-        """Return a plain tensor converted to blocks."""
+        """Return a plain tensor converted to blocks, once for each size of these."""
+        if isinstance(expr, relax.Var) and (expr, block) in self._narrow:
+            return self._narrow[expr, block]
         plain, to_blocks = self.visit_expr(expr), blocked_operators.to_blocks
-        return self._emit(self.builder_.call_te(to_blocks, plain, block, primfunc_name_hint="to_blocks"))
+        result = self._emit(self.builder_.call_te(to_blocks, plain, block, primfunc_name_hint="to_blocks"))
+        if isinstance(expr, relax.Var):
+            self._narrow[expr, block] = result
+        return result
 
     def _unblocked(self, blocked: Blocked) -> relax.Expr:
         """Return the call that gives a blocked tensor its plain layout again."""
@@ -118,7 +138,7 @@ class BlockedForms(PyExprMutator):
             return self.visit_expr(expr)
         if self._is_blocked(expr):
             known = self._blocked[expr]
-            own = known.channels == static(result[1]) and len(known.shape) == len(result)
+            own = (known.spread or known.channels == static(result[1])) and len(known.shape) == len(result)
             return self._read(known) if own else None
         shape = expr.ty.shape
         if shape is None or len(shape.values) > len(result):
@@ -135,3 +155,26 @@ class BlockedForms(PyExprMutator):
         if ones:
             return None
         return self._read(self._as_blocked(expr))
+
+    def _note_product(self, variable: relax.Var, call: tvm.ir.Call) -> None:
+        factor, factors = call.args
+        known = self._blocked.get(factor) if isinstance(factor, relax.Var) else None
+        if isinstance(factors, tvm.ir.GenericConst) and (known.spread if known is not None else factor.ty.ndim == 0):
+            self._products[variable] = factor, factors
+
+    def _less_products(self, call: tvm.ir.Call) -> Blocked | None:
+        """Return sums less products that would take as much memory, or be in another layout, by one operator."""
+        if call.op.name != "relax.subtract" or call.args[1] not in self._products:
+            return None
+        shape, (factor, factors) = tuple(call.ty.shape.values), self._products[call.args[1]]
+        known = self._blocked.get(factor) if isinstance(factor, relax.Var) else None
+        same = known is None or equal_shapes((shape[0], *shape[2:]), (known.shape[0], *known.shape[2:]))
+        if not same or not self._is_blocked(call.args[0]) or not _is_of_channels(factors, shape):
+            return None
+        sums, packed = self._operand(call.args[0], shape), self._operand(factors, shape)
+        if sums is None or packed is None:
+            return None
+        number = self.visit_expr(factor) if known is None else known.var
+        compute = blocked_operators.less_products
+        result = self.builder_.call_te(compute, sums, number, packed, primfunc_name_hint="less_products")
+        return Blocked(self._emit(result), shape)

@@ -157,6 +157,20 @@ def _sum(data: tirx.Expr, weights: tirx.Expr, axes: Sequence[tirx.IterVar]) -> t
     return te.sum(data.astype(wide) * weights.astype(wide), axis=axes)
 
 
+def less_products(sums: te.Tensor, factor: te.Tensor, factors: te.Tensor) -> te.Tensor:
+    """Return blocked `sums` less the products of one number, or one at each position, and one of each channel.
+
+    All lanes hold the number at a position.
+    """
+
+    def element(batch: tirx.Expr, channel: tirx.Expr, *rest: tirx.Expr) -> tirx.Expr:
+        *position, lane = rest
+        number = factor(batch, 0, *rest) if factor.shape else factor()
+        return sums(batch, channel, *rest) - number * factors(0, channel, *[0] * len(position), lane)
+
+    return te.compute(sums.shape, element, name="less_products")
+
+
 def scatter(data: te.Tensor, kernel: Sequence[int]) -> te.Tensor:
     """Return blocks [N, *kernel x C/block, *positions, block] as an image: each position's taps side by side."""
     batch, taps_and_blocks, *positions, block = data.shape
@@ -174,11 +188,11 @@ def scatter(data: te.Tensor, kernel: Sequence[int]) -> te.Tensor:
     return te.compute((batch, count, *size, block), element, name="scatter")
 
 
-def with_border(data: te.Tensor, geometry: Geometry, value: int = 0) -> te.Tensor:
+def with_border(data: te.Tensor, geometry: Geometry, value: float = 0.0) -> te.Tensor:
     """Return `data` with a border of `value` around its spatial axes, the third and those after it."""
     if not any((*geometry.pads_begin, *geometry.pads_end)):
         return data
-    first = 2
+    first, outside = 2, tirx.const(int(value) if value.is_integer() else value, data.dtype)
     rank = len(geometry.strides)
     sizes = data.shape[first : first + rank]
     shape = list(data.shape)
@@ -193,7 +207,7 @@ def with_border(data: te.Tensor, geometry: Geometry, value: int = 0) -> te.Tenso
                 at[axis] = position[axis] - begin
             if end:
                 inside.append(position[axis] < data.shape[axis] + begin)
-        return tirx.if_then_else(tirx.all(*inside), data(*at), tirx.const(value, data.dtype))
+        return tirx.if_then_else(tirx.all(*inside), data(*at), outside)
 
     return te.compute(shape, element, name="padded")
 

@@ -13,7 +13,7 @@ import tvm.ir
 from tvm import relax
 
 from passes.base import Refusal, require
-from passes.blocked_operators import BYTES, INTEGER_SUM, Geometry
+from passes.blocked_operators import INTEGER_SUM, Geometry
 from passes.convolution_sites import check_layouts, geometry_of
 from passes.tensor_types import dtype_of
 from schedules.intrin.byte_dot import FOUR
@@ -26,7 +26,7 @@ class Border:
     source: relax.Expr
     pads_begin: tuple[int, ...]
     pads_end: tuple[int, ...]
-    value: int
+    value: float
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class IntegerConvolution:
     weights: np.ndarray
     groups: int
     geometry: Geometry
-    border: int
+    border: float
 
     @property
     def channels(self) -> int:
@@ -47,6 +47,11 @@ class IntegerConvolution:
     @property
     def depthwise(self) -> bool:
         return self.weights.shape[1] == 1 and self.groups > 1
+
+    @property
+    def sums_windows(self) -> bool:
+        """Whether the only output is the sum of all that a window reads."""
+        return self.weights.shape[0] == 1 and self.groups == 1 and bool((self.weights == 1).all())
 
     def split(self) -> tuple[Geometry, Geometry]:
         """Return the geometry of the convolution itself and the border that is to be written out before it."""
@@ -61,14 +66,14 @@ def is_integer(call: tvm.ir.Call) -> bool:
 
 
 def border_of(call: tvm.ir.Call) -> Border | None:
-    """Return the border that a constant padding puts around the image of bytes, None for any other call."""
-    if call.op.name != "relax.nn.pad" or dtype_of(call) not in BYTES or call.attrs.pad_mode != "constant":
+    """Return the border that a constant padding puts around an image, None for any other call."""
+    if call.op.name != "relax.nn.pad" or call.attrs.pad_mode != "constant":
         return None
     widths = [int(width) for width in call.attrs.pad_width]
     begins, ends = tuple(widths[::2]), tuple(widths[1::2])
     if any((*begins[:2], *ends[:2])) or min(widths) < 0:
         return None
-    return Border(call.args[0], begins[2:], ends[2:], int(call.attrs.pad_value))
+    return Border(call.args[0], begins[2:], ends[2:], float(call.attrs.pad_value))
 
 
 def integer_convolution(call: tvm.ir.Call, border: Border | None, data: str) -> IntegerConvolution:

@@ -19,7 +19,7 @@ from passes.tensor_types import constant_of, dtype_of
 
 BYTES = ("int8", "uint8")
 # What moves elements, or takes the largest: the same for codes as for what they stand for, whose scale is positive.
-_MOVES = (
+MOVES = (
     *(f"relax.{name}" for name in ("permute_dims", "reshape", "flatten", "squeeze", "expand_dims", "strided_slice")),
     *(f"relax.nn.max_pool{rank}d" for rank in (1, 2, 3)),
 )
@@ -55,7 +55,7 @@ class ConstantWeights:
 def dequantized(expr: relax.Expr, dataflow: Dataflow) -> Codes | None:
     """Return the 8-bit codes that `expr` is dequantized from with one constant scale, None for anything else."""
     moves: list[tvm.ir.Call] = []
-    while (move := dataflow.call(expr, *_MOVES)) is not None:
+    while (move := dataflow.call(expr, *MOVES)) is not None:
         moves.insert(0, move)
         expr = move.args[0]
     call = dataflow.call(expr, "relax.dequantize")

@@ -21,6 +21,7 @@ from passes.provenance import carry
 _PASSES = {
     "absorb-scales": ("passes.absorb_scales", "AbsorbScales"),
     "block-channels": ("passes.block_channels", "BlockChannels"),
+    "bound-dynamic-quantization": ("passes.bound_dynamic_quantization", "BoundDynamicQuantization"),
     "cancel-transposes": ("passes.cancel_transposes", "CancelTransposes"),
     "combine-products": ("passes.combine_products", "CombineProducts"),
     "convert-precision": ("passes.convert_precision", "ConvertPrecision"),

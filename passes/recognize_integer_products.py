@@ -6,11 +6,12 @@
 
 x has the type that the target's instructions multiply with int8: an unsigned number x + 128 stands for a signed x, with
 a zero point that is larger by as much, or the other way around. Columns of w' that do not fit into int8 are w'' + o:
-x @ w' - zx * sum(w') is then (x @ w'' - zx * sum(w'')) + o * (sum(x) - K * zx), with a sum over each row of x.
+x @ w' - zx * sum(w') is then (x @ w'' - zx * sum(w'')) + o * (sum(x) - K * zx), with a sum over each row of x, or over
+each window of an image. Where only the run knows zx, an image is padded with zeros before it is quantized.
 
 What is quantized from a dequantized number by the same scale is that number's code, also behind moves of elements. In
-a function with such products quantization multiplies by the reciprocal of a constant scale, which may take a number
-that lies on the border of two codes to the other one.
+a function with such products computed numbers are quantized by a multiplication with the reciprocal of a constant
+scale, which may take one that lies on the border of two codes to the other; the function's own inputs are divided.
 """
 
 from __future__ import annotations
@@ -27,64 +28,16 @@ from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
 
 import targets
-from passes.activation_products import (
-    ActivationProduct,
-    activation_product,
-    correction,
-    packed_fours,
-    product_of_fours,
-)
-from passes.base import Dataflow, Pass, PassOutcome, Refusal, Site, require
-from passes.integer_operands import (
-    BYTES,
-    Codes,
-    ConstantWeights,
-    centered,
-    centered_weights,
-    dequantized,
-    dequantized_weights,
-    in_range,
-    offsets_to_int8,
-)
+from passes.activation_products import ActivationProduct, correction, packed_fours, product_of_fours
+from passes.base import Dataflow, Pass, PassOutcome, Refusal, Site
+from passes.integer_operands import BYTES, MOVES, Codes, dequantized
+from passes.integer_products import CONVOLUTIONS, IntegerProduct, integer_product
 from passes.tensor_types import constant, constant_of, dtype_of
 from schedules.intrin.byte_dot import activation_types
 from targets.base import Target
 
-_CONVOLUTIONS: Mapping[str, Callable[..., relax.Expr]] = {
-    "relax.nn.conv1d": relax.op.nn.conv1d,
-    "relax.nn.conv2d": relax.op.nn.conv2d,
-    "relax.nn.conv3d": relax.op.nn.conv3d,
-}
 _ATTRIBUTES = ("strides", "padding", "dilation", "groups", "data_layout", "kernel_layout")
-_PLAIN_LAYOUTS = ("NCW", "NCHW", "NCDHW")
 _SIGN = 128  # what a signed byte is less than the unsigned one that differs in its highest bit
-
-
-@dataclass(frozen=True, eq=False)
-class IntegerProduct:
-    """A product or convolution of `codes` with constant `weights` less their `offsets` (one per column, or none)."""
-
-    call: tvm.ir.Call
-    codes: Codes
-    weights: NDArray[np.int8]
-    offsets: NDArray[np.int32] | None
-    scales: NDArray[np.float32] | None
-
-    @property
-    def is_convolution(self) -> bool:
-        return self.call.op.name in _CONVOLUTIONS
-
-    @property
-    def sums(self) -> NDArray[np.int32]:
-        """The sum of the weights of each output, in the numbers of int32, which wrap around."""
-        axes = tuple(range(1, self.weights.ndim)) if self.is_convolution else (0,)
-        return self.weights.sum(axis=axes, dtype=np.int32)
-
-    def along_outputs(self, values: NDArray[np.generic]) -> relax.Expr:
-        """Return one value for each output as a constant that broadcasts to the result."""
-        if not self.is_convolution or values.size == 1:
-            return constant(values if values.size > 1 else values.reshape(()))
-        return constant(values.reshape(-1, *[1] * (self.weights.ndim - 2)))
 
 
 @dataclass(frozen=True)
@@ -128,7 +81,7 @@ class _Finder(PyExprVisitor):
         call = binding.value
         if isinstance(call, tvm.ir.Call) and isinstance(call.op, tvm.ir.Op):
             try:
-                found = _product(call, self._dataflow, self._types)
+                found = integer_product(call, self._dataflow, self._types)
             except Refusal as refusal:
                 self.sites.append(Site(binding.var.name, str(refusal), self._dataflow.nodes(call)))
             else:
@@ -138,51 +91,8 @@ class _Finder(PyExprVisitor):
         super().visit_var_binding_(binding)
 
 
-def _product(
-    call: tvm.ir.Call, dataflow: Dataflow, types: tuple[str, ...]
-) -> IntegerProduct | ActivationProduct | None:
-    """Return the integer product that a call is, None for what is no product of quantized activations.
-
-    Raises Refusal where its weights or its form are not such that it can be one.
-    """
-    if call.op.name not in ("relax.matmul", *_CONVOLUTIONS):
-        return None
-    codes = (dequantized if dtype_of(call) == "float32" else centered)(call.args[0], dataflow)
-    if codes is None or dtype_of(call) not in ("float32", "int32"):
-        return None
-    is_convolution = call.op.name in _CONVOLUTIONS
-    weights = _weights(call, codes, dataflow)
-    other = None if is_convolution or weights is not None or not types else activation_product(call, codes, dataflow)
-    if other is not None:
-        return other
-    require(weights is not None, "the weights are no constant integers")
-    assert weights is not None
-    require(bool(types), "the target has no dot product of bytes")
-    if is_convolution:
-        require(call.attrs.data_layout in _PLAIN_LAYOUTS, f"the layout {call.attrs.data_layout} is not the plain one")
-        require(isinstance(codes.zero, int) or not any(map(int, call.attrs.padding)), "the padding is not constant")
-        return IntegerProduct(call, codes, in_range(weights.integers), None, weights.scales)
-    require(call.args[0].ty.ndim >= 2 and weights.integers.ndim == 2, "it is no product of rows with a matrix")
-    offsets = offsets_to_int8(weights.integers)
-    integers = in_range(weights.integers - offsets)
-    if not offsets.any() and _is_done(call, codes, types):
-        return None
-    return IntegerProduct(call, codes, integers, offsets if offsets.any() else None, weights.scales)
-
-
-def _weights(call: tvm.ir.Call, codes: Codes, dataflow: Dataflow) -> ConstantWeights | None:
-    if codes.scale is None:
-        return centered_weights(call.args[1], dataflow)
-    return dequantized_weights(call.args[1], dataflow, 0 if call.op.name in _CONVOLUTIONS else -1)
-
-
 def _read(product: IntegerProduct | ActivationProduct) -> Codes:
     return product.codes if isinstance(product, IntegerProduct) else product.left
-
-
-def _is_done(call: tvm.ir.Call, codes: Codes, types: tuple[str, ...]) -> bool:
-    """Return whether a product is of integers in the form that this pass makes."""
-    return codes.scale is None and dtype_of(call.args[0]) in types and dtype_of(call.args[1]) == "int8"
 
 
 @mutator
@@ -236,12 +146,22 @@ class _Rewriter(PyExprMutator):
         if before is not None and (before.scale, before.zero, before.dtype) == (scale, zero, dtype):
             self.sites.append(Site(variable.name, None, self._dataflow.nodes(call)))
             return self._moved(before, self.visit_expr(before.codes))
-        scaled = self._emit(relax.op.multiply(self.visit_expr(call.args[0]), relax.const(1 / scale, "float32")))
+        value = self.visit_expr(call.args[0])
+        if self._is_given(call.args[0]):
+            scaled = self._emit(relax.op.divide(value, relax.const(scale, "float32")))
+        else:
+            scaled = self._emit(relax.op.multiply(value, relax.const(1 / scale, "float32")))
         whole = self._emit(relax.op.round(scaled))
         if variable in self._to_turn:
             other = self._other(dtype)
             self._turned[variable] = self._emit(_saturated(self._emit, whole, zero + _shift(dtype), other))
         return _saturated(self._emit, whole, zero, dtype)
+
+    def _is_given(self, expr: relax.Expr) -> bool:
+        """Return whether numbers come from outside: those of an image may well lie on the borders of codes."""
+        while (move := self._dataflow.call(expr, *MOVES)) is not None:
+            expr = move.args[0]
+        return isinstance(self._dataflow.producer(expr), relax.Var)
 
     def _dequantized(self, call: tvm.ir.Call) -> relax.Expr | None:
         """Return a dequantization that reads codes of the type that products read."""
@@ -260,12 +180,22 @@ class _Rewriter(PyExprMutator):
     def _integer_product(self, product: IntegerProduct) -> relax.Expr:
         """Return the product in the form of this pass."""
         codes, zero = self._codes(product.codes)
-        if product.is_convolution:
-            sums = self._convolution(product, codes, zero)
-        else:
-            sums = self._emit(relax.op.matmul(codes, constant(product.weights), out_dtype="int32"))
-        correction = self._correction(product, codes, zero)
-        exact = sums if correction is None else self._emit(relax.op.subtract(sums, correction))
+        pads = [int(pad) for pad in product.call.attrs.padding] if product.is_convolution else []
+        padded = any(pads) and zero != 0
+        if padded:
+            codes = self._padded(product, codes, zero, pads)
+
+        def summed(weights: NDArray[np.int8]) -> relax.Expr:
+            if not product.is_convolution:
+                return self._emit(relax.op.matmul(codes, constant(weights), out_dtype="int32"))
+            attributes = {name: getattr(product.call.attrs, name) for name in _ATTRIBUTES}
+            attributes["padding"] = [0] * len(pads) if padded else pads
+            convolution = CONVOLUTIONS[product.call.op.name]
+            return self._emit(convolution(codes, constant(weights), **attributes, out_dtype="int32"))
+
+        exact = summed(product.weights)
+        for part in self._corrections(product, codes, zero, summed):
+            exact = self._emit(relax.op.subtract(exact, part))
         if product.scales is None or product.codes.scale is None:
             return exact
         scales = (product.scales.astype(np.float64) * product.codes.scale).astype(np.float32)
@@ -297,12 +227,16 @@ class _Rewriter(PyExprMutator):
         shift = _shift(codes.dtype)
         turned = self._turned.get(codes.codes)
         if turned is None:
-            wide = self._emit(relax.op.astype(self.visit_expr(codes.codes), "int16"))
-            shifted = self._emit(relax.op.add(wide, relax.const(shift, "int16")))
-            turned = self._emit(relax.op.astype(shifted, self._other(codes.dtype)))
+            turned = self._shifted(self.visit_expr(codes.codes), codes.dtype)
         if isinstance(zero, int):
             return self._moved(codes, turned), zero + shift
         return self._moved(codes, turned), self._emit(relax.op.add(zero, relax.const(shift, "int16")))
+
+    def _shifted(self, codes: relax.Expr, dtype: str) -> relax.Expr:
+        """Return codes of a type as the other one."""
+        wide = self._emit(relax.op.astype(codes, "int16"))
+        shifted = self._emit(relax.op.add(wide, relax.const(_shift(dtype), "int16")))
+        return self._emit(relax.op.astype(shifted, self._other(dtype)))
 
     def _moved(self, codes: Codes, expr: relax.Expr) -> relax.Expr:
         for move in codes.moves:
@@ -310,34 +244,44 @@ class _Rewriter(PyExprMutator):
             expr = self._emit(tvm.ir.Call(move.op, [expr, *others], move.attrs))
         return expr
 
-    def _convolution(self, product: IntegerProduct, codes: relax.Expr, zero: int | relax.Expr) -> relax.Expr:
-        """Return the convolution, padded with the zero point so that the correction is the same everywhere."""
-        attributes = {name: getattr(product.call.attrs, name) for name in _ATTRIBUTES}
-        pads = [int(pad) for pad in attributes["padding"]]
-        if any(pads) and zero != 0:
-            rank = len(pads) // 2
-            widths = [0] * 4 + [pad for axis in range(rank) for pad in (pads[axis], pads[rank + axis])]
-            codes = self._emit(relax.op.nn.pad(codes, widths, "constant", zero))
-            attributes["padding"] = [0] * len(pads)
-        operator = _CONVOLUTIONS[product.call.op.name]
-        return self._emit(operator(codes, constant(product.weights), **attributes, out_dtype="int32"))
+    def _padded(
+        self, product: IntegerProduct, codes: relax.Expr, zero: int | relax.Expr, pads: list[int]
+    ) -> relax.Expr:
+        """Return an image padded with its zero point, so that the correction is the same everywhere."""
+        rank = len(pads) // 2
+        widths = [0] * 4 + [pad for axis in range(rank) for pad in (pads[axis], pads[rank + axis])]
+        if isinstance(zero, int):
+            return self._emit(relax.op.nn.pad(codes, widths, "constant", zero))
+        quantize = self._dataflow.call(product.codes.codes, "relax.quantize")
+        assert quantize is not None
+        numbers, *parameters = [self.visit_expr(argument) for argument in quantize.args]
+        image = self._emit(relax.op.nn.pad(numbers, widths, "constant", 0.0))
+        own = self._emit(relax.op.quantize(image, *parameters, axis=0, out_dtype=product.codes.dtype))
+        return own if product.codes.dtype in self._types else self._shifted(own, product.codes.dtype)
 
-    def _correction(self, product: IntegerProduct, codes: relax.Expr, zero: int | relax.Expr) -> relax.Expr | None:
-        """Return what the product of the codes is more than that of the numbers that they stand for."""
-        offsets, depth = product.offsets, product.weights.shape[0]
-        per_zero = product.sums + (0 if offsets is None else offsets * np.int32(depth))
-        own = None
+    def _corrections(
+        self,
+        product: IntegerProduct,
+        codes: relax.Expr,
+        zero: int | relax.Expr,
+        summed: Callable[[NDArray[np.int8]], relax.Expr],
+    ) -> list[relax.Expr]:
+        """Return what the product of the codes is more than that of the numbers that they stand for, in parts."""
+        offsets, parts = product.offsets, list[relax.Expr]()
+        per_zero = product.sums + (0 if offsets is None else offsets * np.int32(product.depth))
+        if offsets is not None:
+            if product.is_convolution:
+                groups = int(product.call.attrs.groups)
+                over = summed(np.ones((groups, *product.weights.shape[1:]), np.int8))
+            else:
+                over = self._emit(relax.op.sum(self._emit(relax.op.astype(codes, "int32")), axis=[-1], keepdims=True))
+            parts.append(self._emit(relax.op.multiply(over, product.along_outputs(-offsets))))
         if not isinstance(zero, int):
             wide = self._emit(relax.op.astype(zero, "int32"))
-            own = self._emit(relax.op.multiply(wide, product.along_outputs(per_zero)))
+            parts.append(self._emit(relax.op.multiply(wide, product.along_outputs(per_zero))))
         elif zero:
-            own = product.along_outputs(per_zero * np.int32(zero))
-        if offsets is None:
-            return own
-        wide = self._emit(relax.op.astype(codes, "int32"))
-        rows = self._emit(relax.op.sum(wide, axis=[-1], keepdims=True))
-        spread = self._emit(relax.op.multiply(rows, constant(-offsets)))
-        return spread if own is None else self._emit(relax.op.add(spread, own))
+            parts.append(product.along_outputs(per_zero * np.int32(zero)))
+        return parts
 
     def _emit(self, expr: relax.Expr) -> relax.Expr:
         return self.builder_.emit(expr)

@@ -210,6 +210,24 @@ def test_dynamically_quantized_product_is_that_of_onnxruntime() -> None:
     np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-4)
 
 
+def test_given_numbers_on_the_borders_of_codes_go_to_the_even_one() -> None:
+    constants = {"sx": np.float32(2 / 255), "zx": np.uint8(128), "codes": np.eye(8, dtype=np.int8)}
+    constants |= {"sw": np.float32(1), "zw": np.int8(0), "so": np.float32(2 / 255)}
+    model = model_of(
+        """g (float[n, 8] x) => (uint8[n, 8] y) {
+             q = QuantizeLinear (x, sx, zx)
+             d = DequantizeLinear (q, sx, zx)
+             w = DequantizeLinear (codes, sw, zw)
+             p = MatMul (d, w)
+             y = QuantizeLinear (p, so, zx)
+           }""",
+        constants,
+    )
+    x = (np.arange(256, dtype=np.float32).reshape(32, 8) - np.float32(127.5)) * constants["sx"]
+    (ours,), (reference,) = run_both(model, {"x": x.astype(np.float32)})
+    np.testing.assert_array_equal(ours, reference)
+
+
 CONVOLUTION = """
 g (float[1, {channels}, 9, 9] x) => (uint8[1, 8, h, w] y) {{
   q = QuantizeLinear (x, sx, zx)
