@@ -92,7 +92,7 @@ class Pooling:
         lanes = vector_width(target, analysis.stage)
         if pooling_planes.applies(analysis, TASKS_PER_CORE * target.cores):
             count = product([axis.extent for axis in pooling_planes.planes(analysis)])
-            planes = pooling_planes.Planes(analysis, target.vector_lanes(pooling_planes.REGISTER_BITS))
+            planes = pooling_planes.Planes(analysis, pooling_planes.lanes_of(analysis, target))
             return in_tasks(count, work_of(analysis.stage), target, planes.emit)
         emitter = _Emitter(analysis, lanes, parameters["vectors"])
         count = product([axis.extent for axis in analysis.outer])

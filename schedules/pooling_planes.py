@@ -23,12 +23,15 @@ from schedules.loops import Extent, index, load, local, loop, product, store, un
 from schedules.pooling_structure import MOST_WRITTEN, PoolingAnalysis, inside, narrowed, term_of
 from schedules.reducer import accumulator_dtype, load_lanes, power_of_two
 from schedules.stages import Axis, sequence
+from targets.base import Target
 
 # Each element of a vector comes from another one beyond this.
 LARGEST_STRIDE = 4
 # A tile's columns of the output: what the combined rows need fits the registers.
 MOST_VECTORS = 4
-REGISTER_BITS = 32
+# Shuffles of more lanes are no longer single instructions; of wider elements there are too few.
+MOST_LANES = 16
+MOST_BITS = 32
 
 Point = Mapping[Var, Expr]
 # The rows of the image that are combined: for each the tap of the window over rows, if there is one.
@@ -42,7 +45,7 @@ def applies(analysis: PoolingAnalysis, planes_wanted: int) -> bool:
     """Return whether planes are written in this way: of one or two dimensions, and enough of them for all tasks."""
     *above, window = analysis.windows
     bits = DataType(accumulator_dtype(analysis.stage)).bits
-    if len(above) > 1 or window.stride > LARGEST_STRIDE or bits != REGISTER_BITS:
+    if len(above) > 1 or window.stride > LARGEST_STRIDE or bits > MOST_BITS:
         return False
     if not all(int(each.tap.extent) <= MOST_WRITTEN and _reaches(each) for each in analysis.windows):
         return False
@@ -50,6 +53,11 @@ def applies(analysis: PoolingAnalysis, planes_wanted: int) -> bool:
         return False
     count = product([axis.extent for axis in planes(analysis)])
     return not isinstance(count, int) or count >= planes_wanted
+
+
+def lanes_of(analysis: PoolingAnalysis, target: Target) -> int:
+    """Return how many elements of a row are shuffled at once."""
+    return min(MOST_LANES, target.vector_lanes(DataType(accumulator_dtype(analysis.stage)).bits))
 
 
 def _reaches(window: ChannelWindow) -> bool:

@@ -56,9 +56,10 @@ def test_maxima_of_drawn_windows(size: list[int], kernel: int, stride: int, pad:
     stride=st.integers(1, 4),
     pad=st.integers(0, 6),
     dilation=st.sampled_from([1, 1, 2]),
+    dtype=st.sampled_from(["float32", "float32", "int8", "uint8", "float16"]),
 )
 def test_maxima_of_whole_planes(
-    size: list[int], columns: int, kernel: int, stride: int, pad: int, dilation: int
+    size: list[int], columns: int, kernel: int, stride: int, pad: int, dilation: int, dtype: str
 ) -> None:
     size = [*size[1:], columns]
     taps = tuple(min(kernel, extent) for extent in size)
@@ -66,10 +67,11 @@ def test_maxima_of_whole_planes(
     reach = tuple(dilation * (tap - 1) + 1 for tap in taps)
     if any(span > extent + 2 * own for span, extent, own in zip(reach, size, pads, strict=True)):
         dilation, reach = 1, taps
-    x, rank = normal(1, MANY, *size), len(size)
+    x, rank = integers(1, MANY, *size, dtype=dtype), len(size)
     steps, both = (stride,) * rank, [(0, 0), (0, 0), *((own, own) for own in pads)]
     got, _ = run(lambda x: MAXIMUM[rank](x, taps, steps, pads * 2, (dilation,) * rank), [x])
-    padded = np.pad(x, both, constant_values=-np.inf)
+    least = np.iinfo(dtype).min if "int" in dtype else -np.inf
+    padded = np.pad(x, both, constant_values=least)
     views = np.lib.stride_tricks.sliding_window_view(padded, reach, tuple(range(2, 2 + rank)))
     among = (slice(None), slice(None), *[slice(None, None, stride)] * rank, *[slice(None, None, dilation)] * rank)
     np.testing.assert_array_equal(got, views[among].max(axis=tuple(range(-rank, 0))))
