@@ -2,9 +2,9 @@
 
 The output is computed in square tiles; each is first read along the input's contiguous axis into a buffer of the tile's
 size, so that every cache line is read once and whole, and then written along the output's. A whole tile of as many
-vectors as they have lanes is turned in registers, and so is one of fewer, 4 or 8, where an axis has no more. Where
-tiles do not divide an axis the last one begins earlier and computes again what it has in common with the one before
-it, so that all tiles of axes longer than a tile are whole.
+vectors as they have lanes is turned in registers, and so is one of fewer rows or columns, 4 or 8, where an axis has no
+more. Where tiles do not divide an axis the last one begins earlier and computes again what it has in common with the
+one before it, so that all tiles of axes longer than a tile are whole.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from schedules.loops import (
 from schedules.matmul import step
 from schedules.stages import Axis, Stage, replace_loads, sequence, substitute
 from schedules.streaming import LAST_CACHE_BYTES
-from schedules.turn import turn_rows, turn_short_rows
+from schedules.turn import interleave_rows, turn_rows, turn_short_rows
 from targets.base import Target
 
 # Below this a tile is too narrow for its detour through memory to pay.
@@ -225,7 +225,7 @@ def _tile(
 
     copies = [fill(buffer, read) for buffer, read in zip(buffers, analysis.turned, strict=True)]
     each_row = unrolled if in_registers else loop
-    turned = [turn_rows(each, rows) if is_square else turn_short_rows(each, rows, columns) for each in buffers]
+    turned = [_turned(each, rows, columns) for each in buffers]
     turns = [turn for each in turned for turn in each] if in_registers else []
     # What short rows read lies together, and parts of lines come with the parts before them.
     is_far = in_registers and is_square and _fills_registers(analysis.turned, rows, target)
@@ -268,9 +268,16 @@ def _fills_registers(reads: Sequence[TensorLoad], side: int, target: Target) -> 
 
 
 def _is_registers(rows: int, columns: int, side: int) -> bool:
-    """Return whether the `columns` elements of each of `rows` rows of a tile are vectors that can be shuffled."""
+    """Return whether what a tile's rows or its columns lie in are vectors that can be shuffled."""
     powers = all(each & (each - 1) == 0 for each in (rows, columns))
-    return rows <= columns == side and powers
+    return max(rows, columns) == side and powers
+
+
+def _turned(buffer: Var, rows: int, columns: int) -> list[Stmt]:
+    """Return the transposition of a tile that lies by columns in registers."""
+    if rows == columns:
+        return turn_rows(buffer, rows)
+    return turn_short_rows(buffer, rows, columns) if rows < columns else interleave_rows(buffer, columns, rows)
 
 
 def _reading(value: Expr, reads: Sequence[TensorLoad], buffers: Sequence[Var], position: Expr) -> Expr:

@@ -35,24 +35,29 @@ def turned(
 
 def turn_rows(buffer: Var, side: int) -> list[Stmt]:
     """Return the transposition of `side` vectors in log2(side) rounds of as many shuffles as there are vectors."""
-    return _interleave(buffer, side) if side * buffer.dtype.bits <= INTERLEAVED_BITS else _swap_blocks(buffer, side)
+    if side * buffer.dtype.bits <= INTERLEAVED_BITS:
+        return interleave_rows(buffer, side, side)
+    return _swap_blocks(buffer, side)
 
 
-def _interleave(buffer: Var, side: int) -> list[Stmt]:
-    """Return rounds, each of which interleaves the lanes of rows i and i + side / 2 to rows 2i and 2i + 1.
+def interleave_rows(buffer: Var, rows: int, lanes: int) -> list[Stmt]:
+    """Return the transposition of `rows` vectors, a power of two of them, to `lanes` rows, one behind the other.
 
-    It rotates the bits of every element's position by one, after log2(side) rounds from [row, lane] to [lane, row].
+    Each of log2(rows) rounds interleaves the lanes of rows i and i + rows / 2 to rows 2i and 2i + 1: it rotates the
+    bits of every element's position by one, from [row, lane] to [lane, row].
     """
     statements: list[Stmt] = []
-    half = side // 2
-    for _ in range(side.bit_length() - 1):
-        vectors = [Var(f"row{row}", f"{buffer.dtype}x{side}") for row in range(side)]
-        statements += [tirx.Bind(each, load(buffer, [_row(row, side)])) for row, each in enumerate(vectors)]
-        for row in range(side):
-            lanes = [lane + source * side for lane in range(row % 2 * half, (row % 2 + 1) * half) for source in (0, 1)]
-            pair = [vectors[row // 2], vectors[row // 2 + half]]
-            turned = tirx.Shuffle(pair, [tirx.IntImm("int32", lane) for lane in lanes])
-            statements.append(store(buffer, turned, [_row(row, side)]))
+    half = lanes // 2
+    for _ in range(rows.bit_length() - 1):
+        vectors = [Var(f"row{row}", f"{buffer.dtype}x{lanes}") for row in range(rows)]
+        statements += [tirx.Bind(each, load(buffer, [_row(row, lanes)])) for row, each in enumerate(vectors)]
+        for row in range(rows):
+            chosen = [
+                lane + source * lanes for lane in range(row % 2 * half, (row % 2 + 1) * half) for source in (0, 1)
+            ]
+            pair = [vectors[row // 2], vectors[row // 2 + rows // 2]]
+            turned = tirx.Shuffle(pair, [tirx.IntImm("int32", lane) for lane in chosen])
+            statements.append(store(buffer, turned, [_row(row, lanes)]))
     return statements
 
 

@@ -44,14 +44,15 @@ def test_transposition(shape: tuple[int, ...], axes: list[int]) -> None:
     np.testing.assert_array_equal(got, x.transpose(axes))
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     rows=st.integers(16, 7000),
     columns=st.sampled_from([4, 5, 8, 16]),
     dtype=st.sampled_from(["float32", "float16", "uint8", "int64"]),
+    turned=st.booleans(),
 )
-def test_transposition_to_few_long_rows(rows: int, columns: int, dtype: str) -> None:
-    x = integers(rows, columns, dtype=dtype)
+def test_transposition_to_few_long_rows_and_back(rows: int, columns: int, dtype: str, turned: bool) -> None:
+    x = integers(*((columns, rows) if turned else (rows, columns)), dtype=dtype)
     got, families = run(lambda x: op.permute_dims(x, [1, 0]), [x])
     np.testing.assert_array_equal(got, x.T)
     assert families == {"transpose"}
