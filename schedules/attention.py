@@ -64,7 +64,7 @@ class Attention:
         lanes, block, least = target.vector_lanes(32), parameters["key_block"], parameters["least_queries"]
         lane = analysis.lane
         if lane is None or (isinstance(lane.extent, int) and lane.extent < least):
-            return attention_rows.emit(analysis, lanes, block)
+            return attention_rows.emit(analysis, target, block)
         dot = bf16_pairs(target) if analysis.rounded else None
         block += block % PAIR
         rows, vectors = parameters["rows"], parameters["vectors"]
@@ -72,7 +72,7 @@ class Attention:
         many = attention_tiles.emit(analysis, lane, blocks, dot)
         if isinstance(lane.extent, int):
             return many
-        return tirx.IfThenElse(lane.extent >= least, many, attention_rows.emit(analysis, lanes, block))
+        return tirx.IfThenElse(lane.extent >= least, many, attention_rows.emit(analysis, target, block))
 
 
 def _register_tile(target: Target) -> tuple[int, int]:

@@ -62,10 +62,12 @@ class Block:
 
     Where keys are codes, products with them start from `first_sums` [heads][lanes]. Where values are, `scaled`
     [heads][keys] holds the exponentials times their scales, and `offsets` [heads] the sums of those times their minima.
+    The loop over values has all registers for itself where it `frees_registers`.
     """
 
     analysis: AttentionAnalysis
     lanes: int
+    frees_registers: bool
     heads: Heads
     point: Mapping[Var, Expr]
     number: Expr
@@ -99,7 +101,10 @@ def products(task: Block) -> Stmt:
     def run(own: Block, element: Expr, read: Expr, start: Expr, extent: Extent) -> Stmt:
         def some(base: Expr, keys: int) -> Stmt:
             first_key = start + base
-            requested = [each for key in range(keys) for each in _requests(own, element, first_key + key)]
+            requested = [
+                *(each for key in range(keys) for each in _next_keys(own, element, first_key + key)),
+                *_first_values(own, element, first_key, keys),
+            ]
             sums = [_products_of(own, read, first_key, keys, first, heads) for first, heads in in_heads]
             return sequence([*requested, *sums])
 
@@ -169,19 +174,32 @@ def _by_pages(
     return with_local([query, first_sums], [pages])
 
 
-def _requests(task: Block, element: Expr, key: Expr) -> list[Stmt]:
-    """Return requests for the memory of a key further on, and of this key's value, which is read after all keys."""
-    analysis = task.analysis
+def _next_keys(task: Block, element: Expr, key: Expr) -> list[Stmt]:
+    """Return requests for the memory of a key further on."""
+    return _row_requests(task, element, task.analysis.depth, key + KEYS_AHEAD, cache=1)
 
-    def at(axis: Axis, position: Expr) -> Callable[[Expr, Expr], Expr]:
-        return lambda read, place: task.at(read, {analysis.key.variable: position, axis.variable: place})
 
-    value = alike(element, analysis.keys, analysis.values)
-    here = task.base + key
-    return [
-        *requests(element, analysis.depth, at(analysis.depth, here + KEYS_AHEAD), cache=1),
-        *requests(value, analysis.column, at(analysis.column, here), cache=2),
-    ]
+def _first_values(task: Block, element: Expr, key: Expr, keys: int) -> list[Stmt]:
+    """Return requests for the values of some keys, if those are among a block's first ones.
+
+    They are read after all keys of the block, those behind them as `next_values` asks for them.
+    """
+    value = alike(element, task.analysis.keys, task.analysis.values)
+    rows = [_row_requests(task, value, task.analysis.column, key + number, cache=2) for number in range(keys)]
+    asked = [each for row in rows for each in row]
+    return [tirx.IfThenElse(key < KEYS_AHEAD, sequence(asked), None)] if asked else []
+
+
+def next_values(task: Block, element: Expr, key: Expr) -> list[Stmt]:
+    """Return requests for the memory of the value of a key further on."""
+    return _row_requests(task, element, task.analysis.column, key + KEYS_AHEAD, cache=1)
+
+
+def _row_requests(task: Block, element: Expr, axis: Axis, key: Expr, cache: int) -> list[Stmt]:
+    def at(read: Expr, place: Expr) -> Expr:
+        return task.at(read, {task.analysis.key.variable: task.base + key, axis.variable: place})
+
+    return requests(element, axis, at, cache)
 
 
 def _products_of(task: Block, element: Expr, start: Expr, keys: int, first: int, heads: int) -> Stmt:

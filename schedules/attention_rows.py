@@ -15,12 +15,23 @@ from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import occurs
-from schedules.attention_block import FLOAT, HEADS_AT_ONCE, SUM, SUMS_AT_ONCE, Block, Heads, products, quotient_of
+from schedules.attention_block import (
+    FLOAT,
+    HEADS_AT_ONCE,
+    SUM,
+    SUMS_AT_ONCE,
+    Block,
+    Heads,
+    next_values,
+    products,
+    quotient_of,
+)
 from schedules.attention_joining import LOWEST, ZERO, Row, joined
 from schedules.attention_mask import choice_of
 from schedules.attention_operands import Codes, codes_of, in_stores
 from schedules.attention_structure import AttentionAnalysis
 from schedules.family import is_large
+from schedules.intrin.free_registers import can_free_registers, free_registers, with_free_registers
 from schedules.intrin.vector_math import exp_of_nonpositive
 from schedules.loops import (
     Extent,
@@ -41,12 +52,17 @@ from schedules.loops import (
 )
 from schedules.reducer import Reducer, fold, load_lanes
 from schedules.stages import Axis, sequence
+from targets.base import Target
 
 _MAXIMUM = Reducer(tirx.max, ZERO, tirx.const(LOWEST, FLOAT))
+# Vectors of a value's columns that are summed side by side, and sums of all heads where these get all 32 registers.
+VECTORS_AT_ONCE = 4
+SUMS_OF_ALL_REGISTERS = 16
 
 
-def emit(analysis: AttentionAnalysis, lanes: int, key_block: int) -> Stmt:
+def emit(analysis: AttentionAnalysis, target: Target, key_block: int) -> Stmt:
     """Return the parallel loops over blocks of keys, and over their results."""
+    lanes, alone = target.vector_lanes(32), can_free_registers(target)
     heads = _shared_heads(analysis)
     axes = [axis for axis in _axes(analysis) if axis is not heads.axis]
     groups = 1 if heads.axis is None else int(heads.axis.extent) // heads.count
@@ -79,7 +95,8 @@ def emit(analysis: AttentionAnalysis, lanes: int, key_block: int) -> Stmt:
         if _coded_values(analysis.values, analysis.column) is not None:
             buffers["scaled"] = local([heads.count, room], FLOAT, "scaled")
             buffers["offsets"] = local([heads.count], FLOAT, "offsets")
-        task = Block(analysis, lanes, heads, point(values, group), number, base, extent, **buffers, **gathered)
+        at = point(values, group)
+        task = Block(analysis, lanes, alone, heads, at, number, base, extent, **buffers, **gathered)
         return with_local(list(buffers.values()), _block(task))
 
     def row(number: Expr) -> Stmt:
@@ -91,7 +108,7 @@ def emit(analysis: AttentionAnalysis, lanes: int, key_block: int) -> Stmt:
         return joined(Row(analysis, lanes, at, first, head, blocks, **gathered))
 
     work = product([*outer, heads.count, keys, analysis.depth.extent])
-    return with_local(
+    statement = with_local(
         list(gathered.values()),
         [
             parallel(results, block, is_large(work)),
@@ -99,6 +116,7 @@ def emit(analysis: AttentionAnalysis, lanes: int, key_block: int) -> Stmt:
             loop(product([*outer, heads.count]), row),
         ],
     )
+    return with_free_registers(statement, target) if alone else statement
 
 
 def _blocks(keys: Extent, room: int, lanes: int, outer: Sequence[Extent]) -> tuple[Extent, Extent]:
@@ -251,7 +269,9 @@ def _weighted(task: Block, first: int, heads: int) -> Stmt:
     """Return the sums of the values, weighted by the exponentials of some heads."""
     analysis = task.analysis
     extent = analysis.column.extent
-    width = min(4, SUMS_AT_ONCE // heads) * task.lanes
+    sums_at_once = SUMS_OF_ALL_REGISTERS if task.frees_registers else SUMS_AT_ONCE
+    width = min(VECTORS_AT_ONCE, sums_at_once // heads) * task.lanes
+    boundary = [free_registers()] if task.frees_registers else []
 
     def columns(start: Expr, count: int) -> Stmt:
         sums = local([heads * count], FLOAT, "weighted")
@@ -265,13 +285,18 @@ def _weighted(task: Block, first: int, heads: int) -> Stmt:
             return unrolled(heads, parts)
 
         def step(source: Expr, weights: Var, j: Expr) -> Stmt:
+            # All columns of a value are asked for with the first ones, for all heads.
+            asked = [] if first else next_values(task, source, j)
+            if asked and width < extent:
+                asked = [tirx.IfThenElse(start < width, sequence(asked), None)]
+
             def add(h: Expr, e: Expr) -> Stmt:
                 values = {analysis.key.variable: task.base + j, analysis.column.variable: start + e}
                 value = task.at(source, values).astype(FLOAT)
                 own = h * count + e
                 return store(sums, load(sums, [own]) + load(weights, [first + h, j]) * value, [own])
 
-            return each(add)
+            return sequence([*asked, each(add)])
 
         def part(source: Expr, begin: Expr, length: Extent) -> Stmt:
             codes = _coded_values(source, analysis.column)
@@ -291,9 +316,11 @@ def _weighted(task: Block, first: int, heads: int) -> Stmt:
         return with_local(
             [sums],
             [
+                *boundary,
                 each(lambda h, e: store(sums, ZERO, [h * count + e])),
                 in_stores(analysis.values, analysis.key, task.point, task.base, task.extent, part),
                 each(keep),
+                *boundary,
             ],
         )
 
