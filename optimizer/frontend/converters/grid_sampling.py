@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from tvm import te, tirx
 
 from optimizer.frontend.accumulation import accumulation_dtype, cast
-from optimizer.frontend.dimensions import as_expression, product
+from optimizer.frontend.dimensions import as_expression
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
 
@@ -59,34 +59,35 @@ def grid_sample(node: Node) -> Result:
 
     def taps(places: te.Tensor, lengths: Sequence[tirx.Expr]) -> list[te.Tensor]:
         borders = [_Border(length, padding, dtype, aligned=aligned) for length in lengths]
-        return _plane_taps(places, borders, lengths, mode)
+        return _taps_of_all_channels(places, borders, mode)
 
-    def sample(planes: te.Tensor, pixels: te.Tensor, weights: te.Tensor) -> te.Tensor:
+    def sample(image: te.Tensor, weights: te.Tensor, *pixels: te.Tensor) -> te.Tensor:
         zero, first = tirx.const(0, dtype), tirx.const(0, "int64")
-        count = len(_TAPS[mode](zero, dtype)) ** (data.rank - 2)
+        count = len(_TAPS[mode](zero, dtype)) ** len(pixels)
 
         def element(batch: tirx.Expr, channel: tirx.Expr, *output: tirx.Expr) -> tirx.Expr:
             total: tirx.Expr = zero
             for tap in range(count):
-                pixel = pixels(batch, tap, *output)
-                value = tirx.Select(pixel >= 0, planes(batch, channel, tirx.max(pixel, first)), zero)
-                total = total + value * weights(batch, tap, *output)
+                at = [axis(batch, tap, *output) for axis in pixels]
+                # Read unconditionally, so that vectors of outputs need no branches.
+                read = image(batch, channel, tirx.max(at[0], first), *at[1:])
+                total = total + tirx.Select(at[0] >= 0, read, zero) * weights(batch, tap, *output)
             return total
 
-        return te.compute((*planes.shape[:2], *pixels.shape[2:]), element, name="grid_sample")
+        return te.compute((*image.shape[:2], *weights.shape[2:]), element, name="grid_sample")
 
-    # Kernels of their own: what all channels share is computed once.
+    # What all channels share is a kernel of its own, so that it is computed once.
     lengths = [as_expression(length) for length in data.shape[2:]]
     call = node.graph.builder.call_te(taps, node.cast(grid, dtype).expr, lengths, primfunc_name_hint="grid_taps")
-    pixels, weights = node.emit_tuple(call)
-    planes = node.reshape(node.cast(data, dtype), (*data.shape[:2], product(data.shape[2:])))
-    return cast(node.compute(sample, planes.expr, pixels.expr, weights.expr).expr, dtype, data.dtype)
+    shared = [each.expr for each in node.emit_tuple(call)]
+    return cast(node.compute(sample, node.cast(data, dtype).expr, *shared).expr, dtype, data.dtype)
 
 
-def _plane_taps(
-    places: te.Tensor, borders: Sequence[_Border], lengths: Sequence[tirx.Expr], mode: str
-) -> list[te.Tensor]:
-    """Return the pixel of each tap in its plane (-1 for none), and the tap's weight: both [N, taps, places...]."""
+def _taps_of_all_channels(places: te.Tensor, borders: Sequence[_Border], mode: str) -> list[te.Tensor]:
+    """Return the weights of each tap, and its index along each axis: all [N, taps, places...].
+
+    The first index is -1, and the others are inside, where a zero stands in the place of a pixel.
+    """
     axes = [_axis_taps(places, len(borders) - 1 - axis, border, mode) for axis, border in enumerate(borders)]
     count = len(_TAPS[mode](tirx.const(0, places.dtype), places.dtype))
     shape = (places.shape[0], count ** len(axes), *places.shape[1:-1])
@@ -96,15 +97,18 @@ def _plane_taps(
         numbers = [tap // count ** (len(axes) - 1 - axis) % count for axis in range(len(axes))]
         return [axis[which](batch, *output, number) for axis, number in zip(axes, numbers, strict=True)]
 
-    def pixel(*at: tirx.Expr) -> tirx.Expr:
-        indices = of_axes(0, at)
-        flat = functools.reduce(lambda row, axis: row * axis[0] + axis[1], zip(lengths, indices, strict=True), 0)
-        return tirx.Select(tirx.all(*[index >= 0 for index in indices]), flat, tirx.const(-1, "int64"))
-
     def weight(*at: tirx.Expr) -> tirx.Expr:
         return functools.reduce(operator.mul, of_axes(1, at))
 
-    return [te.compute(shape, pixel, name="pixel"), te.compute(shape, weight, name="weight")]
+    def first(*at: tirx.Expr) -> tirx.Expr:
+        indices = of_axes(0, at)
+        return tirx.Select(tirx.all(*[index >= 0 for index in indices]), indices[0], tirx.const(-1, "int64"))
+
+    def other(axis: int) -> Callable[..., tirx.Expr]:
+        return lambda *at: tirx.max(of_axes(0, at)[axis], tirx.const(0, "int64"))
+
+    others = [te.compute(shape, other(axis), name="index") for axis in range(1, len(axes))]
+    return [te.compute(shape, weight, name="weight"), te.compute(shape, first, name="index"), *others]
 
 
 def _axis_taps(places: te.Tensor, column: int, border: _Border, mode: str) -> tuple[te.Tensor, te.Tensor]:
