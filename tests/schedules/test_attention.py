@@ -138,13 +138,13 @@ def test_symbolic_lengths_share_one_function() -> None:
         np.testing.assert_allclose(call(*arrays), _expected(2, arrays), rtol=0, atol=_tolerance(20))
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (5, 1), (9, 3), (7, 7)])
-def test_heads_that_share_keys_and_values(heads: int, groups: int) -> None:
-    call, reports = scheduled(_module(heads, 18, "s", "t", groups=groups))
+@pytest.mark.parametrize(("heads", "groups", "size"), [(6, 2, 18), (5, 1, 80), (9, 3, 64), (7, 7, 18)])
+def test_heads_that_share_keys_and_values(heads: int, groups: int, size: int) -> None:
+    call, reports = scheduled(_module(heads, size, "s", "t", groups=groups))
     assert {report.family for report in reports} == {"attention"}
     for queries, keys in [(1, 1), (1, 191), (1, 385), (3, 200), (20, 30)]:
-        arrays = _arrays(heads, 18, queries, keys, groups)
-        np.testing.assert_allclose(call(*arrays), _expected(heads, arrays), rtol=0, atol=_tolerance(18))
+        arrays = _arrays(heads, size, queries, keys, groups)
+        np.testing.assert_allclose(call(*arrays), _expected(heads, arrays), rtol=0, atol=_tolerance(size))
 
 
 _BESIDE_SINKS = [(1, 400), (5, 210), (35, 40), (33, 300)]
