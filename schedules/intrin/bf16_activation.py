@@ -6,15 +6,16 @@ import tvm_ffi
 from tvm import ir, tirx
 from tvm.ir import Expr
 
-from schedules.intrin.vector_math import gelu_to_round
+from schedules.intrin.register_tables import gelu_to_round
+from schedules.intrin.vector_math import Function
 
 _HALF, _ROOT_HALF = 0.5, 0.5**0.5
 
 
-def to_round(value: Expr) -> Expr:
-    """Return an fp32 expression, which is to be rounded to bfloat16, with a gelu computed to little more than that."""
+def to_round(value: Expr) -> tuple[Expr, Function]:
+    """Return what to compute of an fp32 expression lane by lane, and what makes of that vector the one to round."""
     argument = _gelu(value)
-    return value if argument is None else gelu_to_round(argument)
+    return (value, lambda computed: computed) if argument is None else (argument, gelu_to_round)
 
 
 def _gelu(value: Expr) -> Expr | None:

@@ -74,12 +74,9 @@ def _rounds_vectors(vectors: tirx.For, store: tirx.BufferStore, parameters: Sequ
 def _rounded(lane: Var, vectors: tirx.BufferStore, start: Expr) -> Stmt:
     """Return the store of one vector from lane `start` on."""
     values = local([_LANES], "float32", "values")
-
-    def computed(v: Expr) -> Expr:
-        return to_round(substitute(vectors.value.value, {lane: start + v}))
-
-    compute = vector(_LANES, lambda v: store(values, computed(v), [v]))
+    computed, finished = to_round(vectors.value.value)
+    compute = vector(_LANES, lambda v: store(values, substitute(computed, {lane: start + v}), [v]))
     first = load(vectors.buffer, [substitute(position, {lane: start}) for position in vectors.indices])
-    every = load(values, [tirx.Ramp(index(0), index(1), _LANES)])
+    every = finished(load(values, [tirx.Ramp(index(0), index(1), _LANES)]))
     call = tirx.call_extern("int32", _CALL, tirx.address_of(first), every)
     return with_local([values], [compute, tirx.Evaluate(call)])

@@ -70,13 +70,6 @@ ERF = (
     1.176415130e-04,
     -9.256293674e-06,
 )
-# log2 of half of 1 - erf(x / sqrt(2)) on 0 <= x <= 5.5, to 2**-11.5, which changes the logarithm's power by 2**-12.
-# Beyond 5.5, where x times that power is below 1e-7, it goes on falling, and at the limit rounds to -127.
-GELU_TO_ROUND = (-1.00035906, -1.14626074, -0.469681114, -0.044599004, 4.86977259e-03, -2.33251252e-04)
-GELU_LIMIT = 12.45
-# 2**r on |r| <= 1 / 2, to 2**-13.7
-EXP2_TO_ROUND = (9.999280572e-01, 6.932609677e-01, 2.426111251e-01, 5.517166853e-02)
-
 # What `exp_of_nonpositive` calls, until a target is known.
 NONPOSITIVE, TO_ROUND = "optimizer_exp_of_nonpositive", "optimizer_exp_to_round"
 
@@ -291,27 +284,6 @@ def erf(x: Expr) -> Expr:
         return _with_sign_of(let("exponent", exponent, _expm1), x)
 
     return let("x", x, value)
-
-
-def gelu_to_round(x: Expr) -> Expr:
-    """Return x (1 + erf(x / sqrt(2))) / 2 of an fp32 expression, to be rounded to bfloat16: to 2**-11, or 1e-7.
-
-    It is max(x, 0) - |x| 2**p(|x|) with a polynomial p, where nothing cancels; from `GELU_LIMIT` on that power is 0.
-    """
-    shift = ROUNDING_SHIFT + EXPONENT_BIAS
-
-    def tail(exponent: Expr, shifted: Expr) -> Expr:
-        r = exponent - (shifted - _f32(shift))
-        return let("r", r, lambda r: polynomial(r, EXP2_TO_ROUND)) * _power_of_two(_bits(shifted))
-
-    def power(exponent: Expr) -> Expr:
-        return let("shifted", exponent + _f32(shift), lambda shifted: tail(exponent, shifted))
-
-    def value(x: Expr, a: Expr) -> Expr:
-        q = let("exponent", polynomial(a, GELU_TO_ROUND), power)
-        return tirx.max(_f32(0.0), x) - a * q
-
-    return let("x", x, lambda x: let("a", tirx.min(_f32(GELU_LIMIT), _absolute(x)), lambda a: value(x, a)))
 
 
 def sigmoid(x: Expr) -> Expr:

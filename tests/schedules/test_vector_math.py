@@ -174,19 +174,24 @@ def test_exponentials_to_round_are_exact_enough_for_bfloat16(monkeypatch: pytest
 
 
 def test_gelu_to_round_is_exact_enough_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(elementary_calls.LOOKED_UP, "tirx.erf")
-    monkeypatch.setitem(elementary_calls.FUNCTIONS, "tirx.erf", vector_math.gelu_to_round)
-    x = np.concatenate([inputs(), np.linspace(-6, 6, 40001, dtype="float32")])
+    monkeypatch.setitem(elementary_calls.LOOKED_UP, "tirx.erf", register_tables.gelu_to_round)
+    every = np.arange(1 << 16, dtype=np.uint32) << 16  # all numbers of bfloat16
+    x = np.concatenate([inputs(), np.linspace(-6, 6, 40001, dtype="float32"), every.view(np.float32)])
+    x = x[: len(x) // 16 * 16]
     got, _ = run(op.erf, [x])
     assert np.array_equal(np.isnan(got), np.isnan(x))
-    inside = np.abs(x) < 5.5
-    exact = x[inside].astype("float64")
+    assert np.all(got[x == np.inf] == np.inf)
+    assert not got[x < -6].any()
+    x, got = x[np.isfinite(x)], got[np.isfinite(x)].astype("float64")
+    exact = np.clip(x, -10, None).astype("float64")
     want = exact * np.vectorize(math.erfc)(-exact / math.sqrt(2)) / 2
-    assert np.max(np.abs(got[inside] - want) - np.abs(want) * 2.0**-11) <= 2.0**-149
-    assert np.abs(got[x <= -5.5]).max() < 1.1e-7
-    assert not got[x <= -vector_math.GELU_LIMIT].any()
-    large = x >= 5.5
-    np.testing.assert_allclose(got[large], x[large], rtol=2.0**-22)
+    error = np.abs(got - want)
+    assert np.max((error - np.abs(want) * 2.0**-12.5)[x >= -2]) <= 2.0**-149
+    assert np.max((error - np.abs(want) * 2.0**-11.1)[x >= -3]) <= 2.0**-149
+    unit = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(want), 2.0**-126))) - 7)
+    assert np.max((error / unit)[(x >= -4) & (x <= 0)]) <= 0.33
+    assert error[x < -4].max() < 4.2e-7
+    assert np.array_equal(got[x >= 6], x[x >= 6])
 
 
 def test_fp16_is_rounded_once() -> None:
