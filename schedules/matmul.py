@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 from tvm.ir import TensorLoad
@@ -17,6 +17,7 @@ from tvm.tirx.stmt import Stmt
 
 from schedules import dot, epilogue, tiling
 from schedules.access import Access, AxisGroup, Step, branches_on, group_axes
+from schedules.block_ahead import block_ahead
 from schedules.by_element import multiplies_by_element
 from schedules.epilogue import Epilogue
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
@@ -163,7 +164,30 @@ def _row_block(target: Target, analysis: MatmulAnalysis) -> int:
 def _many_rows(analysis: MatmulAnalysis, parameters: Parameters, target: Target, panel: TensorLoad | None) -> Stmt:
     rows, vectors = parameters["rows"], parameters["vectors"]
     block = max(rows, parameters["row_block"] // rows * rows)
-    return tiling.emit(tile_of(analysis, target, (rows, vectors), block, panel))
+    tile = tile_of(analysis, target, (rows, vectors), block, panel)
+    extent = tile.row_extent
+    if isinstance(extent, int) and -(-extent // tile.row_block) >= tiling.BLOCKS_TO_TAKE_WHOLE:
+        tile = with_next_rows(tile, analysis, target)
+    return tiling.emit(tile)
+
+
+def with_next_rows(tile: tiling.Tile, analysis: MatmulAnalysis, target: Target) -> tiling.Tile:
+    """Return a tile whose blocks of rows, computed with all columns one after the other, ask for the next one's.
+
+    The same tile where the second-level cache holds all rows, where two blocks would leave too little of it to the
+    weights and the results, and where the number of rows or columns is not known.
+    """
+    columns = analysis.columns.extent
+    if not isinstance(columns, int):
+        return tile
+    parts = -(-columns // tile.width)
+    ahead = block_ahead(analysis.stage, analysis.operand, analysis.rows, analysis.reduction, parts)
+    if ahead is None or not isinstance(tile.row_extent, int):
+        return tile
+    cache = target.caches.level2
+    if tile.row_extent * ahead.bytes_of_row <= cache or tile.row_block * ahead.bytes_of_row > cache // 4:
+        return tile
+    return replace(tile, next_rows=ahead)
 
 
 def _few_rows(analysis: MatmulAnalysis, target: Target) -> Stmt:

@@ -21,7 +21,7 @@ from schedules.convolution import Convolution
 from schedules.direct_convolution import DirectConvolution
 from schedules.family import PARALLEL_THRESHOLD, Choice, Kernel, Parameters, Space, is_large, work_of
 from schedules.loops import Extent, parallel, product, region, then_wait, tile_choice, tiles
-from schedules.matmul import Matmul, MatmulAnalysis, register_tile, tile_of
+from schedules.matmul import Matmul, MatmulAnalysis, register_tile, tile_of, with_next_rows
 from schedules.quantized_matmul import QuantizedMatmul
 from schedules.row_parts import PartedKernel
 from schedules.rowwise import Rowwise, RowwiseAnalysis, all_rows, consecutive_rows, row_extents
@@ -192,6 +192,9 @@ def _in_blocks_of_rows(analysis: NormalizedProductAnalysis, parameters: Paramete
     block = height * _even_block(-(-rows // height), max(1, parameters["owned_rows"] // height), target.cores)
     panel = None if contraction.block else contraction.operand
     tile = tile_of(contraction, target, (height, parameters["vectors"]), block, panel)
+    made = [stage.output for part in analysis.parts if isinstance(part, RowwiseAnalysis) for stage in part.stages]
+    if not any(contains(made, read.source) for read in contraction.stage.loads()):
+        tile = with_next_rows(tile, contraction, target)
     columns = tile.vector_group.extent
     assert isinstance(columns, int)
 

@@ -16,6 +16,7 @@ from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, AxisGroup, Step
+from schedules.block_ahead import BlockAhead
 from schedules.by_element import element_read, in_terms, with_elements, with_read
 from schedules.epilogue import Epilogue
 from schedules.grouped_products import GroupedProducts
@@ -65,7 +66,8 @@ class Tile:
 
     `panel` is the read that is copied to [reduction][width] in the task before its rows are computed, if any; `ahead`
     one whose next columns come into the second-level cache while these are computed. With `grouped` the sums are of
-    dot products of several terms. `by_element` is whether instructions multiply by an element of a register.
+    dot products of several terms. `by_element` is whether instructions multiply by an element of a register. With
+    `next_rows` a block's tiles of columns ask for the rows that the next block reads.
     """
 
     stage: Stage
@@ -83,6 +85,7 @@ class Tile:
     ahead: TensorLoad | None = None
     grouped: GroupedProducts | None = None
     by_element: bool = False
+    next_rows: BlockAhead | None = None
 
     @property
     def terms(self) -> int:
@@ -281,7 +284,12 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
     else:
         assert isinstance(extents[0], int)
         buffers, sums = [registers, totals], in_parts(registers, totals, extents[0], part, all_cells, reduce)
-    return with_local(buffers, [cells(rows, pitch, start), sums, _write_back(tile, totals, (rows, width), pitch, at)])
+    write = _write_back(tile, totals, (rows, width), pitch, at)
+    if tile.next_rows is None:
+        return with_local(buffers, [cells(rows, pitch, start), sums, write])
+    part = tirx.floordiv(base, index(tile.width))
+    requests = tile.next_rows.requests(point, row + tile.row_block, rows, part)
+    return with_local(buffers, [requests, cells(rows, pitch, start), sums, write])
 
 
 def _element(tile: Tile, stage: Stage) -> Expr | None:

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from tvm import relax, te, tirx
 from tvm.relax import op
 
+from schedules import tiling
 from schedules.partial_sums import PART_TERMS
 from schedules.tiling import BLOCKS_TO_TAKE_WHOLE
-from tests.schedules.execution import integers, normal, run, scheduled, sum_tolerance
+from tests.schedules.execution import TARGET, integers, normal, run, scheduled, sum_tolerance
 
 SIZES = st.sampled_from([1, 2, 3, 7, 8, 13, 16, 17, 31, 32, 33, 49, 67])
 
@@ -28,6 +29,15 @@ def test_many_blocks_of_rows_are_computed_whole() -> None:
     a, b = normal(rows, 3), normal(3, 131, seed=1)
     got, _ = run(op.matmul, [a, b])
     np.testing.assert_allclose(got, a.astype("float64") @ b, rtol=1e-6, atol=sum_tolerance(3, 1.0))
+
+
+def test_blocks_that_ask_for_the_rows_of_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "BLOCKS_TO_TAKE_WHOLE", 2)
+    terms = 67
+    rows = TARGET.caches.level2 // (4 * terms) + 5  # more than the second-level cache holds
+    a, b = normal(rows, terms), normal(terms, 71, seed=1)
+    got, _ = run(op.matmul, [a, b])
+    np.testing.assert_allclose(got, a.astype("float64") @ b, rtol=1e-6, atol=sum_tolerance(terms, 1.0))
 
 
 @pytest.mark.parametrize(("rows", "terms"), [(4, 16384), (40, 16384), (9, 16411)])
