@@ -69,7 +69,7 @@ class Attention:
         block += block % PAIR
         rows, vectors = parameters["rows"], parameters["vectors"]
         blocks = attention_tiles.Blocks(lanes, rows, vectors, block, terms_at_once(target), powers_of_two(target))
-        many = attention_tiles.emit(analysis, lane, blocks, dot)
+        many = attention_tiles.emit(analysis, lane, blocks, dot, target)
         if isinstance(lane.extent, int):
             return many
         return tirx.IfThenElse(lane.extent >= least, many, attention_rows.emit(analysis, target, block))

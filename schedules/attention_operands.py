@@ -11,6 +11,7 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, Step
 from schedules.attention_mask import choice_of
+from schedules.intrin.bf16_conversion import widens_bf16
 from schedules.loops import INDEX, LINE_BITS, Extent, index, load, local, loop, prefetch, store, tiles, vector
 from schedules.stages import Axis, loads_of, sequence, substitute
 
@@ -20,6 +21,14 @@ FLOAT = "float32"
 def is_plain(element: Expr) -> bool:
     """Return whether an element of keys or values is one number in fp32, as it lies in memory."""
     return isinstance(element, TensorLoad) and str(element.source.dtype) == FLOAT
+
+
+def narrow_read(element: Expr, along: Axis) -> TensorLoad | None:
+    """Return the read of bfloat16 that an fp32 element is widened from, neighbours along an axis; None without one."""
+    if not widens_bf16(element):
+        return None
+    read = element.value
+    return read if Access(read.source, tuple(read.indices)).step(along) == Step.UNIT else None
 
 
 @dataclass(frozen=True)
@@ -149,4 +158,4 @@ class Operand:
         return substitute(self._element, values).astype(FLOAT)
 
 
-__all__ = ["Codes", "Operand", "alike", "codes_of", "in_stores", "is_plain", "requests"]
+__all__ = ["Codes", "Operand", "alike", "codes_of", "in_stores", "is_plain", "narrow_read", "requests"]

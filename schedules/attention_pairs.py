@@ -1,7 +1,8 @@
 """Keys and values of attention as pairs of bfloat16, packed before the blocks of queries that share them.
 
 Pairs of keys are neighbours of the depth, [key][depth / 2]; pairs of values neighbours of the keys, [key / 2][column]:
-each is what one lane of a dot product adds up. A task packs a chunk of the keys of one head.
+each is what one lane of a dot product adds up. Where there are many heads for each core, a task packs one of them
+into its own cache and computes all queries of it; where not, tasks pack chunks of the keys of one head, and all wait.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from tvm import tirx
 from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
+from schedules.attention_operands import narrow_read
 from schedules.attention_structure import AttentionAnalysis
 from schedules.by_element import over_rows, over_terms
 from schedules.intrin.bf16_conversion import rounded
@@ -35,6 +37,7 @@ from schedules.loops import (
     with_local,
 )
 from schedules.stages import Axis, sequence, substitute, variables_of
+from targets.base import Target
 
 FLOAT = "float32"
 # Keys of one task of packing: enough to be worth handing out, and few enough that small heads divide evenly.
@@ -42,6 +45,9 @@ CHUNK = 32
 # Bytes that are packed at a time, so that they are there in caches when they are read, and memory is bounded.
 PACKED_BYTES = 4 << 20
 PAIR_BYTES = 4
+# With so many heads for each core a task packs its own, and one core may get one more than another. With 6, as in a
+# batch of 1, that was not faster (Zen 4).
+HEADS_TO_OWN = 8
 # Registers of a tile's sums, its rows, and the queries in their lanes.
 Tile = tuple[Var, int, int]
 
@@ -50,7 +56,8 @@ Tile = tuple[Var, int, int]
 class Pairs:
     """Packed `keys` [heads][key][depth / 2] and `values` [heads][key / 2][column], int32; `axes` are those of heads.
 
-    Of the first axis there are `at_once` places in the buffers, all of them or a part that divides them.
+    Of the first axis there are `at_once` places in the buffers, all of them or a part that divides them. With
+    `owned` there is one head in them: that of a task which packs it and computes all of its queries.
     """
 
     dot: Bf16Pairs
@@ -59,15 +66,16 @@ class Pairs:
     keys: Var
     values: Var
     at_once: Extent
+    owned: bool = False
 
     @property
     def buffers(self) -> list[Var]:
-        """Return the buffers to allocate around all tasks."""
+        """Return the buffers to allocate around all tasks, or with `owned` in each."""
         return [self.keys, self.values]
 
     def head(self, point: Mapping[Var, Expr]) -> Expr:
         """Return the place of a head among those packed."""
-        if not self.axes:
+        if not self.axes or self.owned:
             return index(0)
         places = [point[axis.variable] for axis in self.axes]
         if self.parts != 1:
@@ -107,28 +115,43 @@ class Pairs:
 
         return parallel(product([*extents, chunks]), task, large)
 
+    def pack_head(self, point: Mapping[Var, Expr]) -> Stmt:
+        """Return the packing of all keys and values of one head."""
+        keys = self.analysis.key.extent
+        return sequence(
+            [
+                loop(keys, lambda number: self._pack_key(point, number)),
+                loop(ceiling(keys, PAIR), lambda number: self._pack_values(point, number * PAIR)),
+            ]
+        )
+
     def _pack_key(self, point: Mapping[Var, Expr], key: Expr) -> Stmt:
         analysis, lanes = self.analysis, self.dot.lanes
         width = PAIR * lanes
         depth = analysis.depth.extent
         assert isinstance(depth, int)
         head = self.head(point)
+        narrow = narrow_read(analysis.keys, analysis.depth)
+
+        def at(d: Expr) -> dict[Var, Expr]:
+            return {**point, analysis.key.variable: key, analysis.depth.variable: d}
 
         def element(d: Expr) -> Expr:
-            values = {**point, analysis.key.variable: key, analysis.depth.variable: d}
-            return substitute(analysis.keys, values).astype(FLOAT)
+            return substitute(analysis.keys, at(d)).astype(FLOAT)
 
         def some(base: Expr, count: int) -> Stmt:
             if count < width:
                 return loop(count // PAIR, lambda pair: store(self.keys, one(base + pair * PAIR), place(base, pair)))
+            to = [head, key, tirx.Ramp(tirx.floordiv(base, index(PAIR)), index(1), lanes)]
+            if narrow is not None:
+                return store(self.keys, self.dot.read_adjacent(substitute(narrow, at(base))), to)
             row = local([width], FLOAT, "row")
             halves = [load(row, [tirx.Ramp(index(half * lanes), index(1), lanes)]) for half in range(PAIR)]
-            at = [head, key, tirx.Ramp(tirx.floordiv(base, index(PAIR)), index(1), lanes)]
             return with_local(
                 [row],
                 [
                     vector(width, lambda v: store(row, element(base + v), [v])),
-                    store(self.keys, self.dot.adjacent(*halves), at),
+                    store(self.keys, self.dot.adjacent(*halves), to),
                 ],
             )
 
@@ -144,17 +167,22 @@ class Pairs:
     def _pack_values(self, point: Mapping[Var, Expr], key: Expr) -> Stmt:
         """Return the packing of two keys' values; the one past the last key, which weighs nothing, is that key's."""
         analysis, lanes = self.analysis, self.dot.lanes
-        head, last = self.head(point), index(analysis.key.extent) - 1
+        place, last = [self.head(point), tirx.floordiv(key, index(PAIR))], index(analysis.key.extent) - 1
+        narrow = narrow_read(analysis.values, analysis.column)
+
+        def at(row: int, column: Expr) -> dict[Var, Expr]:
+            return {**point, analysis.key.variable: tirx.min(key + row, last), analysis.column.variable: column}
 
         def element(row: int, column: Expr) -> Expr:
-            values = {analysis.key.variable: tirx.min(key + row, last), analysis.column.variable: column}
-            return substitute(analysis.values, {**point, **values}).astype(FLOAT)
+            return substitute(analysis.values, at(row, column)).astype(FLOAT)
 
         def some(base: Expr, count: int) -> Stmt:
+            if narrow is not None and count == lanes:
+                both = self.dot.read_alternating(*(substitute(narrow, at(n, base)) for n in range(PAIR)))
+                return store(self.values, both, [*place, tirx.Ramp(base, index(1), lanes)])
             rows = [local([lanes], FLOAT, "row") for _ in range(PAIR)]
             packed = local([lanes], "int32", "packed")
             ramp = tirx.Ramp(index(0), index(1), lanes)
-            place = [head, tirx.floordiv(key, index(PAIR))]
             fill = [vector(count, lambda v, n=n: store(rows[n], element(n, base + v), [v])) for n in range(PAIR)]
             return with_local(
                 [*rows, packed],
@@ -236,14 +264,15 @@ class Pairs:
         return unrolled(rows, lambda r: sequence([update(r, part) for part in range(0, queries, lanes)]))
 
 
-def packed(dot: Bf16Pairs, analysis: AttentionAnalysis) -> Pairs:
+def packed(dot: Bf16Pairs, analysis: AttentionAnalysis, target: Target) -> Pairs:
     """Return the packing of an attention's keys and values, once for each of the heads that differ in them."""
     read = [*variables_of(analysis.keys), *variables_of(analysis.values)]
     axes = tuple(axis for axis in analysis.outer if any(axis.variable.same_as(variable) for variable in read))
     keys, depth, columns = analysis.key.extent, analysis.depth.extent, analysis.column.extent
     assert isinstance(depth, int)
     at_once = _at_once(analysis, axes)
-    heads = product([at_once, *(axis.extent for axis in axes[1:])])
+    owned = _owns_heads(analysis, axes, target)
+    heads = 1 if owned else product([at_once, *(axis.extent for axis in axes[1:])])
     return Pairs(
         dot,
         analysis,
@@ -251,7 +280,17 @@ def packed(dot: Bf16Pairs, analysis: AttentionAnalysis) -> Pairs:
         local([heads, keys, depth // PAIR], "int32", "packed_keys"),
         local([heads, ceiling(keys, PAIR), columns], "int32", "packed_values"),
         at_once,
+        owned,
     )
+
+
+def _owns_heads(analysis: AttentionAnalysis, axes: tuple[Axis, ...], target: Target) -> bool:
+    """Return whether there are many heads for each core, whose second-level cache holds one beside its queries."""
+    heads = product([axis.extent for axis in axes])
+    elements = product([analysis.key.extent, analysis.depth.extent + analysis.column.extent])
+    if not isinstance(heads, int) or not isinstance(elements, int):
+        return False
+    return heads >= HEADS_TO_OWN * target.cores and elements // PAIR * PAIR_BYTES <= target.caches.level2 // 2
 
 
 def _at_once(analysis: AttentionAnalysis, axes: tuple[Axis, ...]) -> Extent:

@@ -9,7 +9,6 @@ from tvm import tirx
 from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import Access, Step
 from schedules.attention_exponentials import exponentials, factor, subtrahend, updated
 from schedules.attention_joining import LOWEST, LOWEST_NUMBER
 from schedules.attention_mask import all_seen, any_seen, end_of_seen, hides, hides_only_ends
@@ -17,6 +16,7 @@ from schedules.attention_operands import Operand
 from schedules.attention_pairs import Pairs, packed
 from schedules.attention_products import FLOAT, ZERO, Task, scores, weighted
 from schedules.attention_structure import AttentionAnalysis, scale_of_score
+from schedules.attention_turning import turned_queries, written
 from schedules.family import is_large
 from schedules.intrin.bf16_pairs import PAIR, Bf16Pairs
 from schedules.intrin.power_of_two import PowersOfTwo
@@ -24,7 +24,6 @@ from schedules.loops import (
     INDEX,
     Extent,
     ceiling,
-    in_vectors,
     index,
     load,
     local,
@@ -39,8 +38,8 @@ from schedules.loops import (
     vector,
     with_local,
 )
-from schedules.stages import Axis, as_extent, loads_of, sequence
-from schedules.turn import turned
+from schedules.stages import Axis, sequence
+from targets.base import Target
 
 # Lanes of the shortest vectors with instructions of their own.
 NARROWEST = 4
@@ -61,11 +60,11 @@ class Blocks:
     powers: PowersOfTwo | None
 
 
-def emit(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, dot: Bf16Pairs | None) -> Stmt:
+def emit(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, dot: Bf16Pairs | None, target: Target) -> Stmt:
     """Return the parallel loop over heads and blocks of queries; with `dot`, after the packing of keys and values."""
 
     def variant(clamped: bool) -> Stmt:
-        pairs = None if dot is None else packed(dot, analysis)
+        pairs = None if dot is None else packed(dot, analysis, target)
         tasks = _tasks(analysis, lane, blocks, pairs, clamped)
         return tasks if blocks.powers is None else blocks.powers.imported(tasks)
 
@@ -99,13 +98,7 @@ def _tasks(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, pairs: Pairs
     parts = 1 if pairs is None else pairs.parts
     extents = outer if pairs is None or parts == 1 else [pairs.at_once, *outer[1:]]
 
-    def task(share: Expr, number: Expr) -> Stmt:
-        *outside, turn = unflatten(number, [*extents, count])
-        if parts != 1:
-            outside[0] = share * extents[0] + outside[0]
-        point = {axis.variable: value for axis, value in zip(analysis.outer, outside, strict=True)}
-        part = Var("part", INDEX)
-
+    def blocks_at(point: Mapping[Var, Expr], part: Expr) -> Stmt:
         def of(first: Expr, width: int) -> Stmt:
             return _block_of_queries(analysis, lane, blocks, pairs, point, (first, width), clamped)
 
@@ -115,9 +108,19 @@ def _tasks(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, pairs: Pairs
             rest, before = of(index(done), width), whole + position
             body = rest if before == 0 else tirx.IfThenElse(part < before, body, rest)
             done = done + width
-        return sequence([tirx.Bind(part, _in_turn(analysis, turn, count)), body])
+        return body
+
+    def task(share: Expr, number: Expr) -> Stmt:
+        *outside, turn = unflatten(number, [*extents, count])
+        if parts != 1:
+            outside[0] = share * extents[0] + outside[0]
+        point = {axis.variable: value for axis, value in zip(analysis.outer, outside, strict=True)}
+        part = Var("part", INDEX)
+        return sequence([tirx.Bind(part, _in_turn(analysis, turn, count)), blocks_at(point, part)])
 
     large = is_large(product([*outer, queries, analysis.key.extent, analysis.depth.extent]))
+    if pairs is not None and pairs.owned:
+        return pairs.dot.imported(_by_heads(analysis, pairs, count, large, blocks_at))
 
     def tasks(share: Expr) -> Stmt:
         return parallel(product([*extents, count]), lambda number: task(share, number), large)
@@ -133,6 +136,31 @@ def _tasks(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, pairs: Pairs
 
     shares = loop(parts, both)
     return pairs.dot.imported(with_local(pairs.buffers, [region([shares]) if large else shares]))
+
+
+def _by_heads(
+    analysis: AttentionAnalysis,
+    pairs: Pairs,
+    count: Extent,
+    large: bool,
+    blocks_at: Callable[[Mapping[Var, Expr], Expr], Stmt],
+) -> Stmt:
+    """Return the parallel loop over the heads that differ in keys and values, each with all blocks of its queries."""
+    others = [axis for axis in analysis.outer if not any(axis is own for own in pairs.axes)]
+
+    def head(number: Expr) -> Stmt:
+        places = unflatten(number, [axis.extent for axis in pairs.axes])
+        own = {axis.variable: place for axis, place in zip(pairs.axes, places, strict=True)}
+
+        def of_queries(number: Expr) -> Stmt:
+            *outside, part = unflatten(number, [*(axis.extent for axis in others), count])
+            point = {axis.variable: place for axis, place in zip(others, outside, strict=True)}
+            return blocks_at({**own, **point}, part)
+
+        queries = loop(product([*(axis.extent for axis in others), count]), of_queries)
+        return with_local(pairs.buffers, [pairs.pack_head(own), queries])
+
+    return parallel(product([axis.extent for axis in pairs.axes]), head, large)
 
 
 def _in_turn(analysis: AttentionAnalysis, place: Expr, blocks: Extent) -> Expr:
@@ -201,27 +229,27 @@ def _body(task: Task) -> list[Stmt]:
 
     # A sink is what every query has met before the first key.
     largest = fill(task.largest, LOWEST) if sink is None else vector(block, first)
-    start = [*_turn_queries(task), largest, fill(task.bound, LOWEST), fill(task.total, 0.0 if sink is None else 1.0)]
+    start = [*turned_queries(task), largest, fill(task.bound, LOWEST), fill(task.total, 0.0 if sink is None else 1.0)]
     if single:
-        return [*start, *_key_block(task, index(0), keys, True), _write(task)]
+        return [*start, *_key_block(task, index(0), keys, True), written(task)]
     start.append(loop(task.columns, lambda e: vector(block, lambda v: store(task.sums, ZERO, [e, v]))))
 
     def part(base: Expr, extent: Extent) -> Stmt:
         return _if_seen(task, base, extent, sequence(_key_block(task, base, extent, False)))
 
     if end is not None:
-        return [*start, *_up_to_end(task, end, part), _write(task)]
+        return [*start, *_up_to_end(task, end, part), written(task)]
     if not isinstance(keys, int):
 
         def at_most(number: Expr) -> Stmt:
             base = number * task.key_block
             return part(base, tirx.min(index(task.key_block), keys - base))
 
-        return [*start, loop(ceiling(keys, task.key_block), at_most), _write(task)]
+        return [*start, loop(ceiling(keys, task.key_block), at_most), written(task)]
     full, rest = divmod(keys, task.key_block)
     last = _key_block(task, index(full * task.key_block), rest, False) if rest else []
     whole = loop(full, lambda number: part(number * task.key_block, task.key_block))
-    return [*start, whole, *last, _write(task)]
+    return [*start, whole, *last, written(task)]
 
 
 def _up_to_end(task: Task, end: Expr, part: Callable[[Expr, Extent], Stmt]) -> list[Stmt]:
@@ -279,39 +307,6 @@ def _if_seen(task: Task, base: Expr, extent: Extent, steps: Stmt) -> Stmt:
     return with_local([seen], [clear, probe, search, tirx.IfThenElse(condition, steps, None)])
 
 
-def _turn_queries(task: Task) -> list[Stmt]:
-    """Return the copy of the block's queries to [depth][queries], and its rounding to pairs where they are read so."""
-    analysis, lanes = task.analysis, task.lanes
-
-    def element(lane: Expr, d: Expr) -> Expr:
-        values = {task.lane.variable: task.query(lane), analysis.depth.variable: d}
-        return task.at(analysis.query, values).astype(FLOAT)
-
-    contiguous = all(
-        Access(read.source, tuple(read.indices)).step(analysis.depth) == Step.UNIT for read in loads_of(analysis.query)
-    )
-
-    def columns(base: Expr, width: int) -> Stmt:
-        if width != lanes or not contiguous:
-            return loop(
-                width, lambda d: vector(task.queries, lambda v: store(task.turned, element(v, base + d), [base + d, v]))
-            )
-        return loop(
-            task.queries // lanes,
-            lambda part: turned(
-                lanes,
-                FLOAT,
-                lambda row, column: element(part * lanes + row, base + column),
-                lambda row, column, value: store(task.turned, value, [base + column, part * lanes + row]),
-            ),
-        )
-
-    turning = tiles(task.depth, [lanes] if isinstance(task.depth, int) else [lanes, 1], columns)
-    if task.pairs is None:
-        return [turning]
-    return [turning, task.pairs.turn(task.turned, task.turned_pairs, task.queries)]
-
-
 def _key_block(task: Task, base: Expr, extent: Extent, single: bool) -> list[Stmt]:
     """Return the steps of `extent` keys from `base`; a `single` block needs no running sums."""
     block = task.queries
@@ -335,54 +330,3 @@ def _key_block(task: Task, base: Expr, extent: Extent, single: bool) -> list[Stm
         return [*copies, logits, exponentials(task, extent), weighted(task, base, extent, True)]
     running = [*copies, vector(block, keep), logits, vector(block, shrink), vector(block, shrink_total)]
     return [with_local([previous], [*running, exponentials(task, extent), weighted(task, base, extent, False)])]
-
-
-def _write(task: Task) -> Stmt:
-    """Return the division by the sums of exponentials, and the output turned back to rows of queries."""
-    analysis, lanes = task.analysis, task.lanes
-
-    def inverse(v: Expr) -> Stmt:
-        total = load(task.total, [v])
-        value = tirx.const(1.0, FLOAT) / total
-        if analysis.zero_if_empty:
-            value = tirx.Select(total > tirx.const(0.0, FLOAT), value, tirx.const(0.0, FLOAT))
-        return store(task.factor, value, [v])
-
-    rows = local([task.queries, task.columns], FLOAT, "rows")
-
-    def element(lane: Expr, e: Expr) -> Expr:
-        return load(task.sums, [e, lane]) * load(task.factor, [lane])
-
-    def columns(base: Expr, width: int) -> Stmt:
-        if width != lanes:
-            return loop(width, lambda e: loop(task.queries, lambda v: store(rows, element(v, base + e), [v, base + e])))
-        return loop(
-            task.queries // lanes,
-            lambda part: turned(
-                lanes,
-                FLOAT,
-                lambda row, column: element(part * lanes + column, base + row),
-                lambda row, column, value: store(rows, value, [part * lanes + column, base + row]),
-            ),
-        )
-
-    def copy(lane: Expr) -> Stmt:
-        values = {task.lane.variable: task.start + lane}
-
-        def cell(e: Expr) -> Stmt:
-            at = {**values, analysis.column.variable: e}
-            indices = [task.at(i, at) for i in analysis.indices]
-            return store(analysis.output, load(rows, [lane, e]).astype(analysis.output.dtype), indices)
-
-        return in_vectors(task.lanes, task.columns, cell)
-
-    end = tirx.min(index(task.queries), index(task.lane.extent) - task.start) if task.clamped else index(task.queries)
-    count = as_extent(end - task.first)
-    return with_local(
-        [rows],
-        [
-            vector(task.queries, inverse),
-            tiles(task.columns, [lanes] if isinstance(task.columns, int) else [lanes, 1], columns),
-            loop(count, lambda lane: copy(task.first + lane)),
-        ],
-    )

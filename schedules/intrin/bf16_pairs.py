@@ -20,6 +20,8 @@ from targets.base import Target
 
 _DOT, _ALTERNATING, _ADJACENT = "optimizer_dot_pairs_bf16", "optimizer_alternate_bf16", "optimizer_join_bf16"
 _NEIGHBOURS = "optimizer_neighbours_bf16"
+_READ_ADJACENT, _READ_ALTERNATING = "optimizer_read_adjacent_bf16", "optimizer_read_alternate_bf16"
+_WRITE = "optimizer_write_adjacent_bf16"
 # With AVX512-BF16 one instruction rounds two vectors, and one more puts them in order.
 _ROUND_BOTH = """
 declare <{elements} x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<{lanes} x float>, <{lanes} x float>)
@@ -49,6 +51,23 @@ define weak_odr <{half} x i32> @{call}(<{lanes} x float> %values) #0 {{
   ret <{half} x i32> %pairs
 }}
 """
+_IN_MEMORY = """
+define weak_odr <{lanes} x i32> @{read_adjacent}(ptr %from) #0 {{
+  %pairs = load <{lanes} x i32>, ptr %from, align 2
+  ret <{lanes} x i32> %pairs
+}}
+define weak_odr <{lanes} x i32> @{read_alternating}(ptr %first, ptr %second) #0 {{
+  %a = load <{lanes} x i16>, ptr %first, align 2
+  %b = load <{lanes} x i16>, ptr %second, align 2
+  %both = shufflevector <{lanes} x i16> %a, <{lanes} x i16> %b, <{elements} x i32> <{order}>
+  %pairs = bitcast <{elements} x i16> %both to <{lanes} x i32>
+  ret <{lanes} x i32> %pairs
+}}
+define weak_odr i32 @{write}(ptr %to, <{lanes} x i32> %pairs) #0 {{
+  store <{lanes} x i32> %pairs, ptr %to, align 2
+  ret i32 0
+}}
+"""
 _SOURCE = """
 declare <{lanes} x float> @{intrinsic}(<{lanes} x float>, <{elements} x bfloat>, <{elements} x bfloat>)
 define weak_odr <{lanes} x float> @{call}(<{lanes} x float> %sum, <{lanes} x i32> %pairs, i32 %pair) #0 {{
@@ -60,7 +79,7 @@ define weak_odr <{lanes} x float> @{call}(<{lanes} x float> %sum, <{lanes} x i32
     @{intrinsic}(<{lanes} x float> %sum, <{elements} x bfloat> %w, <{elements} x bfloat> %x)
   ret <{lanes} x float> %result
 }}
-{alternating}{adjacent}{neighbours}
+{alternating}{adjacent}{neighbours}{in_memory}
 attributes #0 = {{ {attributes} }}
 """
 
@@ -89,6 +108,20 @@ class Bf16Pairs:
         """Return the pairs of neighbours in one vector of fp32, half as many as it has lanes, rounded."""
         return tirx.call_extern(f"int32x{self.lanes // PAIR}", _NEIGHBOURS, values)
 
+    def read_adjacent(self, read: Expr) -> Expr:
+        """Return the pairs of neighbours in memory from the element of bfloat16 on that `read` loads."""
+        return tirx.call_extern(f"int32x{self.lanes}", _READ_ADJACENT, tirx.address_of(read))
+
+    def read_alternating(self, first: Expr, second: Expr) -> Expr:
+        """Return the pairs of the elements of bfloat16 in memory from those on that two reads load."""
+        return tirx.call_extern(
+            f"int32x{self.lanes}", _READ_ALTERNATING, tirx.address_of(first), tirx.address_of(second)
+        )
+
+    def write_adjacent(self, place: Expr, pairs: Expr) -> Stmt:
+        """Return the store of pairs as neighbours in memory, from the element of bfloat16 on that `place` loads."""
+        return tirx.Evaluate(tirx.call_extern("int32", _WRITE, tirx.address_of(place), pairs))
+
     @property
     def words(self) -> Callable[[Expr, int], Expr] | None:
         """How several pairs are read for an instruction that takes one of them by itself; None without such."""
@@ -113,12 +146,20 @@ def bf16_pairs(target: Target) -> Bf16Pairs | None:
         source = _ROUND_AT_ONCE if at_once else _ROUND
         return source.format(call=call, order=", ".join(f"i32 {place}" for place in order), **width)
 
+    alternate = [place for lane in range(lanes) for place in (lane, lanes + lane)]
     source = (_ROUND_BOTH.format(**width) if at_once else "") + _SOURCE.format(
         intrinsic=bf16_intrinsic(target),
         call=_DOT,
-        alternating=rounding(_ALTERNATING, [place for lane in range(lanes) for place in (lane, lanes + lane)]),
+        alternating=rounding(_ALTERNATING, alternate),
         adjacent=rounding(_ADJACENT, list(range(PAIR * lanes))),
         neighbours=_NEIGHBOURS_SOURCE.format(call=_NEIGHBOURS, lanes=lanes, half=lanes // PAIR),
+        in_memory=_IN_MEMORY.format(
+            read_adjacent=_READ_ADJACENT,
+            read_alternating=_READ_ALTERNATING,
+            write=_WRITE,
+            order=", ".join(f"i32 {place}" for place in alternate),
+            **width,
+        ),
         attributes=attributes(target),
         **width,
     )

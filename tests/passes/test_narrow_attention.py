@@ -11,30 +11,31 @@ from passes.convert_precision import ConvertPrecision
 from passes.fuse_attention import FuseAttention
 from passes.narrow_attention import NarrowAttention
 from passes.round_attention import RoundAttention
+from schedules import attention_pairs
 from tests.schedules.execution import TARGET, lower, module_of, normal, scheduled
 
 BF16 = "x86-avx512-bf16"
 HEADS, SIZE = 2, 16
-WIDTH = HEADS * SIZE
 
 
-def heads(x: relax.Expr, length: int) -> relax.Expr:
-    return op.permute_dims(op.reshape(x, [3, length, HEADS, SIZE]), [0, 2, 1, 3])
+def heads(x: relax.Expr, length: int, size: int) -> relax.Expr:
+    return op.permute_dims(op.reshape(x, [3, length, HEADS, size]), [0, 2, 1, 3])
 
 
-def encoder(length: int, *, narrow_end: bool = True, shared: bool = False) -> tvm.IRModule:
+def encoder(length: int, size: int = SIZE, *, narrow_end: bool = True, shared: bool = False) -> tvm.IRModule:
     """Attention whose result the next product reads as bfloat16, or nobody, with values that others read or not."""
+    width = HEADS * size
 
     def function(q: relax.Var, k: relax.Var, v: relax.Var) -> relax.Expr:
         queries, keys, values = (op.nn.relu(x) for x in (q, k, v))
-        scores = op.matmul(heads(queries, length), op.permute_dims(heads(keys, length), [0, 1, 3, 2]))
-        weighted = op.matmul(op.nn.softmax(scores), heads(values, length))
-        result = op.reshape(op.permute_dims(weighted, [0, 2, 1, 3]), [3, length, WIDTH])
+        scores = op.matmul(heads(queries, length, size), op.permute_dims(heads(keys, length, size), [0, 1, 3, 2]))
+        weighted = op.matmul(op.nn.softmax(scores), heads(values, length, size))
+        result = op.reshape(op.permute_dims(weighted, [0, 2, 1, 3]), [3, length, width])
         if narrow_end:
-            result = op.matmul(result, relax.const(normal(WIDTH, WIDTH, seed=3)))
+            result = op.matmul(result, relax.const(normal(width, width, seed=3)))
         return op.add(result, values) if shared else result
 
-    module = module_of(function, [(3, length, WIDTH)] * 3, ["float32"] * 3)
+    module = module_of(function, [(3, length, width)] * 3, ["float32"] * 3)
     for each in (FuseAttention(), ConvertPrecision("bfloat16"), RoundAttention(BF16)):
         module = each.run(module).module
     return module
@@ -87,9 +88,10 @@ def test_attention_in_fp32_is_left_alone() -> None:
 
 
 @pytest.mark.skipif("avx512_bf16" not in TARGET.features, reason="the target has no dot product of bfloat16")
-@pytest.mark.parametrize("length", [19, 150])
-def test_numbers_stay_the_same(length: int) -> None:
-    module, inputs = encoder(length), [normal(3, length, WIDTH, seed=seed) for seed in range(3)]
+@pytest.mark.parametrize(("length", "size"), [(19, SIZE), (150, 32), (41, 64)])
+def test_numbers_stay_the_same(length: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_pairs, "HEADS_TO_OWN", 1 if size > SIZE else 100)
+    module, inputs = encoder(length, size), [normal(3, length, HEADS * size, seed=seed) for seed in range(3)]
     before, _ = scheduled(lower(module))
     after, _ = scheduled(lower(narrowed(module).module))
     np.testing.assert_array_equal(after(*inputs), before(*inputs))

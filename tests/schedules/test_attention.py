@@ -305,6 +305,12 @@ def test_parts_of_a_batch_are_packed_one_after_the_other(
 
 
 @pytest.mark.skipif(not HAS_PAIRS, reason="the machine has no bf16 dot product")
+def test_heads_are_packed_where_their_queries_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_pairs, "HEADS_TO_OWN", 1)
+    _check_rounded(_module(4, 32, 67, 131, groups=2), 4, [(67, 131)], 2)
+
+
+@pytest.mark.skipif(not HAS_PAIRS, reason="the machine has no bf16 dot product")
 def test_few_queries_are_not_rounded_where_their_number_is_symbolic() -> None:
     call, _ = scheduled(RoundAttention(TARGET.name).run(_module(2, 32, "s", "t")).module)
     arrays = _arrays(2, 32, 3, 50)
