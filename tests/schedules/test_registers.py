@@ -65,6 +65,20 @@ def test_inner_loops_keep_their_tile_in_registers(kernel: str, target: str, tmp_
         assert not loop.scalar_loads
 
 
+def test_sums_of_heads_that_share_values_stay_in_registers(tmp_path: Path) -> None:
+    shapes = {"q": (1, 9, 1, 64), "k": (1, 3, 600, 64), "v": (1, 3, 600, 64), "y": (1, 9, 1, 64)}
+    tensors = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    node = helper.make_node("Attention", ["q", "k", "v"], ["y"])
+    graph = helper.make_graph([node], "kernel", tensors[:3], tensors[3:])
+    decoding = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    loops = multiplying_loops(save_and_compile(decoding, targets.get("x86-avx512"), tmp_path))
+    # Three heads by four vectors of 16 columns, of a key or of several.
+    sums = [loop for loop in loops if loop.multiply_adds in (12, 24, 48)]
+    assert sums
+    spill = re.compile(r"vmov\w+\s+(\S*%zmm\d+, -?\d*\(%rsp\)|-?\d*\(%rsp\), %zmm\d+)")
+    assert not any(loop.count(spill) for loop in sums)
+
+
 @pytest.mark.parametrize("target", ["x86-avx512", "x86-avx2"])
 def test_rows_on_the_stack_are_aligned_to_vectors(target: str, tmp_path: Path) -> None:
     node = helper.make_node("Softmax", ["x"], ["y"])
