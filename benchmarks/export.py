@@ -126,16 +126,24 @@ def _arguments(module: FlatModule, inputs: dict[str, Array]) -> tuple[Tensor, ..
     return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
 
 
-def export(module: FlatModule, architecture: Architecture, variant: Variant, exporter: Exporter, path: Path) -> None:
+def export(
+    module: FlatModule,
+    architecture: Architecture,
+    variant: Variant,
+    exporter: Exporter,
+    path: Path,
+    *,
+    opset: int | None = None,
+) -> None:
     """Write `module` to `path` as an ONNX file in which the named dimensions stay symbolic.
 
     Weights of many bytes go to a second file, named as the first with ".data" behind it: protobuf ends at 2 GiB.
-    The exporters are called with their defaults (operator set included), as people call them.
+    The exporters are called with their defaults, as people call them; so is their operator set unless `opset` is given.
     """
     large = sum(parameter.nbytes for parameter in module.parameters()) > MOST_INLINE_BYTES
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
         raw = Path(folder) / "model.onnx"
-        _export(module, architecture, variant, exporter, raw, external_data=large)
+        _export(module, architecture, variant, exporter, raw, external_data=large, opset=opset)
         model = onnx.load(raw)
     _remove_debug_text(model)
     if large:
@@ -153,6 +161,7 @@ def _export(
     path: Path,
     *,
     external_data: bool,
+    opset: int | None,
 ) -> None:
     arguments = _arguments(module, variant.draw(next(iter(variant.cases))))
     axes = {
@@ -172,6 +181,7 @@ def _export(
                 dynamo=True,
                 dynamic_shapes=(tuple(axes.values()),) if dynamic else None,
                 external_data=external_data,
+                opset_version=opset,
                 verbose=False,
             )
         else:
@@ -182,6 +192,7 @@ def _export(
                 input_names=names,
                 output_names=list(module.outputs),
                 dynamo=False,
+                opset_version=opset,
                 dynamic_axes={**axes, **architecture.outputs_of(variant)} if dynamic else None,
             )
 

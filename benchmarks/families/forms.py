@@ -16,16 +16,48 @@ class Built:
     options: tuple[str, ...] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
 
+    @property
+    def group(self) -> str:
+        """Return the column of the table that the form belongs to."""
+        is_narrow = self.precision in ("fp16", "bf16") or self.provider != "cpu"
+        return "built, 16 bits" if is_narrow else f"built, {self.precision}"
+
+
+Mask = Literal["int64", "bool", "float32", "queries bool", "queries float32", "none"]
+Quantization = Literal["", "4 bits", "8 bits", "activations"]
+
 
 @dataclass(frozen=True)
 class Exported:
-    """What torch's exporters are asked for: which, the types of weights and mask, and whether positions come."""
+    """What torch's exporters are asked for, and what other tools do to what they write.
+
+    `attention` "standard" is ONNX's own operator, called from the model, whose keys and values have few heads; other
+    exports repeat these for all heads. `opset` is the exporter's default unless it is given. A mask "queries" says of
+    each query what it sees; others have a place for each token. `cache` is where the model's Concat leaves it, where
+    Attention appends to it itself, or where TensorScatter writes to room for all tokens. onnxruntime's tools round
+    weights as `quantization` says, "activations" to 8 bits in steps that the data decide, and fuse operators.
+    """
 
     exporter: Literal["dynamo", "torchscript"]
     dtype: str = "float32"
-    mask: Literal["int64", "bool", "float32"] = "int64"
+    mask: Mask = "int64"
     with_positions: bool = False
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    attention: Literal["sdpa", "eager", "standard"] = "sdpa"
+    opset: int | None = None
+    cache: Literal["concatenated", "in Attention", "scattered"] = "concatenated"
+    quantization: Quantization = ""
+    block_size: int = 32
+    is_symmetric: bool = True
+    is_fused: bool = False
+
+    @property
+    def group(self) -> str:
+        """Return the column of the table that the form belongs to."""
+        if self.dtype != "float32":
+            return "exported, 16 bits"
+        if self.quantization or self.is_fused:
+            return "exported, then onnxruntime's tools"
+        return "opset 23, 24" if self.opset else self.exporter
 
 
 # Products in floats, as onnxruntime computes them to the letter.
@@ -68,7 +100,38 @@ EXPORTED: Mapping[str, Exported] = {
     "dynamo-float": Exported("dynamo", mask="float32"),
     "torchscript-bool": Exported("torchscript", mask="bool"),
     "torchscript-float": Exported("torchscript", mask="float32"),
+    "dynamo-queries-bool": Exported("dynamo", mask="queries bool", with_positions=True),
+    "dynamo-queries-float": Exported("dynamo", mask="queries float32", with_positions=True),
+    "torchscript-queries-float": Exported("torchscript", mask="queries float32", with_positions=True),
+    "dynamo-no-mask": Exported("dynamo", mask="none"),
+    "torchscript-no-mask": Exported("torchscript", mask="none", with_positions=True),
     "dynamo-fp16": Exported("dynamo", "float16"),
     "dynamo-bf16": Exported("dynamo", "bfloat16"),
     "torchscript-fp16": Exported("torchscript", "float16"),
+    "torchscript-bf16": Exported("torchscript", "bfloat16"),
+    "opset23": Exported("dynamo", opset=23),
+    "opset23-positions": Exported("dynamo", opset=23, with_positions=True),
+    "opset23-eager": Exported("dynamo", opset=23, attention="eager"),
+    "opset23-bool": Exported("dynamo", opset=23, mask="bool"),
+    "opset23-grouped": Exported("dynamo", opset=23, attention="standard"),
+    "opset23-in-attention": Exported("dynamo", opset=23, attention="standard", cache="in Attention"),
+    "opset23-fp16": Exported("dynamo", "float16", opset=23),
+    "opset23-bf16": Exported("dynamo", "bfloat16", opset=23),
+    "opset24": Exported("dynamo", opset=24),
+    "opset24-scattered": Exported(
+        "dynamo", opset=24, attention="standard", mask="queries bool", with_positions=True, cache="scattered"
+    ),
+    "opset24-scattered-float": Exported(
+        "dynamo", opset=24, attention="standard", mask="queries float32", with_positions=True, cache="scattered"
+    ),
+    "torchscript-int4": Exported("torchscript", with_positions=True, quantization="4 bits"),
+    "torchscript-int4-block128": Exported("torchscript", quantization="4 bits", block_size=128),
+    "dynamo-int4-block16-asymmetric": Exported("dynamo", quantization="4 bits", block_size=16, is_symmetric=False),
+    "dynamo-int4-block64": Exported("dynamo", quantization="4 bits", block_size=64),
+    "dynamo-int8-asymmetric": Exported("dynamo", quantization="8 bits", is_symmetric=False),
+    "opset23-int4": Exported("dynamo", opset=23, quantization="4 bits"),
+    "torchscript-int8-activations": Exported("torchscript", with_positions=True, quantization="activations"),
+    "dynamo-int8-activations": Exported("dynamo", quantization="activations"),
+    "torchscript-fused": Exported("torchscript", with_positions=True, is_fused=True),
+    "dynamo-fused": Exported("dynamo", is_fused=True),
 }

@@ -14,38 +14,21 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import onnx
-import torch
 import transformers
 from onnxruntime_genai.models import builder
 
-from benchmarks.architecture import Architecture, Dimensions, Input, Variant
-from benchmarks.export import FlatModule, export, randomize
-from benchmarks.families.checkpoints import FAMILIES, SMALL, class_names
-from benchmarks.families.forms import BUILT, EXPORTED, Built, Exported
+from benchmarks.families.exporting import export_plain
+from benchmarks.families.forms import BUILT, EXPORTED, Built
+from benchmarks.families.networks import network
 from benchmarks.families.selection import parsed
 from benchmarks.families.texts import PENALTY, PROMPT, STEPS
 
-# transformers has no other attention for it.
-_ALWAYS_EAGER = ("gemma2",)
 _TOKENIZER = Path(__file__).resolve().parents[2] / "examples" / "decoder" / "tokenizer.json"
-
-
-def checkpoint(family: str, settings: Mapping[str, object], attention: str = "sdpa") -> torch.nn.Module:
-    """Return a family's model with random weights, the same at every call; `settings` are beside the family's."""
-    config_class, model_class = class_names(family)
-    config = getattr(transformers, config_class)(**{**SMALL, **FAMILIES[family][1], **settings})
-    if attention == "eager" or family not in _ALWAYS_EAGER:
-        config._attn_implementation = attention
-    torch.manual_seed(0)
-    model = getattr(transformers, model_class)(config)
-    randomize(model)
-    return model.eval()
 
 
 def read_old_rope_of_gemma3() -> None:
@@ -65,7 +48,7 @@ def read_old_rope_of_gemma3() -> None:
 def build(family: str, form: Built, folder: Path) -> None:
     """Have the builder make a form of a family."""
     source = folder / "checkpoint"
-    checkpoint(family, form.settings).save_pretrained(source)
+    network(family, form.settings).save_pretrained(source)
     transformers.PreTrainedTokenizerFast(tokenizer_file=str(_TOKENIZER)).save_pretrained(source)
     arguments = (None, str(source), str(folder), form.precision, form.provider, str(folder / "cache"))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -110,38 +93,6 @@ def generated(folder: Path) -> list[int] | str:
         return [int(token) for token in generator.get_sequence(0)[len(PROMPT) :]]
     except Exception as error:  # whatever it fails with is said in the table
         return f"{type(error).__name__}: {error}"[:300]
-
-
-def export_plain(family: str, form: Exported, folder: Path) -> None:
-    """Have one of torch's exporters write a form of a family."""
-    model = checkpoint(family, {}, form.attention)
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-    given = [Input("input_ids", ("batch", "sequence"), lambda rng, shape, _: rng.integers(3, 100, shape))]
-    mask = np.dtype(form.mask)
-    given.append(Input("attention_mask", ("batch", "total_sequence"), lambda _, shape, __: np.ones(shape, mask)))
-    if form.with_positions:
-        given.append(Input("position_ids", ("batch", "sequence"), _places))
-    dims = ("batch", heads, "past_sequence", size)
-    names = [
-        f"past_key_values.{layer}.{part}" for layer in range(config.num_hidden_layers) for part in ("key", "value")
-    ]
-    given += [Input(name, dims, lambda rng, shape, _: rng.standard_normal(shape, np.float32)) for name in names]
-    case = {"chunk": {"batch": 2, "sequence": 3, "past_sequence": 4, "total_sequence": 7}}
-    variant = Variant({}, tuple(given), case)
-    config_class, model_class = class_names(family)
-    architecture = Architecture(
-        model_class, config_class, {"logits": {0: "batch", 1: "sequence"}}, variant, call="decoder_with_past"
-    )
-    names = tuple(spec.name for spec in given)
-    module = FlatModule(model, "decoder_with_past", names, tuple(architecture.outputs_of(variant)))
-    export(module.eval().to(getattr(torch, form.dtype)), architecture, variant, form.exporter, folder / "model.onnx")
-
-
-def _places(_: np.random.Generator, shape: tuple[int, ...], dimensions: Dimensions) -> np.ndarray:
-    return np.broadcast_to(np.arange(shape[1]), shape) + dimensions["past_sequence"]
 
 
 def make(folder: Path, work: Callable[[Path], None]) -> str:

@@ -17,6 +17,8 @@ class Selection:
     folder: Path
     families: tuple[str, ...]
     forms: tuple[str, ...]
+    keeps: bool = False
+    """Whether what was found before stands."""
 
 
 def parsed(description: str) -> Selection:
@@ -25,6 +27,7 @@ def parsed(description: str) -> Selection:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--family", action="append", choices=FAMILIES)
     parser.add_argument("--form", action="append", choices=[*EXPORTED, *BUILT])
+    parser.add_argument("--keep", action="store_true", help="Leave what was compared before as it was found.")
     arguments = parser.parse_args()
     forms = arguments.form or [*BUILT, *EXPORTED]
-    return Selection(arguments.folder, tuple(arguments.family or FAMILIES), tuple(forms))
+    return Selection(arguments.folder, tuple(arguments.family or FAMILIES), tuple(forms), arguments.keep)

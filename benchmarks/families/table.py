@@ -10,8 +10,8 @@ from __future__ import annotations
 import datetime
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.families.checkpoints import EOS, WINDOW
-from benchmarks.families.selection import parsed
-from benchmarks.families.texts import CHUNKS, PENALTY, PROMPT, STEPS
+from benchmarks.families.forms import BUILT, EXPORTED
+from benchmarks.families.selection import Selection, parsed
+from benchmarks.families.texts import CHUNKS, PENALTY, PROMPT, ROOM, STEPS
 from optimizer.compile import CompileOptions, compile_model, find_target
 from optimizer.errors import OptimizerError
 from optimizer.runtime import load
@@ -74,20 +75,35 @@ class Reference:
         self._length = 0
 
     def _empty(self, part: CacheTensor) -> tuple[int, ...]:
-        """Return the shape of the cache before the text: that of the newest tokens alone has room for a window."""
-        room = WINDOW if "sliding" in self._given[part.past].shape.dim[part.axis].dim_param else 0
+        """Return the shape of the cache before the text.
+
+        That of the newest tokens alone has room for a window, that of TensorScatter for the whole text.
+        """
+        dimension = self._given[part.past].shape.dim[part.axis].dim_param
+        room = WINDOW if "sliding" in dimension else ROOM if dimension == "room" else 0
         return (*part.shape[: part.axis], room, *part.shape[part.axis + 1 :])
+
+    def _mask(self, begin: int, end: int) -> Array:
+        """Return the mask of the tokens from `begin` to `end`, of the type and the shape that the model takes."""
+        given = self._given["attention_mask"]
+        dtype = helper.tensor_dtype_to_np_dtype(given.elem_type)
+        if len(given.shape.dim) == 2:
+            return np.ones((1, end), dtype)
+        places = np.arange(ROOM if given.shape.dim[-1].dim_param == "room" else end)
+        seen = (places <= np.arange(begin, end)[:, None])[None, None]
+        return seen if dtype == np.bool_ else np.where(seen, 0, np.finfo(np.float32).min).astype(dtype)
 
     def append(self, tokens: Sequence[int]) -> Array:
         """Read more tokens and return the logits that follow the last of them."""
         begin, end = self._length, self._length + len(tokens)
-        mask = helper.tensor_dtype_to_np_dtype(self._given["attention_mask"].elem_type)
-        inputs: Mapping[str, Array] = {
+        inputs: dict[str, Array] = {
             "input_ids": np.array([tokens], np.int64),
-            "attention_mask": np.ones((1, end), mask),
             "position_ids": np.arange(begin, end)[None],
+            "write_indices": np.array([begin]),
             **self._past,
         }
+        if "attention_mask" in self._given:
+            inputs["attention_mask"] = self._mask(begin, end)
         fed = {name: array for name, array in inputs.items() if name in self._given}
         outputs = dict(zip(self._names, self._session.run(self._names, fed), strict=True))
         self._past = {part.past: np.asarray(outputs[part.present]) for part in self._cache}
@@ -106,6 +122,11 @@ class Row:
     equal: int = 0
     genai: str = ""
     error: str = ""
+
+    @property
+    def group(self) -> str:
+        """Return the column of the condensed table that the row counts in."""
+        return (BUILT.get(self.form) or EXPORTED[self.form]).group
 
     def line(self) -> str:
         """Return it as a row of the table."""
@@ -139,7 +160,7 @@ def compare(family: str, form: str, folder: Path) -> Row:
 
 
 def _compare_texts(row: Row, model: CompiledModel, folder: Path, genai: list[int] | str | None) -> None:
-    session = DecoderSession(model)
+    session = DecoderSession(model, capacity=ROOM)
     reference = Reference(widened(onnx.load(folder / "model.onnx")), roles_of(model.entry("main").signature).cache)
     row.difference = 0.0
     text, ours, theirs = [], np.zeros(0), np.zeros(0)
@@ -180,12 +201,34 @@ def _difference(actual: Array, expected: Array) -> float:
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
-def rows(folder: Path, families: Sequence[str], forms: Sequence[str]) -> Iterator[Row]:
-    """Yield the rows of all that was made."""
-    for family in families:
-        for form in forms:
-            if (folder / family / form).exists():
-                yield compare(family, form, folder / family / form)
+def rows(selection: Selection) -> Iterator[Row]:
+    """Yield the rows of all that was made; each is kept beside its model."""
+    for family in selection.families:
+        for form in selection.forms:
+            folder = selection.folder / family / form
+            if not folder.exists():
+                continue
+            kept = folder / "row.json"
+            if selection.keeps and kept.exists():
+                yield Row(**_document(kept))
+                continue
+            row = compare(family, form, folder)
+            kept.write_text(json.dumps(asdict(row)) + "\n", encoding="utf-8")
+            yield row
+
+
+def condensed(found: Sequence[Row]) -> Iterator[str]:
+    """Yield the lines of a table of families and groups of forms: how many were compared, the largest difference."""
+    groups = list(dict.fromkeys(form.group for form in (*BUILT.values(), *EXPORTED.values())))
+    yield f"| family | {' | '.join(groups)} |"
+    yield f"|{'---|' * (len(groups) + 1)}"
+    for family in dict.fromkeys(row.family for row in found):
+        cells = []
+        for group in groups:
+            of_group = (row for row in found if (row.family, row.group) == (family, group))
+            values = [row.difference for row in of_group if row.difference is not None]
+            cells.append(f"{len(values)}: {max(values):.0e}" if values else "-")
+        yield f"| {family} | {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -193,8 +236,11 @@ def main() -> None:
     selection = parsed("Compare decoders of each family in each form with onnxruntime.")
     print(f"{datetime.date.today()}, `python -m benchmarks.families.table {' '.join(sys.argv[1:])}`\n")
     print(f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}")
-    for row in rows(selection.folder, selection.families, selection.forms):
+    found: list[Row] = []
+    for row in rows(selection):
         print(row.line(), flush=True)
+        found.append(row)
+    print("", *condensed(found), sep="\n")
 
 
 if __name__ == "__main__":

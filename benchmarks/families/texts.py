@@ -8,3 +8,5 @@ CHUNKS = (9, 1, 3)
 STEPS = 24
 # Random weights say the same few tokens again and again unless that is made hard.
 PENALTY = 2.0
+ROOM = len(PROMPT) + STEPS
+"""What caches hold that have room for all tokens from the start."""
