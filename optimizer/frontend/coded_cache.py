@@ -21,6 +21,7 @@ from schedules.cache_pages import READS_IN_PLACE
 _TYPES = {8: "int8", 4: "uint8"}
 _MODES = {12: "k_quant_type", 13: "v_quant_type"}
 _SUPPORTED = ("PER_TENSOR", "PER_CHANNEL")
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,16 @@ class CacheCodes:
 
 def cache_codes(node: Node) -> CacheCodes | None:
     """Return the codes that a GroupQueryAttention's cache holds, or None for one of floats; refuses other codes."""
-    if not node.has_input(12) and not node.has_input(13):
+    types = {node.input(index).dtype for index in (3, 4) if node.has_input(index)}
+    if not node.has_input(12) and not node.has_input(13) and types <= set(_FLOATS):
         return None
     modes = {node.string(name, "NONE") for name in _MODES.values()}
     bits = node.integer("kv_cache_bit_width", 8)
-    types = {node.input(index).dtype for index in (3, 4) if node.has_input(index)}
     if not (node.has_input(12) and node.has_input(13)) or not modes <= set(_SUPPORTED):
         raise node.unsupported(
-            f"keys and values must both have codes, with scales for a tensor or for channels; it has {sorted(modes)}"
+            "a cache of codes needs k_scale and v_scale, for a tensor or for channels (k_quant_type, v_quant_type "
+            f"{' or '.join(_SUPPORTED)}); this one, of {', '.join(sorted(types))}, has {', '.join(sorted(modes))}; "
+            "build the model so, or with an unquantized cache (--kv-cache-dtype can quantize that)"
         )
     if bits not in _TYPES or not types <= {_TYPES[bits]}:
         raise node.unsupported(

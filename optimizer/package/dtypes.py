@@ -55,3 +55,12 @@ def numpy_dtype(name: str) -> NumpyDType:
         dtype: DTypeLike = getattr(ml_dtypes, name)
         return np.dtype(dtype)
     return np.dtype(name)
+
+
+def lowest(name: str) -> float:
+    """Return the lowest finite number of a float type."""
+    if name not in _BEYOND_NUMPY:
+        return float(np.finfo(name).min)
+    import ml_dtypes  # noqa: PLC0415 - most packages do without
+
+    return float(ml_dtypes.finfo(numpy_dtype(name)).min)

@@ -243,7 +243,7 @@ def test_a_cache_of_codes_matches_onnxruntime_bit_for_bit(name: str, dtype: str)
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"v_quant_type": "NONE"}, r"both have codes.*\['NONE', 'PER_TENSOR'\]"),
+        ({"v_quant_type": "NONE"}, "of int8, has NONE, PER_TENSOR; build the model so, or with an unquantized cache"),
         ({"kv_cache_bit_width": 4}, "int8 with codes of 4 bits is not supported; build the model with int8, int4"),
     ],
 )
@@ -256,6 +256,12 @@ def test_other_codes_are_refused_with_what_to_do(attributes: dict[str, int | str
         import_model(model)
 
 
+@pytest.mark.parametrize("dtype", ["float8e4m3fn", "int8"])
+def test_a_cache_of_codes_without_scales_is_refused_with_what_to_do(dtype: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"a cache of codes needs k_scale and v_scale.*build the model so"):
+        import_model(node_model_with_open_heads(dtype))
+
+
 def test_an_open_size_of_cached_heads_is_that_of_the_new_ones() -> None:
     model = node_model_with_open_heads()
     imported = import_model(model)
@@ -265,12 +271,12 @@ def test_an_open_size_of_cached_heads_is_that_of_the_new_ones() -> None:
     assert {name: int(size) for name, size in sizes.items()} == {"past_key": SIZE, "past_value": SIZE}
 
 
-def node_model_with_open_heads() -> onnx.ModelProto:
+def node_model_with_open_heads(cached: str = "float") -> onnx.ModelProto:
     return parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
-        decoder (float[1, S, {(HEADS + 2 * GROUPS) * SIZE}] packed, float[1, {GROUPS}, P, D] past_key,
-                 float[1, {GROUPS}, P, D] past_value, int32[1] last, int32[1] total)
-            => (float[1, S, {HEADS * SIZE}] y, float[1, {GROUPS}, T, D] key, float[1, {GROUPS}, T, D] value) {{
+        decoder (float[1, S, {(HEADS + 2 * GROUPS) * SIZE}] packed, {cached}[1, {GROUPS}, P, D] past_key,
+                 {cached}[1, {GROUPS}, P, D] past_value, int32[1] last, int32[1] total)
+            => (float[1, S, {HEADS * SIZE}] y, {cached}[1, {GROUPS}, T, D] key, {cached}[1, {GROUPS}, T, D] value) {{
             y, key, value = com.microsoft.GroupQueryAttention <num_heads = {HEADS}, kv_num_heads = {GROUPS}>
                 (packed, , , past_key, past_value, last, total)
         }}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class ReturnedCache:
         if length == self.length:
             return
         for part, value in self._parts_and_values():
-            array = to_numpy(cast("Tensor", value), part.dtype)
+            array = value if isinstance(value, np.ndarray) else to_numpy(value, part.dtype)
             self._values[part.past] = np.ascontiguousarray(array.take(np.arange(length), part.axis))
         self.length = length
 

@@ -51,10 +51,19 @@ class Sampler:
         self._generator = np.random.default_rng(sampling.seed)
 
     def choose(self, logits: Logits, text: Sequence[int]) -> int:
-        """Return the next token after `text`, given the logits [vocabulary] of its last position."""
+        """Return the next token after `text`, given the logits [vocabulary] of its last position.
+
+        Raises OptionError for logits that are no numbers, as models give beyond their last position.
+        """
         settings = self._sampling
+        likeliest = int(np.argmax(logits))  # the first that is no number, if one is
+        if np.isnan(logits[likeliest]):
+            raise OptionError(
+                f"the model's logits are no numbers after {len(text)} tokens, which may be more than it has positions "
+                "for; give a shorter text, or a context that the model has (generate's --max-context)"
+            )
         if settings.temperature == 0.0 and settings.repetition_penalty == 1.0:
-            return int(np.argmax(logits))  # a copy in fp64 would take twice as long as the search
+            return likeliest  # a copy in fp64 would take twice as long as the search
         values = logits.astype(np.float64)
         if settings.repetition_penalty != 1.0:
             seen = np.unique(np.asarray(text, np.int64))

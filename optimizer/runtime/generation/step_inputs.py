@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optimizer.package.dtypes import numpy_dtype
+from optimizer.package.dtypes import lowest, numpy_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,7 +42,7 @@ def mask_values(step: Step, dtype: str, rank: int) -> Mask:
     if rank == _OF_TOKENS:
         return (places < step.total).astype(numpy_dtype(dtype))[None]
     seen = (places <= _places(step)[:, None])[None, None]
-    return seen if dtype == "bool" else np.where(seen, 0.0, _LOWEST[dtype]).astype(numpy_dtype(dtype))
+    return seen if dtype == "bool" else np.where(seen, 0.0, lowest(dtype)).astype(numpy_dtype(dtype))
 
 
 def _places(step: Step) -> Numbers:
@@ -50,9 +50,9 @@ def _places(step: Step) -> Numbers:
 
 
 TOKENS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
-_LOWEST = {"float32": -3.3895313892515355e38, "float16": -65504.0, "bfloat16": -3.3895313892515355e38}
+_FLOATS = ("float32", "float16", "bfloat16")
 _OF_TOKENS, _OF_QUERIES = 2, 4
-MASKS = {_OF_TOKENS: ("int64", "int32", "bool", *_LOWEST), _OF_QUERIES: ("bool", *_LOWEST)}
+MASKS = {_OF_TOKENS: ("int64", "int32", "bool", *_FLOATS), _OF_QUERIES: ("bool", *_FLOATS)}
 """The types that a mask may have, by its rank."""
 VALUES: Mapping[str, Callable[[Step], Numbers]] = {
     TOKENS: lambda step: np.asarray([step.tokens], np.int64),

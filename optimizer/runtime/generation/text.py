@@ -84,8 +84,8 @@ class TextGenerator:
     """A decoder with its tokenizer.
 
     The tokenizer (tokenizer.json) and the settings (generation_config.json or genai_config.json: stop tokens, length of
-    the context, sampling; without a stop token the one that tokenizer_config.json ends texts with) are those in the
-    package, which the compiler takes from beside the model, or those in `folder`.
+    the context, sampling; tokenizer_config.json: a stop token more, which ends texts) are those in the package, which
+    the compiler takes from beside the model, or those in `folder`.
     Raises OptionError where there is no tokenizer or the `tokenizers` library is missing.
     """
 
@@ -103,11 +103,14 @@ class TextGenerator:
         self._files = files
 
     def _settings(self, files: Mapping[str, bytes]) -> Settings:
-        """Return the settings; where they name no stop token it is the tokenizer's token for the end of a text."""
+        """Return the settings, whose stop tokens the tokenizer's token for the end of a text is one of.
+
+        Of models that chat it may be the end of a turn, which their other settings do not always name.
+        """
         settings = read_settings(files)
         end = special_tokens(files).get("eos_token")
         number = None if end is None else self.tokenizer.number(end)
-        return settings if settings.stop or number is None else replace(settings, stop=(number,))
+        return settings if number in (None, *settings.stop) else replace(settings, stop=(*settings.stop, number))
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:

@@ -9,6 +9,8 @@ from typing import Protocol, cast
 from optimizer.errors import OptionError, PackageError
 
 TOKENIZER_FILE = "tokenizer.json"
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What is decoded from the first bytes of a character."""
 
 
 class _Encoding(Protocol):
@@ -19,13 +21,8 @@ class _Library(Protocol):
     """The part of `tokenizers.Tokenizer` that is used here."""
 
     def encode(self, sequence: str, *, add_special_tokens: bool) -> _Encoding: ...
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
     def token_to_id(self, token: str) -> int | None: ...
-
-
-class _Stream(Protocol):
-    """The part of `tokenizers.decoders.DecodeStream` that is used here."""
-
-    def step(self, tokenizer: _Library, id: int) -> str | None: ...  # noqa: A002 - the library's name
 
 
 class Tokenizer:
@@ -57,6 +54,20 @@ class Tokenizer:
 
         It returns None as long as the bytes of a character are not complete. Special tokens have no text.
         """
-        make = importlib.import_module("tokenizers.decoders").DecodeStream
-        stream = cast("_Stream", make(ids=list(before), skip_special_tokens=True))
-        return lambda token: stream.step(self._tokenizer, token)
+        # What was shown last tells whether a token begins with a space; all else before it is decoded only once.
+        shown, pending = list(before), list[int]()
+
+        def text_of(token: int) -> str | None:
+            pending.append(token)
+            known, text = self._decoded(shown), self._decoded([*shown, *pending])
+            if text.endswith(_INCOMPLETE):
+                return None
+            new = text[len(known if text.startswith(known) else known.rstrip(_INCOMPLETE)) :]
+            shown[:] = pending if new else [*shown, *pending]
+            pending.clear()
+            return new or None
+
+        return text_of
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)

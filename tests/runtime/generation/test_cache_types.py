@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from optimizer.compile import CompileOptions, compile_model, find_target
 from optimizer.package.entry_points import CachePages
@@ -17,6 +16,12 @@ from optimizer.runtime import load
 from optimizer.runtime.cache_buffers import Held
 from optimizer.runtime.generation import DecoderSession
 from optimizer.runtime.model import CompiledModel
+from tests.runtime.generation.operations import (
+    OPERATIONS,
+    Operation,
+    require_logits_of_texts_at_once,
+    sessions_after,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,6 +31,7 @@ _MODEL = Path(__file__).parents[3] / "examples" / "decoder" / "model.onnx"
 # roundoff for floats; for codes, whose largest error is half a step of 1 / 255 or 1 / 15 of a range, less.
 _ROUNDOFF = {"fp16": 2.0**-11, "bf16": 2.0**-8}
 _TOLERANCE = {**{dtype: 8 * roundoff for dtype, roundoff in _ROUNDOFF.items()}, "int8": 2 / 255, "int4": 1 / 15}
+_VOCABULARY = 2048
 _SCHEMES = {
     "fp16": "6 tensors in place as float16",
     "bf16": "6 tensors in place as bfloat16",
@@ -46,7 +52,7 @@ def narrow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def _tokens(length: int) -> list[int]:
-    return np.random.default_rng(length).integers(0, 2048, length).tolist()
+    return np.random.default_rng(length).integers(0, _VOCABULARY, length).tolist()
 
 
 def _logits(model: CompiledModel, chunks: Sequence[Sequence[int]]) -> NDArray[np.floating]:
@@ -63,16 +69,14 @@ def test_the_manifest_says_what_the_cache_holds(narrow: tuple[str, CompiledModel
     assert model.manifest.kv_cache_scheme == _SCHEMES[dtype]
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
-@given(data=st.data(), length=st.integers(1, 250))
-def test_every_chunking_gives_the_logits_of_the_model_that_returns_its_cache(
-    narrow: tuple[str, CompiledModel], returning_decoder: CompiledModel, data: st.DataObject, length: int
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(operations=OPERATIONS)
+def test_whatever_is_done_sessions_give_the_logits_of_the_model_that_returns_its_cache(
+    narrow: tuple[str, CompiledModel], returning_decoder: CompiledModel, operations: list[Operation]
 ) -> None:
     dtype, model = narrow
-    tokens = _tokens(length)
-    cuts = sorted(data.draw(st.sets(st.integers(1, length), max_size=12)) | {length})
-    chunks = [tokens[start:end] for start, end in zip([0, *cuts[:-1]], cuts, strict=True)]
-    _require_close(_logits(model, chunks), _logits(returning_decoder, [tokens]), dtype)
+    sessions = sessions_after(DecoderSession(model), operations, _VOCABULARY)
+    require_logits_of_texts_at_once(sessions, returning_decoder, _TOLERANCE[dtype])
 
 
 def test_a_prompt_token_by_token_is_within_the_tolerance(
@@ -81,21 +85,6 @@ def test_a_prompt_token_by_token_is_within_the_tolerance(
     dtype, model = narrow
     tokens = _tokens(180)
     _require_close(_logits(model, [[token] for token in tokens]), _logits(returning_decoder, [tokens]), dtype)
-
-
-@pytest.mark.parametrize("length", [0, 20, 75, 170])
-def test_a_session_cut_back_goes_on_as_if_the_rest_was_never_read(
-    narrow: tuple[str, CompiledModel], returning_decoder: CompiledModel, length: int
-) -> None:
-    dtype, model = narrow
-    tokens = _tokens(181)
-    session = DecoderSession(model)
-    for start in range(0, 180, 12):
-        session.append(tokens[start : start + 12])
-    other = session.fork()
-    session.rewind(length)
-    _require_close(session.append(tokens[length:]), _logits(returning_decoder, [tokens]), dtype)
-    _require_close(other.append(tokens[180:]), _logits(returning_decoder, [tokens]), dtype)
 
 
 def test_a_prompt_in_chunks_takes_less_memory_where_caches_are_quantized(narrow: tuple[str, CompiledModel]) -> None:

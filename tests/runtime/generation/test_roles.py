@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 from optimizer.errors import OptionError
 from optimizer.package.entry_points import EntryPoint, SymbolRange, TensorSpec
 from optimizer.runtime.generation.roles import roles_of
+from optimizer.runtime.generation.step_inputs import Step, mask_values
 
 _SYMBOLS = tuple(SymbolRange(name, 0, None) for name in ("batch", "new", "past"))
 _TOKENS = TensorSpec("input_ids", "int64", ("batch", "new"))
@@ -49,3 +52,11 @@ def test_what_cannot_generate_is_refused(
 ) -> None:
     with pytest.raises(OptionError, match=message):
         roles_of(EntryPoint("main", inputs, outputs, _SYMBOLS))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_a_query_does_not_see_has_the_lowest_number_of_the_masks_type(dtype: str) -> None:
+    mask = mask_values(Step((5, 6), 1, 4), dtype, 4)
+    assert mask.dtype == np.dtype(dtype)
+    lowest = float(ml_dtypes.finfo(mask.dtype).min)
+    np.testing.assert_array_equal(mask.astype(np.float64), [[[[0, 0, lowest, lowest], [0, 0, 0, lowest]]]])

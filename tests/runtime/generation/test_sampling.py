@@ -58,3 +58,8 @@ def test_equal_seeds_draw_equal_tokens() -> None:
 def test_senseless_values_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(OptionError):
         Sampling(**values)  # pyright: ignore[reportArgumentType] - top_k comes as a float here
+
+
+def test_logits_that_are_no_numbers_are_an_error() -> None:
+    with pytest.raises(OptionError, match="no numbers after 65 tokens"):
+        Sampler(Sampling()).choose(np.array([0.5, np.nan], np.float32), [0] * 65)

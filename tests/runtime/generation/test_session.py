@@ -7,7 +7,6 @@ import numpy as np
 import onnx
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from optimizer.errors import OptionError
 from optimizer.runtime.generation import DecoderSession
@@ -16,6 +15,12 @@ from optimizer.runtime.kv_cache import SMALLEST_CAPACITY
 from optimizer.runtime.model import CompiledModel
 from optimizer.runtime.tensors import host_view
 from tests.frontend.comparison import theirs
+from tests.runtime.generation.operations import (
+    OPERATIONS,
+    Operation,
+    require_logits_of_texts_at_once,
+    sessions_after,
+)
 
 _MODEL = Path(__file__).parents[3] / "examples" / "decoder" / "model.onnx"
 _TOKENS = [465, 1027, 88, 312, 7, 1500, 41, 99, 640, 23, 871]
@@ -99,14 +104,21 @@ def test_reading_nothing_and_cutting_to_more_than_there_is_are_errors(decoder: C
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(data=st.data(), length=st.integers(1, 300))
-def test_every_chunking_gives_the_logits_of_the_model_that_returns_its_cache(
-    decoder: CompiledModel, returning_decoder: CompiledModel, data: st.DataObject, length: int
+@given(operations=OPERATIONS)
+def test_whatever_is_done_sessions_give_the_logits_of_the_model_that_returns_its_cache(
+    decoder: CompiledModel, returning_decoder: CompiledModel, operations: list[Operation]
 ) -> None:
-    tokens = np.random.default_rng(length).integers(0, 2048, length).tolist()
-    cuts = sorted(data.draw(st.sets(st.integers(1, length), max_size=6)) | {length})
-    chunks = [tokens[start:end] for start, end in zip([0, *cuts[:-1]], cuts, strict=True)]
-    np.testing.assert_allclose(_logits(decoder, chunks), _logits(returning_decoder, [tokens]), atol=_TOLERANCE)
+    sessions = sessions_after(DecoderSession(decoder), operations, 2048)
+    require_logits_of_texts_at_once(sessions, returning_decoder, _TOLERANCE / 10)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(operations=OPERATIONS)
+def test_sessions_that_return_their_cache_give_the_same_logits_whatever_is_done(
+    returning_decoder: CompiledModel, operations: list[Operation]
+) -> None:
+    sessions = sessions_after(DecoderSession(returning_decoder), operations, 2048)
+    require_logits_of_texts_at_once(sessions, returning_decoder, _TOLERANCE / 10)
 
 
 def test_sessions_of_a_model_that_returns_its_cache_work_alike(returning_decoder: CompiledModel) -> None:

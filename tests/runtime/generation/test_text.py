@@ -81,7 +81,7 @@ def test_an_answer_of_no_tokens_is_refused(decoder: CompiledModel) -> None:
         TextGenerator(decoder).generate(_PROMPT, max_new_tokens=0)
 
 
-def test_where_no_settings_name_a_stop_token_it_is_the_one_that_ends_texts(
+def test_the_token_that_ends_texts_is_a_stop_token_beside_those_that_settings_name(
     decoder: CompiledModel, tmp_path: Path
 ) -> None:
     content = decoder.read_file("tokenizer.json") or b""
@@ -91,7 +91,7 @@ def test_where_no_settings_name_a_stop_token_it_is_the_one_that_ends_texts(
     assert number is not None
     assert TextGenerator(decoder, tmp_path).settings.stop == (number,)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 5}))
-    assert TextGenerator(decoder, tmp_path).settings.stop == (5,)
+    assert TextGenerator(decoder, tmp_path).settings.stop == (5, number)
     (tmp_path / "generation_config.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "no token of the vocabulary"}))
     assert TextGenerator(decoder, tmp_path).settings.stop == ()
@@ -184,3 +184,37 @@ def test_a_generator_draws_as_its_settings_say(decoder: CompiledModel, tmp_path:
     default = "".join(TextGenerator(decoder, tmp_path).generate(_PROMPT, max_new_tokens=12))
     asked = TextGenerator(decoder).generate(_PROMPT, Sampling(0.6, 20, 0.9, 1.1), max_new_tokens=12)
     assert default == "".join(asked)
+
+
+def test_bytes_that_stand_for_a_character_are_shown_once_they_are_complete_or_never_will_be() -> None:
+    """As tokenizers made by SentencePiece have it, of Llama 2, Phi-3 and Gemma: a token for each byte."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models
+
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581king", "\u2581said", "s"]
+    numbers = {name: number for number, name in enumerate(names)}
+    library = Library(models.BPE(vocab=numbers, merges=[], unk_token="<unk>", byte_fallback=True))
+    strip = decoders.Strip(" ", 1, 0)
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    )
+    king, said, plural = (numbers[name] for name in names[-3:])
+    smile = [byte + 1 for byte in "\N{GRINNING FACE}".encode()]
+    text_of = Tokenizer(library.to_str().encode()).stream([king])
+    tokens = [said, *smile, *smile, plural, smile[0], king]
+    pieces = [text_of(token) for token in tokens]
+    face = "\N{GRINNING FACE}"
+    assert pieces == [
+        " said",
+        None,
+        None,
+        None,
+        face,
+        None,
+        None,
+        None,
+        face,
+        "s",
+        None,
+        "\N{REPLACEMENT CHARACTER} king",
+    ]
