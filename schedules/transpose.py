@@ -225,8 +225,8 @@ def _tile(
 
     copies = [fill(buffer, read) for buffer, read in zip(buffers, analysis.turned, strict=True)]
     each_row = unrolled if in_registers else loop
-    turned = [_turned(each, rows, columns) for each in buffers]
-    turns = [turn for each in turned for turn in each] if in_registers else []
+    turned = [_turned(each, rows, columns) for each in buffers] if in_registers else []
+    turns = [turn for each in turned for turn in each]
     # What short rows read lies together, and parts of lines come with the parts before them.
     is_far = in_registers and is_square and _fills_registers(analysis.turned, rows, target)
     ahead = _ahead(analysis, lambda r, c: at(r, c + TILES_AHEAD * columns), rows, target) if is_far else []
