@@ -21,7 +21,6 @@ _BINARY: dict[str, Binary] = {
     "BitwiseAnd": relax.op.bitwise_and,
     "BitwiseOr": relax.op.bitwise_or,
     "BitwiseXor": relax.op.bitwise_xor,
-    "Div": relax.op.divide,
     "Equal": relax.op.equal,
     "Greater": relax.op.greater,
     "GreaterOrEqual": relax.op.greater_equal,
@@ -64,6 +63,38 @@ def mean(node: Node) -> Result:
     return relax.op.divide(total.expr, node.scalar(len(node.inputs), total.dtype))
 
 
+@converter("Div", since=7)
+def divide(node: Node) -> Result:
+    """Convert Div: of integers the quotient towards zero, and 0 where the divisor is 0."""
+    left, right = node.input(0), node.input(1)
+    if is_float(left.dtype) or _divides_all(right):
+        return relax.op.divide(*node.broadcast_operands(left, right))
+    divisor, is_zero, is_minus_one = _guarded(node, right)
+    quotient = node.emit(relax.op.divide(*node.broadcast_operands(left, divisor)))
+    if is_minus_one is not None:
+        negated = node.emit(relax.op.negative(left.expr))
+        quotient = node.emit(relax.op.where(*node.broadcast_operands(is_minus_one, negated, quotient)))
+    return relax.op.where(*node.broadcast_operands(is_zero, node.constant(np.zeros((), left.dtype)), quotient))
+
+
+def _divides_all(divisor: Value) -> bool:
+    """Return whether the machine divides every integer by all elements: not by 0, nor the least one by -1."""
+    constant = divisor.constant
+    return constant is not None and not np.any((constant == 0) | (constant + constant.dtype.type(1) == 0))
+
+
+def _guarded(node: Node, divisor: Value) -> tuple[Value, Value, Value | None]:
+    """Return divisors of which those that may end the process are 1, and where they were 0 and -1."""
+
+    def equals(number: int) -> Value:
+        return node.emit(relax.op.equal(divisor.expr, node.scalar(number, divisor.dtype)))
+
+    is_zero, is_minus_one = equals(0), None if is_unsigned(divisor.dtype) else equals(-1)
+    is_bad = is_zero if is_minus_one is None else node.emit(relax.op.logical_or(is_zero.expr, is_minus_one.expr))
+    one = node.constant(np.ones((), divisor.dtype))
+    return node.emit(relax.op.where(*node.broadcast_operands(is_bad, one, divisor))), is_zero, is_minus_one
+
+
 @converter("Where", since=9)
 def where(node: Node) -> Result:
     """Convert Where: elements of the second input where the first is true, else of the third."""
@@ -72,11 +103,16 @@ def where(node: Node) -> Result:
 
 @converter("Mod", since=10)
 def modulo(node: Node) -> Result:
-    """Convert Mod: the remainder with the sign of the divisor, or of the dividend if `fmod` is set."""
+    """Convert Mod: the remainder with the sign of the divisor, or of the dividend if `fmod` is set.
+
+    Of integers it is 0 where the divisor is 0.
+    """
     left, right = node.input(0), node.input(1)
     truncated = bool(node.integer("fmod", 0))
     if not is_float(left.dtype):
-        operands = node.broadcast_operands(left, right)
+        # The remainders by 0 and -1, which may end the process, are 0; so are those by 1 in their place.
+        divisor = right if _divides_all(right) else _guarded(node, right)[0]
+        operands = node.broadcast_operands(left, divisor)
         return (relax.op.mod if truncated else relax.op.floor_mod)(*operands)
     dtype = "float64" if left.dtype == "float64" else "float32"
     wide = [node.emit(relax.op.astype(value.expr, dtype)) for value in (left, right)]
