@@ -80,6 +80,12 @@ def _bound(
             return _axis_size(shapes.get(node.input[1]), 0)
         case "TensorScatter", 2:
             return 1
+        case "RoiAlign", 2:
+            return _axis_size(shapes.get(node.input[0]), 0)
+        case (("GRU" | "LSTM" | "RNN"), 4):
+            return _axis_size(shapes.get(node.input[0]), 0)
+        case "ReverseSequence", 1:
+            return _axis_size(shapes.get(node.input[0]), _attribute(node, "time_axis", 0))
     return None
 
 

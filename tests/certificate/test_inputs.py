@@ -48,6 +48,9 @@ def test_equal_seeds_give_equal_inputs() -> None:
         ("y = GatherND(table, i)", 4),
         ("t = Transpose<perm = [1, 0]>(table) y = Gather(t, i)", 4),
         ("c = Gather(table, i) d = Gather<axis = 1>(table, i) y = Add(c, d)", 4),
+        ("j = Reshape(i, s) y = RoiAlign(table, table, j)", 7),
+        ("j = Cast<to = 6>(i) y = LSTM<hidden_size = 2>(table, table, table, table, j)", 7),
+        ("y = ReverseSequence<time_axis = 1, batch_axis = 0>(table, i)", 4),
     ],
 )
 def test_integers_stay_within_what_they_index(body: str, bound: int) -> None:

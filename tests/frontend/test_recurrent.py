@@ -49,6 +49,13 @@ def test_direction_and_sequence_lengths(operator: str, direction: str):
 
 
 @pytest.mark.parametrize("operator", GATES)
+def test_a_row_without_a_step_ends_in_zeros(operator: str):
+    inputs = layer_inputs(operator, 2, lengths=True)
+    inputs["lengths"][:] = [0, STEPS]
+    check(operator, inputs, direction="bidirectional")
+
+
+@pytest.mark.parametrize("operator", GATES)
 def test_symbolic_sequence_runs_as_a_loop(operator: str):
     inputs = layer_inputs(operator, 2, steps=23, lengths=True)
     check(operator, inputs, direction="bidirectional", shapes={"x": ["steps", BATCH, INPUTS]})

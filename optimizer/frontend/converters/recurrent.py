@@ -280,6 +280,10 @@ def _run(
         )
         shape = (length, *collected[0].shape[1:])
         stacked = TensorValue(node.reshaped_type(collected[0], shape))
+    if "lengths" in values:  # as onnxruntime has it: a row without a step ends in zeros, not in its initial state
+        steps = node.emit(relax.op.greater(values["lengths"].expr, node.scalar(0, "int64"))).expr
+        zero = node.scalar(0, data.dtype)
+        current = [node.emit(relax.op.where(steps, last.expr, zero)) for last in current]
     return (node.emit(relax.op.flip(stacked.expr, 0)) if reverse else stacked), current
 
 
