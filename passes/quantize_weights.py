@@ -62,7 +62,8 @@ class QuantizeWeights(Pass):
 
     def __str__(self) -> str:
         method = f"{self.method} on {self.calibration}" if self.calibration else self.method
-        others = f", but {self.exceptions}" if self.exceptions else ""
+        named = self.precisions.of_names  # `quality` counts matrices that are known by their digests
+        others = f", but {named}" if named.rules else ""
         quality = f"; {self.quality}" if self.quality else ""
         return f"{self.scheme}, by {method}{others}, {self.use}{quality}"
 

@@ -88,6 +88,11 @@ def digest(matrix: NDArray[np.generic]) -> str:
     return hashlib.blake2b(content.data, key=header, digest_size=_DIGEST_BYTES).hexdigest()
 
 
+def is_digest(name: str) -> bool:
+    """Return whether `name` is the digest of a matrix, not the name of a node."""
+    return len(name) == 2 * _DIGEST_BYTES and set(name) <= set("0123456789abcdef")
+
+
 def product_matrix(expr: relax.Expr, dataflow: Dataflow) -> tvm.ir.GenericConst | None:
     """Return the constant that a product of floats multiplies rows [..., K] with: [K, N], or [N, K] to be turned."""
     call = dataflow.call(expr, "relax.matmul") if isinstance(expr, tvm.ir.Call) else None

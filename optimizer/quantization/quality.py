@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -103,8 +104,14 @@ def held_to(
     last = raised[-1].after if raised else before
     raise QualityError(
         f"quantized weights give {last} on {samples.source}, even with all matrices in int8: "
-        f"allow more with --max-kl {last.kl:.2g} --max-flips {last.flips:.2g}, or take smaller groups"
+        f"allow more with --max-kl {_above(last.kl)} --max-flips {_above(last.flips)}, or take smaller groups"
     )
+
+
+def _above(value: float) -> str:
+    """Return two digits of a number that is not smaller, so that who gives it as a limit has it hold."""
+    rounded = float(f"{value:.1e}")
+    return f"{rounded if rounded >= value else rounded + 10.0 ** (math.floor(math.log10(value)) - 1):.2g}"
 
 
 def _values(item: QuantizeWeights, model: ObservedModel, digest: str, bits: int) -> Floats:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from passes.quantization.scheme import QuantizedMatrix, SchemeError
+from passes.weight_sites import is_digest
 
 FITTED_METHODS = ("awq", "gptq")
 # Precisions of a matrix; 0 leaves it as the model has it.
@@ -55,6 +56,11 @@ class Exceptions:
     def __str__(self) -> str:
         names = {bits: name for name, bits in PRECISIONS.items()}
         return ";".join(f"{quote(pattern, safe=_SAFE)}={names[bits]}" for pattern, bits in self.rules)
+
+    @property
+    def of_names(self) -> Exceptions:
+        """The exceptions whose patterns are of names, not digests of single matrices."""
+        return Exceptions(tuple(rule for rule in self.rules if not is_digest(rule[0])))
 
     def bits_of(self, names: Iterable[str], default: int) -> int:
         """Return the bits of a matrix that nodes of these names read."""

@@ -63,8 +63,11 @@ def test_weights_are_fitted_again_as_they_were() -> None:
 
 @pytest.mark.usefixtures("little_text")
 def test_a_limit_that_int8_does_not_keep_is_an_error_with_the_fix() -> None:
-    with pytest.raises(QualityError, match=r"even with all matrices in int8: allow more with --max-kl"):
+    with pytest.raises(QualityError, match=r"even with all matrices in int8: allow more with --max-kl") as error:
         _prepared(CompileOptions(find_target("host"), weights="int8"), Gate(1e-7, None))
+    words = str(error.value).replace(",", "").split()
+    told = Gate(*(float(words[words.index(option) + 1]) for option in ("--max-kl", "--max-flips")))
+    assert _prepared(CompileOptions(find_target("host"), weights="int8"), told)
 
 
 def test_limits_need_weights_to_round() -> None:
