@@ -76,7 +76,7 @@ class Attention:
 
 
 def _register_tile(target: Target) -> tuple[int, int]:
-    if target.architecture == "x86_64" and target.vector_bits < 512:
+    if target.vector_registers < 32:
         return 6, 2  # 12 of 16 registers
     if target.architecture == "x86_64":
         return 13, 2  # 26 of 32 registers, and what they are computed of

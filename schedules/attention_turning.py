@@ -5,6 +5,9 @@ Those that lie in memory as bfloat16 are turned two neighbours at once, as numbe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.stmt import Stmt
@@ -16,7 +19,7 @@ from schedules.intrin.bf16_conversion import BFLOAT16
 from schedules.intrin.bf16_pairs import PAIR
 from schedules.loops import Extent, in_vectors, index, load, local, loop, store, tiles, unrolled, vector, with_local
 from schedules.stages import as_extent, loads_of, sequence
-from schedules.turn import turn_rows, turned
+from schedules.turn import turned, turned_vectors
 
 
 def turned_queries(task: Task) -> list[Stmt]:
@@ -39,14 +42,10 @@ def turned_queries(task: Task) -> list[Stmt]:
             return loop(
                 width, lambda d: vector(task.queries, lambda v: store(task.turned, element(v, base + d), [base + d, v]))
             )
-        return loop(
-            task.queries // lanes,
-            lambda part: turned(
-                lanes,
-                FLOAT,
-                lambda row, column: element(part * lanes + row, base + column),
-                lambda row, column, value: store(task.turned, value, [base + column, part * lanes + row]),
-            ),
+        return _squares(
+            task,
+            lambda first, row, column: element(first + row, base + column),
+            lambda first, row, column, value: store(task.turned, value, [base + column, first + row]),
         )
 
     turning = tiles(task.depth, [lanes] if isinstance(task.depth, int) else [lanes, 1], columns)
@@ -74,14 +73,10 @@ def written(task: Task) -> Stmt:
     def columns(base: Expr, width: int) -> Stmt:
         if width != lanes:
             return loop(width, lambda e: loop(task.queries, lambda v: store(rows, element(v, base + e), [v, base + e])))
-        return loop(
-            task.queries // lanes,
-            lambda part: turned(
-                lanes,
-                FLOAT,
-                lambda row, column: element(part * lanes + column, base + row),
-                lambda row, column, value: store(rows, value, [part * lanes + column, base + row]),
-            ),
+        return _squares(
+            task,
+            lambda first, row, column: element(first + column, base + row),
+            lambda first, row, column, value: store(rows, value, [first + column, base + row]),
         )
 
     def copy(lane: Expr) -> Stmt:
@@ -109,6 +104,18 @@ def written(task: Task) -> Stmt:
     )
 
 
+def _squares(
+    task: Task, element: Callable[[Expr, Expr, Expr], Expr], write: Callable[[Expr, Expr, Expr, Expr], Stmt]
+) -> Stmt:
+    """Return `turned` for each vector of the block's queries, with the number of its first one before all arguments."""
+
+    def square(part: Expr) -> Stmt:
+        first = part * task.lanes
+        return turned(task.lanes, FLOAT, partial(element, first), partial(write, first))
+
+    return loop(task.queries // task.lanes, square)
+
+
 def _narrow_queries(task: Task) -> Stmt | None:
     """Return the copy of queries to pairs [depth / 2][queries]; None where they are no whole vectors of bfloat16."""
     analysis, pairs, depth, lanes = task.analysis, task.pairs, task.depth, task.lanes
@@ -121,17 +128,14 @@ def _narrow_queries(task: Task) -> Stmt | None:
     assert target is not None
 
     def block(chunk: Expr, part: Expr) -> Stmt:
-        held = local([lanes * lanes], "int32", "block")
-
-        def fetch(row: Expr) -> Stmt:
+        def fetch(row: Expr) -> Expr:
             values = {task.lane.variable: task.query(part * lanes + row), analysis.depth.variable: chunk * PAIR * lanes}
-            return store(held, dot.read_adjacent(task.at(read, values)), [_vector(row * lanes, lanes)])
+            return dot.read_adjacent(task.at(read, values))
 
-        def keep(column: Expr) -> Stmt:
-            value = load(held, [_vector(column * lanes, lanes)])
+        def keep(column: Expr, value: Expr) -> Stmt:
             return store(target, value, [chunk * lanes + column, _vector(part * lanes, lanes)])
 
-        return with_local([held], [unrolled(lanes, fetch), *turn_rows(held, lanes), unrolled(lanes, keep)])
+        return turned_vectors(lanes, "int32", fetch, keep)
 
     return loop(depth // (PAIR * lanes), lambda chunk: loop(task.queries // lanes, lambda part: block(chunk, part)))
 
@@ -151,18 +155,17 @@ def _narrow_results(task: Task, first: Expr, count: Extent) -> Stmt | None:
     rows = local([task.queries, columns // PAIR], "int32", "rows")
 
     def block(chunk: Expr, part: Expr) -> Stmt:
-        held, queries = local([lanes * lanes], "int32", "block"), _vector(part * lanes, lanes)
+        queries = _vector(part * lanes, lanes)
 
-        def fetch(number: Expr) -> Stmt:
+        def fetch(number: Expr) -> Expr:
             column = (chunk * lanes + number) * PAIR
             both = [load(task.sums, [column + n, queries]) * load(task.factor, [queries]) for n in range(PAIR)]
-            return store(held, dot.alternating(*both), [_vector(number * lanes, lanes)])
+            return dot.alternating(*both)
 
-        def keep(row: Expr) -> Stmt:
-            value = load(held, [_vector(row * lanes, lanes)])
+        def keep(row: Expr, value: Expr) -> Stmt:
             return store(rows, value, [part * lanes + row, _vector(chunk * lanes, lanes)])
 
-        return with_local([held], [unrolled(lanes, fetch), *turn_rows(held, lanes), unrolled(lanes, keep)])
+        return turned_vectors(lanes, "int32", fetch, keep)
 
     def copy(lane: Expr, chunk: Expr) -> Stmt:
         values = {task.lane.variable: task.start + lane, analysis.column.variable: chunk * PAIR * lanes}

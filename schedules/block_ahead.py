@@ -9,10 +9,8 @@ from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, AxisGroup, Step
-from schedules.loops import LINE_BITS, prefetch, unrolled
+from schedules.loops import LINE_BITS, SECOND_LEVEL, prefetch, unrolled
 from schedules.stages import Stage, sequence, substitute
-
-SECOND_LEVEL = 2
 
 
 @dataclass(frozen=True, eq=False)

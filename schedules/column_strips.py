@@ -18,6 +18,7 @@ from tvm.tirx.stmt import Stmt
 from schedules.access import AxisGroup, Step
 from schedules.family import work_of
 from schedules.loops import (
+    SECOND_LEVEL,
     Extent,
     ceiling,
     flatten,
@@ -49,7 +50,6 @@ ROWS = 8
 SHORTEST_STRIP, LONGEST_STRIP = 1024, 4096
 # Rows of less than four vectors are better kept in registers; parts of few rows are not worth combining.
 SHORTEST_ROW, SHORTEST_PART = 64, 8 * ROWS
-SECOND_LEVEL = 2
 
 
 def applies(analysis: ReductionAnalysis, target: Target) -> bool:

@@ -88,7 +88,7 @@ def column_extent(analysis: ChannelWindows) -> int:
 def most_columns(target: Target, blocks: int) -> int:
     """Return the most columns of a tile of `blocks` that multiplies vectors of weights by single elements."""
     return next(
-        c for c in range(MOST_COLUMNS, 0, -1) if blocks * c + _operands(target, blocks, c) <= _registers(target)
+        c for c in range(MOST_COLUMNS, 0, -1) if blocks * c + _operands(target, blocks, c) <= target.vector_registers
     )
 
 
@@ -98,10 +98,6 @@ def _operands(target: Target, blocks: int, columns: int) -> int:
     x86 multiplies by an element in memory; Arm by one in a register, so each column needs its own.
     """
     return columns + 2 * blocks if target.architecture == "aarch64" else min(blocks, columns) + 1
-
-
-def _registers(target: Target) -> int:
-    return 16 if target.architecture == "x86_64" and target.vector_bits < 512 else 32
 
 
 def _fits(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -> bool:
@@ -126,7 +122,7 @@ def _fits(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -
         taps = any(occurs(position, axis.variable) for position in image for axis in analysis.stage.reduction)
         if target.architecture == "aarch64" and taps:
             operands -= blocks
-    return blocks * columns + operands <= _registers(target)
+    return blocks * columns + operands <= target.vector_registers
 
 
 def _is_split(analysis: ChannelWindows, target: Target) -> bool:

@@ -14,6 +14,8 @@ Extent = int | Expr
 INDEX = "int64"
 # What a cache brings from memory at once.
 LINE_BITS = 512
+# The cache of that level in `prefetch`.
+SECOND_LEVEL = 2
 # Code for one cell of a register tile, from its row and column.
 Element = Callable[[Expr, Expr], Stmt]
 

@@ -267,7 +267,7 @@ def _even_block(extent: int, most: int, rows: int) -> int:
 
 def register_tile(target: Target) -> tuple[int, int]:
     """Return rows and vectors of accumulators that fit the registers beside the operands' (and hide FMA latency)."""
-    if target.architecture == "x86_64" and target.vector_bits < 512:
+    if target.vector_registers < 32:
         return 6, 2  # 12 of 16 registers
     return 8, 2  # 16 of 32 registers
 

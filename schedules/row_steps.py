@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import as_int, branches_on, group_axes
+from schedules.access import branches_on, group_axes
 from schedules.elementwise import overlapping_tiles
-from schedules.loops import Extent, index, load, local, loop, nest, store, vector
+from schedules.loops import index, load, local, loop, nest, store, vector
 from schedules.matmul import walks_in_lanes
 from schedules.reducer import REGISTERS, Beside, Requests, reducer_of
 from schedules.reduction import reduce_columns, reduce_element
-from schedules.stages import Axis, Stage, bind, replace_loads, sequence
+from schedules.stages import Axis, Stage, as_extent, bind, replace_loads, sequence
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class RowBuffer:
     @staticmethod
     def of(buffer: Var, leading: int) -> RowBuffer:
         """Return the stand-in of a buffer with so many axes ahead of a row's own."""
-        shape = [_extent(extent) for extent in buffer.shape[leading:]] or [1]
+        shape = [as_extent(extent) for extent in buffer.shape[leading:]] or [1]
         return RowBuffer(buffer, local(shape, str(buffer.dtype), f"{buffer.name}_row"), leading)
 
     def at(self, indices: Sequence[Expr]) -> list[Expr]:
@@ -190,8 +190,3 @@ class RowCode:
             )
 
         return nest([axis.extent for axis in inner], one)
-
-
-def _extent(expression: Expr) -> Extent:
-    constant = as_int(expression)
-    return expression if constant is None else constant

@@ -59,7 +59,7 @@ class RowwiseAnalysis:
 
 
 # A stage of a row, and one that is computed in its walk.
-RowStep = tuple[Stage | None, Stage]
+_RowStep = tuple[Stage | None, Stage]
 
 
 class Rowwise:
@@ -87,7 +87,7 @@ class Rowwise:
 
 def row_extents(analysis: RowwiseAnalysis) -> list[Extent]:
     """Return the extents of the leading axes, whose product is the number of rows."""
-    return [_extent(extent) for extent in analysis.stages[0].output.shape[: analysis.leading]]
+    return [as_extent(extent) for extent in analysis.stages[0].output.shape[: analysis.leading]]
 
 
 def all_rows(analysis: RowwiseAnalysis, vectors: int, target: Target, work: Extent) -> Stmt:
@@ -143,7 +143,7 @@ def consecutive_rows(analysis: RowwiseAnalysis, start: Expr, extent: Extent, vec
 
 
 def _first_steps_early(
-    steps: Sequence[RowStep],
+    steps: Sequence[_RowStep],
     code: RowCode,
     private: Sequence[Var],
     start: Expr,
@@ -221,11 +221,6 @@ def _rows_per_task(count: Extent, target: Target) -> int:
     return max(1, count // (TASKS_PER_CORE * target.cores))
 
 
-def _extent(expression: Expr) -> Extent:
-    constant = as_int(expression)
-    return expression if constant is None else constant
-
-
 def shared_leading(stages: Sequence[Stage]) -> int:
     """Return how many leading output dimensions all stages share, each reading its own row of the others' outputs."""
     if not stages:
@@ -248,9 +243,9 @@ def _common_prefix(left: Sequence[Expr], right: Sequence[Expr], most: int) -> in
     return count
 
 
-def _in_one_walk(stages: Sequence[Stage], leading: int) -> list[RowStep]:
+def _in_one_walk(stages: Sequence[Stage], leading: int) -> list[_RowStep]:
     """Return the stages, each reduction with the one before it where both can walk along the row together."""
-    steps: list[RowStep] = []
+    steps: list[_RowStep] = []
     for stage in stages:
         before = steps[-1] if steps else None
         if before is not None and before[0] is None and _walks_with(before[1], stage, leading):
@@ -272,7 +267,7 @@ def _walks_with(first: Stage, stage: Stage, leading: int) -> bool:
     return bool(reads) and all(read.indices[-1].same_as(axis.variable) for read in reads)
 
 
-def _shares_walks(steps: Sequence[RowStep], leading: int) -> bool:
+def _shares_walks(steps: Sequence[_RowStep], leading: int) -> bool:
     """Return whether the second step can take the next row's first one along: both reduce, and it computes enough."""
     if len(steps) < 2:
         return False

@@ -20,6 +20,7 @@ from schedules.access import Access, AxisGroup, Step, as_int, branches_on, group
 from schedules.division import TASKS_PER_CORE, Division
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
 from schedules.loops import (
+    SECOND_LEVEL,
     index,
     load,
     local,
@@ -43,7 +44,6 @@ from targets.base import Target
 SHORTEST_AXIS = 4
 # How many tiles ahead lines are asked for: rows are too far apart for the hardware to see what comes next.
 TILES_AHEAD = 4
-SECOND_LEVEL = 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,15 +22,38 @@ def turned(
     `write(row, column, value)` is the statement for one element. `side`, a power of two, is the number of rows and of
     columns.
     """
-    block = local([side * side], dtype, "block")
 
-    def row_of(row: Expr) -> Stmt:
+    def row_of(block: Var, row: Expr) -> Stmt:
         return vector(side, lambda column: store(block, element(row, column), [row * side + column]))
 
-    def column_of(column: Expr) -> Stmt:
+    def column_of(block: Var, column: Expr) -> Stmt:
         return vector(side, lambda row: write(row, column, load(block, [column * side + row])))
 
-    return with_local([block], [unrolled(side, row_of), *turn_rows(block, side), unrolled(side, column_of)])
+    return _through_block(side, dtype, row_of, column_of)
+
+
+def turned_vectors(side: int, dtype: str, read: Callable[[Expr], Expr], write: Callable[[Expr, Expr], Stmt]) -> Stmt:
+    """Return code that reads the vector `read(row)` of each of `side` rows, and does `write(column, vector)` for each.
+
+    `side`, a power of two, is the number of rows and of columns.
+    """
+
+    def row_of(block: Var, row: Expr) -> Stmt:
+        return store(block, read(row), [_row(row, side)])
+
+    def column_of(block: Var, column: Expr) -> Stmt:
+        return write(column, load(block, [_row(column, side)]))
+
+    return _through_block(side, dtype, row_of, column_of)
+
+
+def _through_block(
+    side: int, dtype: str, row_of: Callable[[Var, Expr], Stmt], column_of: Callable[[Var, Expr], Stmt]
+) -> Stmt:
+    """Return the rows of a block as they are filled, its transposition, and what is done with its columns."""
+    block = local([side * side], dtype, "block")
+    fill = unrolled(side, lambda row: row_of(block, row))
+    return with_local([block], [fill, *turn_rows(block, side), unrolled(side, lambda column: column_of(block, column))])
 
 
 def turn_rows(buffer: Var, side: int) -> list[Stmt]:
@@ -105,5 +128,6 @@ def turn_short_rows(buffer: Var, rows: int, lanes: int) -> list[Stmt]:
     return statements
 
 
-def _row(row: int, side: int) -> Expr:
-    return tirx.Ramp(index(row * side), index(1), side)
+def _row(row: int | Expr, side: int) -> Expr:
+    start = row * side
+    return tirx.Ramp(index(start) if isinstance(start, int) else start, index(1), side)

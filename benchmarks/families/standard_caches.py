@@ -49,7 +49,6 @@ def scattered(model: onnx.ModelProto) -> None:
 
 
 CACHES: dict[str, Callable[[onnx.ModelProto], None]] = {
-    "concatenated": lambda _: None,
     "in Attention": appended_by_attention,
     "scattered": scattered,
 }

@@ -9,13 +9,7 @@ from pathlib import Path
 
 import onnx
 
-from optimizer.certificate.comparison import (
-    Outputs,
-    compare_runs,
-    loosened,
-    require_agreement,
-    worst_of,
-)
+from optimizer.certificate.comparison import Outputs, compare_runs, loosened, require_agreement, worst_of
 from optimizer.certificate.graph_inputs import graph_inputs, past_and_sequence, settings, symbols
 from optimizer.certificate.inputs import Array, make_inputs
 from optimizer.certificate.references import (

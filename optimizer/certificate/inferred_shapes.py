@@ -23,10 +23,10 @@ def inferred_shapes(model: onnx.ModelProto, given: Mapping[str, Sequence[int]] |
     """
     graph = model.graph
     light = _without_weights(model)
-    for value in light.graph.input:
-        if value.name in (given or {}):
-            kind = value.type.tensor_type.elem_type
-            value.CopyFrom(helper.make_tensor_value_info(value.name, kind, (given or {})[value.name]))
+    declared = {value.name: value for value in light.graph.input}
+    for name, shape in (given or {}).items():
+        kind = declared[name].type.tensor_type.elem_type
+        declared[name].CopyFrom(helper.make_tensor_value_info(name, kind, shape))
     if light.ByteSize() <= _INFERENCE_LIMIT:
         with contextlib.suppress(shape_inference.InferenceError):  # the declared shapes are still of use
             graph = shape_inference.infer_shapes(light).graph

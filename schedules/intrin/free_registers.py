@@ -21,7 +21,6 @@ define weak_odr i32 @{call}() #0 {{
 }}
 attributes #0 = {{ {attributes} }}
 """
-_REGISTERS = 32
 _BITS = 512
 
 
@@ -37,5 +36,5 @@ def free_registers() -> Stmt:
 
 def with_free_registers(statement: Stmt, target: Target) -> Stmt:
     """Return a statement that frees registers, with the function that it calls."""
-    registers = ",".join(f"~{{zmm{number}}}" for number in range(_REGISTERS))
+    registers = ",".join(f"~{{zmm{number}}}" for number in range(target.vector_registers))
     return imported(statement, _SOURCE.format(call=_CALL, registers=registers, attributes=attributes(target)))

@@ -80,7 +80,7 @@ def divide(node: Node) -> Result:
 def _divides_all(divisor: Value) -> bool:
     """Return whether the machine divides every integer by all elements: not by 0, nor the least one by -1."""
     constant = divisor.constant
-    return constant is not None and not np.any((constant == 0) | (constant + constant.dtype.type(1) == 0))
+    return constant is not None and not np.any((constant == 0) | (constant == -1))
 
 
 def _guarded(node: Node, divisor: Value) -> tuple[Value, Value, Value | None]:

@@ -76,7 +76,7 @@ def grid_sample(node: Node) -> Result:
 
         return te.compute((*image.shape[:2], *weights.shape[2:]), element, name="grid_sample")
 
-    # What all channels share is a kernel of its own, so that it is computed once.
+    # What all channels share is an operator of its own, so that it is stored, but for what is cheap enough to inline.
     lengths = [as_expression(length) for length in data.shape[2:]]
     call = node.graph.builder.call_te(taps, node.cast(grid, dtype).expr, lengths, primfunc_name_hint="grid_taps")
     shared = [each.expr for each in node.emit_tuple(call)]
