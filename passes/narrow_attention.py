@@ -126,7 +126,9 @@ class _Rewriter(PyExprMutator):
             for position, (argument, parameter) in enumerate(zip(arguments, inside.params[:-1], strict=True))
             if self._is_own(argument, arguments) and _is_only_rounded(inside, parameter)
         )
-        result = any(variable.same_as(source) for source in self._conversions.values())
+        # A conversion joins functions of tensors alone: some read a size, such as that of a cache, as an argument.
+        only_tensors = all(map(tirx.is_buffer_var, inside.params))
+        result = only_tensors and any(variable.same_as(source) for source in self._conversions.values())
         require(bool(positions) or result, "others read its operands and its result in fp32")
         return _Variant(function, positions, result)
 

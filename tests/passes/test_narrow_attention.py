@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import pytest
 import tvm
 from tvm import relax
 from tvm.relax import op
 
+import targets
+from optimizer.compile import CompileOptions
+from optimizer.frontend.importer import import_model
+from passes import pipeline
 from passes.base import PassOutcome
 from passes.convert_precision import ConvertPrecision
 from passes.fuse_attention import FuseAttention
@@ -16,6 +23,7 @@ from tests.schedules.execution import TARGET, lower, module_of, normal, schedule
 
 BF16 = "x86-avx512-bf16"
 HEADS, SIZE = 2, 16
+DECODER = Path(__file__).parents[2] / "examples" / "decoder" / "model.onnx"
 
 
 def heads(x: relax.Expr, length: int, size: int) -> relax.Expr:
@@ -95,3 +103,11 @@ def test_numbers_stay_the_same(length: int, size: int, monkeypatch: pytest.Monke
     before, _ = scheduled(lower(module))
     after, _ = scheduled(lower(narrowed(module).module))
     np.testing.assert_array_equal(after(*inputs), before(*inputs))
+
+
+@pytest.mark.parametrize("target", ["x86-avx512-bf16", "arm64-i8mm"])
+def test_attention_that_reads_the_size_of_a_cache_is_narrowed_without_its_result(target: str) -> None:
+    options = CompileOptions(targets.get(target), precision="bf16")
+    _, records = pipeline.run(import_model(onnx.load(DECODER)).module, pipeline.parse(options.notation))
+    (sites,) = (each.outcome.sites for each in records if each.item.name == NarrowAttention.name)
+    assert [site.refusal for site in sites] == [None] * 3
