@@ -26,7 +26,9 @@ from schedules.intrin.bf16_dot import PAIR
 from schedules.intrin.byte_dot import FOUR, splits_operands
 from schedules.intrin.grouped_call import GroupedDot
 from schedules.intrin.grouped_dot import grouped_dot, is_grouped_term
+from schedules.intrin.matrix_tiles import BLOCK, BYTES, matrix_tiles
 from schedules.loops import Extent, ceiling, product
+from schedules.matrix_tile import MatrixOperands, stride_of
 from schedules.reducer import NARROW_FLOATS, accumulator_dtype, reducer_of
 from schedules.stages import Stage
 from targets.base import Target
@@ -238,6 +240,10 @@ def tile_of(
     if isinstance(extent, int):
         row_block = _even_block(extent, row_block, rows)
     dot = dot_of(analysis, target) if analysis.group > 1 else None
+    matrix = matrix_operands(analysis, target) if dot is not None and panel is None else None
+    if matrix is not None:
+        rows, width = BLOCK, min(BLOCK, analysis.block)
+        row_block = _rows_of_matrix_block(matrix, extent, target)
     return tiling.Tile(
         stage=analysis.stage,
         epilogue=analysis.epilogue,
@@ -255,8 +261,28 @@ def tile_of(
         grouped=None
         if dot is None
         else GroupedProducts(dot, analysis.operand, other_operand(analysis.stage, analysis.operand)),
+        matrix=matrix,
         by_element=multiplies_by_element(target),
     )
+
+
+def matrix_operands(analysis: MatmulAnalysis, target: Target) -> MatrixOperands | None:
+    """Return the operands of a product that tile registers can compute, None where they can't."""
+    other = other_operand(analysis.stage, analysis.operand)
+    types = (str(other.source.dtype), str(analysis.operand.source.dtype))
+    tiles, (along,) = matrix_tiles(target, *types), analysis.reduction
+    if tiles is None or analysis.rows is None or not isinstance(along.extent, int) or along.extent % tiles.terms:
+        return None
+    if stride_of(other, analysis.rows) is None or analysis.block % BLOCK:
+        return None
+    return MatrixOperands(tiles, analysis.operand, other, analysis.rows, analysis.columns, along)
+
+
+def _rows_of_matrix_block(matrix: MatrixOperands, extent: Extent, target: Target) -> int:
+    """Return the rows of a task: as many as half of the second-level cache holds."""
+    bytes_of_row = matrix.steps * BYTES
+    most = max(BLOCK, target.caches.level2 // 2 // bytes_of_row // BLOCK * BLOCK)
+    return _even_block(extent, most, BLOCK) if isinstance(extent, int) else min(most, 256)
 
 
 def _even_block(extent: int, most: int, rows: int) -> int:

@@ -22,6 +22,7 @@ from schedules.epilogue import Epilogue
 from schedules.grouped_products import GroupedProducts
 from schedules.loops import (
     Extent,
+    ceiling,
     cells,
     index,
     load,
@@ -40,6 +41,7 @@ from schedules.loops import (
     vector,
     with_local,
 )
+from schedules.matrix_tile import MatrixOperands, block_of_sums
 from schedules.panels import Panel
 from schedules.partial_sums import in_parts, part_steps
 from schedules.reducer import accumulate, accumulator_dtype, read_in_fp32, widened
@@ -66,8 +68,9 @@ class Tile:
 
     `panel` is the read that is copied to [reduction][width] in the task before its rows are computed, if any; `ahead`
     one whose next columns come into the second-level cache while these are computed. With `grouped` the sums are of
-    dot products of several terms. `by_element` is whether instructions multiply by an element of a register. With
-    `next_rows` a block's tiles of columns ask for the rows that the next block reads.
+    dot products of several terms, with `matrix` they are computed in tile registers. `by_element` is whether
+    instructions multiply by an element of a register. With `next_rows` a block's tiles of columns ask for the rows that
+    the next block reads.
     """
 
     stage: Stage
@@ -84,6 +87,7 @@ class Tile:
     parallel: bool
     ahead: TensorLoad | None = None
     grouped: GroupedProducts | None = None
+    matrix: MatrixOperands | None = None
     by_element: bool = False
     next_rows: BlockAhead | None = None
 
@@ -114,6 +118,8 @@ def emit(tile: Tile, block: Block | None = None) -> Stmt:
 
 def with_instructions(tile: Tile, statement: Stmt) -> Stmt:
     """Return a statement that computes blocks of `tile`, with the functions that their code calls."""
+    if tile.matrix is not None:
+        statement = tile.matrix.tiles.imported(statement)
     return statement if tile.grouped is None else tile.grouped.dot.imported(statement)
 
 
@@ -198,6 +204,8 @@ def block_of_rows(tile: Tile, point: Mapping[Var, Expr], base: Expr, width: int,
     rows = tile.row_extent
 
     def kernels(start: Expr, extent: Extent) -> Stmt:
+        if tile.matrix is not None:
+            return _in_matrix_tiles(tile, tile.matrix, point, (start, extent), (base, width))
         sizes = [tile.rows] if isinstance(extent, int) else [tile.rows, 1]
         return tiles(extent, sizes, lambda row, count: _micro(tile, stage, point, base, width, start + row, count))
 
@@ -207,6 +215,27 @@ def block_of_rows(tile: Tile, point: Mapping[Var, Expr], base: Expr, width: int,
         start = block * tile.row_block
         body = kernels(start, tirx.min(tirx.const(tile.row_block, "int64"), rows - start))
     return with_local(panels, [*prepare, body]) if panels else body
+
+
+def _in_matrix_tiles(
+    tile: Tile, matrix: MatrixOperands, point: Mapping[Var, Expr], rows: tuple[Expr, Extent], columns: tuple[Expr, int]
+) -> Stmt:
+    """Return rows and columns, both given by their first and their number, by blocks of tile registers."""
+    start, extent = rows
+    base, width = columns
+
+    def block(first: Expr, count: Extent) -> Stmt:
+        def at(r: Expr, v: Expr) -> dict[Var, Expr]:
+            return {**point, **tile.vector_group.point(base + v), **matrix.rows.point(start + first + r)}
+
+        return block_of_sums(matrix, tile.stage, tile.epilogue, at, (count, width))
+
+    if isinstance(extent, int):
+        return tiles(extent, [tile.rows], block)
+    return loop(
+        ceiling(extent, tile.rows),
+        lambda i: block(i * tile.rows, tirx.min(index(tile.rows), extent - i * tile.rows)),
+    )
 
 
 def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, width: int, row: Expr, rows: int) -> Stmt:

@@ -1,0 +1,209 @@
+"""Products of matrices in tile registers: AMX's tdpbf16ps and tdpbusd, 16 rows by 16 columns by 64 bytes at once.
+
+A register holds 16 rows of 64 bytes. The eight of a thread are used as two by two tiles of sums (0 to 3: 0 and 1 of
+the upper rows, 2 and 3 of the lower ones), the rows' operands (4 upper, 5 lower) and the columns' (6 left, 7 right).
+Weights lie [K / g][columns][g] with g elements in 32 bits, as for dot products of g neighbours: 16 rows of that are one
+operand.
+(Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, "Programming with Intel AMX".)
+
+Linux lets a process use tile registers after it has asked once (arch_prctl, ARCH_REQ_XCOMP_PERM), which the first
+kernel that needs them does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.tirx.stmt import Stmt
+
+from schedules.intrin.llvm_functions import attributes, imported
+from schedules.loops import index
+from targets.base import Target
+
+# Rows of an operand's tile, columns of the sums' tile, and bytes of the reduction that one instruction takes.
+TILE = 16
+BYTES = 64
+# Rows and columns of the block of sums that is in registers at once.
+BLOCK = 2 * TILE
+_BEGIN, _LOAD, _STORE, _END = (f"optimizer_tiles_{name}" for name in ("begin", "load", "store", "end"))
+_STEP = "optimizer_tiles_step"
+# 158: arch_prctl; 4131: ARCH_REQ_XCOMP_PERM; 18: XFEATURE_XTILEDATA (Linux, Documentation/arch/x86/xstate.rst).
+# The description of the registers: palette 1, 64 bytes a row in each, and their numbers of rows.
+_SOURCE = """
+@optimizer_tiles_allowed = weak_odr global i32 0
+declare i64 @syscall(i64, ...)
+declare void @llvm.trap()
+declare void @llvm.x86.ldtilecfg(ptr)
+declare void @llvm.x86.tilerelease()
+declare void @llvm.x86.tilezero(i8)
+declare void @llvm.x86.tileloadd64(i8, ptr, i64)
+declare void @llvm.x86.tilestored64(i8, ptr, i64)
+declare void @llvm.x86.{instruction}(i8, i8, i8)
+define weak_odr i32 @{begin}(i32 %upper, i32 %lower) #1 {{
+entry:
+  %description = alloca [16 x i32], align 64
+  %allowed = load i32, ptr @optimizer_tiles_allowed
+  %known = icmp ne i32 %allowed, 0
+  br i1 %known, label %describe, label %ask
+ask:
+  %refused = call i64 (i64, ...) @syscall(i64 158, i64 4131, i64 18)
+  %granted = icmp eq i64 %refused, 0
+  br i1 %granted, label %note, label %stop
+stop:
+  call void @llvm.trap()
+  unreachable
+note:
+  store i32 1, ptr @optimizer_tiles_allowed
+  br label %describe
+describe:
+  %upper.both = mul i32 %upper, 257
+  %lower.both = mul i32 %lower, 16842752
+  %sums = or i32 %upper.both, %lower.both
+  %lower.one = shl i32 %lower, 8
+  %rows = or i32 %upper, %lower.one
+  %operands = or i32 %rows, 269484032
+  %fixed = insertelement <16 x i32> <i32 1, i32 0, i32 0, i32 0, i32 4194368, i32 4194368, i32 4194368, i32 4194368,
+    i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0>, i32 %sums, i32 12
+  %all = insertelement <16 x i32> %fixed, i32 %operands, i32 13
+  store <16 x i32> %all, ptr %description, align 64
+  call void @llvm.x86.ldtilecfg(ptr %description)
+  ret i32 0
+}}
+define weak_odr i32 @{end}() #0 {{
+  call void @llvm.x86.tilerelease()
+  ret i32 0
+}}
+{functions}
+attributes #0 = {{ {attributes} }}
+attributes #1 = {{ noinline nounwind "target-cpu"="{cpu}" "target-features"="{features}" }}
+"""
+_MOVES = """
+define weak_odr i32 @{call}_{rows}x{columns}(ptr %upper, ptr %lower, ptr %last, i64 %stride) #0 {{
+{body}
+  ret i32 0
+}}
+"""
+_STEP_SOURCE = """
+define weak_odr i32 @{call}_{rows}x{columns}(ptr %upper, ptr %lower, i64 %pitch, ptr %left, i64 %stride) #0 {{
+{body}
+  ret i32 0
+}}
+"""
+
+
+@dataclass(frozen=True)
+class MatrixTiles:
+    """The functions for one pair of types: `terms` elements of the reduction a step, sums of the type `total`."""
+
+    terms: int
+    total: str
+    step_call: str
+    source: str
+
+    def begin(self, upper: Expr | int, lower: Expr | int) -> Stmt:
+        """Return what gives the registers 1 to 16 upper and lower rows, and makes all sums zero."""
+        return _call(_BEGIN, _int32(upper), _int32(lower))
+
+    def end(self) -> Stmt:
+        """Return what gives the registers back."""
+        return _call(_END)
+
+    def load(self, shape: tuple[int, int], places: Sequence[Expr], stride: int) -> Stmt:
+        """Return what loads sums of (1 or 2) by (1 or 2) tiles, whose rows begin `stride` bytes apart.
+
+        `places` are the reads of the first of the upper and of the lower rows, and of the last element of the memory:
+        TVM gives a buffer no more memory than its code reads.
+        """
+        return _call(_named(_LOAD, shape), *map(tirx.address_of, places), index(stride))
+
+    def store(self, shape: tuple[int, int], places: Sequence[Expr], stride: int) -> Stmt:
+        """Return what stores sums as `load` loads them."""
+        return _call(_named(_STORE, shape), *map(tirx.address_of, places), index(stride))
+
+    def step(self, shape: tuple[int, int], rows: Sequence[Expr], pitch: Expr | int, columns: Expr, stride: int) -> Stmt:
+        """Return what adds the products of 64 bytes of the reduction to sums of (1 or 2) by (1 or 2) tiles.
+
+        `rows` are the reads of the first elements of the upper and the lower rows, which begin `pitch` bytes apart;
+        `columns` that of the weights of the left columns, whose groups of neighbours begin `stride` bytes apart and
+        which those of the right columns follow.
+        """
+        upper, lower = (tirx.address_of(each) for each in (rows[0], rows[-1]))
+        call = _named(self.step_call, shape)
+        return _call(call, upper, lower, index(pitch), tirx.address_of(columns), index(stride))
+
+    def imported(self, statement: Stmt) -> Stmt:
+        """Return a statement that calls the functions, with the functions."""
+        return imported(statement, self.source)
+
+
+def matrix_tiles(target: Target, activations: str, weights: str) -> MatrixTiles | None:
+    """Return the functions of a CPU target for rows and columns of these types, None where it has none."""
+    if activations == weights == "bfloat16" and "amx_bf16" in target.features:
+        return _tiles(target, "tdpbf16ps", BYTES // 2, "float32")
+    names = {("uint8", "int8"): "tdpbusd", ("int8", "int8"): "tdpbssd", ("int8", "uint8"): "tdpbsud"}
+    instruction = names.get((activations, weights))
+    if instruction is None or "amx_int8" not in target.features:
+        return None
+    return _tiles(target, instruction, BYTES, "int32")
+
+
+def _tiles(target: Target, instruction: str, terms: int, total: str) -> MatrixTiles:
+    call = f"{_STEP}_{instruction}"
+    shapes = [(rows, columns) for rows in (1, 2) for columns in (1, 2)]
+    functions = [
+        *(_moves(_LOAD, "tileloadd64", shape) for shape in shapes),
+        *(_moves(_STORE, "tilestored64", shape) for shape in shapes),
+        *(_step(call, instruction, shape) for shape in shapes),
+    ]
+    source = _SOURCE.format(
+        instruction=instruction,
+        begin=_BEGIN,
+        end=_END,
+        functions="".join(functions),
+        attributes=attributes(target),
+        cpu=target.llvm_cpu,
+        features=",".join(target.llvm_attributes),
+    )
+    return MatrixTiles(terms, total, call, source)
+
+
+def _moves(call: str, instruction: str, shape: tuple[int, int]) -> str:
+    rows, columns = shape
+    lines = []
+    for row, name in list(enumerate(("upper", "lower")))[:rows]:
+        lines.append(f"  %{name}.right = getelementptr i8, ptr %{name}, i64 {BYTES}")
+        lines += [
+            f"  call void @llvm.x86.{instruction}(i8 {2 * row + column}, ptr %{name}{part}, i64 %stride)"
+            for column, part in list(enumerate(("", ".right")))[:columns]
+        ]
+    return _MOVES.format(call=call, rows=rows, columns=columns, body="\n".join(lines))
+
+
+def _step(call: str, instruction: str, shape: tuple[int, int]) -> str:
+    rows, columns = shape
+    lines = [f"  %right = getelementptr i8, ptr %left, i64 {BYTES}"]
+    for column, place in list(enumerate(("%left", "%right")))[:columns]:
+        lines.append(f"  call void @llvm.x86.tileloadd64(i8 {6 + column}, ptr {place}, i64 %stride)")
+    for row, place in list(enumerate(("%upper", "%lower")))[:rows]:
+        lines.append(f"  call void @llvm.x86.tileloadd64(i8 {4 + row}, ptr {place}, i64 %pitch)")
+        lines += [
+            f"  call void @llvm.x86.{instruction}(i8 {2 * row + column}, i8 {4 + row}, i8 {6 + column})"
+            for column in range(columns)
+        ]
+    return _STEP_SOURCE.format(call=call, rows=rows, columns=columns, body="\n".join(lines))
+
+
+def _named(call: str, shape: tuple[int, int]) -> str:
+    rows, columns = shape
+    return f"{call}_{rows}x{columns}"
+
+
+def _int32(value: Expr | int) -> Expr:
+    return tirx.const(value, "int32") if isinstance(value, int) else tirx.Cast("int32", value)
+
+
+def _call(name: str, *arguments: Expr) -> Stmt:
+    return tirx.Evaluate(tirx.call_extern("int32", name, *arguments))

@@ -1,0 +1,145 @@
+"""Blocks of rows by columns whose sums are computed in tile registers, then finished from memory of the task.
+
+A block is two by two tiles of sums: each row of operands is read for 32 columns, each row of weights for 32 rows. The
+sums go through 4 KiB in the first-level cache to what follows the reduction, a row at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.ir import Expr, TensorLoad, Var
+from tvm.tirx.stmt import Stmt
+
+from schedules.access import Access, AxisGroup, Step, linear_coefficient
+from schedules.epilogue import Epilogue
+from schedules.intrin.matrix_tiles import BLOCK, TILE, MatrixTiles
+from schedules.loops import Extent, index, load, local, loop, vector, with_local
+from schedules.stages import Stage, sequence, substitute
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixOperands:
+    """The operands of a product in tile registers: `weights` [columns / b][K / g][b][g], and `activations` along K."""
+
+    tiles: MatrixTiles
+    weights: TensorLoad
+    activations: TensorLoad
+    rows: AxisGroup
+    columns: AxisGroup
+    along: AxisGroup
+
+    @property
+    def pitch(self) -> Expr:
+        """How many bytes after a row of activations the next one begins."""
+        stride = stride_of(self.activations, self.rows)
+        assert stride is not None
+        return stride * index(int(self.activations.source.dtype.bits) // 8)
+
+    @property
+    def stride(self) -> int:
+        """How many bytes after a group of neighbours of all columns of a block the next one begins."""
+        block, group = (int(extent) for extent in self.weights.source.shape[-2:])
+        return block * group * int(self.weights.source.dtype.bits) // 8
+
+    @property
+    def steps(self) -> int:
+        assert isinstance(self.along.extent, int)
+        return self.along.extent // self.tiles.terms
+
+
+def stride_of(read: TensorLoad, group: AxisGroup) -> Expr | None:
+    """Return how many elements lie between what is read at neighbouring positions of axes; None if it varies."""
+    total: Expr = index(0)
+    size: Expr = index(1)
+    for position, extent in zip(reversed(list(read.indices)), reversed(list(read.source.shape)), strict=True):
+        coefficient = linear_coefficient(position, group.inner.variable)
+        if coefficient is None:
+            return None
+        if coefficient:
+            total = total + size * coefficient
+        size = size * extent
+    return total
+
+
+def block_of_sums(
+    operands: MatrixOperands,
+    stage: Stage,
+    epilogue: Epilogue,
+    at: Callable[[Expr, Expr], Mapping[Var, Expr]],
+    shape: tuple[Extent, int],
+) -> Stmt:
+    """Return `shape` rows by columns, at most 32 each: sums in tile registers, then what follows on each row.
+
+    `at` gives the axes' values at a row and a column of the block.
+    """
+    rows, columns = shape
+    tiles = operands.tiles
+    sums = local([BLOCK * BLOCK], tiles.total, "sums")
+    pitch = BLOCK * 4
+    form = (1 if isinstance(rows, int) and rows <= TILE else 2, -(-columns // TILE))
+    upper, lower = _heights(rows)
+
+    def read(operand: TensorLoad, row: Expr, k: Expr) -> Expr:
+        return substitute(operand, {**at(row, index(0)), **operands.along.point(k)})
+
+    def step(number: Expr) -> Stmt:
+        k = number * tiles.terms
+        places = [read(operands.activations, row, k) for row in (index(0), index(upper))[: form[0]]]
+        return tiles.step(form, places, operands.pitch, read(operands.weights, index(0), k), operands.stride)
+
+    places = [load(sums, [place]) for place in (index(0), index(upper) * BLOCK, index(BLOCK * BLOCK - 1))]
+    return with_local(
+        [sums],
+        [
+            tiles.begin(upper, lower),
+            loop(operands.steps, step),
+            tiles.store(form, places, pitch),
+            tiles.end(),
+            finished(stage, epilogue, sums, at, (rows, columns), operands.columns),
+        ],
+    )
+
+
+def finished(
+    stage: Stage,
+    epilogue: Epilogue,
+    sums: Var,
+    at: Callable[[Expr, Expr], Mapping[Var, Expr]],
+    shape: tuple[Extent, int],
+    columns: AxisGroup,
+) -> Stmt:
+    """Return what follows the reduction on the sums of some rows and columns."""
+    rows, width = shape
+
+    def finish(row: Expr, column: Expr) -> Stmt:
+        total = load(sums, [row * BLOCK + column]).astype(stage.output.dtype)
+        return epilogue.store(total, at(row, column))
+
+    written = Access(epilogue.stage.output, epilogue.indices)
+    if written.step(columns.inner) == Step.STRIDED and isinstance(rows, int):
+        return loop(width, lambda column: vector(rows, lambda row: finish(row, column)))
+    piece = next(size for size in (BLOCK, TILE, width) if width % size == 0 or size == width)
+    block = written.block(columns.inner)
+    if block and width % block == 0:
+        piece = min(piece, block)
+
+    def of_row(row: Expr) -> Stmt:
+        return sequence(
+            [
+                vector(piece, lambda column, first=first: finish(row, index(first) + column))
+                for first in range(0, width, piece)
+            ]
+        )
+
+    return loop(rows, of_row)
+
+
+def _heights(rows: Extent) -> tuple[Extent, Extent]:
+    """Return the rows of the upper and the lower tile; of a lower one that is not used 1."""
+    if isinstance(rows, int):
+        return (rows, 1) if rows <= TILE else (-(-rows // 2), rows // 2)
+    half = tirx.floordiv(rows + 1, index(2))
+    return half, tirx.max(index(rows) - half, index(1))
