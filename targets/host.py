@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from functools import cache
 from pathlib import Path
@@ -9,18 +10,29 @@ from pathlib import Path
 from targets.base import Target
 
 _CPU_INFO = Path("/proc/cpuinfo")
+# arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA (Linux, Documentation/arch/x86/xstate.rst).
+_ASK_FOR_TILES = 158, 0x1023, 18
 
 
 @cache
 def cpu_features() -> frozenset[str]:
-    """Return the CPU features of this machine as Linux names them; none where Linux does not say."""
+    """Return the CPU features of this machine as Linux names them; none where Linux does not say.
+
+    Those of AMX, whose registers a process has to ask for, are among them only where Linux lets this one use them.
+    """
     if not _CPU_INFO.exists():
         return frozenset()
     for line in _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
+            return _permitted(frozenset(value.split()))
     return frozenset()
+
+
+def _permitted(features: frozenset[str]) -> frozenset[str]:
+    if "amx_tile" not in features or ctypes.CDLL(None).syscall(*map(ctypes.c_long, _ASK_FOR_TILES)) == 0:
+        return features
+    return frozenset(name for name in features if not name.startswith("amx_"))
 
 
 def missing_features(target: Target) -> tuple[str, ...]:

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/map.h>
 #include <tvm/ffi/container/shape.h>
@@ -70,6 +71,12 @@ void CheckFeatures(const Object& requirements) {
     std::istringstream words(line.substr(line.find(':') + 1));
     present.insert(std::istream_iterator<std::string>(words), {});
   }
+#if defined(__x86_64__) && defined(__linux__)
+  // A process asks Linux before it uses AMX's tile registers: arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA.
+  if (present.count("amx_tile") && syscall(SYS_arch_prctl, 0x1023, 18) != 0) {
+    for (const char* name : {"amx_tile", "amx_bf16", "amx_int8"}) present.erase(name);
+  }
+#endif
   std::string missing;
   for (const ffi::Any& feature : Items(requirements, "cpu_features")) {
     std::string name = feature.cast<ffi::String>();

@@ -12,6 +12,9 @@ from pathlib import Path
 
 _ROOT = Path("/")
 _AT_HWCAP, _AT_HWCAP2 = 16, 26
+# The call of the system by which a process asks to use AMX's tile registers: arch_prctl, ARCH_REQ_XCOMP_PERM,
+# XFEATURE_XTILEDATA (Linux, Documentation/arch/x86/xstate.rst).
+_ASK_FOR_TILES = 158, 0x1023, 18
 
 # Bit positions of arch/arm64/include/uapi/asm/hwcap.h in Linux; the names are those of /proc/cpuinfo.
 _AARCH64_HWCAP = """
@@ -33,7 +36,9 @@ def architecture() -> str:
 def cpu_features(root: Path = _ROOT) -> frozenset[str]:
     """Return the instruction-set features that Linux lets programs use, in the spelling of /proc/cpuinfo.
 
-    On AArch64 they come from the auxiliary vector, which an emulator sets for its guest (its /proc is the host's).
+    On AArch64 they come from the auxiliary vector, which an emulator sets for its guest (its /proc is the host's). A
+    process may use the tile registers of AMX only after it has asked, as this does; where Linux refuses, those features
+    are not among the ones returned.
     """
     if architecture() == "aarch64":
         getauxval = ctypes.CDLL(None).getauxval
@@ -42,8 +47,15 @@ def cpu_features(root: Path = _ROOT) -> frozenset[str]:
     for line in _text(root / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "flags":
-            return frozenset(value.split())
+            return _permitted(frozenset(value.split()))
     return frozenset()
+
+
+def _permitted(features: frozenset[str]) -> frozenset[str]:
+    """Return the features of an x86 CPU without those of AMX if Linux does not let this process use them."""
+    if "amx_tile" not in features or ctypes.CDLL(None).syscall(*map(ctypes.c_long, _ASK_FOR_TILES)) == 0:
+        return features
+    return frozenset(name for name in features if not name.startswith("amx_"))
 
 
 def aarch64_features(hwcap: int, hwcap2: int) -> frozenset[str]:

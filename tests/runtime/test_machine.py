@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,6 +92,16 @@ def test_x86_features_come_from_cpuinfo(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(machine, "architecture", lambda: "x86_64")
     root = write(tmp_path, {"proc/cpuinfo": "processor\t: 0\nflags\t\t: fpu avx2 avx512f\nbugs\t\t: none\n"})
     assert machine.cpu_features(root) == {"fpu", "avx2", "avx512f"}
+
+
+@pytest.mark.parametrize(("refused", "found"), [(0, {"avx2", "amx_tile", "amx_bf16"}), (-1, {"avx2"})])
+def test_tile_registers_count_where_linux_lets_the_process_use_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int, found: set[str]
+) -> None:
+    monkeypatch.setattr(machine, "architecture", lambda: "x86_64")
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: SimpleNamespace(syscall=lambda *_: refused))
+    root = write(tmp_path, {"proc/cpuinfo": "flags\t\t: avx2 amx_tile amx_bf16\n"})
+    assert machine.cpu_features(root) == found
 
 
 def test_aarch64_capability_bits_have_their_names() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 from tvm.target import codegen
 
@@ -14,6 +17,9 @@ _LINUX_NAMES = {
     "x86_64": {
         **{name: name for name in ("avx", "avx2", "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl", "cx16")},
         **{name: name for name in ("bmi2", "f16c", "fma", "movbe", "popcnt", "ssse3", "xsave")},
+        "amx-bf16": "amx_bf16",
+        "amx-int8": "amx_int8",
+        "amx-tile": "amx_tile",
         "avx512bf16": "avx512_bf16",
         "avx512vnni": "avx512_vnni",
         "bmi": "bmi1",
@@ -125,3 +131,14 @@ def test_siblings_differ_in_instructions_alone() -> None:
     names = {target.name for target in targets.siblings(targets.get("x86-avx512"))}
     assert names == {"x86-avx512-bf16"}
     assert not targets.siblings(targets.get("cuda"))
+
+
+@pytest.mark.parametrize(("refused", "found"), [(0, {"avx2", "amx_tile", "amx_int8"}), (-1, {"avx2"})])
+def test_tile_registers_count_where_linux_lets_the_process_use_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refused: int, found: set[str]
+) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("flags\t: avx2 amx_tile amx_int8\n")
+    monkeypatch.setattr(host, "_CPU_INFO", info)
+    monkeypatch.setattr(host.ctypes, "CDLL", lambda _: SimpleNamespace(syscall=lambda *_: refused))
+    assert host.cpu_features.__wrapped__() == found
