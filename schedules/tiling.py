@@ -22,7 +22,6 @@ from schedules.epilogue import Epilogue
 from schedules.grouped_products import GroupedProducts
 from schedules.loops import (
     Extent,
-    ceiling,
     cells,
     index,
     load,
@@ -41,7 +40,7 @@ from schedules.loops import (
     vector,
     with_local,
 )
-from schedules.matrix_tile import MatrixOperands, block_of_sums
+from schedules.matrix_tile import MatrixOperands, rows_of_sums
 from schedules.panels import Panel
 from schedules.partial_sums import in_parts, part_steps
 from schedules.reducer import accumulate, accumulator_dtype, read_in_fp32, widened
@@ -221,21 +220,12 @@ def _in_matrix_tiles(
     tile: Tile, matrix: MatrixOperands, point: Mapping[Var, Expr], rows: tuple[Expr, Extent], columns: tuple[Expr, int]
 ) -> Stmt:
     """Return rows and columns, both given by their first and their number, by blocks of tile registers."""
-    start, extent = rows
-    base, width = columns
+    (start, extent), (base, width) = rows, columns
 
-    def block(first: Expr, count: Extent) -> Stmt:
-        def at(r: Expr, v: Expr) -> dict[Var, Expr]:
-            return {**point, **tile.vector_group.point(base + v), **matrix.rows.point(start + first + r)}
+    def at(r: Expr, v: Expr) -> dict[Var, Expr]:
+        return {**point, **tile.vector_group.point(base + v), **matrix.rows.point(start + r)}
 
-        return block_of_sums(matrix, tile.stage, tile.epilogue, at, (count, width))
-
-    if isinstance(extent, int):
-        return tiles(extent, [tile.rows], block)
-    return loop(
-        ceiling(extent, tile.rows),
-        lambda i: block(i * tile.rows, tirx.min(index(tile.rows), extent - i * tile.rows)),
-    )
+    return rows_of_sums(matrix, tile.stage, tile.epilogue, at, (extent, width), tile.row_block)
 
 
 def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, width: int, row: Expr, rows: int) -> Stmt:

@@ -1,0 +1,54 @@
+"""Products of bfloat16 in tile registers."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tvm import relax
+from tvm.relax import op
+
+import targets
+from optimizer.lowering import build, lower
+from targets.host import missing_features
+from tests.schedules.execution import module_of, normal, sum_tolerance
+
+AMX = targets.get("x86-avx512-amx")
+HERE = pytest.mark.skipif(bool(missing_features(AMX)), reason="the machine has no AMX")
+
+
+def layer(weights: np.ndarray, x: relax.Var) -> relax.Expr:
+    product = op.matmul(op.astype(x, "bfloat16"), relax.const(weights, "bfloat16"), out_dtype="float32")
+    return op.add(product, relax.const(np.ones(weights.shape[1], np.float32)))
+
+
+@HERE
+@given(
+    rows=st.one_of(st.integers(2, 70), st.sampled_from([197, 257, 1031])),
+    columns=st.sampled_from([17, 32, 33, 64, 96, 131]),
+    depth=st.sampled_from([32, 96, 416]),
+    symbolic=st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_sums_are_those_of_rounded_operands(rows: int, columns: int, depth: int, symbolic: bool) -> None:
+    weights, x = normal(depth, columns).astype(ml_dtypes.bfloat16), normal(rows, depth, seed=1)
+    want = x.astype(ml_dtypes.bfloat16).astype("float64") @ weights.astype("float64") + 1
+    shape = ("m" if symbolic else rows, depth)
+    lowered = lower(module_of(lambda v: layer(weights, v), [shape], ["float32"]), AMX)
+    machine = relax.VirtualMachine(build(lowered.module, AMX), tvm.cpu())
+    got = machine["main"](tvm.runtime.tensor(x)).numpy()
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=sum_tolerance(depth, 1.0))
+
+
+def test_code_describes_the_registers_once_and_has_no_call_in_steps() -> None:
+    weights = normal(64, 64).astype(ml_dtypes.bfloat16)
+    lowered = lower(module_of(lambda v: layer(weights, v), [(96, 64)], ["float32"]), AMX)
+    modules = build(lowered.module, AMX).mod.imports
+    assembly = "".join(each.inspect_source("asm") for each in modules if each.kind == "llvm")
+    assert "tdpbf16ps" in assembly
+    assert "prefetch" in assembly
+    calls = [line.split()[-1] for line in assembly.splitlines() if line.split()[:1] in (["call"], ["callq"])]
+    assert {name.split("@")[0] for name in calls if "optimizer_tiles" in name} <= {"optimizer_tiles_begin"}
