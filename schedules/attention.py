@@ -18,7 +18,9 @@ from schedules.attention_mask import end_of_seen
 from schedules.attention_structure import AttentionAnalysis, analyse
 from schedules.by_element import terms_at_once
 from schedules.family import Choice, Kernel, Parameters, Space
+from schedules.intrin.bf16_conversion import BFLOAT16
 from schedules.intrin.bf16_pairs import PAIR, bf16_pairs
+from schedules.intrin.matrix_tiles import BLOCK, TILE, MatrixTiles, matrix_tiles
 from schedules.intrin.power_of_two import powers_of_two
 from targets.base import Target
 
@@ -66,13 +68,21 @@ class Attention:
         if lane is None or (isinstance(lane.extent, int) and lane.extent < least):
             return attention_rows.emit(analysis, target, block)
         dot = bf16_pairs(target) if analysis.rounded else None
-        block += block % PAIR
-        rows, vectors = parameters["rows"], parameters["vectors"]
-        blocks = attention_tiles.Blocks(lanes, rows, vectors, block, terms_at_once(target), powers_of_two(target))
+        rows, vectors, tiles = parameters["rows"], parameters["vectors"], _tiles(target, analysis)
+        if tiles is None:
+            block += block % PAIR
+        else:
+            block, vectors = -(-block // BLOCK) * BLOCK, min(vectors, BLOCK // TILE)
+        powers = powers_of_two(target)
+        blocks = attention_tiles.Blocks(lanes, rows, vectors, block, terms_at_once(target), powers, tiles)
         many = attention_tiles.emit(analysis, lane, blocks, dot, target)
         if isinstance(lane.extent, int):
             return many
         return tirx.IfThenElse(lane.extent >= least, many, attention_rows.emit(analysis, target, block))
+
+
+def _tiles(target: Target, analysis: AttentionAnalysis) -> MatrixTiles | None:
+    return matrix_tiles(target, BFLOAT16, BFLOAT16) if analysis.rounded else None
 
 
 def _register_tile(target: Target) -> tuple[int, int]:

@@ -104,24 +104,32 @@ class Pairs:
                 outside[0] = part * self.at_once + outside[0]
             point = {axis.variable: value for axis, value in zip(self.axes, outside, strict=True)}
             first = chunk * CHUNK
-            count = tirx.min(index(CHUNK), index(keys) - first)
-            pairs = tirx.floordiv(count + 1, index(PAIR))
-            return sequence(
-                [
-                    loop(count, lambda number: self._pack_key(point, first + number)),
-                    loop(pairs, lambda number: self._pack_values(point, first + number * PAIR)),
-                ]
-            )
+            return self._pack_keys(point, first, tirx.min(index(CHUNK), index(keys) - first))
 
         return parallel(product([*extents, chunks]), task, large)
 
     def pack_head(self, point: Mapping[Var, Expr]) -> Stmt:
         """Return the packing of all keys and values of one head."""
-        keys = self.analysis.key.extent
+        return self._pack_keys(point, index(0), self.analysis.key.extent)
+
+    def imported(self, statement: Stmt) -> Stmt:
+        """Return a statement that packs and multiplies pairs, with the functions that it calls."""
+        return self.dot.imported(statement)
+
+    def begin(self) -> list[Stmt]:
+        """Return what each thread has to do before the products."""
+        return []
+
+    def end(self) -> list[Stmt]:
+        """Return what each thread has to do behind them."""
+        return []
+
+    def _pack_keys(self, point: Mapping[Var, Expr], first: Expr, count: Extent) -> Stmt:
+        """Return the packing of `count` keys of a head, with their values, from `first` on, a multiple of CHUNK."""
         return sequence(
             [
-                loop(keys, lambda number: self._pack_key(point, number)),
-                loop(ceiling(keys, PAIR), lambda number: self._pack_values(point, number * PAIR)),
+                loop(count, lambda number: self._pack_key(point, first + number)),
+                loop(ceiling(count, PAIR), lambda number: self._pack_values(point, first + number * PAIR)),
             ]
         )
 

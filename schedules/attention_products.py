@@ -14,16 +14,19 @@ from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.attention_mask import end_of_seen, seen_logit
+from schedules.attention_matrices import Matrices
 from schedules.attention_operands import Operand
 from schedules.attention_pairs import Pairs
 from schedules.attention_structure import AttentionAnalysis
 from schedules.by_element import over_rows, over_terms
 from schedules.intrin.power_of_two import PowersOfTwo
-from schedules.loops import Extent, ceiling, cells, index, load, local, loop, store, tiles, unrolled, with_local
+from schedules.loops import Extent, ceiling, cells, index, load, local, loop, store, tiles, unrolled, vector, with_local
 from schedules.stages import Axis, sequence, substitute
 
 FLOAT = "float32"
 ZERO = tirx.const(0.0, FLOAT)
+# Keys whose logits are made at a time of scores in memory: enough that their maximum stays in registers for a while.
+ROWS_OF_LOGITS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +80,10 @@ class Task:
 def scores(task: Task, base: Expr, extent: Extent) -> Stmt:
     """Return the logits of a block of keys, kept in `weights`, and their running maximum."""
     analysis = task.analysis
+    if isinstance(task.pairs, Matrices):
+        assert task.turned_pairs is not None
+        products = task.pairs.block_of_scores(task.weights, task.turned_pairs, task.queries, task.point, (base, extent))
+        return sequence([products, _logits(task, base, extent)])
 
     def tile(first: Expr, rows: int) -> Stmt:
         registers = local([rows * task.queries], FLOAT, "scores")
@@ -118,6 +125,31 @@ def scores(task: Task, base: Expr, extent: Extent) -> Stmt:
     if isinstance(extent, int):
         return _in_equal_tiles(extent, task.rows, tile)
     return _in_tiles_that_overlap(extent, task.rows, tile)
+
+
+def _logits(task: Task, base: Expr, extent: Extent) -> Stmt:
+    """Return the logits in the place of scores in `weights`, and their running maximum."""
+    analysis = task.analysis
+
+    def some(first: Expr, rows: int) -> Stmt:
+        def logit(value: Expr, r: Expr, v: Expr) -> Stmt:
+            values = {
+                analysis.key.variable: base + first + r,
+                task.lane.variable: task.query(v),
+                analysis.score: load(task.weights, [first + r, v]),
+            }
+            return store(task.weights, task.at(value, values), [first + r, v])
+
+        def maximum(r: Expr, v: Expr) -> Stmt:
+            return store(task.largest, tirx.max(load(task.largest, [v]), load(task.weights, [first + r, v])), [v])
+
+        keep = cells(rows, task.queries, maximum)
+        if task.scale is not None:
+            return keep
+        finish = _where_seen(task, base + first + rows, lambda value: cells(rows, task.queries, partial(logit, value)))
+        return sequence([finish, keep])
+
+    return tiles(extent, [ROWS_OF_LOGITS, 1], some)
 
 
 def _requests(task: Task, key: Expr, rows: int) -> Stmt:
@@ -162,6 +194,8 @@ def _in_tiles_that_overlap(extent: Expr, rows: int, tile: Callable[[Expr, int], 
 
 def weighted(task: Task, base: Expr, extent: Extent, single: bool) -> Stmt:
     """Return the sum of a block's values, weighted by the exponentials, added to the shrunken sums so far."""
+    if isinstance(task.pairs, Matrices):
+        return _weighted_in_tiles(task, task.pairs, (base, extent), single)
 
     def tile(first: Expr, rows: int) -> Stmt:
         registers = local([rows * task.queries], FLOAT, "partial")
@@ -200,3 +234,17 @@ def weighted(task: Task, base: Expr, extent: Extent, single: bool) -> Stmt:
     if isinstance(task.columns, int):
         return _in_equal_tiles(task.columns, task.rows, tile)
     return tiles(task.columns, [task.rows, max(1, task.rows // 3), 1], tile)
+
+
+def _weighted_in_tiles(task: Task, matrices: Matrices, keys: tuple[Expr, Extent], single: bool) -> Stmt:
+    assert task.rounded is not None
+
+    def shrink(e: Expr) -> Stmt:
+        return vector(
+            task.queries, lambda v: store(task.sums, load(task.sums, [e, v]) * load(task.factor, [v]), [e, v])
+        )
+
+    rest = matrices.clear_rest(task.rounded, task.queries, keys[1])
+    shrunken = [] if single else [loop(task.columns, shrink)]
+    sums = matrices.block_of_sums(task.sums, task.rounded, task.queries, task.point, keys, single)
+    return sequence([*rest, *shrunken, sums])

@@ -12,6 +12,7 @@ from tvm.tirx.stmt import Stmt
 from schedules.attention_exponentials import exponentials, factor, subtrahend, updated
 from schedules.attention_joining import LOWEST, LOWEST_NUMBER
 from schedules.attention_mask import all_seen, any_seen, end_of_seen, hides, hides_only_ends
+from schedules.attention_matrices import TERMS, Matrices, in_tiles, rounded_up
 from schedules.attention_operands import Operand
 from schedules.attention_pairs import Pairs, packed
 from schedules.attention_products import FLOAT, ZERO, Task, scores, weighted
@@ -19,6 +20,7 @@ from schedules.attention_structure import AttentionAnalysis, scale_of_score
 from schedules.attention_turning import turned_queries, written
 from schedules.family import is_large
 from schedules.intrin.bf16_pairs import PAIR, Bf16Pairs
+from schedules.intrin.matrix_tiles import BLOCK, TILE, MatrixTiles
 from schedules.intrin.power_of_two import PowersOfTwo
 from schedules.loops import (
     INDEX,
@@ -49,7 +51,8 @@ NARROWEST = 4
 class Blocks:
     """How queries and keys are cut: `vectors` of `lanes` queries by `rows` keys in registers, `keys` at a time.
 
-    `elements` of a key or value are loaded at once. `powers` are those of two by the target's own instructions.
+    `elements` of a key or value are loaded at once. `powers` are those of two by the target's own instructions, and
+    `tiles` products of bfloat16 in its tile registers.
     """
 
     lanes: int
@@ -58,6 +61,7 @@ class Blocks:
     keys: int
     elements: int
     powers: PowersOfTwo | None
+    tiles: MatrixTiles | None = None
 
 
 def emit(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, dot: Bf16Pairs | None, target: Target) -> Stmt:
@@ -65,6 +69,8 @@ def emit(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, dot: Bf16Pairs
 
     def variant(clamped: bool) -> Stmt:
         pairs = None if dot is None else packed(dot, analysis, target)
+        if pairs is not None and blocks.tiles is not None:
+            pairs = in_tiles(pairs, blocks.tiles)
         tasks = _tasks(analysis, lane, blocks, pairs, clamped)
         return tasks if blocks.powers is None else blocks.powers.imported(tasks)
 
@@ -120,7 +126,7 @@ def _tasks(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, pairs: Pairs
 
     large = is_large(product([*outer, queries, analysis.key.extent, analysis.depth.extent]))
     if pairs is not None and pairs.owned:
-        return pairs.dot.imported(_by_heads(analysis, pairs, count, large, blocks_at))
+        return pairs.imported(_by_heads(analysis, pairs, count, large, blocks_at))
 
     def tasks(share: Expr) -> Stmt:
         return parallel(product([*extents, count]), lambda number: task(share, number), large)
@@ -134,8 +140,8 @@ def _tasks(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, pairs: Pairs
             return sequence([pack, products])
         return sequence([then_wait(pack), products if parts == 1 else then_wait(products)])
 
-    shares = loop(parts, both)
-    return pairs.dot.imported(with_local(pairs.buffers, [region([shares]) if large else shares]))
+    shares = [*pairs.begin(), loop(parts, both), *pairs.end()]
+    return pairs.imported(with_local(pairs.buffers, [region(shares) if large else sequence(shares)]))
 
 
 def _by_heads(
@@ -158,7 +164,7 @@ def _by_heads(
             return blocks_at({**own, **point}, part)
 
         queries = loop(product([*(axis.extent for axis in others), count]), of_queries)
-        return with_local(pairs.buffers, [pairs.pack_head(own), queries])
+        return with_local(pairs.buffers, [pairs.pack_head(own), *pairs.begin(), queries, *pairs.end()])
 
     return parallel(product([axis.extent for axis in pairs.axes]), head, large)
 
@@ -200,9 +206,7 @@ def _block_of_queries(
     }
     operands = [*keys.buffers, *values.buffers]
     if pairs is not None:
-        assert isinstance(depth, int)
-        buffers["turned_pairs"] = local([depth // PAIR, block], "int32", "turned_pairs")
-        buffers["rounded"] = local([-(-key_block // PAIR), block], "int32", "rounded")
+        buffers |= _buffers_of_pairs(analysis, pairs, key_block, block)
         operands = []
     task = Task(
         analysis, lane, min(blocks.lanes, block), blocks.rows, block, key_block, point, start, first - start, clamped,
@@ -211,6 +215,24 @@ def _block_of_queries(
     )  # fmt: skip
     begin = [] if exact else [tirx.Bind(start, tirx.min(first, index(queries) - block))]
     return with_local([*buffers.values(), *operands], [*begin, *_body(task)])
+
+
+def _buffers_of_pairs(analysis: AttentionAnalysis, pairs: Pairs, keys: int, queries: int) -> dict[str, Var]:
+    """Return the buffers that pairs need, and those that they need larger than numbers one by one."""
+    depth, buffers = analysis.depth.extent, {}
+    assert isinstance(depth, int)
+    if isinstance(pairs, Matrices):
+        depth, keys = int(rounded_up(depth, TERMS)), int(rounded_up(keys, BLOCK))
+        columns = rounded_up(analysis.column.extent, TILE)
+        buffers = {
+            "weights": local([keys, queries], FLOAT, "weights"),
+            "sums": local([columns, queries], FLOAT, "sums"),
+        }
+    return {
+        **buffers,
+        "turned_pairs": local([depth // PAIR, queries], "int32", "turned_pairs"),
+        "rounded": local([-(-keys // PAIR), queries], "int32", "rounded"),
+    }
 
 
 def _body(task: Task) -> list[Stmt]:
@@ -259,7 +281,8 @@ def _up_to_end(task: Task, end: Expr, part: Callable[[Expr, Extent], Stmt]) -> l
     """
     keys = index(task.analysis.key.extent)
     last = task.at(end, {task.lane.variable: task.query(index(task.queries - 1))})
-    last = tirx.floordiv(tirx.max(last, index(0)) + (PAIR - 1), index(PAIR)) * PAIR
+    at_once = BLOCK if isinstance(task.pairs, Matrices) else PAIR
+    last = tirx.floordiv(tirx.max(last, index(0)) + (at_once - 1), index(at_once)) * at_once
     # In memory: TVM takes seconds to bound what depends on bindings of such values.
     bounds = local([3], INDEX, "bounds")
     begin, stop, extent = (load(bounds, [index(place)]) for place in range(3))

@@ -11,6 +11,7 @@ from tvm import relax, tirx
 import targets
 from optimizer import code_generation
 from schedules import KernelReport, schedule_module
+from targets.base import Target
 
 TARGET = targets.resolve_host()
 Dimension = int | str
@@ -55,16 +56,18 @@ def lower(module: tvm.IRModule) -> tvm.IRModule:
     return module
 
 
-def scheduled(module: tvm.IRModule) -> tuple[Callable[..., np.ndarray], tuple[KernelReport, ...]]:
-    """Return the compiled module's main function, scheduled for this machine, and the reports."""
-    module, reports = schedule_module(module, TARGET)
-    return compiled(module), reports
+def scheduled(
+    module: tvm.IRModule, chosen: Target = TARGET
+) -> tuple[Callable[..., np.ndarray], tuple[KernelReport, ...]]:
+    """Return the compiled module's main function, scheduled for a target that this machine can execute, and reports."""
+    module, reports = schedule_module(module, chosen)
+    return compiled(module, chosen), reports
 
 
-def compiled(module: tvm.IRModule) -> Callable[..., np.ndarray]:
+def compiled(module: tvm.IRModule, chosen: Target = TARGET) -> Callable[..., np.ndarray]:
     """Return the main function of a module, compiled as it is."""
-    with TARGET.tvm_target() as target, code_generation.options(TARGET):
-        executable = tvm.compile(module, target, tir_pipeline=code_generation.pipeline(TARGET))
+    with chosen.tvm_target() as target, code_generation.options(chosen):
+        executable = tvm.compile(module, target, tir_pipeline=code_generation.pipeline(chosen))
         machine = relax.VirtualMachine(executable, tvm.cpu())
 
     def call(*arrays: np.ndarray) -> np.ndarray:

@@ -16,11 +16,19 @@ from passes.fuse_attention import FuseAttention
 from passes.round_attention import RoundAttention
 from schedules import attention_pairs, schedule_module
 from schedules.intrin.bf16_pairs import bf16_pairs
+from targets.base import Target
+from targets.host import missing_features
 from tests.schedules.execution import TARGET, normal, scheduled
 
 LENGTHS = st.sampled_from([1, 2, 7, 16, 17, 31, 32, 33, 49, 67])
 Size = int | tirx.Var
-HAS_PAIRS = bf16_pairs(TARGET) is not None
+# What rounds on this machine: AVX512-BF16's pairs also where there are tile registers.
+ROUNDING = [
+    target
+    for target in {each.name: each for each in (TARGET, targets.get("x86-avx512-bf16"))}.values()
+    if bf16_pairs(target) is not None and not missing_features(target)
+]
+rounding = pytest.mark.parametrize("target", ROUNDING, ids=lambda target: target.name)
 
 
 def _module(
@@ -262,11 +270,13 @@ def _rounded(array: np.ndarray) -> np.ndarray:
     return array.astype(ml_dtypes.bfloat16).astype("float32")
 
 
-def _check_rounded(module: tvm.IRModule, heads: int, lengths: list[tuple[int, int]], groups: int | None = None) -> None:
+def _check_rounded(
+    target: Target, module: tvm.IRModule, heads: int, lengths: list[tuple[int, int]], groups: int | None = None
+) -> None:
     """Compare with an attention of rounded operands; rounding the weights is all that is left of the error."""
-    outcome = RoundAttention(TARGET.name).run(module)
+    outcome = RoundAttention(target.name).run(module)
     assert outcome.rewritten == 1
-    call, reports = scheduled(outcome.module)
+    call, reports = scheduled(outcome.module, target)
     assert {report.family for report in reports} == {"attention"}
     columns = next(int(x.ty.shape[2]) for x in module["main"].params[2:3])
     size = columns // (groups or heads)
@@ -277,7 +287,7 @@ def _check_rounded(module: tvm.IRModule, heads: int, lengths: list[tuple[int, in
         np.testing.assert_allclose(call(*arrays), want, rtol=0, atol=atol)
 
 
-@pytest.mark.skipif(not HAS_PAIRS, reason="the machine has no bf16 dot product")
+@rounding
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     queries=LENGTHS.filter(lambda n: n >= 8),
@@ -285,41 +295,43 @@ def _check_rounded(module: tvm.IRModule, heads: int, lengths: list[tuple[int, in
     heads=st.integers(1, 3),
     size=st.sampled_from([2, 18, 32, 80, 256]),
 )
-def test_products_of_pairs_are_those_of_rounded_operands(queries: int, keys: int, heads: int, size: int) -> None:
-    _check_rounded(_module(heads, size, queries, keys), heads, [(queries, keys)])
+def test_products_of_pairs_are_those_of_rounded_operands(
+    target: Target, queries: int, keys: int, heads: int, size: int
+) -> None:
+    _check_rounded(target, _module(heads, size, queries, keys), heads, [(queries, keys)])
 
 
-@pytest.mark.skipif(not HAS_PAIRS, reason="the machine has no bf16 dot product")
-def test_pairs_of_symbolic_lengths_and_shared_heads() -> None:
+@rounding
+def test_pairs_of_symbolic_lengths_and_shared_heads(target: Target) -> None:
     lengths = [(8, 1), (9, 67), (33, 193), (64, 400)]
-    _check_rounded(_module(4, 32, "s", "t", groups=2), 4, lengths, 2)
+    _check_rounded(target, _module(4, 32, "s", "t", groups=2), 4, lengths, 2)
 
 
-@pytest.mark.skipif(not HAS_PAIRS, reason="the machine has no bf16 dot product")
+@rounding
 @pytest.mark.parametrize(("heads", "groups"), [(3, 3), (4, 2)])
 def test_parts_of_a_batch_are_packed_one_after_the_other(
-    monkeypatch: pytest.MonkeyPatch, heads: int, groups: int
+    target: Target, monkeypatch: pytest.MonkeyPatch, heads: int, groups: int
 ) -> None:
     monkeypatch.setattr(attention_pairs, "PACKED_BYTES", 1)
-    _check_rounded(_module(heads, 32, 67, 131, groups=groups), heads, [(67, 131)], groups)
+    _check_rounded(target, _module(heads, 32, 67, 131, groups=groups), heads, [(67, 131)], groups)
 
 
-@pytest.mark.skipif(not HAS_PAIRS, reason="the machine has no bf16 dot product")
-def test_heads_are_packed_where_their_queries_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+@rounding
+def test_heads_are_packed_where_their_queries_are_computed(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_pairs, "HEADS_TO_OWN", 1)
-    _check_rounded(_module(4, 32, 67, 131, groups=2), 4, [(67, 131)], 2)
+    _check_rounded(target, _module(4, 32, 67, 131, groups=2), 4, [(67, 131)], 2)
 
 
-@pytest.mark.skipif(not HAS_PAIRS, reason="the machine has no bf16 dot product")
-def test_few_queries_are_not_rounded_where_their_number_is_symbolic() -> None:
-    call, _ = scheduled(RoundAttention(TARGET.name).run(_module(2, 32, "s", "t")).module)
+@rounding
+def test_few_queries_are_not_rounded_where_their_number_is_symbolic(target: Target) -> None:
+    call, _ = scheduled(RoundAttention(target.name).run(_module(2, 32, "s", "t")).module, target)
     arrays = _arrays(2, 32, 3, 50)
     np.testing.assert_allclose(call(*arrays), _expected(2, arrays), rtol=0, atol=_tolerance(32))
 
 
-@pytest.mark.skipif(not HAS_PAIRS, reason="the machine has no bf16 dot product")
-def test_rounded_attention_may_be_causal() -> None:
-    call, _ = scheduled(RoundAttention(TARGET.name).run(_module(1, 32, "s", "t", hidden=-np.inf)).module)
+@rounding
+def test_rounded_attention_may_be_causal(target: Target) -> None:
+    call, _ = scheduled(RoundAttention(target.name).run(_module(1, 32, "s", "t", hidden=-np.inf)).module, target)
     for queries, keys in [(131, 131), (40, 333), (40, 21)]:
         arrays = _arrays(1, 32, queries, keys)
         bias = _causal(queries, keys, -np.inf)
@@ -328,7 +340,23 @@ def test_rounded_attention_may_be_causal() -> None:
         np.testing.assert_allclose(call(*arrays), want, rtol=0, atol=2.0**-9 * 5)
 
 
-@pytest.mark.parametrize(("target", "instruction"), [("x86-avx512-bf16", "vdpbf16ps"), ("arm64-i8mm", "bfdot")])
+@rounding
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(queries=st.sampled_from([8, 17, 49, 64]), keys=st.sampled_from([2, 49, 64, 97, 300]), heads=st.integers(1, 3))
+def test_rounded_attention_may_have_a_bias_that_hides_keys(target: Target, queries: int, keys: int, heads: int) -> None:
+    call, _ = scheduled(RoundAttention(target.name).run(_module(heads, 32, queries, keys, bias=True)).module, target)
+    arrays, bias = _arrays(heads, 32, queries, keys), normal(heads, queries, keys, seed=7)
+    bias[:, 0] = -np.inf
+    bias[:, :, keys // 2] = -np.inf
+    with np.errstate(invalid="ignore"):
+        want = np.nan_to_num(_expected(heads, [_rounded(array) for array in arrays], bias), nan=0.0)
+    np.testing.assert_allclose(call(*arrays, bias), want, rtol=0, atol=2.0**-9 * 5)
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"),
+    [("x86-avx512-amx", "tdpbf16ps"), ("x86-avx512-bf16", "vdpbf16ps"), ("arm64-i8mm", "bfdot")],
+)
 def test_code_of_pairs_has_the_instruction_and_no_call(target: str, instruction: str) -> None:
     chosen = targets.get(target)
     module, _ = schedule_module(RoundAttention(target).run(_module(2, 32, 40, 50)).module, chosen)
