@@ -20,8 +20,9 @@ from schedules.access import AxisGroup, as_int
 from schedules.convolution import Convolution
 from schedules.direct_convolution import DirectConvolution
 from schedules.family import PARALLEL_THRESHOLD, Choice, Kernel, Parameters, Space, is_large, work_of
+from schedules.intrin.matrix_tiles import BLOCK
 from schedules.loops import Extent, parallel, product, region, then_wait, tile_choice, tiles
-from schedules.matmul import Matmul, MatmulAnalysis, register_tile, tile_of, with_next_rows
+from schedules.matmul import Matmul, MatmulAnalysis, matrix_operands, register_tile, tile_of, with_next_rows
 from schedules.quantized_matmul import QuantizedMatmul
 from schedules.row_parts import PartedKernel
 from schedules.rowwise import Rowwise, RowwiseAnalysis, all_rows, consecutive_rows, row_extents
@@ -119,7 +120,7 @@ def _rows_of_block(target: Target, analysis: NormalizedProductAnalysis) -> int:
     rows = _rows(analysis.product)
     if not _may_own(analysis) or not isinstance(rows, int) or rows < target.cores * ROWS_TO_OWN:
         return 0
-    height, _ = register_tile(target)
+    height = register_tile(target)[0] if matrix_operands(analysis.product, target) is None else BLOCK
     tasks = target.cores * -(-rows // (target.cores * MOST_ROWS_OF_BLOCK))
     return -(-rows // (tasks * height)) * height
 
@@ -186,7 +187,7 @@ def _agree(left: Sequence[Expr], right: Sequence[Expr]) -> bool:
 def _in_blocks_of_rows(analysis: NormalizedProductAnalysis, parameters: Parameters, target: Target) -> Stmt:
     """Return the parallel loop over blocks of rows, of each of which a task computes all parts and all columns."""
     contraction = analysis.product
-    height = parameters["rows"]
+    height = parameters["rows"] if matrix_operands(contraction, target) is None else BLOCK
     rows = _rows(contraction)
     assert isinstance(rows, int)
     block = height * _even_block(-(-rows // height), max(1, parameters["owned_rows"] // height), target.cores)

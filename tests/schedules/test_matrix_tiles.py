@@ -52,3 +52,12 @@ def test_code_describes_the_registers_once_and_has_no_call_in_steps() -> None:
     assert "prefetch" in assembly
     calls = [line.split()[-1] for line in assembly.splitlines() if line.split()[:1] in (["call"], ["callq"])]
     assert {name.split("@")[0] for name in calls if "optimizer_tiles" in name} <= {"optimizer_tiles_begin"}
+
+
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(3136, 96, 96), (197, 768, 768), (1500, 384, 384)])
+def test_products_have_tasks_for_all_cores(rows: int, columns: int, depth: int) -> None:
+    weights = normal(depth, columns).astype(ml_dtypes.bfloat16)
+    lowered = lower(module_of(lambda v: layer(weights, v), [(rows, depth)], ["float32"]), AMX)
+    (block,) = [kernel.parameters["row_block"] for kernel in lowered.kernels if kernel.family == "matmul"]
+    assert -(-rows // block) * (columns // 32) >= 2 * AMX.cores
+    assert block >= 128
