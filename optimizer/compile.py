@@ -111,8 +111,11 @@ class CompileOptions:
             in_pairs = self.operand_dtype == BFLOAT16 and bf16_dot(self.target) is not None
             dtype = BFLOAT16 if in_pairs else "float32"
             integers = "".join(activation_types(self.target)[:1])
-            block = self.target.layouts.channel_block
-            steps.append(f"block-channels{{block={block},dtype={dtype},integers={integers}}}")
+            layouts = self.target.layouts
+            in_tiles = layouts.rounded_block if in_pairs else 0
+            choices = f"block={in_tiles or layouts.channel_block},dtype={dtype},integers={integers}"
+            # Tiles of matrices multiply so fast that Winograd's transforms would take longer than what they save.
+            steps.append(f"block-channels{{{choices}{',winograd=0' if in_tiles else ''}}}")
         if self.operand_dtype is not None:
             steps.append(f"convert-precision{{dtype={self.operand_dtype}}}")
             if self.operand_dtype == "bfloat16" and self.target.device == "cpu":

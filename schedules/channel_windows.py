@@ -218,14 +218,14 @@ def windows_of(stage: Stage, data: TensorLoad) -> list[ChannelWindow] | None:
             if any(window.tap is taps[0] for window in windows):
                 return None
             continue
-        offset, size = _constant(position), as_int(extent)
+        offset, size = constant_term(position), as_int(extent)
         if offset is None or size is None or not isinstance(taps[0].extent, int):
             return None
         windows.append(ChannelWindow(axes[0] if axes else None, stride, taps[0], dilation, offset, size))
     return windows
 
 
-def _constant(expression: Expr) -> int | None:
+def constant_term(expression: Expr) -> int | None:
     """Return the constant term of a linear expression, None where a symbol may stand in it."""
     zeros = {variable: index(0) for variable in variables_of(expression)}
     return as_int(simplify_indices([substitute(expression, zeros)])[0])
@@ -327,7 +327,7 @@ def _is_exactly_inside(condition: Expr, source: TensorLoad, axes: Sequence[Axis]
         axis = next((axis for axis in axes if linear_coefficient(position, axis.variable) == 1), None)
         if axis is None:
             return False
-        offset = _constant(position)
+        offset = constant_term(position)
         low, high = bounds.pop(axis.variable, (None, None))
         if position.same_as(axis.variable) and low is None and high is None:
             if not _same_extent(extent, axis.extent):

@@ -108,9 +108,12 @@ def _fits(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -
     of taps reaches, of which a stride is a multiple of the columns.
     """
     last = analysis.data.indices[-1]
+    vectors = max(1, analysis.block // target.vector_lanes(32))
     if occurs(last, analysis.lane.variable):
-        operands = columns * _stride(analysis) + BORDER_OPERANDS
-    elif analysis.columns is not None and occurs(last, analysis.columns.inner.variable):
+        columns, operands = columns * vectors, vectors * (columns * _stride(analysis) + BORDER_OPERANDS)
+        return columns + operands <= target.vector_registers
+    blocks *= vectors
+    if analysis.columns is not None and occurs(last, analysis.columns.inner.variable):
         operands = blocks + 2 * columns
     else:
         operands = _operands(target, blocks, columns)

@@ -281,13 +281,16 @@ class RegisterTile:
             return substitute(data, {**self._cell(j + begin, index(0), index(0))[0], **values})
 
         def each(first: int, count: int, product: Callable[[Expr, Expr, Expr], Expr]) -> Stmt:
-            def update(j: Expr, o: Expr) -> Stmt:
-                at, register = self._cell(j + begin, o, index(0))
+            def update(j: Expr, o: Expr, part: Expr) -> Stmt:
+                at, register = self._cell(j + begin, o, part * dot.lanes)
                 place = [tirx.Ramp(register, index(1), dot.lanes)]
                 total = product(load(self.registers, place), substitute(weights, {**at, **values}), j)
                 return store(self.registers, total, place)
 
-            return unrolled(count, lambda j: unrolled(self.blocks, lambda o: update(first + j, o)))
+            def cell(j: Expr, o: Expr) -> Stmt:
+                return unrolled(self.analysis.block // dot.lanes, lambda part: update(first + j, o, part))
+
+            return unrolled(count, lambda j: unrolled(self.blocks, lambda o: cell(j, o)))
 
         if group_of is not None:
             return each(0, end - begin, lambda sums, own, j: dot.accumulate_group(sums, own, group_of(j)))

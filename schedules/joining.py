@@ -21,6 +21,7 @@ from schedules.family import Kernel
 from schedules.gated_product import GatedProduct, columns_of
 from schedules.kernels import reuses_operands
 from schedules.matmul import Matmul, split_epilogue
+from schedules.matrix_convolution import MatrixConvolution
 from schedules.normalized_product import NormalizedProduct
 from schedules.prepack import with_packed_weights
 from schedules.reduction import Reduction
@@ -169,7 +170,7 @@ def _why_scattered(family: object, kernel: Kernel, target: Target) -> str | None
 
 def _stores_vectors(family: object, kernel: Kernel, target: Target) -> bool:
     """Return whether a family computes a kernel, and its lanes are neighbours in what it stores."""
-    if isinstance(family, DirectConvolution):
+    if isinstance(family, DirectConvolution | MatrixConvolution):
         windows = direct_convolution.analyse(kernel)
         return windows is not None and _is_contiguous(windows.epilogue, windows.lane, target)
     if isinstance(family, Winograd):

@@ -14,6 +14,7 @@ from schedules.elementwise import Elementwise
 from schedules.family import Family
 from schedules.gated_product import GatedProduct
 from schedules.matmul import Matmul
+from schedules.matrix_convolution import MatrixConvolution
 from schedules.normalized_product import NormalizedProduct
 from schedules.pooling import Pooling
 from schedules.quantized_matmul import QuantizedMatmul
@@ -29,6 +30,7 @@ FAMILIES: tuple[Family[Any], ...] = (
     Attention(),
     Winograd(),
     DepthwiseBytes(),
+    MatrixConvolution(),
     DirectConvolution(),
     QuantizedMatmul(),
     Pooling(),

@@ -20,6 +20,7 @@ from schedules.elementwise import Elementwise, divides_image
 from schedules.family import Kernel, defaults
 from schedules.gated_product import GatedProduct
 from schedules.matmul import Matmul
+from schedules.matrix_convolution import MatrixConvolution
 from schedules.normalized_product import NormalizedProduct
 from schedules.quantized_matmul import QuantizedMatmul
 from schedules.reduction import Reduction
@@ -66,7 +67,7 @@ def sharing(function: tirx.PrimFunc, target: Target) -> Sharing | None:
     output = function.params[-1]
     if isinstance(family, DirectConvolution):
         return _of_windows(analysis, function)
-    if isinstance(family, DepthwiseBytes):
+    if isinstance(family, DepthwiseBytes | MatrixConvolution):
         return _of_windows(analysis.windows, function)
     if isinstance(family, Winograd):
         divides = defaults(family.space(target, analysis))["task_blocks"] < int(analysis.weights.shape[0])
@@ -105,4 +106,9 @@ def _position(function: tirx.PrimFunc, buffer: Var) -> int | None:
 def _is_blocked(tensor: Var, target: Target) -> bool:
     """Return whether a tensor has the shape of blocked channels."""
     shape = tensor.shape
-    return len(shape) >= FEWEST_DIMENSIONS and as_int(shape[-1]) == target.layouts.channel_block
+    return len(shape) >= FEWEST_DIMENSIONS and as_int(shape[-1]) in _blocks(target)
+
+
+def _blocks(target: Target) -> tuple[int, ...]:
+    layouts = target.layouts
+    return tuple(block for block in (layouts.channel_block, layouts.rounded_block) if block)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ class CacheSizes:
 class DataLayouts:
     """Block sizes, in elements, of packed activations, weights and caches.
 
-    `channel_block`: images are [N, C/block, H, W, block]. `column_block`: matrix multiplication weights are
+    `channel_block`: images are [N, C/block, H, W, block]. `rounded_block`: the same where convolutions read bfloat16, 0
+    if that makes no difference. `column_block`: matrix multiplication weights are
     [N/block, K, block]. `reduction_group`: how many neighbouring int8 elements of K one lane of the dot-product
     instruction consumes. `quantized_columns`: outputs that lie side by side in quantized weights, each with
     `reduction_group` neighbours of K (`schedules/weight_layout.py`); `signed_codes`: these lie as signed numbers.
@@ -46,6 +47,8 @@ class DataLayouts:
     quantized_columns: int = 16
     signed_codes: bool = False
     kv_cache: Literal["BHSD"] = "BHSD"
+    # Not in what identifies a target's tuning records, which are older.
+    rounded_block: int = field(default=0, repr=False)
 
 
 @dataclass(frozen=True)

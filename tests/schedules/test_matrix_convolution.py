@@ -1,0 +1,97 @@
+"""Convolutions over blocked channels in tile registers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tvm import relax
+from tvm.relax import op
+
+import targets
+from optimizer.lowering import build, lower
+from passes.block_channels import BlockChannels
+from targets.host import missing_features
+from tests.schedules.execution import Dimension, module_of, normal, sum_tolerance
+from tests.schedules.test_bf16_convolution import rounded
+from tests.schedules.test_convolution import convolve
+
+TARGET = targets.get("x86-avx512-amx")
+BLOCK = TARGET.layouts.rounded_block
+needs_tiles = pytest.mark.skipif(bool(missing_features(TARGET)), reason="this machine has no tile registers")
+
+
+def compiled(
+    weights: np.ndarray, bias: np.ndarray, shape: list[Dimension], stride: int, padding: int
+) -> tuple[relax.VMExecutable, list[str]]:
+    """Return the code of a convolution, what follows it, and the families of its kernels."""
+
+    def layer(x: relax.Var) -> relax.Expr:
+        y = op.nn.conv2d(x, relax.const(weights), strides=stride, padding=padding)
+        return op.nn.relu(op.add(y, relax.const(bias)))
+
+    module = BlockChannels(BLOCK, 0, "bfloat16").run(module_of(layer, [shape], ["float32"])).module
+    lowered = lower(module, TARGET)
+    return build(lowered.module, TARGET), [kernel.family for kernel in lowered.kernels]
+
+
+@needs_tiles
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    size=st.tuples(st.integers(1, 31), st.integers(1, 37)),
+    channels=st.sampled_from([(32, 32), (64, 96), (66, 40), (96, 17), (160, 64), (512, 256)]),
+    kernel=st.sampled_from([1, 2, 3, 5]),
+    stride=st.sampled_from([1, 2, 3]),
+    padding=st.integers(0, 2),
+    batch=st.sampled_from([1, 2]),
+    symbolic=st.booleans(),
+)
+def test_sums_are_those_of_rounded_operands(
+    size: tuple[int, int],
+    channels: tuple[int, int],
+    kernel: int,
+    stride: int,
+    padding: int,
+    batch: int,
+    *,
+    symbolic: bool,
+) -> None:
+    inputs, outputs = channels
+    size = (max(size[0], kernel), max(size[1], kernel))
+    x, w = rounded(normal(batch, inputs, *size)).astype("float32"), normal(outputs, inputs, kernel, kernel, seed=1)
+    bias = normal(1, outputs, 1, 1, seed=2)
+    shape: list[Dimension] = ["n" if symbolic else batch, inputs, *size]
+    executable, families = compiled(w, bias, shape, stride, padding)
+    got = relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
+    want = np.maximum(convolve(x, rounded(w), stride, padding) + bias, 0)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=sum_tolerance(inputs * kernel**2, 1.0))
+    assert "matrix-convolution" in families
+
+
+@needs_tiles
+def test_what_lies_behind_the_last_channel_is_not_read() -> None:
+    x, w = normal(1, 48, 9, 9), normal(64, 48, 1, 1, seed=1)
+    first = normal(48, 32, 1, 1, seed=2)
+
+    def layers(x: relax.Var) -> relax.Expr:
+        # Of channels that there are not the first sums are zero, and their quotients no numbers.
+        y = op.nn.conv2d(op.strided_slice(x, [1], [0], [32]), relax.const(first))
+        return op.nn.conv2d(op.divide(op.add(y, y), y), relax.const(w))
+
+    module = BlockChannels(BLOCK, 0, "bfloat16").run(module_of(layers, [[*x.shape]], ["float32"])).module
+    executable = build(lower(module, TARGET).module, TARGET)
+    got = relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
+    want = convolve(np.full_like(x, 2.0), rounded(w), 1, 0)
+    np.testing.assert_allclose(got, want, rtol=1e-2, atol=sum_tolerance(48, 4.0))
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2)])
+def test_code_has_the_instruction_and_no_call(kernel: int, stride: int) -> None:
+    w, bias = normal(64, 64, kernel, kernel), normal(1, 64, 1, 1)
+    executable, families = compiled(w, bias, [1, 64, 14, 14], stride, kernel // 2)
+    assembly = "".join(each.inspect_source("asm") for each in executable.mod.imports if each.kind == "llvm")
+    assert "matrix-convolution" in families
+    assert "tdpbf16ps" in assembly
+    assert not any(f"call{end}\toptimizer_tiles_{name}" in assembly for end in ("", "q") for name in ("step", "store"))
