@@ -6,7 +6,7 @@ sums go through 4 KiB in the first-level cache to what follows the reduction, a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -17,6 +17,7 @@ from schedules.access import Access, AxisGroup, Step, linear_coefficient
 from schedules.epilogue import Epilogue
 from schedules.intrin.matrix_tiles import BLOCK, TILE, MatrixTiles
 from schedules.loops import (
+    LINE_BITS,
     SECOND_LEVEL,
     Extent,
     index,
@@ -136,8 +137,9 @@ def block_of_sums(
         k = number * tiles.terms
         places = [read(operands.activations, row, k) for row in (index(0), index(upper))[: form[0]]]
         add = tiles.step(form, places, operands.pitch, read(operands.weights, index(0), k), operands.stride)
-        return add if ahead is None else sequence([ahead(number), add])
+        return sequence([*([] if ahead is None else [ahead(number)]), *owned(number), add])
 
+    owned = _written_lines(operands, epilogue, at, columns)
     places = [load(sums, [place]) for place in (index(0), index(upper) * BLOCK, index(BLOCK * BLOCK - 1))]
     return with_local(
         [sums],
@@ -149,6 +151,28 @@ def block_of_sums(
             finished(stage, epilogue, sums, at, (rows, columns), operands.columns),
         ],
     )
+
+
+def _written_lines(
+    operands: MatrixOperands, epilogue: Epilogue, at: Callable[[Expr, Expr], Mapping[Var, Expr]], width: int
+) -> Callable[[Expr], Sequence[Stmt]]:
+    """Return what asks at each step for the lines of some rows of the result, where a row's columns lie together.
+
+    They are seldom in a cache near by, and stores wait for them one after the other, while no product can begin when
+    too many wait.
+    """
+    output = epilogue.stage.output
+    if Access(output, epilogue.indices).step(operands.columns.inner) != Step.UNIT:
+        return lambda _: []
+    rows = -(-BLOCK // operands.steps)
+    every = LINE_BITS // int(output.dtype.bits)
+
+    def of_step(number: Expr) -> list[Stmt]:
+        points = [at(number * rows + row, index(column)) for row in range(rows) for column in range(0, width, every)]
+        places = [load(output, [substitute(each, point) for each in epilogue.indices]) for point in points]
+        return [operands.tiles.own(place) for place in places]
+
+    return of_step
 
 
 def next_columns(

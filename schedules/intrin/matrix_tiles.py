@@ -33,7 +33,7 @@ BYTES = 64
 # Rows and columns of the block of sums that is in registers at once.
 BLOCK = 2 * TILE
 _BEGIN, _ZERO, _LOAD, _STORE, _END = (f"optimizer_tiles_{name}" for name in ("begin", "zero", "load", "store", "end"))
-_STEP = "optimizer_tiles_step"
+_STEP, _OWN = "optimizer_tiles_step", "optimizer_tiles_own"
 # 158: arch_prctl; 4131: ARCH_REQ_XCOMP_PERM; 18: XFEATURE_XTILEDATA (Linux, Documentation/arch/x86/xstate.rst).
 # The description of the registers: palette 1, 64 bytes a row in each, and their numbers of rows.
 _SOURCE = """
@@ -83,6 +83,10 @@ define weak_odr i32 @{zero}() #0 {{
   call void @llvm.x86.tilezero(i8 3)
   ret i32 0
 }}
+define weak_odr i32 @{own}(ptr %line) #0 {{
+  call void asm sideeffect "prefetchw ($0)", "r"(ptr %line)
+  ret i32 0
+}}
 define weak_odr i32 @{end}() #0 {{
   call void @llvm.x86.tilerelease()
   ret i32 0
@@ -122,6 +126,10 @@ class MatrixTiles:
     def zero(self) -> Stmt:
         """Return what makes all sums zero of registers that have their rows: it takes no time, `begin` 54 ns."""
         return _call(_ZERO)
+
+    def own(self, place: Expr) -> Stmt:
+        """Return what asks for the line of an element that is to be written, past the end or not."""
+        return _call(_OWN, tirx.address_of(place))
 
     def end(self) -> Stmt:
         """Return what gives the registers back."""
@@ -178,6 +186,7 @@ def _tiles(target: Target, instruction: str, terms: int, total: str) -> MatrixTi
         instruction=instruction,
         begin=_BEGIN,
         zero=_ZERO,
+        own=_OWN,
         end=_END,
         functions="".join(functions),
         attributes=attributes(target),

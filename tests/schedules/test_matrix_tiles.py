@@ -61,3 +61,11 @@ def test_products_have_tasks_for_all_cores(rows: int, columns: int, depth: int) 
     (block,) = [kernel.parameters["row_block"] for kernel in lowered.kernels if kernel.family == "matmul"]
     assert -(-rows // block) * (columns // 32) >= 2 * AMX.cores
     assert block >= 128
+
+
+def test_steps_ask_for_the_lines_that_the_block_writes() -> None:
+    weights = normal(64, 64).astype(ml_dtypes.bfloat16)
+    lowered = lower(module_of(lambda v: layer(weights, v), [(96, 64)], ["float32"]), AMX)
+    modules = build(lowered.module, AMX).mod.imports
+    assembly = "".join(each.inspect_source("asm") for each in modules if each.kind == "llvm")
+    assert "prefetchw" in assembly
