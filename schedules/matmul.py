@@ -292,7 +292,9 @@ def matrix_operands(analysis: MatmulAnalysis, target: Target) -> MatrixOperands 
     other = other_operand(analysis.stage, analysis.operand)
     types = (str(other.source.dtype), str(analysis.operand.source.dtype))
     tiles, (along,) = matrix_tiles(target, *types), analysis.reduction
-    if tiles is None or analysis.rows is None or not isinstance(along.extent, int) or along.extent % tiles.terms:
+    if tiles is None or analysis.rows is None or not isinstance(along.extent, int) or along.extent < tiles.terms:
+        return None
+    if along.extent % tiles.terms and tiles.total != "int32":
         return None
     if stride_of(other, analysis.rows) is None or analysis.block % BLOCK:
         return None

@@ -15,7 +15,7 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, AxisGroup, Step, linear_coefficient
 from schedules.epilogue import Epilogue
-from schedules.intrin.matrix_tiles import BLOCK, TILE, MatrixTiles
+from schedules.intrin.matrix_tiles import BLOCK, BYTES, TILE, MatrixTiles
 from schedules.loops import (
     LINE_BITS,
     SECOND_LEVEL,
@@ -27,6 +27,7 @@ from schedules.loops import (
     prefetch,
     quotient,
     remainder,
+    store,
     vector,
     with_local,
 )
@@ -61,6 +62,12 @@ class MatrixOperands:
     def steps(self) -> int:
         assert isinstance(self.along.extent, int)
         return self.along.extent // self.tiles.terms
+
+    @property
+    def rest(self) -> int:
+        """How many terms of the reduction whole steps leave."""
+        assert isinstance(self.along.extent, int)
+        return self.along.extent % self.tiles.terms
 
 
 def stride_of(read: TensorLoad, group: AxisGroup) -> Expr | None:
@@ -146,6 +153,7 @@ def block_of_sums(
         [
             tiles.zero() if configured else tiles.begin(upper, lower),
             loop(operands.steps, step),
+            last_terms(operands, at, (rows, columns)) if operands.rest else tirx.Evaluate(0),
             tiles.store(form, places, pitch),
             *([] if configured else [tiles.end()]),
             finished(stage, epilogue, sums, at, (rows, columns), operands.columns),
@@ -173,6 +181,51 @@ def _written_lines(
         return [operands.tiles.own(place) for place in places]
 
     return of_step
+
+
+def last_terms(
+    operands: MatrixOperands, at: Callable[[Expr, Expr], Mapping[Var, Expr]], shape: tuple[Extent, int]
+) -> Stmt:
+    """Return the step that adds what whole steps leave of the reduction, less than 64 bytes, to a block of sums.
+
+    It takes the last `terms` of the weights by a copy of the rows that is zero where whole steps added them before:
+    nothing is read beyond either operand. Zero times any weight is zero of integers alone.
+    """
+    rows, columns = shape
+    tiles, rest = operands.tiles, operands.rest
+    dtype = str(operands.activations.source.dtype)
+    copied = local([BLOCK * tiles.terms], dtype, "last")
+    first = operands.steps * tiles.terms
+
+    def copy(row: Expr) -> Stmt:
+        begin = row * tiles.terms + (first - _last(operands))
+
+        def piece(done: int, size: int) -> Stmt:
+            def element(v: Expr) -> Expr:
+                point = {**at(row, index(0)), **operands.along.point(first + done + v)}
+                return substitute(operands.activations, point)
+
+            return vector(size, lambda v: store(copied, element(v), [begin + done + v]))
+
+        sizes = [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
+        return sequence([piece(sum(sizes[:number]), size) for number, size in enumerate(sizes)])
+
+    def clear(row: Expr) -> Stmt:
+        return vector(tiles.terms, lambda v: store(copied, tirx.const(0, dtype), [row * tiles.terms + v]))
+
+    upper, _ = _heights(rows)
+    form = (1 if isinstance(rows, int) and rows <= TILE else 2, -(-columns // TILE))
+    places = [load(copied, [index(row) * tiles.terms]) for row in (0, upper)][: form[0]]
+    weights = substitute(operands.weights, {**at(index(0), index(0)), **operands.along.point(_last(operands))})
+    step = tiles.step(form, places, BYTES, weights, operands.stride)
+    return with_local([copied], [loop(BLOCK, clear), loop(rows, copy), step])
+
+
+def _last(operands: MatrixOperands) -> Expr:
+    """Return the first term of the last whole tile of the weights, whose groups of neighbours are whole."""
+    assert isinstance(operands.along.extent, int)
+    group = int(operands.weights.source.shape[-1])
+    return index(-(-operands.along.extent // group) * group - operands.tiles.terms)
 
 
 def next_columns(

@@ -17,7 +17,9 @@ from targets.base import Target
 from targets.host import missing_features
 from tests.schedules.execution import TARGET, module_of
 
-HERE = [target for target in map(targets.get, ("x86-avx2", "x86-avx512")) if not missing_features(target)]
+HERE = [
+    target for target in map(targets.get, ("x86-avx2", "x86-avx512", "x86-avx512-amx")) if not missing_features(target)
+]
 
 
 def product(weights: np.ndarray, x: relax.Var) -> relax.Expr:
@@ -46,11 +48,11 @@ def packed_shapes(module: tvm.IRModule, target: Target) -> list[tuple[int, ...]]
 
 
 @pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=16, deadline=None, derandomize=True)
 @given(
-    rows=st.sampled_from([1, 2, 7, 13, 37]),
+    rows=st.sampled_from([1, 2, 7, 13, 37, 64, 97]),
     columns=st.sampled_from([1, 16, 31, 33, 67]),
-    depth=st.sampled_from([1, 2, 3, 4, 5, 31, 64, 131]),
+    depth=st.sampled_from([1, 2, 3, 4, 5, 31, 64, 65, 96, 127, 131, 256]),
     data=st.sampled_from(["uint8", "int8"]),
     symbolic=st.booleans(),
 )
@@ -78,18 +80,23 @@ def test_weights_lie_in_fours_where_the_target_takes_the_data(depth: int) -> Non
     ("target", "data", "instruction"),
     [
         ("x86-avx512", "uint8", "vpdpbusd"),
+        ("x86-avx512-amx", "uint8", "tdpbusd"),
         ("x86-avx2", "uint8", "vpmaddwd"),
         ("arm64", "int8", "sdot"),
         ("arm64-i8mm", "uint8", "sudot"),
     ],
 )
 def test_code_has_the_instruction_and_no_call(target: str, data: str, instruction: str) -> None:
-    chosen, weights = targets.get(target), byte_values(33, 64, dtype="int8")
-    lowered = lower(module_of(lambda v: product(weights, v), [(16, 33)], [data]), chosen)
+    chosen, weights = targets.get(target), byte_values(67, 64, dtype="int8")
+    lowered = lower(module_of(lambda v: product(weights, v), [(16, 67)], [data]), chosen)
     modules = build(lowered.module, chosen).mod.imports
     assembly = "".join(each.inspect_source("asm") for each in modules if each.kind == "llvm")
     assert instruction in assembly
-    calls = [line for line in assembly.splitlines() if "optimizer_" in line and ("call" in line or "\tbl\t" in line)]
+    calls = [
+        line
+        for line in assembly.splitlines()
+        if "optimizer_" in line and "tiles_begin" not in line and ("call" in line or "\tbl\t" in line)
+    ]
     assert not calls
 
 
