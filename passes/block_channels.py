@@ -45,8 +45,12 @@ from passes.tensor_types import constant_of
 from passes.winograd import choose_tile, pack_winograd
 from schedules.intrin.bf16_conversion import BFLOAT16
 from schedules.intrin.bf16_dot import PAIR
+from schedules.intrin.matrix_tiles import BYTES
 from schedules.winograd_structure import winograd
 from schedules.winograd_transforms import TAPS
+
+# Elements of bfloat16 that a row of a tile of matrices holds: blocks of as many channels are for these.
+ROW = BYTES // 2
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,11 @@ class _Blocker(BlockedForms):
             packed, plain = blocked_operators.pack_shallow(values, self._block), self.visit_expr(call.args[0])
             return self._computed(call, lambda x, w: blocked_operators.shallow(x, w, geometry), packed, plain)
         depth = values.shape[1] + values.shape[1] % PAIR
+        if self._block == ROW and ROW % depth == 0 and values.shape[-1] * depth % ROW:
+            # Taps of a row that one step takes together: zeros fill it.
+            more = -values.shape[-1] % (ROW // depth)
+            values = np.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, more)])
+            geometry = replace(geometry, pads_end=(*geometry.pads_end[:-1], geometry.pads_end[-1] + more))
         packed = blocked_operators.pack_pairs(values, self._block, depth)
         rounded = self._emit(relax.op.astype(self._in_blocks(call.args[0], depth), BFLOAT16))
         return self._computed(call, lambda x, w: blocked_operators.dense(x, w, depth, 1, geometry), packed, rounded)

@@ -10,7 +10,7 @@ border is not stored. (Georganas et al., Harnessing Deep Learning via a Single B
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tvm import tirx
@@ -133,7 +133,7 @@ class _Task:
         size = self.analysis.depth_blocks * self.analysis.planes * self._pixels_of_plane
         # TVM makes bfloat16 of a task's memory fp32.
         dtype = str(self.analysis.windows.data.source.dtype)
-        return local([size * self.analysis.tiles.terms], "uint16" if dtype == BFLOAT16 else dtype, "image")
+        return local([size * self.analysis.elements], "uint16" if dtype == BFLOAT16 else dtype, "image")
 
     @property
     def _pixels(self) -> int:
@@ -144,7 +144,8 @@ class _Task:
     def _pixels_of_plane(self) -> int:
         """The pixels of one remainder, as far as the tiles' last ones read."""
         analysis = self.analysis
-        return -(-self._pixels // TILE) * TILE + analysis.vertical.reach * analysis.pitch + analysis.horizontal.reach
+        beyond = max(analysis.horizontal.reach, -(-analysis.tiles.terms // analysis.elements))
+        return -(-self._pixels // TILE) * TILE + analysis.vertical.reach * analysis.pitch + beyond
 
     def of(self, begin: Expr, count: int) -> Stmt:
         """Return all pixels of `count` blocks of channels from `begin` on."""
@@ -190,7 +191,12 @@ class _Task:
             return tiles.step(form, places, analysis.bytes_of_pixel, weights, analysis.stride_of_weights)
 
         def block_of_depth(block: Expr) -> Stmt:
-            return loop(kernel[0], lambda row: sequence([step(block, row, column) for column in range(kernel[1])]))
+            return loop(
+                kernel[0],
+                lambda row: sequence(
+                    [step(block, row, column) for column in range(0, kernel[1], analysis.taps_of_step)]
+                ),
+            )
 
         ends = [load(sums, [index(place)]) for place in (0, TILE * BLOCK, BLOCK * BLOCK - 1)]
         return sequence(
@@ -208,6 +214,10 @@ class _Task:
         if not analysis.copies:
             return analysis.data_at(self.point, block, self.first + pixel)
         plane_row, down = analysis.vertical.remainder(row)
+        if analysis.is_narrow:
+            plane = block * analysis.vertical.phases + plane_row
+            place = plane * self._pixels_of_plane + pixel + down * analysis.pitch
+            return load(self.copy, [place * analysis.elements + column * analysis.block])
         plane_column, right = analysis.horizontal.remainder(column)
         plane = (block * analysis.vertical.phases + plane_row) * analysis.horizontal.phases + plane_column
         place = plane * self._pixels_of_plane + pixel + down * analysis.pitch + right
@@ -246,33 +256,38 @@ class _Task:
     def _copied(self) -> Stmt:
         """Return the copy of all that the task reads, and zeros around it."""
         analysis = self.analysis
-        whole, rest = divmod(analysis.channels, analysis.tiles.terms)
+        whole, rest = divmod(analysis.channels, analysis.block)
         statements: list[Stmt] = []
         if whole:
-            statements.append(loop(whole, lambda block: self._copied_planes(block, analysis.tiles.terms)))
+            statements.append(loop(whole, lambda block: self._copied_planes(block, analysis.block)))
         if rest:
             statements.append(self._copied_planes(index(whole), rest))
         # TVM gives memory no more room than what is written to it.
-        last = analysis.depth_blocks * analysis.planes * self._pixels_of_plane - 1
+        size = analysis.depth_blocks * analysis.planes * self._pixels_of_plane
+        last = size * analysis.elements // analysis.block - 1
         return sequence([self._zeros(index(last)), *statements])
 
     def _copied_planes(self, block: Expr, channels: int) -> Stmt:
         analysis = self.analysis
         statements = []
         for row in range(analysis.vertical.phases):
-            for column in range(analysis.horizontal.phases):
-                plane = (block * analysis.vertical.phases + row) * analysis.horizontal.phases + column
+            for column in range(analysis.column_phases):
+                plane = (block * analysis.vertical.phases + row) * analysis.column_phases + column
                 statements.append(self._copied_plane(block, channels, plane * self._pixels_of_plane, (row, column)))
         return sequence(statements)
 
     def _copied_plane(self, block: Expr, channels: int, base: Expr, phase: tuple[int, int]) -> Stmt:
         """Return the pixels of one remainder of rows and columns."""
         analysis, (vertical, horizontal) = self.analysis, (self.analysis.vertical, self.analysis.horizontal)
-        begin, end = horizontal.inside(phase[1], analysis.pitch)
+        if analysis.is_narrow:
+            horizontal = replace(horizontal, stride=1)
+        # Pixels of the copy are as many elements as blocks have.
+        pitch = analysis.pitch * analysis.elements // analysis.block
+        begin, end = horizontal.inside(phase[1], pitch)
 
         def of_row(row: Expr) -> Stmt:
             y = (self.first + row) * vertical.stride + (phase[0] + vertical.offset)
-            start = base + row * analysis.pitch
+            start = base * (analysis.elements // analysis.block) + row * pitch
 
             def copied(i: Expr) -> Stmt:
                 x = (begin + i) * horizontal.stride + (phase[1] + horizontal.offset)
@@ -280,20 +295,20 @@ class _Task:
 
             zeros = [
                 loop(size, lambda i, b=first: self._zeros(start + b + i))
-                for first, size in ((0, begin), (end, analysis.pitch - end))
+                for first, size in ((0, begin), (end, pitch - end))
                 if size
             ]
             body = sequence([*zeros, loop(end - begin, copied)])
             if vertical.never_misses:
                 return body
             inside = tirx.And(y >= index(0), y < index(vertical.size))
-            return tirx.IfThenElse(inside, body, loop(analysis.pitch, lambda i: self._zeros(start + i)))
+            return tirx.IfThenElse(inside, body, loop(pitch, lambda i: self._zeros(start + i)))
 
         return loop(self.rows + vertical.reach, of_row)
 
     def _pixel(self, place: Expr, read: Callable[[Expr], TensorLoad], channels: int) -> Stmt:
         """Return the copy of one pixel's channels, and zeros in place of those that there are not."""
-        terms, copy = self.analysis.tiles.terms, self.copy
+        terms, copy = self.analysis.block, self.copy
         statements = [vector(channels, lambda v: tirx.BufferStore(copy, _bits(read(v)), [place * terms + v]))]
         if channels < terms:
             zero = tirx.const(0, str(copy.dtype))
@@ -302,7 +317,7 @@ class _Task:
         return sequence(statements)
 
     def _zeros(self, place: Expr) -> Stmt:
-        terms, copy = self.analysis.tiles.terms, self.copy
+        terms, copy = self.analysis.block, self.copy
         return vector(terms, lambda v: tirx.BufferStore(copy, tirx.const(0, str(copy.dtype)), [place * terms + v]))
 
 

@@ -90,6 +90,26 @@ class MatrixWindows:
     horizontal: Dimension
 
     @property
+    def block(self) -> int:
+        """The channels of a block of the input."""
+        return int(self.windows.data.source.shape[-1])
+
+    @property
+    def taps_of_step(self) -> int:
+        """How many neighbouring taps of a row one step takes: several where blocks are narrow."""
+        return self.tiles.terms // self.block
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the pixels of all remainders of columns lie together in a copy."""
+        return self.taps_of_step > 1
+
+    @property
+    def elements(self) -> int:
+        """How many elements of a copy lie between what neighbouring pixels of the output read."""
+        return self.block * self.horizontal.stride if self.is_narrow else self.block
+
+    @property
     def blocks(self) -> int:
         """The blocks of output channels."""
         return int(self.windows.weights.source.shape[0])
@@ -97,7 +117,7 @@ class MatrixWindows:
     @property
     def depth_blocks(self) -> int:
         """The blocks of input channels."""
-        return -(-self.channels // self.tiles.terms)
+        return -(-self.channels // self.block)
 
     @property
     def copies(self) -> bool:
@@ -116,14 +136,19 @@ class MatrixWindows:
         return self.horizontal.outputs + self.horizontal.reach if self.copies else 1
 
     @property
+    def column_phases(self) -> int:
+        """How many remainders of columns are apart in a copy."""
+        return 1 if self.is_narrow else self.horizontal.phases
+
+    @property
     def planes(self) -> int:
         """How many images of remainders a copy has for each block."""
-        return self.vertical.phases * self.horizontal.phases
+        return self.vertical.phases * self.column_phases
 
     @property
     def bytes_of_pixel(self) -> int:
-        """The bytes of a pixel's block."""
-        return self.tiles.terms * self.windows.data.source.dtype.bits // 8
+        """The bytes between what neighbouring pixels of the output read."""
+        return self.elements * self.windows.data.source.dtype.bits // 8
 
     @property
     def bytes_of_row(self) -> int:
@@ -182,11 +207,8 @@ def matrix_windows(windows: ChannelWindows, tiles: MatrixTiles) -> MatrixWindows
     rank, shape = len(data.source.shape), [as_int(extent) for extent in weights.source.shape]
     if rank not in (FEWEST_DIMENSIONS, FEWEST_DIMENSIONS + 1) or len(shape) != rank + 2 or None in shape:
         return None
-    if as_int(data.source.shape[-1]) != tiles.terms or shape[-3:] != [
-        tiles.terms // windows.terms,
-        BLOCK,
-        windows.terms,
-    ]:
+    block = as_int(data.source.shape[-1]) or 1
+    if tiles.terms % block or shape[-3:] != [block // windows.terms, BLOCK, windows.terms]:
         return None
     kernel = [int(extent or 0) for extent in shape[2:-3]]
     dimensions = [
@@ -204,7 +226,9 @@ def matrix_windows(windows: ChannelWindows, tiles: MatrixTiles) -> MatrixWindows
     in_batch &= bool(images) or as_int(batch) == 0
     moves = windows.channel is not None and any(occurs(at, windows.channel.variable) for at in data.indices)
     channels = _channels(windows)
-    if not in_batch or moves or channels is None or -(-channels // tiles.terms) != shape[1]:
+    if not in_batch or moves or channels is None or -(-channels // block) != shape[1]:
+        return None
+    if block < tiles.terms and (kernel[-1] * block % tiles.terms or horizontal.dilation > 1):
         return None
     return MatrixWindows(windows, tiles, channels, images, vertical, horizontal)
 

@@ -71,6 +71,23 @@ def test_sums_are_those_of_rounded_operands(
 
 
 @needs_tiles
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding"), [((23, 37), 7, 2, 3), ((16, 18), 4, 4, 0), ((9, 5), 3, 1, 1)]
+)
+@pytest.mark.parametrize("channels", [3, 4])
+def test_first_layer_of_few_channels(
+    size: tuple[int, int], kernel: int, stride: int, padding: int, channels: int
+) -> None:
+    x, w = normal(2, channels, *size), normal(40, channels, kernel, kernel, seed=1)
+    bias = normal(1, 40, 1, 1, seed=2)
+    executable, families = compiled(w, bias, [*x.shape], stride, padding)
+    got = relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
+    want = np.maximum(convolve(rounded(x), rounded(w), stride, padding) + bias, 0)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=sum_tolerance(channels * kernel**2, 1.0))
+    assert "matrix-convolution" in families
+
+
+@needs_tiles
 def test_what_lies_behind_the_last_channel_is_not_read() -> None:
     x, w = normal(1, 48, 9, 9), normal(64, 48, 1, 1, seed=1)
     first = normal(48, 32, 1, 1, seed=2)
