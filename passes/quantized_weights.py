@@ -14,7 +14,9 @@ import targets
 from passes.quantization.scheme import QuantizedMatrix, SchemeError
 from schedules import quantized_operators as operators
 from schedules.intrin.integer_dot import integer_dot
+from schedules.intrin.matrix_tiles import matrix_tiles
 from schedules.quantized_operators import ACTIVATION_GROUP, QuantizedProduct
+from schedules.quantized_tiles import FEWEST_ROWS
 from schedules.weight_layout import layout_of
 from targets.base import Target
 
@@ -45,7 +47,11 @@ class WeightUse:
     activations: str
 
     def __str__(self) -> str:
-        return "int8 activations in groups of 32" if self.activations == "int8" else f"{self.activations} activations"
+        if self.activations != "int8":
+            return f"{self.activations} activations"
+        # Tile registers take both operands times their scales (`schedules/quantized_tiles.py`).
+        tiles = f", in bf16 from {FEWEST_ROWS} rows on" if matrix_tiles(self.target, "bfloat16", "bfloat16") else ""
+        return f"int8 activations in groups of 32{tiles}"
 
     @staticmethod
     def of(target: str, activations: str, bits: int) -> WeightUse:

@@ -21,6 +21,7 @@ from schedules.direct_convolution import DirectConvolution
 from schedules.epilogue import Epilogue
 from schedules.family import Choice, Kernel, Parameters, Space, defaults
 from schedules.inline import inline
+from schedules.intrin.matrix_tiles import BLOCK
 from schedules.kernels import cut, reuses_operands
 from schedules.loops import Extent, flatten, index, load, local, tiles, with_local
 from schedules.matmul import Matmul, MatmulAnalysis, tile_of
@@ -33,6 +34,7 @@ from schedules.quantized_matmul import (
     row_alone,
     where_alone,
 )
+from schedules.quantized_tiles import in_tiles, where_many
 from schedules.stages import OpaqueStage, Stage, StagedFunction, contains, replace_loads, substitute
 from targets.base import Target
 
@@ -206,12 +208,29 @@ def _of_integers(analysis: GatedProductAnalysis, parameters: Parameters, target:
     assert isinstance(first, QuantizedMatmulAnalysis)
     assert isinstance(second, QuantizedMatmulAnalysis)
     many = _in_strips(first, second, parameters, target)
+    tiled = _in_tiles(first, second, target)
+    if tiled is not None and second.rows is not None:
+        many = where_many(second.rows.extent, tiled, many)
     first_alone, second_alone = row_alone(first), row_alone(second)
     if first_alone is None or second_alone is None:
         return many
     count = ceiling_int(second.columns.extent, QuantizedEmitter.of(second, parameters, target).width)
     strips = ceiling_int(count, TASKS_OF_A_ROW * target.cores)
     return where_alone(second, _in_strips(first_alone, second_alone, {**parameters, "strips": strips}, target), many)
+
+
+def _in_tiles(first: QuantizedMatmulAnalysis, second: QuantizedMatmulAnalysis, target: Target) -> Stmt | None:
+    """Return both products of many rows block by block in tile registers; None where there are none, or for others."""
+    one, other = first.operands, second.operands
+    same = all(a.source.same_as(b.source) for a, b in ((one.codes, other.codes), (one.scales, other.scales)))
+    if not same or first.product.activation_group != second.product.activation_group:
+        return None
+
+    def hand_on(row: Expr, column: Expr) -> tuple[Sequence[Var], Sequence[Epilogue]]:
+        scratch, epilogues = _through_scratch(GatedProductAnalysis(first, second), (BLOCK, BLOCK), (row, column))
+        return [scratch], epilogues
+
+    return in_tiles([first, second], target, hand_on)
 
 
 def _in_strips(

@@ -3,7 +3,8 @@
 A task takes a strip of columns, whose packed weights stay in the first-level cache, through all rows; a register tile
 takes a few rows at once, so that the codes are unpacked once for them. One row (a decoder's step) is the tile of one
 row: there the kernel streams the weights once, at the speed of memory. With a symbolic number of rows the tile is
-chosen as the kernel runs, and a row alone has code of its own.
+chosen as the kernel runs, and a row alone has code of its own. Many rows are computed in tile registers where a target
+has them (`schedules/quantized_tiles.py`).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from schedules.loops import (
 from schedules.matmul import follows_as_stage, split_epilogue
 from schedules.quantized_operators import QuantizedProduct
 from schedules.quantized_structure import Operands, described_by, is_product, operands_of
+from schedules.quantized_tiles import in_tiles, where_many
 from schedules.stages import Axis, Stage, sequence, substitute
 from schedules.tiling import Block
 from targets.base import Target
@@ -98,6 +100,9 @@ class QuantizedMatmul:
     def apply(self, analysis: QuantizedMatmulAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the loop nest."""
         many, alone = QuantizedEmitter.of(analysis, parameters, target).statement(), row_alone(analysis)
+        tiled = in_tiles([analysis], target)
+        if tiled is not None and analysis.rows is not None:
+            many = where_many(analysis.rows.extent, tiled, many)
         if alone is None:
             return many
         return where_alone(analysis, QuantizedEmitter.of(alone, parameters, target).statement(), many)

@@ -5,6 +5,7 @@ import pytest
 import tvm
 from tvm import relax
 
+import targets
 from optimizer.lowering import build, lower
 from optimizer.weights import lift_weights
 from passes import pipeline
@@ -144,7 +145,9 @@ def test_passes_and_uses_say_what_they_do() -> None:
     assert str(QuantizeWeights(8, 0, symmetric=False, method="hqq", activations="float")) == (
         "int8, whole rows, with zero points, float16 scales, by hqq, float activations"
     )
-    assert str(WeightUse(TARGET, "int8")) == "int8 activations in groups of 32"
+    plain, tiles = (targets.get(name) for name in ("x86-avx512", "x86-avx512-amx"))
+    assert str(WeightUse(plain, "int8")) == "int8 activations in groups of 32"
+    assert str(WeightUse(tiles, "int8")) == "int8 activations in groups of 32, in bf16 from 16 rows on"
     assert str(PackQuantizedWeights(activations="float")) == "the integers that the model came with, float activations"
     assert WeightUse.of("cuda", "auto", 4).activations == "float"
     assert WeightUse.of("arm64-i8mm", "auto", 4).activations == "int8"
