@@ -136,13 +136,15 @@ def block_of_sums(
     pitch = BLOCK * 4
     form = (1 if isinstance(rows, int) and rows <= TILE else 2, -(-columns // TILE))
     upper, lower = _heights(rows)
+    # Of one row alone the lower tile has one, too: the same, for there may be nothing to read behind it.
+    second = index(upper) if isinstance(rows, int) else tirx.min(index(upper), index(rows) - 1)
 
     def read(operand: TensorLoad, row: Expr, k: Expr) -> Expr:
         return substitute(operand, {**at(row, index(0)), **operands.along.point(k)})
 
     def step(number: Expr) -> Stmt:
         k = number * tiles.terms
-        places = [read(operands.activations, row, k) for row in (index(0), index(upper))[: form[0]]]
+        places = [read(operands.activations, row, k) for row in (index(0), second)[: form[0]]]
         add = tiles.step(form, places, operands.pitch, read(operands.weights, index(0), k), operands.stride)
         return sequence([*([] if ahead is None else [ahead(number)]), *owned(number), add])
 

@@ -98,8 +98,7 @@ class _Emitter:
 
     def statement(self) -> Stmt:
         """Return the region: rows are made bf16, then each task computes some columns of all rows."""
-        # A block of one row left reads one more, of which it makes nothing.
-        rounded = local([index(self.rows.extent) + 1, self.depth], "uint16", "rounded")
+        rounded = local([self.rows.extent, self.depth], "uint16", "rounded")
         width = BLOCK * self._strips()
 
         def task(number: Expr) -> Stmt:

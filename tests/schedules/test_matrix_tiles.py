@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from tvm.relax import op
 
 import targets
 from optimizer.lowering import build, lower
+from optimizer.runtime.tensors import wrap_bytes
 from targets.host import missing_features
 from tests.schedules.execution import module_of, normal, sum_tolerance
 
@@ -69,3 +73,28 @@ def test_steps_ask_for_the_lines_that_the_block_writes() -> None:
     modules = build(lowered.module, AMX).mod.imports
     assembly = "".join(each.inspect_source("asm") for each in modules if each.kind == "llvm")
     assert "prefetchw" in assembly
+
+
+@HERE
+@pytest.mark.parametrize("rows", [1, 33])
+def test_nothing_is_read_behind_the_last_row(rows: int) -> None:
+    depth = 1024
+    weights = normal(depth, 32).astype(ml_dtypes.bfloat16)
+
+    def product(x: relax.Var) -> relax.Expr:
+        return op.matmul(x, relax.const(weights, "bfloat16"), out_dtype="float32")
+
+    lowered = lower(module_of(product, [("m", depth)], ["bfloat16"]), AMX)
+    machine = relax.VirtualMachine(build(lowered.module, AMX), tvm.cpu())
+    # The rows end where a page begins that must not be read.
+    size = -(-rows * depth * 2 // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    pages = np.frombuffer(memory, np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(pages.ctypes.data + size), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    x = pages[size - rows * depth * 2 : size].view(ml_dtypes.bfloat16).reshape(rows, depth)
+    x[:] = normal(rows, depth, seed=1)
+    got = machine["main"](wrap_bytes(x.reshape(-1).view(np.uint8), "bfloat16", x.shape)).numpy()
+    np.testing.assert_allclose(
+        got, x.astype("float64") @ weights.astype("float64"), rtol=1e-6, atol=sum_tolerance(depth, 1.0)
+    )
