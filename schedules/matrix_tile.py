@@ -97,7 +97,6 @@ def rows_of_sums(
     `at` gives the axes' values at a row and a column. The blocks ask for the weights of the next 32 columns.
     """
     rows, width = shape
-    full, rest = quotient(rows, BLOCK), remainder(rows, BLOCK)
 
     def block(number: Expr, count: Extent) -> Stmt:
         def inside(row: Expr, column: Expr) -> Mapping[Var, Expr]:
@@ -108,7 +107,15 @@ def rows_of_sums(
             operands, stage, epilogue, inside, (count, width), isinstance(count, int) and count == BLOCK, ahead
         )
 
-    tiles = operands.tiles
+    return in_blocks(operands.tiles, rows, block)
+
+
+def in_blocks(tiles: MatrixTiles, rows: Extent, block: Callable[[Expr, Extent], Stmt]) -> Stmt:
+    """Return `block`, from its number and its rows, for 32 rows at a time with registers described once, then the rest.
+
+    What is left of the rows describes its registers itself.
+    """
+    full, rest = quotient(rows, BLOCK), remainder(rows, BLOCK)
     blocks = sequence([tiles.begin(TILE, TILE), loop(full, lambda number: block(number, BLOCK)), tiles.end()])
     if isinstance(full, int) and isinstance(rest, int):
         return sequence([*([blocks] if full else []), *([block(index(full), rest)] if rest else [])])
@@ -272,7 +279,7 @@ def finished(
     written = Access(epilogue.stage.output, epilogue.indices)
     if written.step(columns.inner) == Step.STRIDED and isinstance(rows, int):
         return loop(width, lambda column: vector(rows, lambda row: finish(row, column)))
-    piece = next(size for size in (BLOCK, TILE, width) if width % size == 0 or size == width)
+    piece = next(size for size in (BLOCK, TILE, width) if width % size == 0)
     block = written.block(columns.inner)
     if block and width % block == 0:
         piece = min(piece, block)

@@ -29,16 +29,14 @@ from schedules.loops import (
     local,
     loop,
     parallel,
-    quotient,
     region,
-    remainder,
     store,
     then_wait,
     tile_choice,
     tiles,
     with_local,
 )
-from schedules.matrix_tile import MatrixOperands, block_of_sums
+from schedules.matrix_tile import MatrixOperands, block_of_sums, in_blocks
 from schedules.stages import Axis, sequence, substitute
 from targets.base import Target
 
@@ -149,21 +147,14 @@ class _Emitter:
             for p, panel in zip(self.products, panels, strict=True)
         ]
 
-        def block(first: Expr, height: Extent) -> Stmt:
+        def block(number: Expr, height: Extent) -> Stmt:
             return tiles(
                 count,
                 [BLOCK],
-                lambda start, width: self._block(rounded, panels, (first, base, start), (height, width)),
+                lambda start, width: self._block(rounded, panels, (number * BLOCK, base, start), (height, width)),
             )
 
-        rows = self.rows.extent
-        full, rest = quotient(rows, BLOCK), remainder(rows, BLOCK)
-        whole = loop(full, lambda number: block(number * BLOCK, BLOCK))
-        left = tirx.IfThenElse(index(rest) > index(0), block(index(full) * BLOCK, rest), None)
-        if isinstance(rest, int):
-            left = block(index(full * BLOCK), rest) if rest else tirx.Evaluate(0)
-        begin, end = self.registers.begin(TILE, TILE), self.registers.end()
-        return with_local(panels, [*filled, begin, whole, end, left])
+        return with_local(panels, [*filled, in_blocks(self.registers, self.rows.extent, block)])
 
     def _fill(self, analysis: QuantizedMatmulAnalysis, panel: Var, place: tuple[Expr, Expr], width: int) -> Stmt:
         """Return what makes bf16 of the weights of up to 32 columns: pairs along K, a column in each lane."""
