@@ -16,7 +16,7 @@ import onnx
 from benchmarks import arm64, cliffs, fusion, transfer, tuning
 from benchmarks.architecture import EXPORTERS, Exporter
 from benchmarks.comparison import Judge, Row, compare
-from benchmarks.engines import ENGINES, OTHER_ENGINES
+from benchmarks.engines import ENGINES, OTHER_ENGINES, PEAKS
 from benchmarks.exact import in_float64, unoptimized
 from benchmarks.llm import table as llm
 from benchmarks.models import Sizes
@@ -36,7 +36,9 @@ _COLUMNS = (
     "tolerance",
 )
 
-_ENGINES = tuple(dict.fromkeys([*ENGINES, *OTHER_ENGINES, "peak", *llm.ENGINES]))
+# The engines that others' times are held against: the first that a table has.
+_OURS = ("optimizer", "optimizer-bf16")
+_ENGINES = tuple(dict.fromkeys([*ENGINES, *OTHER_ENGINES, *PEAKS, *llm.ENGINES]))
 
 
 @click.command()
@@ -172,7 +174,7 @@ def _lines(subject: Subject, engines: Sequence[str], threads: int, rounds: int) 
     )
     for case, rows in results.items():
         label = f"{subject.label}, {case}" if len(results) > 1 else subject.label
-        ours = next((row.median for row in rows if row.engine == "optimizer"), float("nan"))
+        ours = next((row.median for row in rows if row.engine in _OURS), float("nan"))
         for row in rows:
             agrees = row.error is None and (row.difference <= row.tolerance or REFERENCE not in engines)
             yield _line(label, row, ours), row.engine == "optimizer" and not agrees
@@ -191,8 +193,8 @@ def _judge(subject: Subject, model: onnx.ModelProto, exact: Arithmetic) -> Judge
 def _line(label: str, row: Row, ours: float) -> str:
     if row.error is not None:
         return f"| {label} | {row.engine} | {row.error} |"
-    if row.engine == "peak":
-        return f"| {label} | peak | {row.median * 1e3:.2f} | ±{row.spread:.0%} | {row.median / ours:.2f} |"
+    if row.engine in PEAKS:
+        return f"| {label} | {row.engine} | {row.median * 1e3:.2f} | ±{row.spread:.0%} | {row.median / ours:.2f} |"
     return (
         f"| {label} | {row.engine} {row.version} | {row.median * 1e3:.2f} | ±{row.spread:.0%} "
         f"| {row.median / ours:.2f} | {row.compile_seconds:.1f} | {row.compile_peak_bytes / 1e6:.0f} "

@@ -128,6 +128,13 @@ class OptimizerBf16(Optimizer):
     precision = "bf16"
 
 
+class OptimizerBf16Kernels(OptimizerKernels):
+    """This project's kernels alone, with products of bfloat16: what to hold against `peak-bf16`."""
+
+    name = "optimizer-bf16-kernels"
+    precision = "bf16"
+
+
 class OnnxRuntime(Engine):
     """onnxruntime with all graph optimizations."""
 
@@ -259,8 +266,12 @@ class StockTvm(Engine):
 ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (Optimizer, OnnxRuntime, OpenVino, StockTvm)}
 # Those that round more than the others, and kernels without the call: for who asks for them.
 OTHER_ENGINES: dict[str, type[Engine]] = {
-    engine.name: engine for engine in (OptimizerBf16, OpenVinoBf16, OptimizerKernels)
+    engine.name: engine for engine in (OptimizerBf16, OpenVinoBf16, OptimizerKernels, OptimizerBf16Kernels)
 }
+
+
+# Single kernels at best, what floats multiply being fp32 or bfloat16.
+PEAKS = ("peak", "peak-bf16")
 
 
 def tuned_engine(log: Path) -> str:
@@ -279,8 +290,8 @@ def find_engine(name: str) -> type[Engine]:
         return type("TunedOptimizer", (Optimizer,), {"log_options": ("--log", name.removeprefix(_TUNED))})
     if name.startswith(_META_SCHEDULE):
         return type("TunedTvm", (StockTvm,), {"database": name.removeprefix(_META_SCHEDULE)})
-    if name == "peak":
-        from benchmarks.peak import Peak  # noqa: PLC0415 - TVM is not to weigh on the other engines' memory
+    if name in PEAKS:
+        from benchmarks.peak import Bf16Peak, Peak  # noqa: PLC0415 - TVM is not to weigh on the other engines' memory
 
-        return Peak
+        return next(peak for peak in (Peak, Bf16Peak) if peak.name == name)
     return {**ENGINES, **OTHER_ENGINES}[name]

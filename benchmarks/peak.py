@@ -25,6 +25,7 @@ from targets.base import Target
 
 _KERNELS = {
     "compute": peak.multiply_add,
+    "compute-bf16": peak.bf16_multiply_add,
     "integer": peak.integer_multiply_add,
     "read": peak.read,
 }
@@ -42,6 +43,8 @@ class Peak(Engine):
     """Multiply-adds in registers, a copy or a read of memory: whichever the model's metadata asks for."""
 
     name = "peak"
+    # What multiplications that are not of integers multiply.
+    compute = "compute"
 
     def __init__(self, model: Path, cases: Cases, threads: int) -> None:
         import onnx  # noqa: PLC0415
@@ -53,7 +56,7 @@ class Peak(Engine):
         start = time.perf_counter()
         target = find_target("host")
         try:
-            function, arguments = _kernel(target, metadata, threads)
+            function, arguments = _kernel(target, {**metadata, "bound": self._bound(metadata)}, threads)
         except LookupError as error:
             raise EngineError(str(error)) from error
         tensors = [tvm.runtime.tensor(array) for array in arguments]
@@ -62,6 +65,10 @@ class Peak(Engine):
         self._entry = tvm.compile(function, target=target.tvm_target())["main"]
         self.compile_seconds = time.perf_counter() - start
         self.compile_peak_bytes = peak_bytes(resource.RUSAGE_SELF)
+
+    def _bound(self, metadata: Mapping[str, str]) -> str:
+        bound = metadata["bound"]
+        return self.compute if bound == "compute" else bound
 
     @staticmethod
     def version() -> str:
@@ -73,3 +80,10 @@ class Peak(Engine):
 
     def outputs(self, case: str) -> dict[str, np.ndarray]:
         return {}
+
+
+class Bf16Peak(Peak):
+    """Multiply-adds of bfloat16 where a kernel's are of floats: in tile registers where there are any."""
+
+    name = "peak-bf16"
+    compute = "compute-bf16"

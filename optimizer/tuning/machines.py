@@ -25,6 +25,7 @@ from optimizer.tuning.peak import Peaks
 from optimizer.tuning.tracker import wait_for_free
 from schedules import schedule_function
 from schedules.family import Parameters
+from schedules.intrin.bf16_dot import bf16_dot
 from schedules.intrin.integer_dot import integer_dot
 from targets.base import Target
 from targets.device_code import generating_source
@@ -192,9 +193,10 @@ def measured_peaks(machine: Machine, target: Target, threads: int) -> Peaks:
         return work / min(evaluator(*arguments).results)
 
     cached = threads * target.caches.level2 // 2
-    integer = integer_dot(target, bits=4) is not None
+    integer, bf16 = integer_dot(target, bits=4) is not None, bf16_dot(target) is not None
     return Peaks(
         rate(peak.multiply_add, _PEAK_OPERATIONS * threads),
+        rate(peak.bf16_multiply_add, _PEAK_OPERATIONS * threads) if bf16 else 0.0,
         rate(peak.integer_multiply_add, _PEAK_OPERATIONS * threads) if integer else 0.0,
         rate(peak.read, _PEAK_BYTES),
         rate(peak.copy, cached),

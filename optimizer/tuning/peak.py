@@ -9,21 +9,27 @@ The time of as much of their work as a kernel has is the least that it can take.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+import ml_dtypes
 import numpy as np
 import tvm
 from numpy.typing import NDArray
 from tvm.script import tirx as T  # noqa: N812 - as TVM writes it
 
+from optimizer.tuning.tile_peak import tile_products
+from schedules.intrin.bf16_dot import PAIR, bf16_dot
 from schedules.intrin.integer_dot import integer_dot
 from schedules.intrin.llvm_call import splat
+from schedules.intrin.matrix_tiles import matrix_tiles
 from targets.base import Target
 
 # Independent chains of multiply-adds: more than latency (4 cycles) times two units, fewer than the 32 registers.
 _CHAINS = 24
 
-
 Array = NDArray[np.generic]
+# What is multiplied: fp32 (and whatever is widened to it), pairs of bfloat16, or integers of 8 bits.
+Operands = Literal["float32", "bfloat16", "integer"]
 Work = tuple[tvm.tirx.PrimFunc, list[Array]]
 
 
@@ -55,7 +61,13 @@ def multiply_add(target: Target, work: int, threads: int) -> Work:
 
 
 def integer_multiply_add(target: Target, work: int, threads: int) -> Work:
-    """Return a function of `work` operations of 8 bits, two to a multiply-add, by the target's integer dot product."""
+    """Return a function of `work` operations of 8 bits, two to a multiply-add, and its arguments.
+
+    They are of the target's tile registers, of its integer dot product where it has none.
+    """
+    tiles = matrix_tiles(target, "uint8", "int8")
+    if tiles is not None:
+        return tile_products(tiles, work, threads)
     dot = integer_dot(target, bits=4)
     if dot is None:
         raise LookupError(f"{target.name} has no integer dot product")
@@ -90,6 +102,46 @@ def integer_multiply_add(target: Target, work: int, threads: int) -> Work:
 
     ones = [np.full(size, 0x01010101, np.int32) for size in (dot.lanes, 1)]
     return spin, [*ones, np.zeros((threads, chains, lanes), kind)]
+
+
+def bf16_multiply_add(target: Target, work: int, threads: int) -> Work:
+    """Return a function of `work` operations on bfloat16, two to a multiply-add, and its arguments.
+
+    They are of the target's tile registers, of its dot products of pairs where it has none.
+    """
+    tiles = matrix_tiles(target, "bfloat16", "bfloat16")
+    if tiles is not None:
+        return tile_products(tiles, work, threads)
+    dot = bf16_dot(target)
+    if dot is None:
+        raise LookupError(f"{target.name} has no dot product of bfloat16")
+    lanes, chains = dot.lanes, _CHAINS
+    steps = max(1, work // (2 * lanes * dot.terms * chains * threads))
+
+    @T.prim_func(s_tir=True)
+    def spin(
+        weights: T.Buffer((lanes,), "int32"),
+        pair: T.Buffer((1,), "int32"),
+        sums: T.Buffer((threads, chains, lanes), "float32"),
+    ) -> None:
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        with T.sblock("root"), T.attr(T.int32(0), "pragma_import_llvm", dot.source):
+            for thread in T.parallel(threads):
+                with T.sblock("thread"):
+                    owner = T.axis.spatial(threads, thread)
+                    total = T.sblock_alloc_buffer((chains, lanes), "float32", scope="local")
+                    for chain in T.unroll(chains):
+                        total[chain, T.ramp(0, 1, lanes)] = T.broadcast(T.float32(0), lanes)
+                    for _ in range(steps):
+                        for chain in T.unroll(chains):
+                            total[chain, T.ramp(0, 1, lanes)] = dot.accumulate_group(
+                                total[chain, T.ramp(0, 1, lanes)], weights[0], pair[0]
+                            )
+                    for chain in T.unroll(chains):
+                        sums[owner, chain, T.ramp(0, 1, lanes)] = total[chain, T.ramp(0, 1, lanes)]
+
+    pairs = [np.full(PAIR * size, 0.5, ml_dtypes.bfloat16).view(np.int32) for size in (lanes, 1)]
+    return spin, [*pairs, _filled(threads, chains, lanes)]
 
 
 def copy(target: Target, work: int, threads: int) -> Work:
@@ -150,20 +202,22 @@ def _filled(*shape: int) -> Array:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a machine reached: operations a second in fp32 and of 8-bit integers (0: none), bytes a second.
+    """What a machine reached: operations a second in fp32, on bfloat16 and 8-bit integers (0: none), bytes a second.
 
     `memory` is of reads from beyond the caches, `cache` of copies within the second-level ones, whose capacity over all
     threads is `cache_bytes`.
     """
 
     operations: float
+    bf16_operations: float
     integer_operations: float
     memory: float
     cache: float
     cache_bytes: int
 
-    def least_seconds(self, operations: int, moved: int, *, integer: bool) -> float:
+    def least_seconds(self, operations: int, moved: int, operands: Operands) -> float:
         """Return what a kernel of so many operations on `moved` bytes takes at least (0: not known)."""
-        peak = self.integer_operations if integer else self.operations
+        of_operands = {"bfloat16": self.bf16_operations, "integer": self.integer_operations}
+        peak = of_operands.get(operands) or self.operations
         bandwidth = self.cache if moved <= self.cache_bytes else self.memory
         return max(operations / peak if peak else 0.0, moved / bandwidth)

@@ -14,6 +14,7 @@ from tvm.ir import Expr, Var
 from optimizer.lowering import LoweredModule
 from optimizer.package.dtypes import ITEM_BYTES
 from optimizer.report.inputs import default_size
+from optimizer.tuning.peak import Operands
 from optimizer.tuning.records import WorkloadKey
 from schedules import KernelReport
 from schedules.family import Space
@@ -38,7 +39,7 @@ class Task:
     """A workload with the space of its schedule.
 
     `arguments` are those of one call, the `outputs` last ones written by it; `calls` says how often a step makes it.
-    `operations` are those of the sums of one call, two to a term, of 8-bit integers where `integer`. What `is_cold`
+    `operations` are those of the sums of one call, two to a term, which multiply `operands`. What `is_cold`
     finds nothing in the caches but its first argument, as the weights of a step are too many to stay there.
     """
 
@@ -52,7 +53,7 @@ class Task:
     calls: int
     description: str
     operations: int
-    integer: bool
+    operands: Operands
     is_cold: bool = False
 
     @property
@@ -134,7 +135,7 @@ def _task(report: KernelReport, function: tirx.PrimFunc, call: tvm.ir.Call, call
         calls,
         describe(report, function),
         sum(2 * math.prod(_number(axis.extent, values) for axis in stage.axes) for stage in sums),
-        any(_reads_integers(stage) for stage in sums),
+        _operands(sums),
     )
 
 
@@ -185,8 +186,12 @@ def _values_of(function: tirx.PrimFunc, arguments: Sequence[Argument]) -> dict[V
     return values
 
 
-def _reads_integers(stage: Stage) -> bool:
-    return any(str(load.source.dtype) == "int8" for load in stage.loads())
+def _operands(sums: Sequence[Stage]) -> Operands:
+    """Return what sums multiply: integers or bfloat16 where one reads some, and nothing of fp32."""
+    read = {str(load.source.dtype) for stage in sums for load in stage.loads()}
+    if "int8" in read:
+        return "integer"
+    return "bfloat16" if "bfloat16" in read and "float32" not in read else "float32"
 
 
 def describe(report: KernelReport, function: tirx.PrimFunc) -> str:

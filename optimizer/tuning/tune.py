@@ -100,7 +100,7 @@ def _note_peaks(progress: Sequence[Progress], peaks: Peaks | None) -> None:
         return
     for each in progress:
         task = each.task
-        each.least_seconds = peaks.least_seconds(task.operations, task.bytes, integer=task.integer)
+        each.least_seconds = peaks.least_seconds(task.operations, task.bytes, task.operands)
 
 
 @contextmanager

@@ -2,23 +2,35 @@ from __future__ import annotations
 
 import pytest
 
+import targets
 from optimizer.tuning.machines import ThisMachine, measured_peaks
 from optimizer.tuning.peak import Peaks
+from targets.host import missing_features
 from tests.tuning.examples import TARGET
 
-_PEAKS = Peaks(operations=1e11, integer_operations=4e11, memory=4e10, cache=2e11, cache_bytes=1 << 20)
+AMX = targets.get("x86-avx512-amx")
+_PEAKS = Peaks(
+    operations=1e11, bf16_operations=2e11, integer_operations=4e11, memory=4e10, cache=2e11, cache_bytes=1 << 20
+)
 
 
 def test_a_kernel_takes_as_long_as_its_sums_or_its_bytes() -> None:
-    assert _PEAKS.least_seconds(10**9, 1000, integer=False) == pytest.approx(1e-2)
-    assert _PEAKS.least_seconds(10**9, 1000, integer=True) == pytest.approx(2.5e-3)
-    assert _PEAKS.least_seconds(10**3, 4 * 10**8, integer=False) == pytest.approx(1e-2)
+    assert _PEAKS.least_seconds(10**9, 1000, "float32") == pytest.approx(1e-2)
+    assert _PEAKS.least_seconds(10**9, 1000, "integer") == pytest.approx(2.5e-3)
+    assert _PEAKS.least_seconds(10**9, 1000, "bfloat16") == pytest.approx(5e-3)
+    assert _PEAKS.least_seconds(10**3, 4 * 10**8, "float32") == pytest.approx(1e-2)
 
 
 def test_bytes_that_fit_the_caches_move_faster() -> None:
-    assert _PEAKS.least_seconds(0, 1 << 20, integer=False) == pytest.approx((1 << 20) / 2e11)
+    assert _PEAKS.least_seconds(0, 1 << 20, "float32") == pytest.approx((1 << 20) / 2e11)
 
 
 def test_every_peak_of_this_machine_is_measured() -> None:
     peaks = measured_peaks(ThisMachine(TARGET, 1), TARGET, 1)
     assert min(peaks.operations, peaks.integer_operations, peaks.memory, peaks.cache) > 0
+
+
+@pytest.mark.skipif(bool(missing_features(AMX)), reason="the machine has no AMX")
+def test_tile_registers_multiply_more_than_vectors() -> None:
+    peaks = measured_peaks(ThisMachine(AMX, 1), AMX, 1)
+    assert peaks.operations < peaks.bf16_operations < peaks.integer_operations

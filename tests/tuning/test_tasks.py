@@ -53,7 +53,7 @@ def test_other_sizes_are_another_workload_with_other_features() -> None:
 def test_operations_are_those_of_one_call_at_its_sizes() -> None:
     assert matmul_task(96, 64, 48).operations == 2 * 96 * 64 * 48
     assert matmul_task("rows", 64, 48).operations == 2 * 24 * 64 * 48
-    assert not matmul_task().integer
+    assert matmul_task().operands == "float32"
 
 
 @pytest.mark.parametrize(("cached", "is_cold"), [(4 * 48 * 64, False), (4 * 48 * 64 - 1, True)])
