@@ -114,6 +114,7 @@ class CompileOptions:
             layouts = self.target.layouts
             in_tiles = layouts.rounded_block if in_pairs else 0
             choices = f"block={in_tiles or layouts.channel_block},dtype={dtype},integers={integers}"
+            choices += f",byte_block={layouts.byte_block}" if layouts.byte_block else ""
             # Tiles of matrices multiply so fast that Winograd's transforms would take longer than what they save.
             steps.append(f"block-channels{{{choices}{',winograd=0' if in_tiles else ''}}}")
         if self.operand_dtype is not None:

@@ -30,13 +30,14 @@ from tvm.relax.expr_functor import mutator
 from passes import blocked_operators
 from passes.base import Pass, PassOutcome, Refusal, Site, require
 from passes.blocked_forms import Blocked, BlockedForms
-from passes.blocked_operators import Geometry
+from passes.blocked_operators import Geometry, with_whole_steps
 from passes.channelwise_operators import CONVOLUTIONS, ELEMENTWISE, POOLINGS, QUANTIZATIONS, REDUCTIONS, TRANSPOSED
-from passes.convolution_sites import check_operands, checked_geometry, static
+from passes.convolution_sites import check_operands, checked_geometry, convolutions_of, static
 from passes.integer_convolutions import (
     Border,
     IntegerConvolution,
     border_of,
+    fill_blocks,
     integer_convolution,
     is_integer,
 )
@@ -59,7 +60,8 @@ class BlockChannels(Pass):
 
     Where it pays, 3x3 filters are computed by Winograd's F(m, 3) with m up to `winograd`: 2 to 4, or 0 for none.
     `dtype` is what convolutions read: float32, or bfloat16 for targets that have dot products of pairs of it;
-    `integers` what dot products of fours of bytes read, uint8 or int8, nothing where there are none.
+    `integers` what dot products of fours of bytes read, uint8 or int8, nothing where there are none. Blocks are of
+    `byte_block` where that is not 0 and all convolutions are of bytes whose channels fill such blocks.
     """
 
     name: ClassVar[str] = "block-channels"
@@ -67,11 +69,13 @@ class BlockChannels(Pass):
     winograd: int = 4
     dtype: str = "float32"
     integers: str = ""
+    byte_block: int = 0
 
     def run(self, module: tvm.IRModule) -> PassOutcome:
         """Rewrite all Relax functions of the module."""
         sites: list[Site] = []
-        rewriter = _Blocker(module, self, sites)
+        in_tiles = self.byte_block > 0 and fill_blocks(convolutions_of(module), self.integers, self.byte_block)
+        rewriter = _Blocker(module, replace(self, block=self.byte_block) if in_tiles else self, sites)
         for variable, function in module.functions_items():
             if isinstance(function, relax.Function):
                 rewriter.builder_.update_func(variable, rewriter.visit_expr(function))
@@ -86,6 +90,8 @@ class _Blocker(BlockedForms):
     def __init__(self, module: tvm.IRModule, options: BlockChannels, sites: list[Site]) -> None:
         super().__init__(module, options.block, options.dtype)
         self._largest_tile = options.winograd
+        # Bytes of neighbouring taps that one step takes of a first layer's few channels.
+        self._row = BYTES if options.block == options.byte_block else 0
         self._integers = options.integers
         self._borders: dict[relax.Var, Border] = {}
         self._sites = sites
@@ -167,6 +173,9 @@ class _Blocker(BlockedForms):
                 values = np.repeat(values, block, axis=0)
             self._require_blocks(values, site.groups, is_blocked)
             depth = block if is_blocked or site.channels > block else site.channels
+            if self._row and not site.sums_windows and self._row % depth == 0:
+                values, geometry = with_whole_steps(values, site.geometry, self._row // depth)
+                site = replace(site, weights=values, geometry=geometry)
             packed = blocked_operators.pack_fours(values, block, depth)
         geometry, border = site.split()
         data = self._as_blocked(site.source).var if depth == block else self._in_blocks(site.source, depth)
@@ -228,11 +237,8 @@ class _Blocker(BlockedForms):
             packed, plain = blocked_operators.pack_shallow(values, self._block), self.visit_expr(call.args[0])
             return self._computed(call, lambda x, w: blocked_operators.shallow(x, w, geometry), packed, plain)
         depth = values.shape[1] + values.shape[1] % PAIR
-        if self._block == ROW and ROW % depth == 0 and values.shape[-1] * depth % ROW:
-            # Taps of a row that one step takes together: zeros fill it.
-            more = -values.shape[-1] % (ROW // depth)
-            values = np.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, more)])
-            geometry = replace(geometry, pads_end=(*geometry.pads_end[:-1], geometry.pads_end[-1] + more))
+        if self._block == ROW and ROW % depth == 0:
+            values, geometry = with_whole_steps(values, geometry, ROW // depth)
         packed = blocked_operators.pack_pairs(values, self._block, depth)
         rounded = self._emit(relax.op.astype(self._in_blocks(call.args[0], depth), BFLOAT16))
         return self._computed(call, lambda x, w: blocked_operators.dense(x, w, depth, 1, geometry), packed, rounded)

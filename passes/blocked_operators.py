@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -61,6 +61,13 @@ def pack_fours(weights: np.ndarray, block: int, depth: int | None = None) -> np.
 def _grouped(packed: np.ndarray, terms: int) -> np.ndarray:
     groups = packed.reshape(*packed.shape[:-2], -1, terms, packed.shape[-1])
     return np.ascontiguousarray(groups.swapaxes(-1, -2))
+
+
+def with_whole_steps(weights: np.ndarray, geometry: Geometry, taps: int) -> tuple[np.ndarray, Geometry]:
+    """Return [O, I, *K] with zeros for as many more columns as make whole steps of `taps`, and its geometry."""
+    more = -weights.shape[-1] % taps
+    padded = np.pad(weights, [*[(0, 0)] * (weights.ndim - 1), (0, more)])
+    return padded, replace(geometry, pads_end=(*geometry.pads_end[:-1], geometry.pads_end[-1] + more))
 
 
 def pack_shallow(weights: np.ndarray, block: int) -> np.ndarray:

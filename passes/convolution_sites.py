@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tvm
 import tvm.ir
 import tvm.tirx
+from tvm import relax
 
 from passes.base import Refusal
 from passes.blocked_operators import Geometry
+from passes.channelwise_operators import CONVOLUTIONS, TRANSPOSED
 
 _PLAIN_LAYOUTS = ("NCW", "NCHW", "NCDHW", "OIW", "OIHW", "OIDHW", "IOW", "IOHW", "IODHW")
 
@@ -38,6 +41,24 @@ def check_operands(call: tvm.ir.Call) -> None:
         raise Refusal(f"it computes with {', '.join(sorted(types))}, not with float32 alone")
     if not isinstance(weight, tvm.ir.GenericConst):
         raise Refusal("the weights are not constant")
+
+
+def convolutions_of(module: tvm.IRModule) -> list[tvm.ir.Call]:
+    """Return all calls of convolutions, transposed or not, of a module."""
+    found: list[tvm.ir.Call] = []
+
+    def note(expr: relax.Expr) -> None:
+        if (
+            isinstance(expr, tvm.ir.Call)
+            and isinstance(expr.op, tvm.ir.Op)
+            and expr.op.name in {**CONVOLUTIONS, **TRANSPOSED}
+        ):
+            found.append(expr)
+
+    for _, function in module.functions_items():
+        if isinstance(function, relax.Function):
+            relax.analysis.post_order_visit(function, note)
+    return found
 
 
 def check_layouts(call: tvm.ir.Call) -> None:

@@ -6,6 +6,8 @@ of zeros is left out by the schedule; one of another value, a zero point, is wri
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +19,9 @@ from passes.blocked_operators import INTEGER_SUM, Geometry
 from passes.convolution_sites import check_layouts, geometry_of
 from passes.tensor_types import dtype_of
 from schedules.intrin.byte_dot import FOUR
+
+# Tile registers multiply six times as many bytes as dot products do, but what follows computes all lanes of a block.
+_FILLED = 0.75
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,29 @@ def integer_convolution(call: tvm.ir.Call, border: Border | None, data: str) -> 
         )
         geometry = replace(geometry, pads_begin=tuple(map(sum, begins)), pads_end=tuple(map(sum, ends)))
     return IntegerConvolution(source, _weights(call), int(call.attrs.groups), geometry, value)
+
+
+def fill_blocks(calls: Sequence[tvm.ir.Call], data: str, block: int) -> bool:
+    """Return whether convolutions are all dense ones of data of a type that fill most of blocks of so many channels.
+
+    Of a first layer only the channels of its result count.
+    """
+    given = filled = 0
+    for call in calls:
+        try:
+            site = integer_convolution(call, None, data)
+        except Refusal:
+            return False
+        if site.groups > 1:
+            return False
+        if site.sums_windows:
+            continue
+        outputs, inputs = site.weights.shape[:2]
+        taps = math.prod(site.weights.shape[2:])
+        whole = [-(-outputs // block) * block, inputs if inputs <= FOUR else -(-inputs // block) * block]
+        given += outputs * inputs * taps
+        filled += math.prod(whole) * taps
+    return given > 0 and given >= _FILLED * filled
 
 
 def _weights(call: tvm.ir.Call) -> np.ndarray:

@@ -62,7 +62,9 @@ class DirectConvolution:
         # Bytes lie in blocks of as many channels as what convolutions make of them.
         bits = 32 if str(dtype) in ("int8", "uint8") else max(8, min(32, dtype.bits))
         # Where convolutions read tiles of matrices, blocks are of several vectors.
-        return analysis if analysis.block in (target.vector_lanes(bits), target.layouts.rounded_block) else None
+        layouts = target.layouts
+        blocks = (target.vector_lanes(bits), layouts.rounded_block, layouts.byte_block)
+        return analysis if analysis.block in blocks else None
 
     def space(self, target: Target, analysis: ChannelWindows) -> Space:
         """Return the register tile, and the rows and tiles of columns that make one task."""

@@ -1,10 +1,11 @@
-"""Convolutions over blocked channels whose sums are computed in tile registers, 32 pixels by a block of 32 channels.
+"""Convolutions over blocked channels whose sums are computed in tile registers, 32 pixels by 32 channels at once.
 
 A pixel of a block has 64 bytes, which is what one instruction takes of each row: a step is one tap of one block of the
-input. Pixels that a tile reads one after the other have to lie so. An image of one tap that reads each pixel is read
-where it lies; others a task copies first, with a border of zeros, and with the pixels of each remainder modulo the
-stride together. Rows of that copy follow each other, so that tiles run on over them: what they compute of pixels of the
-border is not stored. (Georganas et al., Harnessing Deep Learning via a Single Building Block, IPDPS 2020.)
+input. A block has 32 channels of bfloat16 or 64 of bytes, whose sums are computed one half after the other. Pixels that
+a tile reads one after the other have to lie so. An image of one tap that reads each pixel is read where it lies; others
+a task copies first, with a border of zeros, and with the pixels of each remainder modulo the stride together. Rows of
+that copy follow each other, so that tiles run on over them: what they compute of pixels of the border is not stored.
+(Georganas et al., Harnessing Deep Learning via a Single Building Block, IPDPS 2020.)
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class MatrixConvolution:
         if windows is None or windows.grouped is None or branches_on_any(windows.stage):
             return None
         tiles = matrix_tiles(target, str(windows.data.source.dtype), str(windows.weights.source.dtype))
-        return None if tiles is None or windows.block != BLOCK else matrix_windows(windows, tiles)
+        return None if tiles is None or windows.block % BLOCK else matrix_windows(windows, tiles)
 
     def space(self, target: Target, analysis: MatrixWindows) -> Space:
         """Return the rows of the image, or pixels where these are read in place, and blocks of channels of a task."""
@@ -125,7 +126,7 @@ class _Task:
 
     @cached_property
     def sums(self) -> Var:
-        return local([BLOCK * BLOCK], self.analysis.tiles.total, "sums")
+        return local([BLOCK * self.analysis.lanes], self.analysis.tiles.total, "sums")
 
     @cached_property
     def copy(self) -> Var:
@@ -180,14 +181,19 @@ class _Task:
         return sequence(statements)
 
     def _block(self, channel: Expr, start: Expr, count: int) -> Stmt:
-        """Return the sums of `count` pixels from `start` on, and what follows."""
+        """Return the sums of `count` pixels from `start` on for all channels of a block, and what follows."""
+        parts = [self._sums(channel, lane, start, count) for lane in range(0, self.analysis.lanes, BLOCK)]
+        return sequence([*parts, self._finished(channel, start, count)])
+
+    def _sums(self, channel: Expr, lane: int, start: Expr, count: int) -> Stmt:
+        """Return the sums of `count` pixels for 32 channels of a block from `lane` on."""
         analysis, tiles, sums = self.analysis, self.analysis.tiles, self.sums
         form = (1 if count <= TILE else 2, 2)
         kernel = analysis.vertical.taps, analysis.horizontal.taps
 
         def step(block: Expr, row: Expr | int, column: Expr | int) -> Stmt:
             places = [self._place(block, row, column, start + at) for at in (0, TILE)[: form[0]]]
-            weights = analysis.weights_at(channel, block, row, column)
+            weights = analysis.weights_at(channel, index(lane), block, row, column)
             return tiles.step(form, places, analysis.bytes_of_pixel, weights, analysis.stride_of_weights)
 
         def block_of_depth(block: Expr) -> Stmt:
@@ -198,13 +204,13 @@ class _Task:
                 ),
             )
 
-        ends = [load(sums, [index(place)]) for place in (0, TILE * BLOCK, BLOCK * BLOCK - 1)]
+        lanes = analysis.lanes
+        ends = [load(sums, [index(place)]) for place in (lane, TILE * lanes + lane, BLOCK * lanes - 1)]
         return sequence(
             [
                 tiles.zero(),
                 loop(analysis.depth_blocks, block_of_depth),
-                tiles.store(form, ends, BLOCK * 4),
-                self._finished(channel, start, count),
+                tiles.store(form, ends, lanes * 4),
             ]
         )
 
@@ -230,10 +236,10 @@ class _Task:
 
         def finish(at: Point, row: Expr) -> Stmt:
             def element(v: Expr) -> Stmt:
-                total = load(self.sums, [row * BLOCK + v]).astype(stage.output.dtype)
+                total = load(self.sums, [row * analysis.lanes + v]).astype(stage.output.dtype)
                 return epilogue.store(total, {**self.point, **analysis.channel_point(channel), **at, lane.variable: v})
 
-            return vector(BLOCK, element)
+            return vector(analysis.lanes, element)
 
         if not analysis.copies:
             return loop(count, lambda r: finish(analysis.pixel_point(self.first + start + r), r))

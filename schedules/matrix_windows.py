@@ -11,7 +11,7 @@ from tvm.ir import Expr, TensorLoad, Var
 
 from schedules.access import as_int, linear_coefficient, occurs
 from schedules.channel_windows import ChannelWindows, constant_term
-from schedules.intrin.matrix_tiles import BLOCK, MatrixTiles
+from schedules.intrin.matrix_tiles import MatrixTiles
 from schedules.loops import index, load
 from schedules.stages import Axis
 
@@ -95,6 +95,11 @@ class MatrixWindows:
         return int(self.windows.data.source.shape[-1])
 
     @property
+    def lanes(self) -> int:
+        """The channels of a block of the output, for which there may be several blocks of sums."""
+        return self.windows.block
+
+    @property
     def taps_of_step(self) -> int:
         """How many neighbouring taps of a row one step takes: several where blocks are narrow."""
         return self.tiles.terms // self.block
@@ -123,7 +128,9 @@ class MatrixWindows:
     def copies(self) -> bool:
         """Whether tasks copy the image."""
         plain = self.vertical.is_plain and self.horizontal.is_plain
-        return not plain or self.channels % self.tiles.terms != 0
+        # Of channels that there are not the weights are zero, and so are their products of integers.
+        whole = self.channels % self.tiles.terms == 0 or (not self.is_narrow and self.tiles.total == "int32")
+        return not plain or not whole
 
     @property
     def height(self) -> int:
@@ -158,13 +165,13 @@ class MatrixWindows:
     @cached_property
     def stride_of_weights(self) -> int:
         """The bytes from the weights of some neighbouring channels of the input to the next ones."""
-        return BLOCK * self.windows.terms * self.windows.weights.source.dtype.bits // 8
+        return self.lanes * self.windows.terms * self.windows.weights.source.dtype.bits // 8
 
-    def weights_at(self, channel: Expr, block: Expr, row: Expr | int, column: Expr | int) -> Expr:
-        """Return the read of the first weight of a block of outputs and of inputs, at a tap."""
+    def weights_at(self, channel: Expr, lane: Expr, block: Expr, row: Expr | int, column: Expr | int) -> Expr:
+        """Return the read of the first weight of a block of outputs, from a lane on, and of inputs, at a tap."""
         source = self.windows.weights.source
         taps = [index(row), index(column)][-(len(source.shape) - 5) :]
-        return load(source, [channel, block, *taps, index(0), index(0), index(0)])
+        return load(source, [channel, block, *taps, index(0), lane, index(0)])
 
     def data_at(self, point: Point, block: Expr, pixel: Expr) -> Expr:
         """Return the read of the first channel of a pixel that is counted from the image's first one."""
@@ -208,7 +215,7 @@ def matrix_windows(windows: ChannelWindows, tiles: MatrixTiles) -> MatrixWindows
     if rank not in (FEWEST_DIMENSIONS, FEWEST_DIMENSIONS + 1) or len(shape) != rank + 2 or None in shape:
         return None
     block = as_int(data.source.shape[-1]) or 1
-    if tiles.terms % block or shape[-3:] != [block // windows.terms, BLOCK, windows.terms]:
+    if tiles.terms % block or shape[-3:] != [block // windows.terms, windows.block, windows.terms]:
         return None
     kernel = [int(extent or 0) for extent in shape[2:-3]]
     dimensions = [

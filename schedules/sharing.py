@@ -111,4 +111,4 @@ def _is_blocked(tensor: Var, target: Target) -> bool:
 
 def _blocks(target: Target) -> tuple[int, ...]:
     layouts = target.layouts
-    return tuple(block for block in (layouts.channel_block, layouts.rounded_block) if block)
+    return tuple(block for block in (layouts.channel_block, layouts.rounded_block, layouts.byte_block) if block)

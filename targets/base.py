@@ -33,11 +33,12 @@ class CacheSizes:
 class DataLayouts:
     """Block sizes, in elements, of packed activations, weights and caches.
 
-    `channel_block`: images are [N, C/block, H, W, block]. `rounded_block`: the same where convolutions read bfloat16, 0
-    if that makes no difference. `column_block`: matrix multiplication weights are
-    [N/block, K, block]. `reduction_group`: how many neighbouring int8 elements of K one lane of the dot-product
-    instruction consumes. `quantized_columns`: outputs that lie side by side in quantized weights, each with
-    `reduction_group` neighbours of K (`schedules/weight_layout.py`); `signed_codes`: these lie as signed numbers.
+    `channel_block`: images are [N, C/block, H, W, block]. `rounded_block`: the same where convolutions read bfloat16,
+    `byte_block` where all of a model read bytes that fill such blocks, 0 if that makes no difference. `column_block`:
+    matrix multiplication weights are [N/block, K, block]. `reduction_group`: how many neighbouring int8 elements of K
+    one lane of the dot-product instruction consumes. `quantized_columns`: outputs that lie side by side in quantized
+    weights, each with `reduction_group` neighbours of K (`schedules/weight_layout.py`); `signed_codes`: these lie as
+    signed numbers.
     `kv_cache`: the order of dimensions of keys and values.
     """
 
@@ -49,6 +50,7 @@ class DataLayouts:
     kv_cache: Literal["BHSD"] = "BHSD"
     # Not in what identifies a target's tuning records, which are older.
     rounded_block: int = field(default=0, repr=False)
+    byte_block: int = field(default=0, repr=False)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,6 @@ X86_AVX512_AMX = replace(
     llvm_attributes=(*X86_AVX512_BF16.llvm_attributes, "+amx-tile", "+amx-bf16", "+amx-int8"),
     # Sapphire Rapids: 48 KiB and 2 MiB of its own, 1.875 MiB of the last cache (manual above).
     caches=CacheSizes(level1=48 * 1024, level2=2048 * 1024, level3=1920 * 1024),
-    # 64 bytes of bfloat16, which a row of a tile holds.
-    layouts=replace(X86_AVX512_BF16.layouts, rounded_block=32),
+    # The 64 bytes that a row of a tile holds.
+    layouts=replace(X86_AVX512_BF16.layouts, rounded_block=32, byte_block=64),
 )

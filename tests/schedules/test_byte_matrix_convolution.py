@@ -1,0 +1,109 @@
+"""Convolutions of bytes over blocked channels in tile registers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tvm import relax
+from tvm.relax import op
+
+import targets
+from optimizer.lowering import build, lower
+from passes.block_channels import BlockChannels
+from targets.host import missing_features
+from tests.schedules.execution import Dimension, module_of
+from tests.schedules.test_convolution import convolve
+from tests.schedules.test_integer_convolution import conv, drawn, quantize, quantized, run
+
+TARGET = targets.get("x86-avx512-amx")
+BLOCK = TARGET.layouts.byte_block
+needs_tiles = pytest.mark.skipif(bool(missing_features(TARGET)), reason="this machine has no tile registers")
+
+
+def compiled(
+    function: Callable[[relax.Var], relax.Expr], shape: list[Dimension]
+) -> tuple[relax.VMExecutable, list[str]]:
+    """Return a function of one image of bytes in blocks of 64 channels, and the families of its kernels."""
+    item = BlockChannels(BLOCK, integers="uint8", byte_block=BLOCK)
+    lowered = lower(item.run(module_of(function, [shape], ["uint8"])).module, TARGET)
+    return build(lowered.module, TARGET), [kernel.family for kernel in lowered.kernels]
+
+
+@needs_tiles
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    size=st.tuples(st.integers(1, 31), st.integers(1, 37)),
+    channels=st.sampled_from([(64, 64), (128, 96), (66, 40), (96, 130), (256, 64), (3, 64), (4, 70)]),
+    kernel=st.sampled_from([1, 2, 3, 5, 7]),
+    stride=st.sampled_from([1, 2, 3]),
+    padding=st.integers(0, 2),
+    border=st.sampled_from([None, 0, 3]),
+    batch=st.sampled_from([1, 2]),
+)
+def test_sums_are_exact(
+    size: tuple[int, int],
+    channels: tuple[int, int],
+    kernel: int,
+    stride: int,
+    padding: int,
+    border: int | None,
+    batch: int,
+) -> None:
+    inputs, outputs = channels
+    size = (max(size[0], kernel), max(size[1], kernel))
+    x, w = drawn("uint8", batch, inputs, *size), drawn("int8", outputs, inputs, kernel, kernel, seed=1)
+
+    def layer(x: relax.Var) -> relax.Expr:
+        data = x if border is None else op.nn.pad(x, [0, 0, 0, 0, *[padding] * 4], "constant", border)
+        return conv(data, w, strides=stride, padding=padding if border is None else 0)
+
+    executable, families = compiled(layer, [*x.shape])
+    padded = np.pad(x, [(0, 0), (0, 0), *[(padding, padding)] * 2], constant_values=border or 0)
+    np.testing.assert_array_equal(run(executable, x), convolve(padded, w, stride, 0))
+    assert "matrix-convolution" in families
+
+
+@needs_tiles
+@pytest.mark.parametrize("rows", [1, 7, 13])
+def test_what_follows_is_rounded_to_bytes(rows: int) -> None:
+    x, w = drawn("uint8", 1, 64, rows, 31), drawn("int8", 128, 64, 1, 1, seed=1)
+    second = drawn("int8", 64, 128, 3, 3, seed=2)
+    scales = np.linspace(1e-4, 1e-3, 128, dtype=np.float32).reshape(1, 128, 1, 1)
+
+    def layers(x: relax.Var) -> relax.Expr:
+        y = quantized(op.multiply(op.astype(conv(x, w), "float32"), relax.const(scales)), "uint8", 0)
+        return quantized(op.multiply(op.astype(conv(y, second, padding=1), "float32"), relax.const(1e-4)), "uint8", 9)
+
+    executable, families = compiled(layers, [*x.shape])
+    inner = quantize(convolve(x, w, 1, 0).astype(np.float32) * scales, "uint8", 0)
+    want = quantize(convolve(inner, second, 1, 1).astype(np.float32) * np.float32(1e-4), "uint8", 9)
+    np.testing.assert_array_equal(run(executable, x), want)
+    assert families.count("matrix-convolution") == 2
+
+
+@pytest.mark.parametrize(("inputs", "kernel", "stride"), [(64, 1, 1), (64, 3, 1), (128, 3, 2), (3, 7, 2)])
+def test_code_has_the_instruction_and_no_call(inputs: int, kernel: int, stride: int) -> None:
+    w = drawn("int8", 64, inputs, kernel, kernel)
+    executable, families = compiled(lambda x: conv(x, w, padding=kernel // 2, strides=stride), [1, inputs, 14, 14])
+    assembly = "".join(each.inspect_source("asm") for each in executable.mod.imports if each.kind == "llvm")
+    assert "matrix-convolution" in families
+    assert "tdpbusd" in assembly
+    assert not any(f"call{end}\toptimizer_tiles_{name}" in assembly for end in ("", "q") for name in ("step", "store"))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "groups", "block"), [(64, 1, BLOCK), (24, 1, 16), (64, 64, 16), (48, 1, BLOCK), (40, 1, 16)]
+)
+def test_blocks_are_of_64_channels_where_all_convolutions_fill_them(outputs: int, groups: int, block: int) -> None:
+    w = drawn("int8", outputs, 64 // groups, 3, 3)
+
+    def layer(x: relax.Var) -> relax.Expr:
+        return conv(x, w, padding=1, groups=groups)
+
+    item = BlockChannels(16, integers="uint8", byte_block=BLOCK)
+    text = item.run(module_of(layer, [[1, 64, 9, 9]], ["uint8"])).module.script()
+    assert f"1, {-(-outputs // block)}, 9, 9, {block}" in text.replace("T.int64(", "").replace(")", "")
