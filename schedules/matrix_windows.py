@@ -167,7 +167,7 @@ class MatrixWindows:
         """The bytes from the weights of some neighbouring channels of the input to the next ones."""
         return self.lanes * self.windows.terms * self.windows.weights.source.dtype.bits // 8
 
-    def weights_at(self, channel: Expr, lane: Expr, block: Expr, row: Expr | int, column: Expr | int) -> Expr:
+    def weights_at(self, channel: Expr, lane: Expr, block: Expr, row: Expr | int, column: Expr | int) -> TensorLoad:
         """Return the read of the first weight of a block of outputs, from a lane on, and of inputs, at a tap."""
         source = self.windows.weights.source
         taps = [index(row), index(column)][-(len(source.shape) - 5) :]
