@@ -125,6 +125,7 @@ def _appends(module: tvm.IRModule, function: relax.Function, dtype: str) -> tupl
                 if isinstance(append.total, tirx.IntImm):
                     room = int(append.total.value)
                     append = replace(append, length=rooms.setdefault(room, tirx.Var("room", "int64")))
+                total = _of_dimensions(dimensions.get(append.total, append.total), function)
             except Refusal as refusal:
                 sites.append(Site(binding.var.name, str(refusal), nodes))
                 continue
@@ -134,7 +135,7 @@ def _appends(module: tvm.IRModule, function: relax.Function, dtype: str) -> tupl
             except Refusal as refusal:
                 kept = "not quantized" if dtype in BITS else f"not stored as {dtype}"
                 sites.append(Site(binding.var.name, f"{kept}: {refusal}", nodes))
-            found.append(replace(append, total=dimensions.get(append.total, append.total)))
+            found.append(replace(append, total=total))
     return found, tuple(sites)
 
 
@@ -267,6 +268,15 @@ def _quantized(append: Append, bits: int, function: relax.Function, dataflow: Da
     summed = summed_axes(function, dataflow, append.present)
     require(summed in ({axis}, {ndim - 1}), "it is read neither as keys nor as values alone")
     return replace(append.cache, pages=CachePages(bits, by_channel=summed == {ndim - 1}))
+
+
+def _of_dimensions(total: tvm.ir.Expr, function: relax.Function) -> tvm.ir.Expr:
+    """Return the number of all tokens; refuses one that is not computed from the inputs' dimensions."""
+    known = [symbol for each in function.params for symbol in relax.analysis.definable_tir_vars_in_type(each.ty)]
+    symbols = tirx.analysis.undefined_vars(tirx.Evaluate(total), [])
+    is_known = all(any(symbol.same_as(other) for other in known) for symbol in symbols)
+    require(is_known, "how many tokens there are in all is an input's value, and no dimension")
+    return total
 
 
 def _counted_by(total: tvm.ir.Expr, function: relax.Function) -> tuple[int, int]:

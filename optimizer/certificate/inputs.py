@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from optimizer.certificate.graph_inputs import GraphInput, evaluate, graph_inputs, past_and_sequence, settings
 from optimizer.certificate.index_bounds import index_bounds
+from optimizer.certificate.size_values import size_values
 
 Array = NDArray[np.generic]
 
@@ -28,7 +29,8 @@ def make_inputs(
 ) -> dict[str, Array]:
     """Return an array for each input of the graph; equal arguments give equal arrays.
 
-    Floats are standard normal in their dtype. Integers are below the size of the axis that they index. Masks are ones,
+    Floats are standard normal in their dtype. Integers are below the size of the axis that they index, and say sizes
+    that the data have where an operator takes them (`size_values`). Masks are ones,
     with `padded` the last position of the first row zero. Positions count on from the past. `symbol_values` gives the
     symbolic dimensions (by default those of `graph_inputs.settings`), `shapes` overrides declared shapes by input name.
     """
@@ -38,8 +40,13 @@ def make_inputs(
     generator = np.random.default_rng(seed)
     past, sequence = past_and_sequence(inputs, values)
     arrays: dict[str, Array] = {}
+    all_shapes = {each.name: tuple(evaluate(dim, values) for dim in each.dims) for each in inputs}
+    sizes = size_values(model, all_shapes)
     for each in inputs:
-        shape = tuple(evaluate(dim, values) for dim in each.dims)
+        shape = all_shapes[each.name]
+        if each.name in sizes:
+            arrays[each.name] = np.reshape(np.asarray(sizes[each.name], _numpy_dtype(each)), shape)
+            continue
         fixed = _meaningful(each, shape, past, sequence, bounds.get(each.name), padded=padded)
         arrays[each.name] = _random(each, shape, generator, bounds.get(each.name)) if fixed is None else fixed
     return arrays

@@ -59,7 +59,19 @@ def references(
         yield lambda: _onnxruntime(same, path, is_as_stored=same is model)
     yield lambda: _evaluator(model, path)
     if unoptimized is not None:
-        yield lambda: Reference("unoptimized", onnx.__version__, unoptimized)
+        yield lambda: Reference("unoptimized", onnx.__version__, _refusing(unoptimized))
+
+
+def _refusing(run: Runner) -> Runner:
+    """Return what runs a module, and raises ReferenceFailedError where the module fails at its inputs."""
+
+    def checked(inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        try:
+            return run(inputs)
+        except RuntimeError as error:
+            raise ReferenceFailedError(str(error)) from error
+
+    return checked
 
 
 def optimized_onnxruntime(model: onnx.ModelProto, path: Path | None) -> Reference:

@@ -61,6 +61,29 @@ def provably_equal(left: Dimension, right: Dimension) -> bool:
     return number == other_number and len(factors) == len(others) and not _without(others, factors)
 
 
+def too_large(sizes: Sequence[tvm.ir.Expr]) -> list[tvm.ir.Expr]:
+    """Return values that are all zero if each size is from 0 to 2^31 - 1, and no first few of them multiply to 2^32.
+
+    With less the number of bytes of no tensor passes what 64 bits hold, and none can be too small for what it is for.
+    """
+    values = [_shifted(size, 31) for size in sizes]
+    total = sizes[0]
+    for size in sizes[1:]:
+        total = total * size
+        values.append(_shifted(total, 32))
+    return values
+
+
+def below_zero(value: tvm.ir.Expr) -> tvm.ir.Expr:
+    """Return what is -1 where a value is negative, else 0."""
+    return _shifted(value, 63)
+
+
+def _shifted(value: tvm.ir.Expr, bits: int) -> tvm.ir.Expr:
+    # A shift and no comparison: TVM takes every symbol to be non-negative, and removes what asks whether it is.
+    return tirx.shift_right(value, tirx.const(bits, "int64"))
+
+
 def product(shape: Iterable[Dimension]) -> Dimension:
     """Return the number of elements of a shape."""
     result: Dimension = 1

@@ -12,7 +12,7 @@ import onnx
 import tvm
 import tvm.ir
 from onnx import numpy_helper
-from tvm import relax
+from tvm import relax, tirx
 
 from optimizer.errors import Blocker, UnsupportedModelError
 from optimizer.frontend import constant_evaluation, function_bodies, shape_arithmetic
@@ -24,7 +24,9 @@ from optimizer.frontend.dimensions import (
     Symbols,
     as_expression,
     input_shapes,
+    simplified,
     static_shape,
+    too_large,
 )
 from optimizer.frontend.node import Node, Result, UnsupportedNodeError, normalized_domain
 from optimizer.frontend.node_builder import NodeBuilder
@@ -217,7 +219,13 @@ class GraphImporter:
         return TensorValue(bound, narrow_type)
 
     def bind_elements(self, value: Value, name: str) -> np.ndarray:
-        """Return fresh symbols for the elements of a rank 0 or 1 integer tensor, bound when the module runs."""
+        """Return fresh symbols for the elements of a rank 0 or 1 integer tensor, bound and checked at run time."""
+        elements = self._bound_elements(value, name)
+        if elements.size:
+            self.require_zero(too_large(list(elements.ravel())))
+        return elements
+
+    def _bound_elements(self, value: Value, name: str) -> np.ndarray:
         shape = static_shape(value.shape)
         if shape is None or len(shape) > 1:
             raise UnsupportedNodeError(f"'{name}' sets a shape, but its own length is not known at compile time")
@@ -233,11 +241,24 @@ class GraphImporter:
         self.builder.match_cast(shape_value, relax.ShapeType(list(elements)))
         return elements.reshape(shape)
 
+    def require_zero(self, values: Iterable[tvm.ir.Expr]) -> None:
+        """Emit a check, when the module runs, that `values` computed from dimensions are zero, but for what is known.
+
+        Raises UnsupportedNodeError if one is another constant.
+        """
+        simple = [simplified(value) for value in values]
+        if any(isinstance(value, int) and value for value in simple):
+            raise UnsupportedNodeError("its sizes do not fit each other")
+        unknown = [value for value in simple if not isinstance(value, int)]
+        if unknown:
+            shape_value = self.builder.emit(relax.ShapeExpr(unknown))
+            self.builder.match_cast(shape_value, relax.ShapeType([tirx.const(0, "int64")] * len(unknown)))
+
     def bound_dimension(self, dimension: tvm.ir.Expr, name: str) -> tvm.ir.Expr:
         """Return a symbol of its own for a dimension: Relax does not see that two equal min or max are equal."""
         element = np.empty(1, dtype=object)
         element[0] = dimension
-        return self.bind_elements(integer_value(element, "int64", self.builder), name)[0]
+        return self._bound_elements(integer_value(element, "int64", self.builder), name)[0]
 
     def identifier(self, name: str) -> str:
         """Return a valid Relax identifier made from an ONNX name."""

@@ -12,7 +12,7 @@ import tvm.ir
 from onnx import numpy_helper
 from tvm import relax
 
-from optimizer.frontend.dimensions import Dimension, Shape, as_expression, provably_equal, static_shape
+from optimizer.frontend.dimensions import Dimension, Shape, as_expression, product, provably_equal, static_shape
 from optimizer.frontend.value import (
     AnyValue,
     ConstantValue,
@@ -251,10 +251,16 @@ class Node:
         return relax.const(number, dtype)
 
     def reshape(self, value: Value, shape: Sequence[Dimension]) -> Value:
-        """Return `value` with another shape of as many elements; a constant is reshaped at compile time."""
+        """Return `value` with another shape of as many elements, which is checked at run time where it is not certain.
+
+        A constant is reshaped at compile time.
+        """
         static = static_shape(tuple(shape))
         if value.constant is not None and static is not None:
             return ConstantValue(value.constant.reshape(static), value.narrow_type)
+        given, wanted = product(value.shape), product(shape)
+        if not provably_equal(given, wanted):
+            self.graph.require_zero([as_expression(given) - as_expression(wanted)])
         expr = relax.op.reshape(value.expr, [as_expression(dimension) for dimension in shape])
         return self.emit(expr, value.narrow_type)
 

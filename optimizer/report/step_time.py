@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from optimizer.errors import IncompatibleMachineError
+from optimizer.errors import IncompatibleMachineError, InputMismatchError
 from optimizer.package.manifest import Manifest
 from optimizer.report.inputs import complete_inputs
 from optimizer.report.timing import Timing, measure
@@ -27,6 +27,12 @@ def step_time(package: Path, manifest: Manifest, seconds: float = 0.5) -> StepTi
     except IncompatibleMachineError as error:
         return StepTime(None, f"not measured: {error}")
     inputs = complete_inputs(manifest, {}, {}, seed=0)
+    try:
+        model(inputs, outputs="dlpack")
+    except InputMismatchError:
+        return StepTime(
+            None, "not measured: its inputs' values say sizes, and random ones do not fit; see `bench --input`"
+        )
     timing = measure(lambda: model(inputs, outputs="dlpack"), seconds=seconds, most_runs=100)
     shapes = ", ".join(f"{name} {'x'.join(map(str, array.shape)) or 'scalar'}" for name, array in inputs.items())
     shown = shapes if len(shapes) <= 100 else f"{shapes[:97]}..."

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     Machine = Mapping[str, Callable[..., Any]]
     Shapes = Mapping[str, tuple[int, ...]]
 
+# What TVM's virtual machine says of sizes that are not as the code has them (tvm/src/runtime/vm/builtin.cc).
+_SIZES_DIFFER = "match_cast error"
 # tvm/runtime/memory/memory_manager.h
 _POOLED_ALLOCATOR = 2
 
@@ -240,7 +242,13 @@ class Entry:
         """Call the code with its arguments and return what it returns."""
         with self._model.lock:
             use_threads(self._model.threads)
-            returned = self._function(*arguments)
+            try:
+                returned = self._function(*arguments)
+            except RuntimeError as error:
+                if _SIZES_DIFFER not in str(error):
+                    raise
+                problem = "sizes of the inputs, or what their values ask for, do not fit each other"
+                raise mismatch(self.signature, problem) from error
         results = [returned] if isinstance(returned, tensors.TVM_TENSOR) else tensors.elements(returned)
         count = len(self.returned_names)
         if len(results) != count or not all(isinstance(result, tensors.TVM_TENSOR) for result in results):

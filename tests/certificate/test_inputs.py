@@ -169,3 +169,25 @@ def test_onnxruntime_accepts_the_first_inputs_for_real_architectures(exported: E
         values = next(settings(graph_inputs(subject), run))
         outputs = session.run(None, make_inputs(subject, run, values, padded=run > 0))
         assert all(np.isfinite(output).all() for output in outputs)
+
+
+@pytest.mark.parametrize(
+    ("operands", "body"),
+    [
+        ("int64[2] s", "y = Reshape(x, s)"),
+        ("int64[2] s", "a, b = Split<axis = 1>(x, s) y = Concat<axis = 1>(a, b)"),
+        ("int64[4] s", 'y = Resize<mode = "linear">(x, , , s)'),
+        ("float[4] s", "y = Resize(x, , s)"),
+        ("float[8] r, float[4] s", 'y = Resize<coordinate_transformation_mode = "tf_crop_and_resize">(x, r, s)'),
+        ("float[2] s", "y = Resize<axes = [2, 3]>(x, , s)"),
+        ("int64[2] s", "y = Resize<axes = [3, 2]>(x, , , s)"),
+        ("int64[2] i, int64[2] b", "c = Reshape(x, three) y = Col2Im<strides = [1, 2], dilations = [3, 1]>(c, i, b)"),
+    ],
+)
+def test_inputs_that_say_sizes_fit_the_data(operands: str, body: str) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    three = numpy_helper.from_array(np.array([2, 5, 7 * 4], np.int64), "three")
+    subject = model(f"float[2, 5, 7, 4] x, {operands}", body, three)
+    session = onnxruntime.InferenceSession(subject.SerializeToString(), providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, make_inputs(subject, 0))
+    assert np.asarray(result).size >= 2 * 5 * 7 * 4

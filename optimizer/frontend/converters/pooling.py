@@ -9,6 +9,7 @@ import numpy as np
 from tvm import relax, te, tirx
 
 from optimizer.frontend.accumulation import accumulation_dtype, cast
+from optimizer.frontend.converters.gathering import clipped_index
 from optimizer.frontend.dimensions import Shape, as_expression, product, simplified
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
@@ -262,11 +263,15 @@ def max_unpool(node: Node) -> Result:
     flat = [as_expression(product(data.shape))]
     scattered = relax.op.scatter_elements(
         node.emit(zeros).expr,
-        node.emit(relax.op.reshape(node.expr(1), flat)).expr,
+        node.compute(_clipped, node.emit(relax.op.reshape(node.expr(1), flat)).expr, product(inferred)).expr,
         node.emit(relax.op.reshape(data.expr, flat)).expr,
     )
     unpooled = node.emit(relax.op.reshape(scattered, [as_expression(size) for size in inferred]))
     return unpooled if not node.has_input(2) else node.compute(lambda tensor: _extended(tensor, output), unpooled.expr)
+
+
+def _clipped(indices: te.Tensor, size: tirx.Expr | int) -> te.Tensor:
+    return te.compute(indices.shape, lambda i: clipped_index(indices[i], size), name="clipped")
 
 
 def _extended(tensor: te.Tensor, shape: Shape) -> te.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import tvm.ir
 from tvm import relax, te, tirx
 
-from optimizer.frontend.dimensions import Dimension, as_expression, product, simplified
+from optimizer.frontend.dimensions import Dimension, as_expression, below_zero, product, simplified
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
 
@@ -40,7 +40,7 @@ def _quotient(extent: Dimension, divisor: int) -> Dimension:
 
 
 def _moved(node: Node, split: Sequence[Dimension], order: Sequence[int], shape: Sequence[Dimension]) -> relax.Expr:
-    blocks = node.emit(relax.op.reshape(node.expr(), list(split)))
+    blocks = node.reshape(node.input(), split)
     return relax.op.reshape(node.emit(relax.op.permute_dims(blocks.expr, list(order))).expr, list(shape))
 
 
@@ -51,7 +51,9 @@ def reverse_sequence(node: Node) -> Result:
 
     def reversed_rows(tensor: te.Tensor, lengths: te.Tensor) -> te.Tensor:
         def element(*index: tirx.Var) -> tvm.ir.Expr:
-            length, time = lengths(index[batch_axis]).astype("int64"), index[time_axis]
+            # More than there are would be read from behind the end.
+            length = tirx.min(lengths(index[batch_axis]).astype("int64"), tensor.shape[time_axis])
+            time = index[time_axis]
             source = list(index)
             source[time_axis] = tirx.Select(time < length, length - 1 - time, time)
             return tensor(*source)
@@ -82,16 +84,26 @@ def column_to_image(node: Node) -> Result:
     rank = len(image)
     dilations, strides = node.integers("dilations", [1] * rank), node.integers("strides", [1] * rank)
     pads = node.integers("pads", [0] * (2 * rank))
-    channels = _quotient_of(columns.shape[1], product(block))
+    channels = _quotient_of(columns.shape[1], _at_least_one(product(block)))
+
+    def windows(extent: Dimension, kernel: Dimension, axis: int) -> Dimension:
+        padded = extent + pads[axis] + pads[rank + axis]
+        return simplified(_quotient_of(padded - dilations[axis] * (kernel - 1) - 1, strides[axis]) + 1)
+
+    counts = [windows(image[a], block[a], a) for a in range(rank)]
+    node.graph.require_zero(
+        [
+            as_expression(columns.shape[1]) - as_expression(channels) * as_expression(product(block)),
+            as_expression(columns.shape[2]) - as_expression(product(counts)),
+            *(below_zero(as_expression(count)) for count in counts),
+        ]
+    )
     arguments = [as_expression(size) for size in (*image, *block)]
 
     def summed(tensor: te.Tensor, *sizes: tirx.Var) -> te.Tensor:
         extents, kernel = sizes[:rank], sizes[rank:]
         loops = [te.reduce_axis((0, size), f"k{axis}") for axis, size in enumerate(kernel)]
-        counts = [
-            tirx.floordiv(extents[a] + pads[a] + pads[rank + a] - dilations[a] * (kernel[a] - 1) - 1, strides[a]) + 1
-            for a in range(rank)
-        ]
+        counts = [windows(extents[a], kernel[a], a) for a in range(rank)]
 
         def element(n: tirx.Var, c: tirx.Var, *place: tirx.Var) -> tvm.ir.Expr:
             row, column = c, tirx.const(0, "int64")
@@ -109,6 +121,10 @@ def column_to_image(node: Node) -> Result:
         return te.compute([as_expression(extent) for extent in shape], element, name="col2im")
 
     return node.compute(summed, columns.expr, *arguments)
+
+
+def _at_least_one(size: Dimension) -> Dimension:
+    return simplified(tirx.max(as_expression(size), tirx.const(1, "int64")))
 
 
 def _quotient_of(total: Dimension, part: Dimension) -> Dimension:

@@ -11,7 +11,7 @@ from optimizer.frontend.converters.runtime_axes import shape_with_inserted, shap
 from optimizer.frontend.dimensions import Dimension, Shape, as_expression, product, provably_equal, quotient, simplified
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
-from optimizer.frontend.value import TensorValue, Value
+from optimizer.frontend.value import Value
 
 
 @converter("Reshape", since=5)
@@ -53,7 +53,7 @@ def _computed_shape(node: Node, data: Value, wanted: Value) -> Shape:
     return node.compute_shape(resolved, wanted.expr, node.dimensions(data)) if node.vector_length(1) else ()
 
 
-def reshaped(node: Node, data: Value, shape: Sequence[Dimension]) -> TensorValue:
+def reshaped(node: Node, data: Value, shape: Sequence[Dimension]) -> Value:
     """Return `data` in another shape of as many elements."""
     if any(isinstance(extent, int) and extent == 0 for extent in shape):
         # Relax takes a 0 for the dimension of the input, and there is nothing to copy.
@@ -61,7 +61,7 @@ def reshaped(node: Node, data: Value, shape: Sequence[Dimension]) -> TensorValue
     given, wanted = product(data.shape), product(shape)
     if isinstance(given, int) and isinstance(wanted, int) and given != wanted:
         raise node.unsupported(f"{given} elements cannot take the shape {list(shape)}{_cause(data, given, wanted)}")
-    return node.emit(relax.op.reshape(data.expr, list(shape)), data.narrow_type)
+    return node.reshape(data, shape)
 
 
 def _cause(data: Value, given: int, wanted: int) -> str:

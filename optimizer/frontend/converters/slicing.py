@@ -9,7 +9,7 @@ import tvm.ir
 from tvm import relax, te, tirx
 
 from optimizer.frontend.converters.runtime_axes import vector
-from optimizer.frontend.dimensions import Dimension, Shape, as_expression, simplified
+from optimizer.frontend.dimensions import Dimension, Shape, as_expression, provably_equal, simplified
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
 from optimizer.frontend.value import TensorValue, Value
@@ -55,6 +55,9 @@ def split(node: Node) -> Result:
         ends = [sum(sizes[: index + 1]) for index in range(len(sizes) - 1)]
         fields = node.emit_tuple(relax.op.split(data.expr, ends, axis))
         return [node.emit(field.expr, data.narrow_type) for field in fields] if data.narrow_type else fields
+    total = simplified(sum(map(as_expression, sizes), as_expression(0)))
+    if not provably_equal(total, data.shape[axis]):
+        node.graph.require_zero([as_expression(data.shape[axis]) - as_expression(total)])
     parts: list[TensorValue] = []
     begin: Dimension = 0
     for size in sizes:

@@ -12,7 +12,7 @@ from tvm.script.ir_builder import tirx as ir
 
 from optimizer.frontend.converters.kernel_loops import kernel, loops
 from optimizer.frontend.converters.sort_keys import pays_to_select, selected_by_keys, sorted_by_digits
-from optimizer.frontend.dimensions import product
+from optimizer.frontend.dimensions import below_zero, product
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
 
@@ -90,6 +90,8 @@ def top_k(node: Node) -> Result:
     extent = value.shape[axis]
     if isinstance(count, int) and isinstance(extent, int) and count > extent:
         raise node.unsupported(f"k is {count}, but the axis has {extent} elements")
+    if not isinstance(count, int) or not isinstance(extent, int):
+        node.graph.require_zero([below_zero(extent - count)])
     lines = [product(value.shape[:axis]), extent, product(value.shape[axis + 1 :])]
     data = node.emit(relax.op.reshape(value.expr, lines))
     largest = bool(node.integer("largest", 1))

@@ -225,7 +225,9 @@ def roi_align(node: Node) -> Result:
                 start + (tirx.Cast(dtype, sample) + number(0.5)) * step
                 for start, step, sample in zip(starts, steps, samples, strict=True)
             ]
-            corners = _bilinear_corners(image, [tirx.Cast("int64", batch_of(region)), channel], position, dtype)
+            # An image that is not there would be read from anywhere.
+            number_of = tirx.max(tirx.min(tirx.Cast("int64", batch_of(region)), image.shape[0] - 1), 0)
+            corners = _bilinear_corners(image, [number_of, channel], position, dtype)
             if mode == "avg":
                 total = tirx.Cast(dtype, tirx.max(counts[0] * counts[1], tirx.const(1, "int64")))
                 return te.sum(sum(corners[1:], corners[0]) / total, axis=samples)
@@ -255,7 +257,8 @@ def _bilinear_corners(
     for at, size in zip(position, image.shape[-2:], strict=True):
         outside.append(tirx.any(at < -one, at > tirx.Cast(dtype, size)))
         inside = tirx.min(tirx.max(at, zero), tirx.Cast(dtype, size - 1))
-        low = tirx.Cast("int64", te.floor(inside))
+        # Of a NaN the integer may be any.
+        low = tirx.max(tirx.min(tirx.Cast("int64", te.floor(inside)), size - 1), 0)
         weight = inside - te.floor(inside)
         rows.append([(low, one - weight), (tirx.min(low + 1, size - 1), weight)])
     beyond = tirx.any(*outside)
