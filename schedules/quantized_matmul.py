@@ -139,15 +139,18 @@ class QuantizedEmitter:
         """Return the emitter of a product that the family takes on `target`, under the family's parameters."""
         dot = integer_dot(target, analysis.product.layout.bits)
         assert dot is not None
-        return QuantizedEmitter(analysis, dot, parameters["rows"], parameters["vectors"])
+        return QuantizedEmitter(analysis, dot, parameters["rows"], parameters["vectors"], target.streamed_to)
 
-    def __init__(self, analysis: QuantizedMatmulAnalysis, dot: IntegerDot, rows: int, vectors: int) -> None:
+    def __init__(
+        self, analysis: QuantizedMatmulAnalysis, dot: IntegerDot, rows: int, vectors: int, streamed_to: int
+    ) -> None:
         self.analysis = analysis
         self.operands = analysis.operands
         self.product = analysis.product
         self.layout = analysis.product.layout
         self.dot = dot
         self.rows = rows
+        self.streamed_to = streamed_to
         self.vectors = min(vectors, ceiling_int(analysis.columns.extent, dot.lanes))
 
     @property
@@ -279,7 +282,8 @@ class QuantizedEmitter:
         first = tirx.floormod(column, index(layout.columns)) * layout.reduction
         block = tirx.floordiv(column, index(layout.columns))
         source = self.operands.packed.source
-        return [prefetch(load(source, [block, group * steps + step + ahead, first])) for step in range(steps)]
+        places = [[block, group * steps + step + ahead, first] for step in range(steps)]
+        return [prefetch(load(source, place), self.streamed_to) for place in places]
 
     def _codes(self, step: Expr, column: Expr) -> list[Expr]:
         """Return the codes of one step for a vector of columns: bytes, as int32 lanes, in the order of K."""

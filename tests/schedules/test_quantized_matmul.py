@@ -142,3 +142,12 @@ def test_a_product_in_floats_uses_the_weights_as_they_are() -> None:
     use = WeightUse.of("host", "float", 4)
     actual, _ = run(product_module(x.shape, matrix, use), use.target, x)
     np.testing.assert_allclose(actual, x @ matrix.dequantized().T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "hint"), [("x86-avx512", "prefetcht0"), ("x86-avx512-amx", "prefetcht1")])
+def test_one_row_asks_for_weights_into_the_cache_that_the_target_says(name: str, hint: str) -> None:
+    matrix = quantize(np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32), Scheme(4, 32))
+    use = WeightUse.of(name, "int8", 4)
+    module = build(lower(product_module((1, 128), matrix, use), use.target).module, use.target)
+    assembly = "".join(each.inspect_source("asm") for each in module.mod.imports if each.kind == "llvm")
+    assert {word for word in assembly.split() if word.startswith("prefetch")} == {hint}
