@@ -29,6 +29,8 @@ from targets.base import Target
 Point = Mapping[Var, Expr]
 # A part of the second-level cache for a task's copy of the image; weights need the rest.
 IMAGE_SHARE = 2
+# Eighths of it that weights may take which stay there while one image after the other is read.
+WEIGHT_EIGHTHS = 5
 # Where channels are divided among tasks, each copies the image again.
 MOST_COPIES = 4
 
@@ -54,7 +56,8 @@ class MatrixConvolution:
 
     def apply(self, analysis: MatrixWindows, parameters: Parameters, target: Target) -> Stmt:
         """Return the loop nest."""
-        return analysis.tiles.imported(_Emitter(analysis, parameters).statement())
+        emitter = _Emitter(analysis, parameters, _groups_that_stay(target, analysis) > 1)
+        return analysis.tiles.imported(emitter.statement())
 
 
 def _task_shape(target: Target, analysis: MatrixWindows) -> tuple[int, int]:
@@ -65,6 +68,9 @@ def _task_shape(target: Target, analysis: MatrixWindows) -> tuple[int, int]:
     most = height
     if analysis.copies:
         most = min(height, max(1, target.caches.level2 // IMAGE_SHARE // analysis.bytes_of_row))
+    groups = _groups_that_stay(target, analysis)
+    if groups > 1:
+        return most, -(-blocks // groups)
     if analysis.windows.division is Division.IMAGE:
         if analysis.copies:
             return min(most, height // even_parts(height, wanted)), blocks
@@ -74,12 +80,27 @@ def _task_shape(target: Target, analysis: MatrixWindows) -> tuple[int, int]:
     return min(most, rows if analysis.copies else -(-rows // BLOCK) * BLOCK), -(-blocks // parts)
 
 
+def _groups_that_stay(target: Target, analysis: MatrixWindows) -> int:
+    """Return how many groups of channels all images are read for one after the other: 1 but for large weights.
+
+    Weights that do not stay in a core's cache would come from memory again for each image.
+    """
+    images = product([axis.extent for axis in analysis.images])
+    most = target.caches.level2 * WEIGHT_EIGHTHS // 8
+    needed = min(-(-analysis.bytes_of_weights // most), analysis.blocks)
+    if images == 1 or needed == 1:
+        return 1
+    even = (groups for groups in range(needed, 2 * needed) if analysis.blocks % groups == 0)
+    return next(even, needed)
+
+
 @dataclass(frozen=True)
 class _Emitter:
-    """Emission of one convolution under given parameters."""
+    """Emission of one convolution under given parameters; `channels_first`: each group of them for all images."""
 
     analysis: MatrixWindows
     parameters: Parameters
+    channels_first: bool
 
     @property
     def tiles(self) -> MatrixTiles:
@@ -95,11 +116,15 @@ class _Emitter:
         images = [axis.extent for axis in analysis.images]
         parts, groups = -(-analysis.height // self.rows), -(-analysis.blocks // self.parameters["blocks"])
         by_image = analysis.windows.division is Division.IMAGE
-        extents = [*images, *((parts, groups) if by_image else (groups, parts))]
+        inner = (parts, groups) if by_image else (groups, parts)
+        extents = [groups, *images, parts] if self.channels_first else [*images, *inner]
 
         def task(number: Expr) -> Stmt:
-            *outside, first, second = unflatten(number, extents)
-            part, group = (first, second) if by_image else (second, first)
+            if self.channels_first:
+                group, *outside, part = unflatten(number, extents)
+            else:
+                *outside, first, second = unflatten(number, extents)
+                part, group = (first, second) if by_image else (second, first)
             point = {axis.variable: place for axis, place in zip(analysis.images, outside, strict=True)}
 
             def channels(begin: Expr, count: int) -> Stmt:

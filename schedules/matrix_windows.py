@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -161,6 +162,12 @@ class MatrixWindows:
     def bytes_of_row(self) -> int:
         """The bytes of a row of the copy."""
         return self.bytes_of_pixel * self.pitch * self.planes * self.depth_blocks
+
+    @property
+    def bytes_of_weights(self) -> int:
+        """The bytes of all weights."""
+        source = self.windows.weights.source
+        return math.prod(int(extent) for extent in source.shape) * source.dtype.bits // 8
 
     @cached_property
     def stride_of_weights(self) -> int:
