@@ -29,7 +29,7 @@ from tvm.relax.expr_functor import mutator
 
 from passes import blocked_operators
 from passes.base import Pass, PassOutcome, Refusal, Site, require
-from passes.blocked_forms import Blocked, BlockedForms
+from passes.blocked_forms import ROW, Blocked, BlockedForms
 from passes.blocked_operators import Geometry, with_whole_steps
 from passes.channelwise_operators import CONVOLUTIONS, ELEMENTWISE, POOLINGS, QUANTIZATIONS, REDUCTIONS, TRANSPOSED
 from passes.convolution_sites import check_operands, checked_geometry, convolutions_of, static
@@ -49,9 +49,6 @@ from schedules.intrin.bf16_dot import PAIR
 from schedules.intrin.matrix_tiles import BYTES
 from schedules.winograd_structure import winograd
 from schedules.winograd_transforms import TAPS
-
-# Elements of bfloat16 that a row of a tile of matrices holds: blocks of as many channels are for these.
-ROW = BYTES // 2
 
 
 @dataclass(frozen=True)
@@ -297,6 +294,8 @@ class _Blocker(BlockedForms):
 
     def _elementwise(self, call: tvm.ir.Call) -> Blocked | None:
         shape = tuple(call.ty.shape.values)
+        if self._stores_later(call):
+            return self._sum_with_rounded(call)
         operands = [self._operand(argument, shape) for argument in call.args]
         if any(operand is None for operand in operands):
             return None

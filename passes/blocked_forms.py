@@ -13,6 +13,11 @@ from tvm.relax.expr_functor import PyExprMutator
 from passes import blocked_operators
 from passes.convolution_sites import static
 from passes.tensor_types import equal_shapes
+from schedules.intrin.bf16_conversion import BFLOAT16
+from schedules.intrin.matrix_tiles import BYTES
+
+# Elements of bfloat16 that a row of a tile of matrices holds: blocks of as many channels are for these.
+ROW = BYTES // 2
 
 
 @dataclass(frozen=True)
@@ -178,3 +183,32 @@ class BlockedForms(PyExprMutator):
         compute = blocked_operators.less_products
         result = self.builder_.call_te(compute, sums, number, packed, primfunc_name_hint="less_products")
         return Blocked(self._emit(result), shape)
+
+    def _rounds_stored(self, expr: relax.Expr) -> bool:
+        """Return whether a blocked tensor is rounded where a kernel stores it, though no convolution reads it.
+
+        Kernels with tiles of matrices wait for memory before all others.
+        """
+        if not self._is_blocked(expr) or (self._block, self._dtype) != (ROW, BFLOAT16):
+            return False
+        known = self._blocked[expr]
+        return not known.spread and str(known.var.ty.dtype.dtype) == "float32"
+
+    def _stores_later(self, call: tvm.ir.Call) -> bool:
+        """Return whether two tensors are added that nothing rounds yet: one is stored for the other's kernel."""
+        if call.op.name != "relax.add" or not all(map(self._rounds_stored, call.args)):
+            return False
+        first, second = (self._blocked[argument] for argument in call.args)
+        alike = equal_shapes(first.shape, second.shape)
+        return alike and first is not second and first.rounded is None and second.rounded is None
+
+    def _sum_with_rounded(self, call: tvm.ir.Call) -> Blocked:
+        """Return the sum of a tensor and the later one of two, rounded: FuseOps leaves that one a kernel of its own.
+
+        It is one operator, since FuseOps would widen what was rounded before it is stored.
+        """
+        first, later = sorted(call.args, key=list(self._blocked).index)
+        sums, rounded = self._blocked[first].var, self._rounded(later)
+        compute = blocked_operators.sum_with_rounded
+        result = self.builder_.call_te(compute, sums, rounded, primfunc_name_hint="add")
+        return Blocked(self._emit(result), tuple(call.ty.shape.values))

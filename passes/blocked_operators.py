@@ -164,6 +164,11 @@ def _sum(data: tirx.Expr, weights: tirx.Expr, axes: Sequence[tirx.IterVar]) -> t
     return te.sum(data.astype(wide) * weights.astype(wide), axis=axes)
 
 
+def sum_with_rounded(sums: te.Tensor, rounded: te.Tensor) -> te.Tensor:
+    """Return the sums of a tensor of fp32 and one of another type and the same shape."""
+    return te.compute(sums.shape, lambda *at: sums[at] + rounded[at].astype(sums.dtype), name="add")
+
+
 def less_products(sums: te.Tensor, factor: te.Tensor, factors: te.Tensor) -> te.Tensor:
     """Return blocked `sums` less the products of one number, or one at each position, and one of each channel.
 

@@ -104,6 +104,45 @@ def test_what_lies_behind_the_last_channel_is_not_read() -> None:
     np.testing.assert_allclose(got, want, rtol=1e-2, atol=sum_tolerance(48, 4.0))
 
 
+@needs_tiles
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_large_weights_are_read_once_for_all_images(kernel: int) -> None:
+    x = rounded(normal(3, 1024, 7, 7)).astype("float32")
+    w, bias = normal(1024, 1024, kernel, kernel, seed=1), normal(1, 1024, 1, 1, seed=2)
+    executable, _ = compiled(w, bias, [*x.shape], 1, kernel // 2)
+    got = relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
+    want = np.maximum(convolve(x, rounded(w), 1, kernel // 2) + bias, 0)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=sum_tolerance(1024 * kernel**2, 1.0))
+
+
+def two_sums(x: relax.Var) -> relax.Expr:
+    """Return a convolution of what is positive in the sum of two others."""
+    first, second, third = (relax.const(normal(64, 64, 1, 1, seed=seed)) for seed in range(3))
+    y = op.nn.relu(op.add(op.nn.conv2d(x, first), op.nn.conv2d(x, second)))
+    return op.nn.conv2d(y, third)
+
+
+@needs_tiles
+def test_later_of_two_sums_is_rounded() -> None:
+    x = rounded(normal(2, 64, 9, 7)).astype("float32")
+    module = BlockChannels(BLOCK, 0, "bfloat16").run(module_of(two_sums, [[*x.shape]], ["float32"])).module
+    executable = build(lower(module, TARGET).module, TARGET)
+    got = relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
+    first, second, third = (rounded(normal(64, 64, 1, 1, seed=seed)) for seed in range(3))
+    sums = convolve(x, first, 1, 0).astype("float32") + rounded(convolve(x, second, 1, 0).astype("float32"))
+    want = convolve(rounded(np.maximum(sums, 0).astype("float32")), third, 1, 0)
+    # Sums in another order may round to a neighbour of bfloat16, 2^-8 off.
+    np.testing.assert_allclose(got, want, rtol=0, atol=2**-8 * np.abs(want).max())
+
+
+def test_sums_are_stored_rounded() -> None:
+    module = BlockChannels(BLOCK, 0, "bfloat16").run(module_of(two_sums, [[1, 64, 9, 7]], ["float32"])).module
+    main = lower(module, TARGET).module["main"]
+    stored = [str(binding.var.ty.dtype.dtype) for block in main.body.blocks for binding in block.bindings]
+    # In fp32 is the last result, before and after it has its layout again.
+    assert stored[:-2] == ["bfloat16"] * (len(stored) - 2)
+
+
 @pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2)])
 def test_code_has_the_instruction_and_no_call(kernel: int, stride: int) -> None:
     w, bias = normal(64, 64, kernel, kernel), normal(1, 64, 1, 1)
