@@ -36,8 +36,9 @@ from schedules.loops import (
     unflatten,
     with_local,
 )
-from schedules.matmul import branches_on_any, register_tile, split_epilogue
+from schedules.matmul import branches_on_any, split_epilogue
 from schedules.reducer import accumulate, accumulator_dtype
+from schedules.register_tile import register_tile
 from schedules.stages import Axis, Stage, bind, replace_loads, sequence, substitute
 from schedules.windows import SlidingRead, sliding_read
 from targets.base import Target

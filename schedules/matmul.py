@@ -30,6 +30,7 @@ from schedules.intrin.matrix_tiles import BLOCK, BYTES, matrix_tiles
 from schedules.loops import Extent, ceiling, product
 from schedules.matrix_tile import MatrixOperands, stride_of
 from schedules.reducer import NARROW_FLOATS, accumulator_dtype, reducer_of
+from schedules.register_tile import SPLIT_TILE, WIDENED_TILE, register_tile
 from schedules.stages import Stage
 from targets.base import Target
 
@@ -37,14 +38,9 @@ from targets.base import Target
 # transposing one some dozens, and one row of the tile half a cycle per vector.
 ROWS_TO_COPY = 32
 ROWS_TO_TRANSPOSE = 48
-# Rows and vectors of columns where instructions widen 16-bit floats of the rows, as those of the columns are in a panel
-# in fp32: 5 for 80 multiply-adds, each in the place of two of these. 20 of 32 registers.
-WIDENED_TILE = 5, 4
 # Rows of a task in tile registers that read a weight often enough: with 128, 768 x 768 from the last cache take
 # a fifth longer a row than with 224 (Granite Rapids).
 MATRIX_ROWS = 128
-# Where bytes are split into two vectors of 16 bits: 6 sums, 4 vectors of columns, and 4 registers for a row.
-SPLIT_TILE = 3, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,6 +273,7 @@ def tile_of(
         panel=panel,
         parallel=is_large(work_of(analysis.stage)),
         ahead=analysis.operand if panel is None else None,
+        near=analysis.operand if dot is None and panel is None and _comes_late(analysis, target) else None,
         grouped=None
         if dot is None
         else GroupedProducts(dot, analysis.operand, other_operand(analysis.stage, analysis.operand)),
@@ -307,11 +304,11 @@ def _even_block(extent: int, most: int, rows: int) -> int:
     return -(-extent // (blocks * rows)) * rows
 
 
-def register_tile(target: Target) -> tuple[int, int]:
-    """Return rows and vectors of accumulators that fit the registers beside the operands' (and hide FMA latency)."""
-    if target.vector_registers < 32:
-        return 6, 2  # 12 of 16 registers
-    return 8, 2  # 16 of 32 registers
+def _comes_late(analysis: MatmulAnalysis, target: Target) -> bool:
+    """Return whether the column operand, packed, is read by several tiles of rows of a core faster than it comes."""
+    rows: Extent = analysis.rows.extent if analysis.rows is not None else 1
+    several = not isinstance(rows, int) or rows > register_tile(target)[0]
+    return target.multiply_adds > 1 and bool(analysis.block) and len(analysis.reduction) == 1 and several
 
 
 def split_epilogue(kernel: Kernel) -> tuple[Stage | None, Epilogue | None]:

@@ -22,8 +22,9 @@ from schedules.direct_convolution import DirectConvolution
 from schedules.family import PARALLEL_THRESHOLD, Choice, Kernel, Parameters, Space, is_large, work_of
 from schedules.intrin.matrix_tiles import BLOCK
 from schedules.loops import Extent, parallel, product, region, then_wait, tile_choice, tiles
-from schedules.matmul import Matmul, MatmulAnalysis, matrix_operands, register_tile, tile_of, with_next_rows
+from schedules.matmul import Matmul, MatmulAnalysis, matrix_operands, tile_of, with_next_rows
 from schedules.quantized_matmul import QuantizedMatmul
+from schedules.register_tile import register_tile
 from schedules.row_parts import PartedKernel
 from schedules.rowwise import Rowwise, RowwiseAnalysis, all_rows, consecutive_rows, row_extents
 from schedules.stages import contains, loads_of, sequence

@@ -41,6 +41,7 @@ from schedules.loops import (
     with_local,
 )
 from schedules.matrix_tile import MatrixOperands, rows_of_sums
+from schedules.near_lines import STEPS_BEFORE, columns_of_line, operand_lines, result_lines
 from schedules.panels import Panel
 from schedules.partial_sums import in_parts, part_steps
 from schedules.reducer import accumulate, accumulator_dtype, read_in_fp32, widened
@@ -54,7 +55,6 @@ COLUMN_GROUPS = 4
 # With so many blocks of rows these shorter tasks are few: all columns of a block follow each other, so that its rows
 # come from memory once and not with every group (12000 rows of 384 by 384 columns took 17 % longer, Zen 4).
 BLOCKS_TO_TAKE_WHOLE = 32
-CACHE_LINE = 64
 # Code for the columns of one width that begin at an offset.
 Columns = Callable[[Expr, int], Stmt]
 # Code for a block of rows at a point of the outer axes, of the columns of one width that begin at an offset.
@@ -66,8 +66,9 @@ class Tile:
     """How a reduction is cut: `width` elements of `vector_group` by `rows` of `row_group`, `row_block` rows a task.
 
     `panel` is the read that is copied to [reduction][width] in the task before its rows are computed, if any; `ahead`
-    one whose next columns come into the second-level cache while these are computed. With `grouped` the sums are of
-    dot products of several terms, with `matrix` they are computed in tile registers. `by_element` is whether
+    one whose next columns come into the second-level cache while these are computed, `near` one whose lines are asked
+    for shortly before they are read, as are those of the results. With `grouped` the sums are of dot products of
+    several terms, with `matrix` they are computed in tile registers. `by_element` is whether
     instructions multiply by an element of a register. With `next_rows` a block's tiles of columns ask for the rows that
     the next block reads.
     """
@@ -85,6 +86,7 @@ class Tile:
     panel: TensorLoad | None
     parallel: bool
     ahead: TensorLoad | None = None
+    near: TensorLoad | None = None
     grouped: GroupedProducts | None = None
     matrix: MatrixOperands | None = None
     by_element: bool = False
@@ -271,7 +273,9 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
 
             if tile.grouped is not None:
                 return tile.grouped.step(registers, (rows, pitch), values, tile.terms, of_row)
-            return cells(rows, width, update)
+            later = inner(positions, term + STEPS_BEFORE)
+            lines = operand_lines(tile.near, lambda v: {**at(index(0), v), **later}, width)
+            return sequence([*lines, cells(rows, width, update)])
 
         if element is None or before + count == 1:
             return sequence([add(term) for term in range(count)])
@@ -283,7 +287,9 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
             read, (rows, count), before, add, None if tile.grouped is None else tile.grouped.dot.groups
         )
 
-    following = [at(index(0), index(width + column)) for column in range(0, width, _elements_of_a_line(tile))]
+    following = [
+        at(index(0), index(width + column)) for column in range(0, width, columns_of_line(tile.ahead, tile.terms))
+    ]
 
     def reduce(first: Expr, count: Extent) -> Stmt:
         return _fetching_ahead(tile, following, row, (first, [count, *extents[1:]]), together, step)
@@ -304,11 +310,11 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
         assert isinstance(extents[0], int)
         buffers, sums = [registers, totals], in_parts(registers, totals, extents[0], part, all_cells, reduce)
     write = _write_back(tile, totals, (rows, width), pitch, at)
-    if tile.next_rows is None:
-        return with_local(buffers, [cells(rows, pitch, start), sums, write])
-    part = tirx.floordiv(base, index(tile.width))
-    requests = tile.next_rows.requests(point, row + tile.row_block, rows, part)
-    return with_local(buffers, [requests, cells(rows, pitch, start), sums, write])
+    requests = [] if tile.near is None else result_lines(tile.epilogue, tile.vector_group, at, (rows, width))
+    if tile.next_rows is not None:
+        part = tirx.floordiv(base, index(tile.width))
+        requests.append(tile.next_rows.requests(point, row + tile.row_block, rows, part))
+    return with_local(buffers, [*requests, cells(rows, pitch, start), sums, write])
 
 
 def _element(tile: Tile, stage: Stage) -> Expr | None:
@@ -318,12 +324,6 @@ def _element(tile: Tile, stage: Stage) -> Expr | None:
     if tile.grouped is not None:
         return tile.grouped.activations
     return element_read(stage, tile.vector_group, tile.reduction[-1])
-
-
-def _elements_of_a_line(tile: Tile) -> int:
-    """Return how many elements of what is fetched ahead a line of the caches holds."""
-    bits = 8 if tile.ahead is None else tile.ahead.source.dtype.bits
-    return max(1, CACHE_LINE * 8 // (bits * tile.terms))
 
 
 def _fetching_ahead(

@@ -60,6 +60,7 @@ class Target:
     `features` are the CPU features that a machine must have before the package's code is loaded, named as Linux
     names them in /proc/cpuinfo: exactly those that the code generator may use given `llvm_cpu` and
     `llvm_attributes`. `vector_bits` is the width of a vector register (on a GPU: of a thread's widest load).
+    `multiply_adds` is how many multiply-adds of whole vectors a core begins in a cycle, 1 if that is not known.
     `cores` is how many cores default schedules find work for; the runtime uses as many as the machine has.
     `gpu_architectures` are the CUDA architectures (such as "sm_90") whose device code goes into the package.
     `emulated_cpu` is the QEMU_CPU under which the target's code can be executed elsewhere.
@@ -82,6 +83,7 @@ class Target:
     emulated_cpu: str | None = None
     # Not in what identifies a target's tuning records, which are older.
     streamed_to: int = field(default=1, repr=False)
+    multiply_adds: int = field(default=1, repr=False)
 
     def vector_lanes(self, bits: int) -> int:
         """Return how many elements of `bits` bits one vector register holds (at least 1)."""

@@ -51,4 +51,6 @@ X86_AVX512_AMX = replace(
     # llama3.2_1b took 42 ms with requests to the first one, 37 with those to the second, and reading alone 35 (Granite
     # Rapids, two threads).
     streamed_to=2,
+    # Two units of 512 bits (manual above); Zen 4 begins one such multiply-add a cycle.
+    multiply_adds=2,
 )
