@@ -11,7 +11,7 @@ that copy follow each other, so that tiles run on over them: what they compute o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
@@ -19,6 +19,7 @@ from tvm.tirx.stmt import Stmt
 from schedules.direct_convolution import analyse
 from schedules.division import Division, even_parts
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
+from schedules.intrin.byte_rounding import rounded_in_floats
 from schedules.intrin.matrix_tiles import BLOCK, MatrixTiles, matrix_tiles
 from schedules.loops import parallel, product, tile_choice, unflatten
 from schedules.matmul import branches_on_any
@@ -46,6 +47,8 @@ class MatrixConvolution:
         windows = analyse(kernel)
         if windows is None or windows.grouped is None or branches_on_any(windows.stage):
             return None
+        epilogue = replace(windows.epilogue, value=rounded_in_floats(windows.epilogue.value))
+        windows = replace(windows, epilogue=epilogue)
         tiles = matrix_tiles(target, str(windows.data.source.dtype), str(windows.weights.source.dtype))
         return None if tiles is None or windows.block % BLOCK else matrix_windows(windows, tiles)
 

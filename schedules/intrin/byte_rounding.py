@@ -32,11 +32,20 @@ class Rounding:
     low: int
     high: int
 
+    @property
+    def _limited(self) -> Expr:
+        low, high = (_float(float(limit - self.zero)) for limit in (self.low, self.high))
+        return tirx.max(tirx.min(self.value, high), low)
+
     def by_addition(self) -> Expr:
         """Return the byte."""
-        low, high = (_float(float(limit - self.zero)) for limit in (self.low, self.high))
-        integer = tirx.reinterpret("int32", tirx.max(tirx.min(self.value, high), low) + _float(_MAGIC))
+        integer = tirx.reinterpret("int32", self._limited + _float(_MAGIC))
         return (integer + tirx.const(self.zero, "int32") if self.zero else integer).astype(self.dtype)
+
+    def as_float(self, shift: int) -> Expr:
+        """Return the byte less a whole number as a number of fp32."""
+        whole = tirx.nearbyint(self._limited)
+        return whole - _float(float(shift - self.zero)) if shift != self.zero else whole
 
 
 def round_to_bytes(statement: Stmt) -> Stmt:
@@ -47,6 +56,25 @@ def round_to_bytes(statement: Stmt) -> Stmt:
         return cast if found is None else found.by_addition()
 
     return tvm_ffi.structural_map(statement, (tirx.Cast, rounded))
+
+
+def rounded_in_floats(value: Expr) -> Expr:
+    """Return an expression with equal numbers in which none is rounded to a byte and becomes a number again.
+
+    One instruction leaves a limited number whole, in place of four that make a byte of it and a number of that.
+    """
+
+    def kept(cast: tirx.Cast) -> Expr:
+        whole = cast.value
+        if str(cast.ty.dtype) != "float32" or str(whole.ty.dtype) != "int32":
+            return cast
+        shift = 0
+        if isinstance(whole, tirx.Sub) and isinstance(whole.b, tirx.IntImm):
+            whole, shift = whole.a, int(whole.b)
+        found = rounding_of(whole.value) if isinstance(whole, tirx.Cast) else None
+        return cast if found is None else found.as_float(shift)
+
+    return tvm_ffi.structural_map(value, (tirx.Cast, kept))
 
 
 def rounding_of(cast: Expr) -> Rounding | None:

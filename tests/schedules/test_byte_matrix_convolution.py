@@ -85,6 +85,26 @@ def test_what_follows_is_rounded_to_bytes(rows: int) -> None:
     assert families.count("matrix-convolution") == 2
 
 
+@needs_tiles
+@pytest.mark.parametrize(("zero", "other"), [(0, 0), (118, 118), (7, 130)])
+def test_numbers_that_are_rounded_twice_become_bytes_once(zero: int, other: int) -> None:
+    x, w = drawn("uint8", 1, 64, 9, 13), drawn("int8", 64, 64, 1, 1, seed=1)
+    scales = np.linspace(1e-4, 1e-2, 64, dtype=np.float32).reshape(1, 64, 1, 1)
+
+    def layers(x: relax.Var) -> relax.Expr:
+        y = quantized(op.multiply(op.astype(conv(x, w), "float32"), relax.const(scales)), "uint8", zero)
+        z = op.dequantize(y, relax.const(np.float32(0.5)), relax.const(np.uint8(other)))
+        return quantized(op.add(z, op.astype(x, "float32")), "uint8", 3)
+
+    executable, families = compiled(layers, [*x.shape])
+    inner = quantize(convolve(x, w, 1, 0).astype(np.float32) * scales, "uint8", zero).astype(np.float32)
+    want = quantize((inner - other) * np.float32(0.5) + x.astype(np.float32), "uint8", 3)
+    np.testing.assert_array_equal(run(executable, x), want)
+    assert families.count("matrix-convolution") == 1
+    assembly = "".join(each.inspect_source("asm") for each in executable.mod.imports if each.kind == "llvm")
+    assert "vpmovdb" not in assembly
+
+
 @pytest.mark.parametrize(("inputs", "kernel", "stride"), [(64, 1, 1), (64, 3, 1), (128, 3, 2), (3, 7, 2)])
 def test_code_has_the_instruction_and_no_call(inputs: int, kernel: int, stride: int) -> None:
     w = drawn("int8", 64, inputs, kernel, kernel)
