@@ -295,7 +295,7 @@ def matrix_operands(analysis: MatmulAnalysis, target: Target) -> MatrixOperands 
         return None
     if stride_of(other, analysis.rows) is None or analysis.block % BLOCK:
         return None
-    return MatrixOperands(tiles, analysis.operand, other, analysis.rows, analysis.columns, along)
+    return MatrixOperands(tiles, analysis.operand, other, analysis.rows, analysis.columns, along, target.caches.level1)
 
 
 def _even_block(extent: int, most: int, rows: int) -> int:

@@ -33,10 +33,18 @@ from schedules.loops import (
 )
 from schedules.stages import Stage, sequence, substitute
 
+# Of the first-level cache, what the weights of 32 columns may take that stay there while rows pass by: 512 x 512 x 512
+# took 84 us so, 101 otherwise; 197 x 768 x 3072, whose weights fill all of it, 445 and 422 (Granite Rapids).
+KEPT_WEIGHTS = 2, 3
+
 
 @dataclass(frozen=True, eq=False)
 class MatrixOperands:
-    """The operands of a product in tile registers: `weights` [columns / b][K / g][b][g], and `activations` along K."""
+    """The operands of a product in tile registers: `weights` [columns / b][K / g][b][g], and `activations` along K.
+
+    `first_level` are the bytes of the cache that may keep the weights of a block of columns for all blocks of rows, 0
+    where rows come back before columns do.
+    """
 
     tiles: MatrixTiles
     weights: TensorLoad
@@ -44,6 +52,14 @@ class MatrixOperands:
     rows: AxisGroup
     columns: AxisGroup
     along: AxisGroup
+    first_level: int = 0
+
+    @property
+    def passing(self) -> bool:
+        """Return whether rows leave the first-level cache to the columns' weights, which fit it beside the sums."""
+        assert isinstance(self.along.extent, int)
+        bits = int(self.weights.source.dtype.bits)
+        return self.along.extent * BLOCK * bits // 8 <= self.first_level * KEPT_WEIGHTS[0] // KEPT_WEIGHTS[1]
 
     @property
     def pitch(self) -> Expr:
@@ -84,39 +100,19 @@ def stride_of(read: TensorLoad, group: AxisGroup) -> Expr | None:
     return total
 
 
-def rows_of_sums(
-    operands: MatrixOperands,
-    stage: Stage,
-    epilogue: Epilogue,
-    at: Callable[[Expr, Expr], Mapping[Var, Expr]],
-    shape: tuple[Extent, int],
-    most: int,
+def in_blocks(
+    tiles: MatrixTiles,
+    rows: Extent,
+    block: Callable[[Expr, Extent], Stmt],
+    after: Callable[[Expr], Stmt] | None = None,
 ) -> Stmt:
-    """Return `shape` rows, up to `most`, by columns, up to 32, a block of 32 rows after the other, then what is left.
-
-    `at` gives the axes' values at a row and a column. The blocks ask for the weights of the next 32 columns.
-    """
-    rows, width = shape
-
-    def block(number: Expr, count: Extent) -> Stmt:
-        def inside(row: Expr, column: Expr) -> Mapping[Var, Expr]:
-            return at(number * BLOCK + row, column)
-
-        ahead = next_columns(operands, inside, number, -(-most // BLOCK))
-        return block_of_sums(
-            operands, stage, epilogue, inside, (count, width), isinstance(count, int) and count == BLOCK, ahead
-        )
-
-    return in_blocks(operands.tiles, rows, block)
-
-
-def in_blocks(tiles: MatrixTiles, rows: Extent, block: Callable[[Expr, Extent], Stmt]) -> Stmt:
     """Return `block`, from its number and its rows, for 32 rows at a time with registers described once, then the rest.
 
-    What is left of the rows describes its registers itself.
+    What is left of the rows describes its registers itself. `after` gives what follows the last one of 32 rows.
     """
     full, rest = quotient(rows, BLOCK), remainder(rows, BLOCK)
-    blocks = sequence([tiles.begin(TILE, TILE), loop(full, lambda number: block(number, BLOCK)), tiles.end()])
+    follows = [] if after is None else [after(index(full) - 1)]
+    blocks = sequence([tiles.begin(TILE, TILE), loop(full, lambda number: block(number, BLOCK)), tiles.end(), *follows])
     if isinstance(full, int) and isinstance(rest, int):
         return sequence([*([blocks] if full else []), *([block(index(full), rest)] if rest else [])])
     parts = ((full, blocks), (rest, block(index(full), index(rest))))
@@ -143,6 +139,36 @@ def block_of_sums(
     pitch = BLOCK * 4
     form = (1 if isinstance(rows, int) and rows <= TILE else 2, -(-columns // TILE))
     upper, lower = _heights(rows)
+    lines = written_lines(operands, epilogue, at, columns)
+    places = [load(sums, [place]) for place in (index(0), index(upper) * BLOCK, index(BLOCK * BLOCK - 1))]
+
+    def beside(number: Expr) -> list[Stmt]:
+        return [*([] if ahead is None else [ahead(number)]), *lines(number)]
+
+    return with_local(
+        [sums],
+        [
+            tiles.zero() if configured else tiles.begin(upper, lower),
+            loop(operands.steps, step_of(operands, at, shape, beside)),
+            last_terms(operands, at, (rows, columns)) if operands.rest else tirx.Evaluate(0),
+            tiles.store(form, places, pitch),
+            *([] if configured else [tiles.end()]),
+            finished(stage, epilogue, sums, at, (rows, columns), operands.columns),
+        ],
+    )
+
+
+def step_of(
+    operands: MatrixOperands,
+    at: Callable[[Expr, Expr], Mapping[Var, Expr]],
+    shape: tuple[Extent, int],
+    beside: Callable[[Expr], Sequence[Stmt]],
+) -> Callable[[Expr], Stmt]:
+    """Return the step of a number along the reduction of a block, with what is done beside it."""
+    rows, columns = shape
+    tiles = operands.tiles
+    form = (1 if isinstance(rows, int) and rows <= TILE else 2, -(-columns // TILE))
+    upper, _ = _heights(rows)
     # Of one row alone the lower tile has one, too: the same, for there may be nothing to read behind it.
     second = index(upper) if isinstance(rows, int) else tirx.min(index(upper), index(rows) - 1)
 
@@ -152,25 +178,14 @@ def block_of_sums(
     def step(number: Expr) -> Stmt:
         k = number * tiles.terms
         places = [read(operands.activations, row, k) for row in (index(0), second)[: form[0]]]
-        add = tiles.step(form, places, operands.pitch, read(operands.weights, index(0), k), operands.stride)
-        return sequence([*([] if ahead is None else [ahead(number)]), *owned(number), add])
+        weights = read(operands.weights, index(0), k)
+        add = tiles.step(form, places, operands.pitch, weights, operands.stride, operands.passing)
+        return sequence([*beside(number), add])
 
-    owned = _written_lines(operands, epilogue, at, columns)
-    places = [load(sums, [place]) for place in (index(0), index(upper) * BLOCK, index(BLOCK * BLOCK - 1))]
-    return with_local(
-        [sums],
-        [
-            tiles.zero() if configured else tiles.begin(upper, lower),
-            loop(operands.steps, step),
-            last_terms(operands, at, (rows, columns)) if operands.rest else tirx.Evaluate(0),
-            tiles.store(form, places, pitch),
-            *([] if configured else [tiles.end()]),
-            finished(stage, epilogue, sums, at, (rows, columns), operands.columns),
-        ],
-    )
+    return step
 
 
-def _written_lines(
+def written_lines(
     operands: MatrixOperands, epilogue: Epilogue, at: Callable[[Expr, Expr], Mapping[Var, Expr]], width: int
 ) -> Callable[[Expr], Sequence[Stmt]]:
     """Return what asks at each step for the lines of some rows of the result, where a row's columns lie together.
@@ -279,20 +294,34 @@ def finished(
     written = Access(epilogue.stage.output, epilogue.indices)
     if written.step(columns.inner) == Step.STRIDED and isinstance(rows, int):
         return loop(width, lambda column: vector(rows, lambda row: finish(row, column)))
+    pieces = pieces_of_row(epilogue, columns, width)
+    return loop(rows, lambda row: finished_row(stage, epilogue, sums, row * BLOCK, at, row, pieces))
+
+
+def pieces_of_row(epilogue: Epilogue, columns: AxisGroup, width: int) -> Sequence[tuple[int, int]]:
+    """Return the first columns and the widths of the vectors that finish `width` columns of a row."""
     piece = next(size for size in (BLOCK, TILE, width) if width % size == 0)
-    block = written.block(columns.inner)
+    block = Access(epilogue.stage.output, epilogue.indices).block(columns.inner)
     if block and width % block == 0:
         piece = min(piece, block)
+    return [(first, piece) for first in range(0, width, piece)]
 
-    def of_row(row: Expr) -> Stmt:
-        return sequence(
-            [
-                vector(piece, lambda column, first=first: finish(row, index(first) + column))
-                for first in range(0, width, piece)
-            ]
-        )
 
-    return loop(rows, of_row)
+def finished_row(
+    stage: Stage,
+    epilogue: Epilogue,
+    sums: Var,
+    place: Expr,
+    at: Callable[[Expr, Expr], Mapping[Var, Expr]],
+    row: Expr,
+    pieces: Sequence[tuple[int, int]],
+) -> Stmt:
+    """Return what follows the sums of a row of a block, which lie from `place` on."""
+
+    def finish(column: Expr) -> Stmt:
+        return epilogue.store(load(sums, [place + column]).astype(stage.output.dtype), at(row, column))
+
+    return sequence([vector(size, lambda v, first=first: finish(index(first) + v)) for first, size in pieces])
 
 
 def _heights(rows: Extent) -> tuple[Extent, Extent]:

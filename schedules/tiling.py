@@ -40,7 +40,8 @@ from schedules.loops import (
     vector,
     with_local,
 )
-from schedules.matrix_tile import MatrixOperands, rows_of_sums
+from schedules.matrix_rows import rows_of_sums
+from schedules.matrix_tile import MatrixOperands
 from schedules.near_lines import STEPS_BEFORE, columns_of_line, operand_lines, result_lines
 from schedules.panels import Panel
 from schedules.partial_sums import in_parts, part_steps

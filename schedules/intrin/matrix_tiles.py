@@ -33,7 +33,7 @@ BYTES = 64
 # Rows and columns of the block of sums that is in registers at once.
 BLOCK = 2 * TILE
 _BEGIN, _ZERO, _LOAD, _STORE, _END = (f"optimizer_tiles_{name}" for name in ("begin", "zero", "load", "store", "end"))
-_STEP, _OWN = "optimizer_tiles_step", "optimizer_tiles_own"
+_STEP, _OWN, _PASSING = "optimizer_tiles_step", "optimizer_tiles_own", "_passing"
 # 158: arch_prctl; 4131: ARCH_REQ_XCOMP_PERM; 18: XFEATURE_XTILEDATA (Linux, Documentation/arch/x86/xstate.rst).
 # The description of the registers: palette 1, 64 bytes a row in each, and their numbers of rows.
 _SOURCE = """
@@ -44,6 +44,7 @@ declare void @llvm.x86.ldtilecfg(ptr)
 declare void @llvm.x86.tilerelease()
 declare void @llvm.x86.tilezero(i8)
 declare void @llvm.x86.tileloadd64(i8, ptr, i64)
+declare void @llvm.x86.tileloaddt164(i8, ptr, i64)
 declare void @llvm.x86.tilestored64(i8, ptr, i64)
 declare void @llvm.x86.{instruction}(i8, i8, i8)
 define weak_odr i32 @{begin}(i32 %upper, i32 %lower) #1 {{
@@ -147,15 +148,23 @@ class MatrixTiles:
         """Return what stores sums as `load` loads them."""
         return _call(_named(_STORE, shape), *map(tirx.address_of, places), index(stride))
 
-    def step(self, shape: tuple[int, int], rows: Sequence[Expr], pitch: Expr | int, columns: Expr, stride: int) -> Stmt:
+    def step(
+        self,
+        shape: tuple[int, int],
+        rows: Sequence[Expr],
+        pitch: Expr | int,
+        columns: Expr,
+        stride: int,
+        passing: bool = False,
+    ) -> Stmt:
         """Return what adds the products of 64 bytes of the reduction to sums of (1 or 2) by (1 or 2) tiles.
 
         `rows` are the reads of the first elements of the upper and the lower rows, which begin `pitch` bytes apart;
         `columns` that of the weights of the left columns, whose groups of neighbours begin `stride` bytes apart and
-        which those of the right columns follow.
+        which those of the right columns follow. Rows that are `passing` leave the first-level cache to the columns.
         """
         upper, lower = (tirx.address_of(each) for each in (rows[0], rows[-1]))
-        call = _named(self.step_call, shape)
+        call = _named(f"{self.step_call}{_PASSING}" if passing else self.step_call, shape)
         return _call(call, upper, lower, index(pitch), tirx.address_of(columns), index(stride))
 
     def imported(self, statement: Stmt) -> Stmt:
@@ -180,7 +189,8 @@ def _tiles(target: Target, instruction: str, terms: int, total: str) -> MatrixTi
     functions = [
         *(_moves(_LOAD, "tileloadd64", shape) for shape in shapes),
         *(_moves(_STORE, "tilestored64", shape) for shape in shapes),
-        *(_step(call, instruction, shape) for shape in shapes),
+        *(_step(call, instruction, shape, "tileloadd64") for shape in shapes),
+        *(_step(f"{call}{_PASSING}", instruction, shape, "tileloaddt164") for shape in shapes),
     ]
     source = _SOURCE.format(
         instruction=instruction,
@@ -208,13 +218,13 @@ def _moves(call: str, instruction: str, shape: tuple[int, int]) -> str:
     return _MOVES.format(call=call, rows=rows, columns=columns, body="\n".join(lines))
 
 
-def _step(call: str, instruction: str, shape: tuple[int, int]) -> str:
+def _step(call: str, instruction: str, shape: tuple[int, int], load_rows: str) -> str:
     rows, columns = shape
     lines = [f"  %right = getelementptr i8, ptr %left, i64 {BYTES}"]
     for column, place in list(enumerate(("%left", "%right")))[:columns]:
         lines.append(f"  call void @llvm.x86.tileloadd64(i8 {6 + column}, ptr {place}, i64 %stride)")
     for row, place in list(enumerate(("%upper", "%lower")))[:rows]:
-        lines.append(f"  call void @llvm.x86.tileloadd64(i8 {4 + row}, ptr {place}, i64 %pitch)")
+        lines.append(f"  call void @llvm.x86.{load_rows}(i8 {4 + row}, ptr {place}, i64 %pitch)")
         lines += [
             f"  call void @llvm.x86.{instruction}(i8 {2 * row + column}, i8 {4 + row}, i8 {6 + column})"
             for column in range(columns)

@@ -75,6 +75,13 @@ def test_steps_ask_for_the_lines_that_the_block_writes() -> None:
     assert "prefetchw" in assembly
 
 
+@pytest.mark.parametrize(("depth", "passes"), [(256, True), (2048, False)])
+def test_rows_pass_by_the_cache_that_holds_the_weights_of_a_block(depth: int, passes: bool) -> None:
+    weights = normal(depth, 64).astype(ml_dtypes.bfloat16)
+    lowered = lower(module_of(lambda v: layer(weights, v), [(96, depth)], ["float32"]), AMX)
+    assert ("optimizer_tiles_step_tdpbf16ps_passing" in lowered.module.script()) == passes
+
+
 @HERE
 @pytest.mark.parametrize("rows", [1, 33])
 def test_nothing_is_read_behind_the_last_row(rows: int) -> None:
