@@ -47,9 +47,10 @@ X86_AVX512_AMX = replace(
     caches=CacheSizes(level1=48 * 1024, level2=2048 * 1024, level3=1920 * 1024),
     # The 64 bytes that a row of a tile holds.
     layouts=replace(X86_AVX512_BF16.layouts, rounded_block=32, byte_block=64),
-    # A core waits for 16 lines that go to the first-level cache at most, for 48 that go to the second: all products of
-    # llama3.2_1b took 42 ms with requests to the first one, 37 with those to the second, and reading alone 35 (Granite
-    # Rapids, two threads).
+    # All products of a step of llama3.2_1b took 42 and 44 ms with requests to the first-level cache, 35 to 37 and 37 to
+    # 40 with those to the second, reading alone 35 and 36 (Granite Rapids, two threads, two runs in C). A Golden Cove
+    # has 16 fill buffers at the first one, 48 places for requests at the second (Intel Architecture Day 2021): that may
+    # be why.
     streamed_to=2,
     # Two units of 512 bits (manual above); Zen 4 begins one such multiply-add a cycle.
     multiply_adds=2,
