@@ -16,6 +16,7 @@ from optimizer.grouped_activations import activate_groups
 from optimizer.ir_dump import ignore
 from optimizer.kernel_merging import merge_kernels
 from optimizer.kernel_nodes import carry_into_groups, fused_groups, name_kernels, with_calls
+from optimizer.large_pages import ask_for_large_pages
 from optimizer.legalization import LEGALIZATIONS
 from optimizer.shape_heap import lower_shapes
 from optimizer.shared_bindings import leave_out_tuples, share_sizes, share_views
@@ -71,7 +72,6 @@ _FINISH = (
     relax.transform.CanonicalizeBindings,  # names of one tensor, tuples taken apart
     lambda: leave_out_tuples,
     lambda: share_views,
-    relax.transform.KillAfterLastUse,
 )
 _FINISH_CALLS = (
     relax.transform.LowerRuntimeBuiltin,
@@ -154,6 +154,7 @@ def build(module: tvm.IRModule, target: Target, *, once_a_layer: bool = True) ->
     with target.tvm_target() as tvm_target, generating_source(), code_generation.options(target):
         for transform in _FINISH:
             module = transform()(module)
+        module = relax.transform.KillAfterLastUse()(ask_for_large_pages(module, target))
         if once_a_layer:
             module = launch_layers_once(module, target)
         for transform in _FINISH_CALLS:
