@@ -291,11 +291,11 @@ def matrix_operands(analysis: MatmulAnalysis, target: Target) -> MatrixOperands 
     tiles, (along,) = matrix_tiles(target, *types), analysis.reduction
     if tiles is None or analysis.rows is None or not isinstance(along.extent, int) or along.extent < tiles.terms:
         return None
-    if along.extent % tiles.terms and tiles.total != "int32":
-        return None
     if stride_of(other, analysis.rows) is None or analysis.block % BLOCK:
         return None
-    return MatrixOperands(tiles, analysis.operand, other, analysis.rows, analysis.columns, along, target.caches.level1)
+    parts = (analysis.operand, other, analysis.rows, analysis.columns, along)
+    operands = MatrixOperands(tiles, *parts, target.caches.level1)
+    return operands if operands.filled or tiles.total == "int32" else None
 
 
 def _even_block(extent: int, most: int, rows: int) -> int:

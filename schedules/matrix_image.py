@@ -13,7 +13,7 @@ from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.intrin.bf16_conversion import BFLOAT16
+from schedules.intrin.bf16_conversion import bits_of, type_of_bits
 from schedules.intrin.matrix_tiles import TILE
 from schedules.loops import index, load, local, loop, vector
 from schedules.matrix_windows import MatrixWindows
@@ -37,7 +37,7 @@ class CopiedImage:
         size = self.analysis.depth_blocks * self.analysis.planes * self._pixels_of_plane
         # TVM makes bfloat16 of a task's memory fp32.
         dtype = str(self.analysis.windows.data.source.dtype)
-        return local([size * self.analysis.elements], "uint16" if dtype == BFLOAT16 else dtype, "image")
+        return local([size * self.analysis.elements], type_of_bits(dtype), "image")
 
     @property
     def pixels(self) -> int:
@@ -120,7 +120,7 @@ class CopiedImage:
     def _pixel(self, place: Expr, read: Callable[[Expr], TensorLoad], channels: int) -> Stmt:
         """Return the copy of one pixel's channels, and zeros in place of those that there are not."""
         terms, copy = self.analysis.block, self.copy
-        statements = [vector(channels, lambda v: tirx.BufferStore(copy, _bits(read(v)), [place * terms + v]))]
+        statements = [vector(channels, lambda v: tirx.BufferStore(copy, bits_of(read(v)), [place * terms + v]))]
         if channels < terms:
             zero = tirx.const(0, str(copy.dtype))
             rest = terms - channels
@@ -130,7 +130,3 @@ class CopiedImage:
     def _zeros(self, place: Expr) -> Stmt:
         terms, copy = self.analysis.block, self.copy
         return vector(terms, lambda v: tirx.BufferStore(copy, tirx.const(0, str(copy.dtype)), [place * terms + v]))
-
-
-def _bits(read: TensorLoad) -> Expr:
-    return tirx.reinterpret("uint16", read) if str(read.source.dtype) == BFLOAT16 else read

@@ -15,6 +15,7 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, AxisGroup, Step, linear_coefficient
 from schedules.epilogue import Epilogue
+from schedules.intrin.bf16_conversion import bits_of, type_of_bits
 from schedules.intrin.matrix_tiles import BLOCK, BYTES, TILE, MatrixTiles
 from schedules.loops import (
     LINE_BITS,
@@ -78,6 +79,12 @@ class MatrixOperands:
     def steps(self) -> int:
         assert isinstance(self.along.extent, int)
         return self.along.extent // self.tiles.terms
+
+    @property
+    def filled(self) -> bool:
+        """Whether zeros make whole steps of the weights."""
+        group = int(self.weights.source.shape[-1])
+        return int(self.weights.source.shape[-3]) * group % self.tiles.terms == 0
 
     @property
     def rest(self) -> int:
@@ -212,12 +219,13 @@ def last_terms(
 ) -> Stmt:
     """Return the step that adds what whole steps leave of the reduction, less than 64 bytes, to a block of sums.
 
-    It takes the last `terms` of the weights by a copy of the rows that is zero where whole steps added them before:
-    nothing is read beyond either operand. Zero times any weight is zero of integers alone.
+    It takes the last `terms` of the weights by a copy of the rows, which is zero where these are filled up, or where
+    whole steps added them before: nothing is read beyond either operand. Zero times any weight is zero of integers
+    alone, so that weights in floats have to be filled up.
     """
     rows, columns = shape
     tiles, rest = operands.tiles, operands.rest
-    dtype = str(operands.activations.source.dtype)
+    dtype = type_of_bits(str(operands.activations.source.dtype))
     copied = local([BLOCK * tiles.terms], dtype, "last")
     first = operands.steps * tiles.terms
 
@@ -227,7 +235,7 @@ def last_terms(
         def piece(done: int, size: int) -> Stmt:
             def element(v: Expr) -> Expr:
                 point = {**at(row, index(0)), **operands.along.point(first + done + v)}
-                return substitute(operands.activations, point)
+                return bits_of(substitute(operands.activations, point))
 
             return vector(size, lambda v: store(copied, element(v), [begin + done + v]))
 
@@ -248,6 +256,8 @@ def last_terms(
 def _last(operands: MatrixOperands) -> Expr:
     """Return the first term of the last whole tile of the weights, whose groups of neighbours are whole."""
     assert isinstance(operands.along.extent, int)
+    if operands.filled:
+        return index(operands.steps * operands.tiles.terms)
     group = int(operands.weights.source.shape[-1])
     return index(-(-operands.along.extent // group) * group - operands.tiles.terms)
 

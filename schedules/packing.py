@@ -16,8 +16,8 @@ from schedules.loops import flatten, index
 class Packing:
     """How a parameter of a function is packed: the positions of its dimensions in (reduction, columns) order.
 
-    `group` neighbours of the reduction lie side by side, for instructions that consume them at once; the last group is
-    filled up with zeros.
+    `group` neighbours of the reduction lie side by side, for instructions that consume them at once; what is missing to
+    a multiple of `step`, which is one of the group, is filled up with zeros.
     """
 
     parameter: int
@@ -25,18 +25,23 @@ class Packing:
     columns: int
     block: int
     group: int = 1
+    step: int = 1
 
     def pack(self, values: np.ndarray) -> np.ndarray:
         """Return `values` as [ceil(N / block)][K][block], or [ceil(N / block)][ceil(K / group)][block][group]."""
         matrix = values.transpose(self.order).reshape(-1, self.columns)
-        padded = np.pad(matrix, [(0, -len(matrix) % self.group), (0, -self.columns % self.block)])
+        padded = np.pad(matrix, [(0, self._filled(len(matrix)) - len(matrix)), (0, -self.columns % self.block)])
         grouped = padded.reshape(-1, self.group, padded.shape[1] // self.block, self.block).transpose(2, 0, 3, 1)
         return np.ascontiguousarray(grouped).reshape(self.shape(len(matrix)))
 
     def shape(self, depth: int) -> tuple[int, ...]:
         """Return the shape of the packed form of a matrix of `depth` rows."""
-        grouped = (-(-self.columns // self.block), -(-depth // self.group), self.block, self.group)
+        grouped = (-(-self.columns // self.block), self._filled(depth) // self.group, self.block, self.group)
         return grouped if self.group > 1 else grouped[:-1]
+
+    def _filled(self, depth: int) -> int:
+        step = max(self.step, self.group)
+        return -(-depth // step) * step
 
     def place(self, row: Expr, column: Expr) -> list[Expr]:
         """Return the indices of an element of the matrix in its packed form."""

@@ -2,13 +2,15 @@
 
 A weight of K x N becomes [ceil(N / block)][K][block] with the target's column block, so that a tile streams it from
 memory in order, or [ceil(N / block)][ceil(K / g)][block][g] where the target has dot products of g neighbours of K:
-pairs of bfloat16, fours of bytes. Columns past N and rows past K are zeros that change nothing. The functions that read
+pairs of bfloat16, fours of bytes; for tile registers K is a multiple of their step. Columns past N and rows past K are
+zeros that change nothing. The functions that read
 it are rewritten to index the new layout; their schedule recognizes it by its indices. An embedding that is tied to a
 product is gathered from the product's weights. Values do not change.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +23,7 @@ from schedules import direct_convolution, row_parts, winograd_structure
 from schedules.access import AxisGroup, as_int
 from schedules.family import Kernel
 from schedules.inline import inline
+from schedules.intrin.matrix_tiles import matrix_tiles
 from schedules.kernels import cut
 from schedules.matmul import Matmul, MatmulAnalysis, dot_of
 from schedules.packing import Packing, reading_packed
@@ -127,7 +130,15 @@ def _packing(analysis: MatmulAnalysis, parameter: int, target: Target) -> Packin
         return None
     dot = dot_of(analysis, target)
     group = 1 if dot is None else dot.terms
-    return Packing(parameter, order, columns, target.layouts.column_block, group)
+    step = 1 if dot is None else _step(analysis, target)
+    return Packing(parameter, order, columns, target.layouts.column_block, group, step)
+
+
+def _step(analysis: MatmulAnalysis, target: Target) -> int:
+    """Return of how many rows a multiple is filled up: whole steps of tile registers where they add floats."""
+    tiles = matrix_tiles(target, *[str(load.source.dtype) for load in analysis.stage.loads()][:2])
+    depth = math.prod(group.extent for group in analysis.reduction if isinstance(group.extent, int))
+    return tiles.terms if tiles is not None and tiles.total == "float32" and depth >= tiles.terms else 1
 
 
 def _matmuls_of(function: tirx.PrimFunc) -> list[MatmulAnalysis]:

@@ -176,3 +176,13 @@ def _cast_by(store: tirx.BufferStore) -> Expr | None:
 
 def _u32(value: int) -> Expr:
     return tirx.const(value, "uint32")
+
+
+def type_of_bits(dtype: str) -> str:
+    """Return the type of a task's memory for elements that are copied as they are: TVM makes fp32 of its bfloat16."""
+    return "uint16" if dtype == BFLOAT16 else dtype
+
+
+def bits_of(read: TensorLoad) -> Expr:
+    """Return what is read in the type that `type_of_bits` gives."""
+    return tirx.reinterpret("uint16", read) if str(read.source.dtype) == BFLOAT16 else read

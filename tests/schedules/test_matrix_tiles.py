@@ -33,7 +33,7 @@ def layer(weights: np.ndarray, x: relax.Var) -> relax.Expr:
 @given(
     rows=st.one_of(st.integers(2, 70), st.sampled_from([197, 257, 1031])),
     columns=st.sampled_from([17, 32, 33, 64, 96, 131]),
-    depth=st.sampled_from([32, 96, 416]),
+    depth=st.sampled_from([32, 33, 63, 80, 96, 131, 416]),
     symbolic=st.booleans(),
 )
 @settings(max_examples=25, deadline=None)
@@ -45,6 +45,19 @@ def test_sums_are_those_of_rounded_operands(rows: int, columns: int, depth: int,
     machine = relax.VirtualMachine(build(lowered.module, AMX), tvm.cpu())
     got = machine["main"](tvm.runtime.tensor(x)).numpy()
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=sum_tolerance(depth, 1.0))
+
+
+@HERE
+def test_weights_that_are_not_numbers_stay_where_they_are() -> None:
+    weights = np.zeros((40, 32), ml_dtypes.bfloat16)
+    weights[31], weights[39, 7] = np.inf, np.nan
+    x = np.ones((33, 40), np.float32)
+    lowered = lower(module_of(lambda v: layer(weights, v), [x.shape], ["float32"]), AMX)
+    machine = relax.VirtualMachine(build(lowered.module, AMX), tvm.cpu())
+    got = machine["main"](tvm.runtime.tensor(x)).numpy()
+    want = np.full((33, 32), np.inf)
+    want[:, 7] = np.nan
+    np.testing.assert_array_equal(got, want)
 
 
 def test_code_describes_the_registers_once_and_has_no_call_in_steps() -> None:
