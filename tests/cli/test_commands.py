@@ -117,7 +117,10 @@ def test_dumped_modules_are_numbered_and_elide_weights(optimizer: Callable, perc
     assert [file.name[:3] for file in files] == [f"{index:02d}-" for index in range(len(files))]
     assert files[0].name == "00-import.py"
     assert {"fold-constants", "legalize", "fuse-operators", "schedule"} <= {file.stem[3:] for file in files}
-    assert max(file.stat().st_size for file in files) < 64 * 32 * 4
+    # Code for a kernel may be longer than its weights.
+    (scheduled,) = [file for file in files if file.stem[3:] == "schedule"]
+    assert max(file.stat().st_size for file in files if file != scheduled) < 64 * 32 * 4
+    assert "Metadata omitted" in scheduled.read_text(encoding="utf-8")
     assert "R.matmul" in files[0].read_text(encoding="utf-8")
 
 

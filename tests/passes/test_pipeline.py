@@ -87,6 +87,7 @@ def test_a_pass_is_described_by_its_class() -> None:
         pipeline.OptionDescription("winograd", "int", "4"),
         pipeline.OptionDescription("dtype", "str", "float32"),
         pipeline.OptionDescription("integers", "str", ""),
+        pipeline.OptionDescription("byte_block", "int", "0"),
     )
 
 

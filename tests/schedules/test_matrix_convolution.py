@@ -38,7 +38,7 @@ def compiled(
 
 
 @needs_tiles
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     size=st.tuples(st.integers(1, 31), st.integers(1, 37)),
     channels=st.sampled_from([(32, 32), (64, 96), (66, 40), (96, 17), (160, 64), (512, 256)]),
