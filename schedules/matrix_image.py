@@ -35,9 +35,8 @@ class CopiedImage:
     def copy(self) -> Var:
         """The memory: [blocks][remainders of rows][remainders of columns][pixels][bytes of a step]."""
         size = self.analysis.depth_blocks * self.analysis.planes * self._pixels_of_plane
-        # TVM makes bfloat16 of a task's memory fp32.
-        dtype = str(self.analysis.windows.data.source.dtype)
-        return local([size * self.analysis.elements], type_of_bits(dtype), "image")
+        dtype = type_of_bits(str(self.analysis.windows.data.source.dtype))
+        return local([size * self.analysis.elements], dtype, "image")
 
     @property
     def pixels(self) -> int:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import helper
 
 from optimizer.certificate.inferred_shapes import inferred_shapes
 
-Array = NDArray[np.generic]
 Sizes = tuple[int, ...]
 
 

@@ -28,12 +28,11 @@ def step_time(package: Path, manifest: Manifest, seconds: float = 0.5) -> StepTi
         return StepTime(None, f"not measured: {error}")
     inputs = complete_inputs(manifest, {}, {}, seed=0)
     try:
-        model(inputs, outputs="dlpack")
+        timing = measure(lambda: model(inputs, outputs="dlpack"), seconds=seconds, most_runs=100)
     except InputMismatchError:
         return StepTime(
             None, "not measured: its inputs' values say sizes, and random ones do not fit; see `bench --input`"
         )
-    timing = measure(lambda: model(inputs, outputs="dlpack"), seconds=seconds, most_runs=100)
     shapes = ", ".join(f"{name} {'x'.join(map(str, array.shape)) or 'scalar'}" for name, array in inputs.items())
     shown = shapes if len(shapes) <= 100 else f"{shapes[:97]}..."
     return StepTime(timing, f"{timing.median * 1e3:.2f} ms ({model.threads} threads; {shown})")
