@@ -84,6 +84,12 @@ class QualityError(OptimizerError):
     exit_code = 13
 
 
+class InsufficientMemoryError(OptimizerError):
+    """The machine, or the device, has less memory than a step of the model asks for."""
+
+    exit_code = 14
+
+
 @dataclass(frozen=True)
 class Blocker:
     """One reason why a model cannot be imported, and the node that it stands at."""

@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from optimizer.errors import OptimizerError
+from optimizer.errors import InsufficientMemoryError, OptimizerError
 
 _COMMANDS = (
     "compile",
@@ -89,6 +89,11 @@ def main() -> None:
             raise
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except MemoryError:
+        if debug:
+            raise
+        click.echo("error: there is too little memory for this; free memory, or give smaller inputs", err=True)
+        sys.exit(InsufficientMemoryError.exit_code)
     except Exception as error:
         if debug:
             raise

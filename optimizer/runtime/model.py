@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 import numpy as np
 import tvm_ffi
 
-from optimizer.errors import OptionError, PackageError
+from optimizer.errors import InsufficientMemoryError, OptimizerError, OptionError, PackageError
 from optimizer.package.dtypes import ITEM_BYTES, device_dtype, numpy_dtype
 from optimizer.package.entry_points import EntryPoint, TensorSpec
 from optimizer.package.manifest import Manifest
@@ -245,15 +245,27 @@ class Entry:
             try:
                 returned = self._function(*arguments)
             except RuntimeError as error:
-                if _SIZES_DIFFER not in str(error):
+                explained = self._explained(error)
+                if explained is None:
                     raise
-                problem = "sizes of the inputs, or what their values ask for, do not fit each other"
-                raise mismatch(self.signature, problem) from error
+                raise explained from error
         results = [returned] if isinstance(returned, tensors.TVM_TENSOR) else tensors.elements(returned)
         count = len(self.returned_names)
         if len(results) != count or not all(isinstance(result, tensors.TVM_TENSOR) for result in results):
             raise PackageError(f"'{self.signature.name}' did not return {count} tensors; build the package again")
         return cast("list[Tensor]", results)
+
+    def _explained(self, error: RuntimeError) -> OptimizerError | None:
+        """Return what an error of the code means to who called it, None where that is not known."""
+        if _SIZES_DIFFER in str(error):
+            problem = "sizes of the inputs, or what their values ask for, do not fit each other"
+            return mismatch(self.signature, problem)
+        if tensors.lacks_memory(error):
+            return InsufficientMemoryError(
+                f"there is too little memory for a step of '{self.signature.name}'; give it smaller inputs, "
+                "or free memory"
+            )
+        return None
 
     def _tensor(self, spec: TensorSpec, value: Input) -> Tensor:
         """Return the input as a tensor on the model's device, having checked its dtype."""

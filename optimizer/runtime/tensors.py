@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Protocol, cast
 import numpy as np
 import tvm_ffi
 
+from optimizer.errors import InsufficientMemoryError
 from optimizer.package.alignment import aligned_copy
-from optimizer.package.dtypes import device_dtype, numpy_dtype
+from optimizer.package.dtypes import ITEM_BYTES, device_dtype, numpy_dtype
 from optimizer.package.manifest import WEIGHT_ALIGNMENT
 from optimizer.runtime.library import load_library, runtime_function
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
     Bytes = NDArray[np.uint8]
     Array = NDArray[np.generic]
+
+# What TVM's allocators say where there is no memory (tvm/src/runtime/cpu_device_api.cc, cuda/cuda_device_api.cc).
+_NO_MEMORY = ("std::bad_alloc", "out of memory")
 
 
 class Tensor(Protocol):
@@ -64,9 +68,25 @@ def tensor_over(array: object) -> Tensor:
 
 
 def allocate(shape: tuple[int, ...], dtype: str, device: Device) -> Tensor:
-    """Return a tensor on a device whose values are not defined; memory is taken as it is written to."""
+    """Return a tensor on a device whose values are not defined; memory is taken as it is written to.
+
+    Raises InsufficientMemoryError where there is not as much.
+    """
     make = cast("Callable[..., Tensor]", runtime_function("runtime.TVMTensorAllocWithScope"))
-    return make(shape_of(shape), tvm_ffi.dtype(device_dtype(dtype)), device, None)
+    try:
+        return make(shape_of(shape), tvm_ffi.dtype(device_dtype(dtype)), device, None)
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        asked = math.prod(shape) * ITEM_BYTES[dtype]
+        raise InsufficientMemoryError(
+            f"there is too little memory for {asked} bytes; reserve fewer tokens, or free memory"
+        ) from error
+
+
+def lacks_memory(error: RuntimeError) -> bool:
+    """Return whether an error of TVM says that there is no memory of the size that it asked for."""
+    return any(text in str(error) for text in _NO_MEMORY)
 
 
 def shape_of(numbers: Sequence[int]) -> object:

@@ -40,6 +40,11 @@ def test_missing_dependency(optimizer: Callable, perceptron: Path, monkeypatch: 
     _fails(optimizer("compile", perceptron), 1, "surely_absent", "pip install")
 
 
+def test_inputs_larger_than_memory(optimizer: Callable, perceptron: Path, tmp_path: Path) -> None:
+    assert optimizer("compile", perceptron, "-o", tmp_path / "package").code == 0
+    _fails(optimizer("run", tmp_path / "package", "--dim", f"batch={1 << 44}"), 14, "too little memory")
+
+
 def test_limits_on_rounding_that_nobody_asked_for(optimizer: Callable, perceptron: Path) -> None:
     for limit in ("--max-kl", "--max-flips"):
         finished = optimizer("compile", perceptron, limit, "0.01")

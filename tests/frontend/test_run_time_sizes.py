@@ -11,7 +11,7 @@ import pytest
 from onnx.parser import parse_model
 
 from optimizer.compile import CompileOptions, compile_model, find_target
-from optimizer.errors import InputMismatchError
+from optimizer.errors import InputMismatchError, InsufficientMemoryError
 from optimizer.frontend.importer import import_model
 from optimizer.reference import unoptimized
 from optimizer.runtime import load
@@ -90,3 +90,13 @@ def test_a_package_says_which_inputs_it_expected(tmp_path: Path) -> None:
     assert package({"x": values, "s": np.array([4, 6])})["y"].shape == (4, 6)
     with pytest.raises(InputMismatchError, match=r"do not fit each other\. Expected: main\(x: float32\[2, 3, 4\], s"):
         package({"x": values, "s": np.array([4, 7])})
+
+
+def test_a_step_without_memory_for_its_results_is_refused_and_leaves_the_package_usable(tmp_path: Path) -> None:
+    path, size = tmp_path / "model.onnx", 1 << 23
+    onnx.save(model("float[n, 1] x, float[1, m] w", "y = MatMul(x, w)"), path)
+    compile_model(path, tmp_path / "package", CompileOptions(target=find_target("host")))
+    package = load(tmp_path / "package")
+    with pytest.raises(InsufficientMemoryError, match="a step of 'main'; give it smaller inputs"):
+        package({"x": np.zeros((size, 1), np.float32), "w": np.zeros((1, size), np.float32)})  # beyond addresses
+    assert package({"x": np.ones((2, 1), np.float32), "w": np.ones((1, 3), np.float32)})["y"].sum() == 6

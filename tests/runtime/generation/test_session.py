@@ -8,7 +8,7 @@ import onnx
 import pytest
 from hypothesis import given, settings
 
-from optimizer.errors import OptionError
+from optimizer.errors import InsufficientMemoryError, OptionError
 from optimizer.runtime.generation import DecoderSession
 from optimizer.runtime.generation.token_steps import CHECKED_AT_ONCE
 from optimizer.runtime.kv_cache import SMALLEST_CAPACITY
@@ -101,6 +101,11 @@ def test_reading_nothing_and_cutting_to_more_than_there_is_are_errors(decoder: C
         session.rewind(1)
     with pytest.raises(OptionError, match="a context of 0 tokens"):
         DecoderSession(decoder, capacity=0)
+
+
+def test_a_context_beyond_memory_is_refused_by_its_size(decoder: CompiledModel) -> None:
+    with pytest.raises(InsufficientMemoryError, match=r"too little memory for [0-9]+ bytes; reserve fewer tokens"):
+        DecoderSession(decoder, capacity=1 << 44)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
