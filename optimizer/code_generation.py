@@ -6,6 +6,10 @@ rewriting of storage forgets it, and its compaction of buffers may make their si
 TVM aligns what is on the stack to 16 bytes at most, where nearly every wider vector lies in two lines of the cache; but
 memory for vectors it leaves to LLVM to align. So buffers there are views of such memory.
 
+TVM has LLVM expect every tensor where a line of the cache begins, which arrays of NumPy seldom do: they begin at
+multiples of 16 bytes. Kernels take these as they are; a copy of eight images of 224x224 took 0.4 ms where MobileNetV2
+takes 10.
+
 A kernel's parameters are named as the dimensions of the model. TVM's writer of C keeps out of the way of C's keywords
 alone, and a model may well call a dimension `new`.
 """
@@ -21,6 +25,7 @@ import tvm_ffi
 from tvm import tirx
 from tvm.tirx import compilation_pipeline
 
+from optimizer.package.manifest import INPUT_ALIGNMENT
 from targets.base import Target
 
 # Several such buffers of nested tiles fit the stack of any thread.
@@ -65,7 +70,7 @@ def pipeline(target: Target) -> str:
 
 def _lowering(lanes: int) -> tuple[tvm.transform.Pass, _Finalize, _Finalize]:
     lower, finalize_host, finalize_device = compilation_pipeline.get_tir_pipeline("s_tir")
-    return tvm.transform.Sequential([lower, _on_stack(lanes)]), finalize_host, finalize_device
+    return tvm.transform.Sequential([lower, _on_stack(lanes), _taking_arrays()]), finalize_host, finalize_device
 
 
 def _device_lowering() -> tuple[tvm.transform.Pass, _Finalize, _Finalize]:
@@ -106,5 +111,20 @@ def _on_stack(lanes: int) -> tvm.transform.Pass:
     @tirx.transform.prim_func_pass(opt_level=0)
     def mark(function: tirx.PrimFunc, _module: tvm.IRModule, _context: tvm.transform.PassContext) -> tirx.PrimFunc:
         return function.with_body(tvm_ffi.structural_mutate(function.body, (tirx.AllocBuffer, keep)))
+
+    return mark
+
+
+def _taking_arrays() -> tvm.transform.Pass:
+    """Return the pass that has kernels take tensors at any multiple of INPUT_ALIGNMENT bytes."""
+
+    def loosen(marked: tirx.AttrStmt) -> tirx.Stmt:
+        if marked.attr_key != "storage_alignment" or int(marked.value) <= INPUT_ALIGNMENT:
+            return marked
+        return tirx.AttrStmt(marked.node, marked.attr_key, tirx.IntImm("int32", INPUT_ALIGNMENT), marked.body)
+
+    @tirx.transform.prim_func_pass(opt_level=0)
+    def mark(function: tirx.PrimFunc, _module: tvm.IRModule, _context: tvm.transform.PassContext) -> tirx.PrimFunc:
+        return function.with_body(tvm_ffi.structural_map(function.body, (tirx.AttrStmt, loosen)))
 
     return mark

@@ -22,12 +22,14 @@ from optimizer.package.entry_points import (
 )
 
 FORMAT = "optimizer-package"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 DIGEST_NAME = "manifest.sha256"
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_FILES = 256
 WEIGHT_ALIGNMENT = 64
-"""Bytes: what TVM requires of every tensor that it takes without a copy."""
+"""Bytes: where weights begin; reads of whole lines of the cache lie in one."""
+INPUT_ALIGNMENT = 16
+"""Bytes: what compiled code requires of its inputs. Arrays of NumPy begin so, unless they are parts of others."""
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # The names of functions that go through several kernels in one launch begin so.

@@ -148,7 +148,7 @@ class Entry:
 
         Inputs come by keyword or, for names that are no Python identifiers, in a mapping; each is an array (NumPy, or
         anything with DLPack, such as an output of an earlier call) of exactly the declared dtype. One that is
-        contiguous and aligned to 64 bytes is not copied. `outputs="numpy"` returns arrays that own their memory;
+        contiguous and aligned to 16 bytes is not copied. `outputs="numpy"` returns arrays that own their memory;
         `outputs="dlpack"` returns tensors on the model's device without copying, which stay valid for as long as they
         are kept and never share memory with inputs or weights. int4 and uint4 travel as ml_dtypes arrays, and as int8
         and uint8 in DLPack.

@@ -13,7 +13,7 @@ import tvm_ffi
 from optimizer.errors import InsufficientMemoryError
 from optimizer.package.alignment import aligned_copy
 from optimizer.package.dtypes import ITEM_BYTES, device_dtype, numpy_dtype
-from optimizer.package.manifest import WEIGHT_ALIGNMENT
+from optimizer.package.manifest import INPUT_ALIGNMENT, WEIGHT_ALIGNMENT
 from optimizer.runtime.library import load_library, runtime_function
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def tensor_over(array: object) -> Tensor:
     """Return a tensor over the array's memory; raises where that is not contiguous and aligned."""
     load_library("tvm_runtime", shared=True)
     make = cast("Callable[..., Tensor]", tvm_ffi.from_dlpack)
-    return make(array, require_alignment=WEIGHT_ALIGNMENT, require_contiguous=True)
+    return make(array, require_alignment=INPUT_ALIGNMENT, require_contiguous=True)
 
 
 def allocate(shape: tuple[int, ...], dtype: str, device: Device) -> Tensor:
@@ -141,14 +141,18 @@ def write_back(tensor: Tensor, array: Array) -> None:
 
 
 def wrap_bytes(data: Bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """Return a CPU tensor over `data` (1-d uint8), which it keeps alive.
+    """Return a CPU tensor over the bytes of a weight (1-d uint8), which it keeps alive.
 
-    Raises ValueError when the data do not begin on a 64-byte boundary: TVM's kernels may fault on less.
+    Raises ValueError when they do not begin on a boundary of 64 bytes, which a package says they do.
     """
+    if data.size and data.ctypes.data % WEIGHT_ALIGNMENT:
+        raise ValueError(f"tensor data at {data.ctypes.data:#x} are not aligned to {WEIGHT_ALIGNMENT} bytes")
+    return _wrap(data, dtype, shape)
+
+
+def _wrap(data: Bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
     if not data.size:
         return allocate(shape, dtype, CPU)
-    if data.ctypes.data % WEIGHT_ALIGNMENT:
-        raise ValueError(f"tensor data at {data.ctypes.data:#x} are not aligned to {WEIGHT_ALIGNMENT} bytes")
     view = cast("Callable[..., Tensor]", runtime_function("runtime.TVMTensorCreateView"))
     return view(tensor_over(data), shape_of(shape), tvm_ffi.dtype(device_dtype(dtype)), 0)
 
@@ -159,11 +163,11 @@ def from_numpy(array: Array, dtype: str) -> Tensor:
         array = array.astype(device_dtype(dtype))
     whole = array.flags.c_contiguous and array.flags.writeable
     if not array.size or array.dtype.isbuiltin != 1:
-        usable = whole and array.ctypes.data % WEIGHT_ALIGNMENT == 0
-        return wrap_bytes((array if usable else aligned_copy(array)).reshape(-1).view(np.uint8), dtype, array.shape)
+        usable = whole and array.ctypes.data % INPUT_ALIGNMENT == 0
+        return _wrap((array if usable else aligned_copy(array)).reshape(-1).view(np.uint8), dtype, array.shape)
     if whole:
         tensor = cast("Callable[[object], Tensor]", tvm_ffi.from_dlpack)(array)
-        if tensor.data_ptr() % WEIGHT_ALIGNMENT == 0:  # a tenth of the time that NumPy takes to tell an address
+        if tensor.data_ptr() % INPUT_ALIGNMENT == 0:  # a tenth of the time that NumPy takes to tell an address
             return tensor
     return tensor_over(aligned_copy(array))
 
@@ -185,7 +189,7 @@ def from_dlpack(array: SupportsDLPack) -> Tensor:
 
 def is_acceptable(tensor: Tensor) -> bool:
     """Return whether kernels may be given this tensor as it is."""
-    return tensor.is_contiguous() and tensor.data_ptr() % WEIGHT_ALIGNMENT == 0
+    return tensor.is_contiguous() and tensor.data_ptr() % INPUT_ALIGNMENT == 0
 
 
 def to_numpy(tensor: Tensor, dtype: str) -> Array:

@@ -118,7 +118,7 @@ def test_arbitrary_bytes_are_refused(text: bytes) -> None:
         b'{"format": "optimizer-package", "format": "optimizer-package"}',
         b'{"format": "optimizer-package", "format_version": NaN}',
         b'{"format": "optimizer-package", "format_version": true}',
-        b'{"format": "optimizer-package", "format_version": 4}',
+        b'{"format": "optimizer-package", "format_version": 5}',
         b"\xff\xfe",
         b"",
     ],
@@ -129,10 +129,10 @@ def test_hostile_documents_are_refused(text: bytes) -> None:
         Manifest.from_json(text)
 
 
-@pytest.mark.parametrize("version", [3, 5])
+@pytest.mark.parametrize("version", [4, 6])
 def test_another_format_version_says_what_to_do(draft: Manifest, version: int) -> None:
     document = json.loads(draft.to_json()) | {"format_version": version}
-    message = f"has format version {version}, this version reads 4; compile the model again"
+    message = f"has format version {version}, this version reads 5; compile the model again"
     with pytest.raises(PackageError, match=message):
         Manifest.from_json(json.dumps(document).encode())
 

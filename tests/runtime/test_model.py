@@ -15,6 +15,7 @@ import tvm
 
 from optimizer.errors import InputMismatchError, OptionError
 from optimizer.runtime import load
+from optimizer.runtime.tensors import from_numpy
 
 WritePackage = Callable[..., Path]
 
@@ -214,3 +215,13 @@ def test_model_outlives_its_files(write_linear: WritePackage) -> None:
     shutil.rmtree(path)
     inputs = linear_inputs()
     np.testing.assert_allclose(model(inputs)["y"], linear_reference(inputs), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("offset", [0, 16, 4])
+def test_arrays_are_copied_only_where_code_cannot_read_them(offset: int) -> None:
+    storage = np.zeros(256, np.uint8)
+    start = -storage.ctypes.data % 64 + offset
+    array = storage[start : start + 48].view(np.float32)
+    tensor = from_numpy(array, "float32")
+    assert tensor.data_ptr() % 16 == 0
+    assert (tensor.data_ptr() == array.ctypes.data) == (offset % 16 == 0)
