@@ -52,7 +52,7 @@ def references(
     the model allows: rounding them is a choice that the manifest states, and no error.
     """
     if dequantized is not None:
-        yield lambda: Reference("dequantized", onnx.__version__, dequantized)
+        yield lambda: Reference("dequantized", onnx.__version__, _refusing(dequantized))
         return
     if importlib.util.find_spec("onnxruntime") is not None:
         same = _with_accuracy_level(model, _INT8_ACTIVATIONS if rounds_activations else _FLOAT_ACTIVATIONS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import onnx
@@ -189,6 +190,15 @@ def test_unoptimized_module_is_the_last_resort() -> None:
 def test_without_any_reference_all_reasons_are_told() -> None:
     with pytest.raises(CertificateError, match=r"no reference can run this model \(.*Unknown.*\); give input shapes"):
         certify(foreign(), lambda inputs: {"y": inputs["x"]})
+
+
+@pytest.mark.parametrize("kind", ["dequantized", "unoptimized"])
+def test_a_module_that_fails_at_every_input_is_no_reference(kind: str) -> None:
+    def fails(inputs: Mapping[str, np.ndarray]) -> NoReturn:
+        raise RuntimeError(f"sizes do not fit: {sorted(inputs)}")
+
+    with pytest.raises(CertificateError, match=rf"no reference can run this model \(.*{kind}: sizes do not fit"):
+        certify(foreign(), lambda inputs: {"y": inputs["x"]}, **{kind: fails})
 
 
 def test_first_sizes_that_the_reference_refuses_are_replaced() -> None:
