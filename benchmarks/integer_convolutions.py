@@ -47,4 +47,4 @@ def byte_convolutions(
         [helper.make_tensor_value_info(f"q{length}", TensorProto.UINT8, (1, channels[length % 2], size, size))],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)

@@ -35,7 +35,7 @@ def byte_product(rows: int, columns: int, depth: int) -> onnx.ModelProto:
         [helper.make_tensor_value_info("y", TensorProto.UINT8, (rows, columns))],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
 def product_of_activations(images: int, rows: int, columns: int, depth: int) -> onnx.ModelProto:
@@ -53,4 +53,4 @@ def product_of_activations(images: int, rows: int, columns: int, depth: int) -> 
         [helper.make_tensor_value_info("y", TensorProto.UINT8, (images, rows, columns))],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)

@@ -4,6 +4,7 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.exact import in_float64
+from benchmarks.integer_products import byte_product
 
 
 def test_outputs_are_computed_in_float64() -> None:
@@ -19,3 +20,14 @@ def test_outputs_are_computed_in_float64() -> None:
 def test_operators_of_other_domains_have_no_outputs() -> None:
     node = helper.make_node("MatMulNBits", ["x"], ["y"], domain="com.microsoft")
     assert in_float64(helper.make_model(helper.make_graph([node], "kernel", [], [])), {}) is None
+
+
+def test_products_of_bytes_have_outputs() -> None:
+    rows = np.random.default_rng(0).integers(0, 256, (4, 64)).astype(np.uint8)
+    model = byte_product(4, 8, 64)
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    zero, scale = int(constants["zero"]), float(constants["scale"])
+    product = (rows.astype(np.float64) - zero) * scale @ (constants["codes"] * constants["w_scale"].astype(np.float64))
+    outputs = in_float64(model, {"x": rows})
+    assert outputs is not None
+    np.testing.assert_array_equal(outputs["y"], np.clip(np.rint(product / scale) + zero, 0, 255))
