@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -16,16 +15,10 @@ from pathlib import Path
 
 from benchmarks.architecture import EXPORTERS, Array, Exporter, Variant
 from benchmarks.architectures import ARCHITECTURES
+from benchmarks.model_cache import cache_folder
 
 FULL_SIZE = {row.full_name: row for row in ARCHITECTURES.values() if row.full is not None}
 REQUIREMENTS = "torch==2.13.0 transformers==5.23.0 onnx onnxscript"
-
-
-def cache_folder() -> Path:
-    """Return the folder that full-size models are kept in."""
-    cache = os.environ.get("OPTIMIZER_CACHE")
-    root = Path(cache) if cache else Path.home() / ".cache" / "optimizer"
-    return root / "models"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.models import cache_folder
+from benchmarks.model_cache import cache_folder
 
 WEIGHT_BLOCK = 32
 _Q4_0_BYTES = 18  # of a block of 32 weights: a half-precision scale and 32 codes

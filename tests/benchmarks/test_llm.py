@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from benchmarks.llm.models import DECODERS
@@ -17,3 +20,10 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoders_have_as_many_weights_as_the_published_models(name: str) -> None:
     assert DECODERS[name].product_weights == PUBLISHED[name]
+
+
+def test_an_engines_process_loads_nothing_that_makes_models() -> None:
+    modules = ["benchmarks.architecture", "numpy.random"]
+    shown = f"import benchmarks.llm.worker, sys; print(*(each in sys.modules for each in {modules}))"
+    done = subprocess.run([sys.executable, "-c", shown], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"]
