@@ -330,8 +330,10 @@ class _Blocker(BlockedForms):
         if attributes.layout != "NCHW" or attributes.out_layout != "NCHW":
             return None
         layout = f"NCHW{self._block}c"
+        # The largest of rounded numbers is one of them; what is pooled is stored.
+        rounds = call.op.name == "relax.nn.max_pool2d" and self._rounds_stored(call.args[0])
         pooled = POOLINGS[call.op.name](
-            self._read(self._blocked[call.args[0]]),
+            self._rounded(call.args[0]) if rounds else self._read(self._blocked[call.args[0]]),
             pool_size=attributes.pool_size,
             strides=attributes.strides,
             padding=attributes.padding,
@@ -341,7 +343,10 @@ class _Blocker(BlockedForms):
             layout=layout,
             out_layout=layout,
         )
-        return Blocked(self._emit(pooled), tuple(call.ty.shape.values))
+        result, shape = self._emit(pooled), tuple(call.ty.shape.values)
+        if not rounds:
+            return Blocked(result, shape)
+        return Blocked(self._emit(relax.op.astype(result, str(call.ty.dtype.dtype))), shape, rounded=result)
 
     def _reduction(self, call: tvm.ir.Call) -> Blocked | relax.Expr | None:
         """Reductions over the whole image stay blocked, without the axes if these are dropped.

@@ -25,7 +25,7 @@ from schedules.loops import parallel, product, tile_choice, unflatten
 from schedules.matmul import branches_on_any
 from schedules.matrix_task import MatrixTask
 from schedules.matrix_windows import MatrixWindows, matrix_windows
-from targets.base import Target
+from targets.base import CacheSizes, Target
 
 Point = Mapping[Var, Expr]
 # A part of the second-level cache for a task's copy of the image; weights need the rest.
@@ -59,7 +59,7 @@ class MatrixConvolution:
 
     def apply(self, analysis: MatrixWindows, parameters: Parameters, target: Target) -> Stmt:
         """Return the loop nest."""
-        emitter = _Emitter(analysis, parameters, _groups_that_stay(target, analysis) > 1)
+        emitter = _Emitter(analysis, parameters, _groups_that_stay(target, analysis) > 1, target.caches)
         return analysis.tiles.imported(emitter.statement())
 
 
@@ -104,6 +104,7 @@ class _Emitter:
     analysis: MatrixWindows
     parameters: Parameters
     channels_first: bool
+    caches: CacheSizes
 
     @property
     def tiles(self) -> MatrixTiles:
@@ -131,12 +132,11 @@ class _Emitter:
             point = {axis.variable: place for axis, place in zip(analysis.images, outside, strict=True)}
 
             def channels(begin: Expr, count: int) -> Stmt:
-                return tile_choice(
-                    part,
-                    analysis.height,
-                    self.rows,
-                    lambda y, rows: MatrixTask(analysis, point, y, rows).of(begin, count),
-                )
+                def pixels(y: Expr, rows: int) -> Stmt:
+                    task = MatrixTask(analysis, point, y, rows, count, self.caches, self.channels_first)
+                    return task.of(begin)
+
+                return tile_choice(part, analysis.height, self.rows, pixels)
 
             return tile_choice(group, analysis.blocks, self.parameters["blocks"], channels)
 

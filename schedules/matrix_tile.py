@@ -16,7 +16,7 @@ from tvm.tirx.stmt import Stmt
 from schedules.access import Access, AxisGroup, Step, linear_coefficient
 from schedules.epilogue import Epilogue
 from schedules.intrin.bf16_conversion import bits_of, type_of_bits
-from schedules.intrin.matrix_tiles import BLOCK, BYTES, TILE, MatrixTiles
+from schedules.intrin.matrix_tiles import BLOCK, BYTES, TILE, MatrixTiles, Passing
 from schedules.loops import (
     LINE_BITS,
     SECOND_LEVEL,
@@ -56,11 +56,12 @@ class MatrixOperands:
     first_level: int = 0
 
     @property
-    def passing(self) -> bool:
-        """Return whether rows leave the first-level cache to the columns' weights, which fit it beside the sums."""
+    def passing(self) -> Passing:
+        """Return that rows leave the first-level cache to the columns' weights, if these fit it beside the sums."""
         assert isinstance(self.along.extent, int)
         bits = int(self.weights.source.dtype.bits)
-        return self.along.extent * BLOCK * bits // 8 <= self.first_level * KEPT_WEIGHTS[0] // KEPT_WEIGHTS[1]
+        fit = self.along.extent * BLOCK * bits // 8 <= self.first_level * KEPT_WEIGHTS[0] // KEPT_WEIGHTS[1]
+        return Passing.ROWS if fit else Passing.NEITHER
 
     @property
     def pitch(self) -> Expr:

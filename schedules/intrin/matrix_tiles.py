@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -33,7 +34,7 @@ BYTES = 64
 # Rows and columns of the block of sums that is in registers at once.
 BLOCK = 2 * TILE
 _BEGIN, _ZERO, _LOAD, _STORE, _END = (f"optimizer_tiles_{name}" for name in ("begin", "zero", "load", "store", "end"))
-_STEP, _OWN, _PASSING = "optimizer_tiles_step", "optimizer_tiles_own", "_passing"
+_STEP, _OWN = "optimizer_tiles_step", "optimizer_tiles_own"
 # 158: arch_prctl; 4131: ARCH_REQ_XCOMP_PERM; 18: XFEATURE_XTILEDATA (Linux, Documentation/arch/x86/xstate.rst).
 # The description of the registers: palette 1, 64 bytes a row in each, and their numbers of rows.
 _SOURCE = """
@@ -111,6 +112,14 @@ define weak_odr i32 @{call}_{rows}x{columns}(ptr %upper, ptr %lower, i64 %pitch,
 """
 
 
+class Passing(StrEnum):
+    """Which operand of a step leaves the first-level cache to the other one."""
+
+    NEITHER = ""
+    ROWS = "_passing_rows"
+    COLUMNS = "_passing_columns"
+
+
 @dataclass(frozen=True)
 class MatrixTiles:
     """The functions for one pair of types: `terms` elements of the reduction a step, sums of the type `total`."""
@@ -155,16 +164,16 @@ class MatrixTiles:
         pitch: Expr | int,
         columns: Expr,
         stride: int,
-        passing: bool = False,
+        passing: Passing = Passing.NEITHER,
     ) -> Stmt:
         """Return what adds the products of 64 bytes of the reduction to sums of (1 or 2) by (1 or 2) tiles.
 
         `rows` are the reads of the first elements of the upper and the lower rows, which begin `pitch` bytes apart;
         `columns` that of the weights of the left columns, whose groups of neighbours begin `stride` bytes apart and
-        which those of the right columns follow. Rows that are `passing` leave the first-level cache to the columns.
+        which those of the right columns follow.
         """
         upper, lower = (tirx.address_of(each) for each in (rows[0], rows[-1]))
-        call = _named(f"{self.step_call}{_PASSING}" if passing else self.step_call, shape)
+        call = _named(f"{self.step_call}{passing}", shape)
         return _call(call, upper, lower, index(pitch), tirx.address_of(columns), index(stride))
 
     def imported(self, statement: Stmt) -> Stmt:
@@ -189,8 +198,7 @@ def _tiles(target: Target, instruction: str, terms: int, total: str) -> MatrixTi
     functions = [
         *(_moves(_LOAD, "tileloadd64", shape) for shape in shapes),
         *(_moves(_STORE, "tilestored64", shape) for shape in shapes),
-        *(_step(call, instruction, shape, "tileloadd64") for shape in shapes),
-        *(_step(f"{call}{_PASSING}", instruction, shape, "tileloaddt164") for shape in shapes),
+        *(_step(call, instruction, shape, passing) for passing in Passing for shape in shapes),
     ]
     source = _SOURCE.format(
         instruction=instruction,
@@ -218,18 +226,20 @@ def _moves(call: str, instruction: str, shape: tuple[int, int]) -> str:
     return _MOVES.format(call=call, rows=rows, columns=columns, body="\n".join(lines))
 
 
-def _step(call: str, instruction: str, shape: tuple[int, int], load_rows: str) -> str:
+def _step(call: str, instruction: str, shape: tuple[int, int], passing: Passing) -> str:
     rows, columns = shape
+    load_rows = "tileloaddt164" if passing is Passing.ROWS else "tileloadd64"
+    load_columns = "tileloaddt164" if passing is Passing.COLUMNS else "tileloadd64"
     lines = [f"  %right = getelementptr i8, ptr %left, i64 {BYTES}"]
     for column, place in list(enumerate(("%left", "%right")))[:columns]:
-        lines.append(f"  call void @llvm.x86.tileloadd64(i8 {6 + column}, ptr {place}, i64 %stride)")
+        lines.append(f"  call void @llvm.x86.{load_columns}(i8 {6 + column}, ptr {place}, i64 %stride)")
     for row, place in list(enumerate(("%upper", "%lower")))[:rows]:
         lines.append(f"  call void @llvm.x86.{load_rows}(i8 {4 + row}, ptr {place}, i64 %pitch)")
         lines += [
             f"  call void @llvm.x86.{instruction}(i8 {2 * row + column}, i8 {4 + row}, i8 {6 + column})"
             for column in range(columns)
         ]
-    return _STEP_SOURCE.format(call=call, rows=rows, columns=columns, body="\n".join(lines))
+    return _STEP_SOURCE.format(call=f"{call}{passing}", rows=rows, columns=columns, body="\n".join(lines))
 
 
 def _named(call: str, shape: tuple[int, int]) -> str:

@@ -151,3 +151,53 @@ def test_code_has_the_instruction_and_no_call(kernel: int, stride: int) -> None:
     assert "matrix-convolution" in families
     assert "tdpbf16ps" in assembly
     assert not any(f"call{end}\toptimizer_tiles_{name}" in assembly for end in ("", "q") for name in ("step", "store"))
+
+
+@needs_tiles
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(size=st.tuples(st.integers(1, 23), st.integers(1, 23)), outputs=st.integers(64, 130), batch=st.integers(1, 3))
+def test_images_in_place_larger_than_the_weights(size: tuple[int, int], outputs: int, batch: int) -> None:
+    x, w = rounded(normal(batch, 32, *size)).astype("float32"), normal(outputs, 32, 1, 1, seed=1)
+    bias = normal(1, outputs, 1, 1, seed=2)
+    executable, _ = compiled(w, bias, [*x.shape], 1, 0)
+    got = relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
+    want = np.maximum(convolve(x, rounded(w), 1, 0) + bias, 0)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=sum_tolerance(32, 1.0))
+
+
+@pytest.mark.parametrize(("channels", "kernel", "passes"), [(64, 1, False), (512, 1, True), (64, 3, True)])
+def test_weights_that_the_first_cache_cannot_keep_pass_it(channels: int, kernel: int, passes: bool) -> None:
+    def layer(x: relax.Var) -> relax.Expr:
+        return op.nn.conv2d(x, relax.const(normal(1024, channels, kernel, kernel)), padding=kernel // 2)
+
+    module = BlockChannels(BLOCK, 0, "bfloat16").run(module_of(layer, [[1, channels, 14, 14]], ["float32"])).module
+    assert ("optimizer_tiles_step_tdpbf16ps_passing_columns" in lower(module, TARGET).module.script()) == passes
+
+
+def pooled(x: relax.Var) -> relax.Expr:
+    """Return a convolution of the largest of positive results of another one."""
+    first, second = (relax.const(normal(64, 64, 1, 1, seed=seed)) for seed in range(2))
+    y = op.nn.max_pool2d(op.nn.relu(op.nn.conv2d(x, first)), (3, 3), (2, 2), (1, 1, 1, 1))
+    return op.nn.conv2d(y, second)
+
+
+@needs_tiles
+def test_largest_are_of_rounded_results() -> None:
+    x = rounded(normal(2, 64, 9, 12)).astype("float32")
+    module = BlockChannels(BLOCK, 0, "bfloat16").run(module_of(pooled, [[*x.shape]], ["float32"])).module
+    executable = build(lower(module, TARGET).module, TARGET)
+    got = relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
+    first, second = (rounded(normal(64, 64, 1, 1, seed=seed)) for seed in range(2))
+    image = rounded(np.maximum(convolve(x, first, 1, 0), 0).astype("float32"))
+    padded = np.pad(image, [(0, 0), (0, 0), (1, 1), (1, 1)], constant_values=-np.inf)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))[:, :, ::2, ::2]
+    want = convolve(windows.max((4, 5)), second, 1, 0)
+    # Sums in another order may round to a neighbour of bfloat16, 2^-8 off.
+    np.testing.assert_allclose(got, want, rtol=0, atol=2**-8 * np.abs(want).max())
+
+
+def test_what_is_pooled_is_stored_rounded() -> None:
+    module = BlockChannels(BLOCK, 0, "bfloat16").run(module_of(pooled, [[1, 64, 9, 12]], ["float32"])).module
+    main = lower(module, TARGET).module["main"]
+    stored = [str(binding.var.ty.dtype.dtype) for block in main.body.blocks for binding in block.bindings]
+    assert stored[:-2] == ["bfloat16"] * (len(stored) - 2)
