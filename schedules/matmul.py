@@ -26,8 +26,9 @@ from schedules.intrin.bf16_dot import PAIR
 from schedules.intrin.byte_dot import FOUR, splits_operands
 from schedules.intrin.grouped_call import GroupedDot
 from schedules.intrin.grouped_dot import grouped_dot, is_grouped_term
-from schedules.intrin.matrix_tiles import BLOCK, BYTES, matrix_tiles
+from schedules.intrin.matrix_tiles import BLOCK, matrix_tiles
 from schedules.loops import Extent, ceiling, product
+from schedules.matrix_division import divides_rows, even_block, rows_of_divided_block, sizes_of_blocks
 from schedules.matrix_tile import MatrixOperands, stride_of
 from schedules.reducer import NARROW_FLOATS, accumulator_dtype, reducer_of
 from schedules.register_tile import SPLIT_TILE, WIDENED_TILE, register_tile
@@ -38,9 +39,6 @@ from targets.base import Target
 # transposing one some dozens, and one row of the tile half a cycle per vector.
 ROWS_TO_COPY = 32
 ROWS_TO_TRANSPOSE = 48
-# Rows of a task in tile registers that read a weight often enough: with 128, 768 x 768 from the last cache take
-# a fifth longer a row than with 224 (Granite Rapids).
-MATRIX_ROWS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +154,11 @@ def _row_block(target: Target, analysis: MatmulAnalysis) -> int:
     width = vectors * vector_width(target, analysis.stage) if matrix is None else BLOCK
     rows: Extent = analysis.rows.extent if analysis.rows is not None else 1
     others = product([ceiling(analysis.columns.extent, width), *(group.extent for group in analysis.outer)])
-    sizes = (128, 64, 32) if matrix is None else _rows_of_matrix_blocks(matrix, rows, target)
+    if matrix is not None and _divides_rows(analysis, matrix, target):
+        assert isinstance(rows, int)
+        assert isinstance(others, int)
+        return rows_of_divided_block(rows, others, matrix, target)
+    sizes = (128, 64, 32) if matrix is None else sizes_of_blocks(matrix, rows, target)
     for block in sizes[:-1]:
         tasks = product([others, ceiling(rows, block)])
         if isinstance(tasks, int) and tasks >= 2 * target.cores:
@@ -164,26 +166,22 @@ def _row_block(target: Target, analysis: MatmulAnalysis) -> int:
     return sizes[-1]
 
 
-def _rows_of_matrix_blocks(matrix: MatrixOperands, rows: Extent, target: Target) -> Sequence[int]:
-    """Return the sizes that tasks of a product in tile registers may have, in rows, the largest first.
-
-    Of more than MATRIX_ROWS rows a task has at least these, and at most those that fill half of the second-level cache.
-    """
-    most = max(MATRIX_ROWS, target.caches.level2 // 2 // (matrix.steps * BYTES) // BLOCK * BLOCK)
-    if not isinstance(rows, int):
-        return [min(most, 2 * MATRIX_ROWS)]
-    counts = range(-(-rows // most), 2 * target.cores + 1)
-    even = [_even_block(rows, -(-rows // blocks), BLOCK) for blocks in counts]
-    return [*(size for size in even if size > MATRIX_ROWS), MATRIX_ROWS]
+def _divides_rows(analysis: MatmulAnalysis, matrix: MatrixOperands, target: Target) -> bool:
+    rows: Extent = analysis.rows.extent if analysis.rows is not None else 1
+    return divides_rows(rows, analysis.columns.extent, analysis.outer, matrix, target)
 
 
 def _many_rows(analysis: MatmulAnalysis, parameters: Parameters, target: Target, panel: TensorLoad | None) -> Stmt:
     rows, vectors = parameters["rows"], parameters["vectors"]
-    block = max(rows, parameters["row_block"] // rows * rows)
+    block = parameters["row_block"]
+    if panel is not None or matrix_operands(analysis, target) is None:
+        block = max(rows, block // rows * rows)
     tile = tile_of(analysis, target, (rows, vectors), block, panel)
     extent = tile.row_extent
     if isinstance(extent, int) and -(-extent // tile.row_block) >= tiling.BLOCKS_TO_TAKE_WHOLE:
         tile = with_next_rows(tile, analysis, target)
+    if tile.matrix is not None and _divides_rows(analysis, tile.matrix, target):
+        tile = replace(tile, by_rows=True)
     return tiling.emit(tile)
 
 
@@ -251,14 +249,13 @@ def tile_of(
     if isinstance(columns, int):
         width = min(width, -(-columns // lanes) * lanes)
     extent: Extent = analysis.rows.extent if analysis.rows is not None else 1
-    if isinstance(extent, int):
-        row_block = _even_block(extent, row_block, rows)
     dot = dot_of(analysis, target) if analysis.group > 1 else None
     matrix = matrix_operands(analysis, target) if panel is None else None
     if matrix is not None:
         rows, width = BLOCK, min(BLOCK, analysis.block)
-        most = max(BLOCK, row_block // BLOCK * BLOCK)
-        row_block = _even_block(extent, most, BLOCK) if isinstance(extent, int) else most
+        row_block = max(BLOCK, row_block // BLOCK * BLOCK)
+    if isinstance(extent, int):
+        row_block = even_block(extent, row_block, rows)
     return tiling.Tile(
         stage=analysis.stage,
         epilogue=analysis.epilogue,
@@ -296,12 +293,6 @@ def matrix_operands(analysis: MatmulAnalysis, target: Target) -> MatrixOperands 
     parts = (analysis.operand, other, analysis.rows, analysis.columns, along)
     operands = MatrixOperands(tiles, *parts, target.caches.level1)
     return operands if operands.filled or tiles.total == "int32" else None
-
-
-def _even_block(extent: int, most: int, rows: int) -> int:
-    """Return the rows of equal blocks, as few as hold `extent` rows by at most `most`, in whole tiles of `rows`."""
-    blocks = -(-extent // most)
-    return -(-extent // (blocks * rows)) * rows
 
 
 def _comes_late(analysis: MatmulAnalysis, target: Target) -> bool:

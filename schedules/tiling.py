@@ -71,7 +71,7 @@ class Tile:
     for shortly before they are read, as are those of the results. With `grouped` the sums are of dot products of
     several terms, with `matrix` they are computed in tile registers. `by_element` is whether
     instructions multiply by an element of a register. With `next_rows` a block's tiles of columns ask for the rows that
-    the next block reads.
+    the next block reads. `by_rows`: all columns of a block of rows follow each other, so that cores divide the rows.
     """
 
     stage: Stage
@@ -92,6 +92,7 @@ class Tile:
     matrix: MatrixOperands | None = None
     by_element: bool = False
     next_rows: BlockAhead | None = None
+    by_rows: bool = False
 
     @property
     def terms(self) -> int:
@@ -164,8 +165,7 @@ def _tasks(tile: Tile, columns: Extent, choose: Callable[[Expr, Columns], Stmt],
         blocks: Extent = -(-rows // tile.row_block)
     else:
         blocks = tirx.floordiv(rows + (tile.row_block - 1), tirx.const(tile.row_block, "int64"))
-    groups, together = _column_groups(columns, blocks)
-
+    groups, together = (1, columns) if tile.by_rows else _column_groups(columns, blocks)
     extents = [*outer, groups, blocks, together]
 
     def task(number: Expr) -> Stmt:

@@ -80,6 +80,36 @@ def test_products_have_tasks_for_all_cores(rows: int, columns: int, depth: int) 
     assert block >= 128
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "depth", "block"),
+    [(1500, 1536, 384, 768), (1576, 768, 3072, 160), (1024, 1024, 1024, 512)],
+)
+def test_cores_divide_rows_that_none_of_their_caches_holds(rows: int, columns: int, depth: int, block: int) -> None:
+    weights = normal(depth, columns).astype(ml_dtypes.bfloat16)
+    lowered = lower(module_of(lambda v: layer(weights, v), [(rows, depth)], ["float32"]), AMX)
+    # All columns of a block of rows follow each other, and two cores take whole blocks.
+    assert f"task // T.int64({columns // 32}) * T.int64({block})" in lowered.module.script()
+    assert -(-rows // block) % 2 == 0
+
+
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(512, 512, 512), (197, 768, 3072), (197, 768, 768)])
+def test_cores_divide_the_columns_of_fewer_rows(rows: int, columns: int, depth: int) -> None:
+    weights = normal(depth, columns).astype(ml_dtypes.bfloat16)
+    lowered = lower(module_of(lambda v: layer(weights, v), [(rows, depth)], ["float32"]), AMX)
+    assert f"task // T.int64({columns // 32})" not in lowered.module.script()
+
+
+@HERE
+@pytest.mark.parametrize("rows", [1500, 1553])
+def test_sums_of_divided_rows_are_those_of_rounded_operands(rows: int) -> None:
+    depth, columns = 416, 72
+    weights, x = normal(depth, columns).astype(ml_dtypes.bfloat16), normal(rows, depth, seed=1)
+    want = x.astype(ml_dtypes.bfloat16).astype("float64") @ weights.astype("float64") + 1
+    lowered = lower(module_of(lambda v: layer(weights, v), [x.shape], ["float32"]), AMX)
+    got = relax.VirtualMachine(build(lowered.module, AMX), tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=sum_tolerance(depth, 1.0))
+
+
 def test_steps_ask_for_the_lines_that_the_block_writes() -> None:
     weights = normal(64, 64).astype(ml_dtypes.bfloat16)
     lowered = lower(module_of(lambda v: layer(weights, v), [(96, 64)], ["float32"]), AMX)
