@@ -14,6 +14,7 @@ import click
 @click.option("--seconds", default=3.0, show_default=True, help="How long to measure.")
 @click.option("--device", help="cpu, cuda or cuda:N; by default what the package was compiled for.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; by default one per physical core.")
+@click.option("--no-mmap", is_flag=True, help="Read the weights into this process's memory, in huge pages.")
 @click.option("--kernels", is_flag=True, help="Also measure each kernel, and name its ONNX nodes (CPU alone).")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(
@@ -23,6 +24,7 @@ def command(
     seconds: float,
     device: str | None,
     threads: int | None,
+    no_mmap: bool,
     kernels: bool,
     as_json: bool,
 ) -> None:
@@ -40,7 +42,7 @@ def command(
     from optimizer.runtime import load
 
     start = time.perf_counter()
-    model = load(package, device=device, threads=threads)
+    model = load(package, device=device, threads=threads, mapped=not no_mmap)
     load_seconds = time.perf_counter() - start
     if kernels and model.manifest.requirements.device != "cpu":
         raise OptionError("kernels of a GPU run on while the next is called; measure them with its own profiler")

@@ -44,6 +44,7 @@ _DEFAULT = "default: as the settings beside the model say, else"
 )
 @click.option("--device", help="cpu, cuda or cuda:N; by default what the package was compiled for.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; by default one per physical core.")
+@click.option("--no-mmap", is_flag=True, help="Read the weights into this process's memory, in huge pages.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print text and figures as JSON at the end, a list of several prompts."
 )
@@ -63,6 +64,7 @@ def command(
     tokenizer: Path | None,
     device: str | None,
     threads: int | None,
+    no_mmap: bool,
     as_json: bool,
 ) -> None:
     """Continue prompts with PACKAGE, a compiled decoder language model; the text appears as it is made."""
@@ -75,7 +77,7 @@ def command(
 
     if system is not None and not chat:
         raise OptionError("--system begins a conversation; give --chat, too")
-    model = load(package, device=device, threads=threads)
+    model = load(package, device=device, threads=threads, mapped=not no_mmap)
     generator = TextGenerator(model, tokenizer)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
     chosen = {name: value for name, value in given.items() if value is not None}

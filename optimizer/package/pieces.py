@@ -31,7 +31,10 @@ def write_in_pieces(stream: BinaryIO, parts: Iterable[bytes | memoryview]) -> No
 
 
 def ask_for_huge_pages(mapping: mmap.mmap) -> None:
-    """Have the system read the mapped file in blocks of huge pages, where it knows them and has not read it yet."""
+    """Have the system read the mapped file in blocks of huge pages, where it knows them and has not read it yet.
+
+    Memory that is no file's comes in huge pages as it is written to.
+    """
     advice: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is None:
         return

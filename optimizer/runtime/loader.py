@@ -16,13 +16,19 @@ if TYPE_CHECKING:
 
 
 def load(
-    path: str | os.PathLike[str], *, device: str | None = None, threads: int | None = None, verify: bool = True
+    path: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    verify: bool = True,
+    mapped: bool = True,
 ) -> CompiledModel:
     """Return the model of the package at `path`, ready to be called.
 
     device: "cpu", "cuda" or "cuda:1"; by default what the package was compiled for. threads: CPU threads of the
     kernels; by default one per physical core that this process may use. verify: whether to compare the sha256 of every
-    file first, which reads all of the weights.
+    file first, which reads all of the weights. mapped: whether the weights stay in the file, which processes share;
+    else they are read into memory of this process in huge pages, which Linux may have given the file or not.
     Raises PackageError for a missing, malformed or altered package, IncompatibleMachineError listing what the machine
     lacks, OptionError for a device or thread count that cannot be.
     """
@@ -37,7 +43,7 @@ def load(
         load_library("tvm_runtime", shared=True)
         if verified is not None:
             verified.result()
-    return CompiledModel(package, device=device, threads=threads)
+    return CompiledModel(package, device=device, threads=threads, mapped=mapped)
 
 
 def check_machine(requirements: Requirements) -> None:

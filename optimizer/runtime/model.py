@@ -24,7 +24,7 @@ from optimizer.runtime.kv_cache import KeyValueCache
 from optimizer.runtime.signature import bind_symbols, check_names, mismatch, wrong_dtype
 from optimizer.runtime.tensors import SupportsDLPack, Tensor
 from optimizer.runtime.threads import resolve_thread_count, use_threads
-from optimizer.runtime.weights import map_weights
+from optimizer.runtime.weights import weights_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,16 +45,18 @@ class CompiledModel:
     """The functions of a package with its weights, on one device.
 
     Made by `optimizer.runtime.load`. Calls from several threads are safe and run one after another; for calls at the
-    same time load the package once per thread (the weights' memory is shared on the CPU, being the same mapped file).
+    same time load the package once per thread (`mapped` weights share memory on the CPU, being the same file).
     """
 
-    def __init__(self, package: Package, *, device: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, package: Package, *, device: str | None = None, threads: int | None = None, mapped: bool = True
+    ) -> None:
         self.manifest: Manifest = package.manifest
         self._package = package
         self.threads: int = resolve_thread_count(threads)
         self.device: tensors.Device = open_device(package.manifest.requirements, device)
         self.lock: threading.Lock = threading.Lock()
-        weights, region = map_weights(package)
+        weights, region = weights_of(package, mapped=mapped)
         self.weight_region: tuple[int, int] = region
         if package.manifest.requirements.device != "cpu":
             weights = [tensors.on_device(weight, self.device) for weight in weights]

@@ -1,13 +1,15 @@
-"""The weights of a package as TVM tensors, mapped from disk rather than read."""
+"""The weights of a package as TVM tensors: mapped from disk, or on request read into this process's own memory."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from optimizer.errors import PackageError
+from optimizer.package.pieces import PIECE_BYTES, ask_for_huge_pages
 from optimizer.package.reader import FileLocation, Package
 from optimizer.runtime.tensors import Tensor, wrap_bytes
 
@@ -29,10 +31,32 @@ def map_file(location: FileLocation) -> NDArray[np.uint8]:
     return cast("NDArray[np.uint8]", np.ctypeslib.as_array(memory)[skipped:])
 
 
-def map_weights(package: Package) -> tuple[list[Tensor], tuple[int, int]]:
-    """Return all weights as CPU tensors over one mapping, in manifest order, and the mapping's address range."""
+def copy_file(location: FileLocation) -> NDArray[np.uint8]:
+    """Return the bytes of a package file in memory of this process alone, in huge pages where Linux has them.
+
+    Raises PackageError where the file ends early.
+    """
+    if not location.bytes:
+        return np.empty(0, np.uint8)
+    memory = mmap.mmap(-1, location.bytes + PIECE_BYTES)
+    ask_for_huge_pages(memory)
+    room = np.frombuffer(memory, np.uint8)
+    begin = -room.ctypes.data % PIECE_BYTES
+    data = room[begin : begin + location.bytes]
+    with location.open() as stream:
+        if stream.readinto(memoryview(data)) != location.bytes:
+            raise PackageError(f"{location.path} is truncated; copy or build it again")
+    return data
+
+
+def weights_of(package: Package, *, mapped: bool = True) -> tuple[list[Tensor], tuple[int, int]]:
+    """Return all weights as CPU tensors over one piece of memory, in manifest order, and its address range.
+
+    It is the file, `mapped`, or a copy of it that this process alone has. Raises PackageError for weights that do not
+    fit the file.
+    """
     manifest = package.manifest
-    data = map_file(package.locations[manifest.weights_file])
+    data = (map_file if mapped else copy_file)(package.locations[manifest.weights_file])
     try:
         tensors = [
             wrap_bytes(data[weight.offset : weight.offset + weight.bytes], weight.dtype, weight.shape)

@@ -238,6 +238,8 @@ def test_generate_streams_text_and_ends_with_figures(optimizer: Callable, tmp_pa
     both = optimizer("generate", package, "--prompt", "In the", "--prompt", "The king said", "-n", "6", "--json")
     assert [each["prompt"] for each in json.loads(both.out)] == ["In the", "The king said"]
     assert json.loads(both.out)[1]["tokens"] == document["tokens"]
+    copied = optimizer("generate", package, "--prompt", "The king said", "-n", "6", "--no-mmap", "--json")
+    assert json.loads(copied.out)["tokens"] == document["tokens"]
     assert optimizer("generate", package, "--prompt", "a", "--system", "b").code == 10
     without = optimizer("generate", package, "--prompt", "a", "--chat")
     assert without.code == 10

@@ -44,6 +44,20 @@ def test_outputs_match_numpy_from_folder_and_single_file(write_linear: WritePack
     np.testing.assert_array_equal(outputs["flat"], inputs["x.0/data"].reshape(-1))
 
 
+@pytest.mark.parametrize("name", ["linear", "linear.opt"])
+def test_weights_in_memory_give_the_outputs_of_those_in_the_file(write_linear: WritePackage, name: str) -> None:
+    path = write_linear(name)
+    model = load(path, mapped=False)
+    begin, end = model.weight_region
+    lines = [line for line in Path("/proc/self/maps").read_text(encoding="ascii").splitlines() if str(path) in line]
+    files = [tuple(int(part, 16) for part in line.split()[0].split("-")) for line in lines]
+    assert not any(low < end and begin < high for low, high in files)
+    inputs = linear_inputs()
+    outputs, expected = model(inputs), load(path)(inputs)
+    for key, value in expected.items():
+        np.testing.assert_array_equal(outputs[key], value)
+
+
 def test_mapping_and_keywords_may_be_mixed(write_linear: WritePackage) -> None:
     inputs = linear_inputs()
     model = load(write_linear())
