@@ -8,8 +8,8 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from optimizer.errors import PackageError
 from optimizer.package.archive import read_members
@@ -28,7 +28,7 @@ class FileLocation:
     offset: int
     bytes: int
 
-    def open(self) -> BinaryIO:
+    def open(self) -> BufferedReader:
         """Return the underlying file, positioned at the first byte; refuses links and anything but a regular file."""
         stream = _open_regular(self.path)
         stream.seek(self.offset)
@@ -138,7 +138,7 @@ def _folder_files(folder: Path) -> dict[str, FileLocation]:
     return found
 
 
-def _open_regular(path: Path) -> BinaryIO:
+def _open_regular(path: Path) -> BufferedReader:
     """Open `path` for reading; a link, a device or a pipe raises OSError or PackageError instead of blocking."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     stream = os.fdopen(descriptor, "rb")

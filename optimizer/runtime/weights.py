@@ -44,7 +44,7 @@ def copy_file(location: FileLocation) -> NDArray[np.uint8]:
     begin = -room.ctypes.data % PIECE_BYTES
     data = room[begin : begin + location.bytes]
     with location.open() as stream:
-        if stream.readinto(memoryview(data)) != location.bytes:
+        if stream.readinto(data.data) != location.bytes:
             raise PackageError(f"{location.path} is truncated; copy or build it again")
     return data
 
