@@ -34,6 +34,12 @@ CAUSAL_KEY_BLOCK = 96
 # Products in tile registers read operands from the first cache that others only pass through it (with 128 instead,
 # 1500 keys take 15 % longer on Granite Rapids, 512 keys 14 %).
 TILES_KEY_BLOCK = 96
+# A core that begins two multiply-adds a cycle may ask the first-level cache for two vectors meanwhile: 24 products of
+# 6 rows by 4 vectors take 10 of them, of 12 by 2 14. The weights of twice the queries fill the cache by fewer keys.
+# 1500 keys took 11.3 ms so, 13.3 by 13 and 2 (Granite Rapids).
+WIDE_TILE = 6, 4
+NARROW_TILE = 13, 2  # 26 of 32 registers, and what they are computed of
+WIDE_KEY_BLOCK = 64
 # With fewer queries most lanes would be idle; each alone costs as much as about an eighth of a block.
 LEAST_QUERIES = 8
 
@@ -50,9 +56,10 @@ class Attention:
 
     def space(self, target: Target, analysis: AttentionAnalysis) -> Space:
         """Return the register tile, the keys whose exponentials are kept at a time, and the queries that fill lanes."""
-        rows, vectors = _register_tile(target)
         lanes = target.vector_lanes(32)
         queries = 1 if analysis.lane is None else analysis.lane.extent
+        tiles = _tiles(target, analysis)
+        rows, vectors = _register_tile(target, analysis) if tiles is None else NARROW_TILE
         least = min(LEAST_QUERIES, lanes)
         if isinstance(queries, int):
             vectors = max(1, min(vectors, queries // lanes))
@@ -60,7 +67,7 @@ class Attention:
         return (
             Choice("rows", rows, (4, 6, 8, 12, 13)),
             Choice("vectors", vectors, (1, 2, 4)),
-            Choice("key_block", _key_block(analysis, few, _tiles(target, analysis)), (64, 96, 128, 192, 256)),
+            Choice("key_block", _key_block(analysis, few, tiles, vectors), (64, 96, 128, 192, 256)),
             Choice("least_queries", least, (2, 4, 8, 16)),
         )
 
@@ -77,7 +84,8 @@ class Attention:
         else:
             block, vectors = -(-block // BLOCK) * BLOCK, min(vectors, BLOCK // TILE)
         powers = powers_of_two(target)
-        blocks = attention_tiles.Blocks(lanes, rows, vectors, block, terms_at_once(target), powers, tiles)
+        spreads = target.multiply_adds > 1
+        blocks = attention_tiles.Blocks(lanes, rows, vectors, block, terms_at_once(target), powers, tiles, spreads)
         many = attention_tiles.emit(analysis, lane, blocks, dot, target)
         if isinstance(lane.extent, int):
             return many
@@ -88,15 +96,21 @@ def _tiles(target: Target, analysis: AttentionAnalysis) -> MatrixTiles | None:
     return matrix_tiles(target, BFLOAT16, BFLOAT16) if analysis.rounded else None
 
 
-def _register_tile(target: Target) -> tuple[int, int]:
+def _register_tile(target: Target, analysis: AttentionAnalysis) -> tuple[int, int]:
+    """Return rows of keys and vectors of queries whose scores are in registers at a time."""
     if target.vector_registers < 32:
         return 6, 2  # 12 of 16 registers
+    queries = 1 if analysis.lane is None else analysis.lane.extent
+    many = isinstance(queries, int) and queries >= WIDE_TILE[1] * target.vector_lanes(32)
+    # Fewer queries together read fewer keys that a causal mask hides from some of them.
+    if target.multiply_adds > 1 and many and end_of_seen(analysis) is None:
+        return WIDE_TILE
     if target.architecture == "x86_64":
-        return 13, 2  # 26 of 32 registers, and what they are computed of
+        return NARROW_TILE
     return 8, 2  # 16 of 32 registers, and as many for a block's elements as there are rows
 
 
-def _key_block(analysis: AttentionAnalysis, few: bool, in_tiles: MatrixTiles | None) -> int:
+def _key_block(analysis: AttentionAnalysis, few: bool, in_tiles: MatrixTiles | None, vectors: int) -> int:
     extent = analysis.key.extent
     if not isinstance(extent, int):
         return SYMBOLIC_KEY_BLOCK if in_tiles is None else TILES_KEY_BLOCK
@@ -105,4 +119,5 @@ def _key_block(analysis: AttentionAnalysis, few: bool, in_tiles: MatrixTiles | N
         most = CAUSAL_KEY_BLOCK
     elif not few and extent > LARGEST_KEY_BLOCK:
         most = KEY_BLOCK if in_tiles is None else TILES_KEY_BLOCK
+        most = most if vectors < WIDE_TILE[1] else WIDE_KEY_BLOCK
     return -(-extent // -(-extent // most))

@@ -150,6 +150,23 @@ class Operand:
 
         return [] if self.copy is not None else requests(self._element, self._axis, at, cache)
 
+    @property
+    def lines(self) -> int:
+        """Return how many lines of memory a key or value takes, 0 where it is not read in place or not known."""
+        extent = self._axis.extent
+        if self.copy is not None or not self.is_contiguous or not isinstance(extent, int):
+            return 0
+        return -(-extent // self._of_line)
+
+    @property
+    def _of_line(self) -> int:
+        return LINE_BITS // int(loads_of(self._element)[0].source.dtype.bits)
+
+    def request(self, point: Mapping[Var, Expr], key: Expr, line: Expr, cache: int) -> Stmt:
+        """Return the request for one of the `lines` of a key or value, counted."""
+        values = {**point, self._key.variable: key, self._axis.variable: line * self._of_line}
+        return prefetch(substitute(loads_of(self._element)[0], values), cache)
+
     def at(self, point: Mapping[Var, Expr], base: Expr, number: Expr, column: Expr) -> Expr:
         """Return the element of key `base + number` and a place on the axis."""
         if self.copy is not None:

@@ -27,6 +27,8 @@ FLOAT = "float32"
 ZERO = tirx.const(0.0, FLOAT)
 # Keys whose logits are made at a time of scores in memory: enough that their maximum stays in registers for a while.
 ROWS_OF_LOGITS = 8
+# What makes the row of a line's number, and its line in the row.
+_PARTS_OF_LINE = (tirx.floordiv, tirx.floormod)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,8 @@ class Task:
     `clamped` says that lanes may stand for queries past the last one, which they then repeat. `weights` [keys][queries]
     holds logits, then exponentials; with `pairs` the latter go to `rounded`, two keys' together. `scale` is what a
     score is multiplied by where that is all that makes it a logit: then both `weights` and `largest` are of scores, and
-    `bound` is what is subtracted from exponents.
+    `bound` is what is subtracted from exponents. A task that `spreads` its requests for keys and values makes some at
+    each step of a product, not all before it.
     """
 
     analysis: AttentionAnalysis
@@ -66,6 +69,7 @@ class Task:
     pairs: Pairs | None = None
     turned_pairs: Var | None = None
     rounded: Var | None = None
+    spreads: bool = False
 
     def query(self, lane: Expr) -> Expr:
         """Return the query of a lane."""
@@ -99,7 +103,8 @@ def scores(task: Task, base: Expr, extent: Extent) -> Stmt:
                 place = r * task.queries + v
                 return store(registers, load(registers, [place]) + of_row(r) * load(task.turned, [d, v]), [place])
 
-            return cells(rows, task.queries, update)
+            lines = _requests_of_step(task, base + first, rows, d) if task.spreads else []
+            return sequence([*lines, cells(rows, task.queries, update)])
 
         def logit(value: Expr, r: Expr, v: Expr) -> Stmt:
             values = {
@@ -119,7 +124,7 @@ def scores(task: Task, base: Expr, extent: Extent) -> Stmt:
             sums = task.pairs.scores(tile, task.turned_pairs, task.point, base + first)
         finish = _where_seen(task, base + first + rows, lambda value: cells(rows, task.queries, partial(logit, value)))
         keep = cells(rows, task.queries, maximum)
-        ahead = [] if task.pairs is not None else [_requests(task, base + first, rows)]
+        ahead = [] if task.pairs is not None or task.spreads else [_requests(task, base + first, rows)]
         return with_local([registers], [*ahead, cells(rows, task.queries, start), sums, finish, keep])
 
     if isinstance(extent, int):
@@ -163,6 +168,22 @@ def _requests(task: Task, key: Expr, rows: int) -> Stmt:
         return sequence([*keys, *task.values.requests(task.point, key + number, cache=2), tirx.Evaluate(0)])
 
     return unrolled(rows, row)
+
+
+def _requests_of_step(task: Task, key: Expr, rows: int, step: Expr) -> list[Stmt]:
+    """Return the part of a step in requests for the keys behind `rows` of them, and for the values of these.
+
+    A core waits where more lines are under way than it has places for: requests before the first step had a third of a
+    product's samples (1500 keys of 64 elements, Granite Rapids).
+    """
+    assert isinstance(task.depth, int)
+    asked: list[Stmt] = []
+    for operand, first, cache in ((task.keys, key + rows, 1), (task.values, key, 2)):
+        each = -(-rows * operand.lines // task.depth)
+        for number in range(each):
+            row, line = (operation(step * each + number, index(operand.lines)) for operation in _PARTS_OF_LINE)
+            asked.append(operand.request(task.point, first + row, line, cache))
+    return asked
 
 
 def _where_seen(task: Task, end: Expr, logits: Callable[[Expr], Stmt]) -> Stmt:

@@ -52,7 +52,8 @@ class Blocks:
     """How queries and keys are cut: `vectors` of `lanes` queries by `rows` keys in registers, `keys` at a time.
 
     `elements` of a key or value are loaded at once. `powers` are those of two by the target's own instructions, and
-    `tiles` products of bfloat16 in its tile registers.
+    `tiles` products of bfloat16 in its tile registers. `spreads` is whether requests for keys and values are made
+    between products.
     """
 
     lanes: int
@@ -62,6 +63,7 @@ class Blocks:
     elements: int
     powers: PowersOfTwo | None
     tiles: MatrixTiles | None = None
+    spreads: bool = False
 
 
 def emit(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, dot: Bf16Pairs | None, target: Target) -> Stmt:
@@ -211,7 +213,7 @@ def _block_of_queries(
     task = Task(
         analysis, lane, min(blocks.lanes, block), blocks.rows, block, key_block, point, start, first - start, clamped,
         depth, columns, keys, values, blocks.elements, scale=scale_of_score(analysis), powers=blocks.powers,
-        pairs=pairs, **buffers,
+        pairs=pairs, spreads=blocks.spreads and pairs is None and isinstance(depth, int), **buffers,
     )  # fmt: skip
     begin = [] if exact else [tirx.Bind(start, tirx.min(first, index(queries) - block))]
     return with_local([*buffers.values(), *operands], [*begin, *_body(task)])

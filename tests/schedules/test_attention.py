@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import ml_dtypes
@@ -198,6 +199,16 @@ def test_code_is_generated_for_every_kind_of_register(target: str) -> None:
     module, reports = schedule_module(_module(2, 32, 40, 50), chosen)
     tvm.compile(module, chosen.tvm_target())
     assert [report.family for report in reports] == ["attention"]
+
+
+@pytest.mark.parametrize(("name", "most"), [("x86-avx512", 13 * 8), ("x86-avx512-amx", 2)])
+def test_a_core_of_two_multiply_adds_a_cycle_asks_for_lines_between_them(name: str, most: int) -> None:
+    chosen = targets.get(name)
+    module, _ = schedule_module(_module(2, 64, 64, 300), chosen)
+    words = tvm.compile(module, chosen.tvm_target()).mod.imports[0].inspect_source("asm").split()
+    steps = [word.startswith("prefetch") for word in words if word.startswith(("prefetch", "vfmadd"))]
+    runs = [len(list(run)) for asked, run in itertools.groupby(steps) if asked]
+    assert max(runs) == most
 
 
 def test_hidden_blocks_of_keys_are_right() -> None:
