@@ -1,4 +1,7 @@
-"""Rows of products in tile registers, of which one block is finished while the next one is computed."""
+"""Rows of products in tile registers, of which one block is finished while the next one is computed.
+
+Sums that nothing follows are stored as they are, which is less work than to store them twice.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from tvm.tirx.stmt import Stmt
 from schedules.access import Access, Step
 from schedules.epilogue import Epilogue
 from schedules.intrin.matrix_tiles import BLOCK, TILE
-from schedules.loops import Extent, load, local, loop, with_local
+from schedules.loops import Extent, index, load, local, loop, with_local
 from schedules.matrix_tile import (
     MatrixOperands,
     block_of_sums,
@@ -21,9 +24,10 @@ from schedules.matrix_tile import (
     next_columns,
     pieces_of_row,
     step_of,
+    stride_of,
     written_lines,
 )
-from schedules.stages import Stage, sequence
+from schedules.stages import Stage, sequence, substitute
 
 
 def rows_of_sums(
@@ -40,6 +44,7 @@ def rows_of_sums(
     """
     rows, width = shape
     blocks = -(-most // BLOCK)
+    pitch = _pitch_of_result(operands, epilogue, width)
     pieces = pieces_of_row(epilogue, operands.columns, width)
     if Access(epilogue.stage.output, epilogue.indices).step(operands.columns.inner) == Step.STRIDED:
         pieces = ()
@@ -64,6 +69,8 @@ def rows_of_sums(
         def asks(step: Expr) -> Stmt:
             return sequence([ahead(step), *lines(step)])
 
+        if pitch is not None:
+            return _stored_at_once(operands, epilogue, inside, width, asks, pitch)
         places = [load(sums, [number % 2 * BLOCK * BLOCK + at]) for at in (0, TILE * BLOCK, BLOCK * BLOCK - 1)]
         return sequence(
             [
@@ -77,9 +84,51 @@ def rows_of_sums(
     def after(number: Expr) -> Stmt:
         return loop(BLOCK, lambda row: finish(number, row))
 
-    if not pieces:
+    if not pieces or pitch is not None:
         return in_blocks(operands.tiles, rows, block)
     return with_local([sums], [in_blocks(operands.tiles, rows, block, after)])
+
+
+def _pitch_of_result(operands: MatrixOperands, epilogue: Epilogue, width: int) -> Expr | None:
+    """Return how many bytes after a row of results the next one begins, if tiles of sums may be stored there.
+
+    None where anything follows the sums, and where columns do not lie together.
+    """
+    output = epilogue.stage.output
+    alone = epilogue.stage is epilogue.source and str(output.dtype) == operands.tiles.total
+    single = len(operands.rows.axes) == len(operands.columns.axes) == 1
+    together = Access(output, epilogue.indices).step(operands.columns.inner) == Step.UNIT
+    if not alone or not single or not together or width % TILE:
+        return None
+    stride = stride_of(load(output, list(epilogue.indices)), operands.rows)
+    return None if stride is None else stride * index(int(output.dtype.bits) // 8)
+
+
+def _stored_at_once(
+    operands: MatrixOperands,
+    epilogue: Epilogue,
+    at: Callable[[Expr, Expr], Mapping[Var, Expr]],
+    width: int,
+    ahead: Callable[[Expr], Stmt],
+    pitch: Expr,
+) -> Stmt:
+    """Return the sums of a block of 32 rows that nothing follows, stored where they belong."""
+
+    def place(row: int, column: int) -> Expr:
+        point = at(index(row), index(column))
+        return load(epilogue.stage.output, [substitute(each, point) for each in epilogue.indices])
+
+    shape = (2, width // TILE)
+    places = [place(0, 0), place(TILE, 0), place(BLOCK - 1, width - 1)]
+    step = step_of(operands, at, (BLOCK, width), lambda number: [ahead(number)])
+    return sequence(
+        [
+            operands.tiles.zero(),
+            loop(operands.steps, step),
+            last_terms(operands, at, (BLOCK, width)) if operands.rest else tirx.Evaluate(0),
+            operands.tiles.store(shape, places, pitch),
+        ]
+    )
 
 
 def _steps_beside(

@@ -153,7 +153,7 @@ class MatrixTiles:
         """
         return _call(_named(_LOAD, shape), *map(tirx.address_of, places), index(stride))
 
-    def store(self, shape: tuple[int, int], places: Sequence[Expr], stride: int) -> Stmt:
+    def store(self, shape: tuple[int, int], places: Sequence[Expr], stride: Expr | int) -> Stmt:
         """Return what stores sums as `load` loads them."""
         return _call(_named(_STORE, shape), *map(tirx.address_of, places), index(stride))
 

@@ -99,6 +99,35 @@ def test_cores_divide_the_columns_of_fewer_rows(rows: int, columns: int, depth: 
     assert f"task // T.int64({columns // 32})" not in lowered.module.script()
 
 
+def product_alone(weights: np.ndarray, x: relax.Var) -> relax.Expr:
+    return op.matmul(op.astype(x, "bfloat16"), relax.const(weights, "bfloat16"), out_dtype="float32")
+
+
+@pytest.mark.parametrize(("columns", "once"), [(64, True), (48, True), (41, False)])
+def test_sums_that_nothing_follows_are_stored_once(columns: int, once: bool) -> None:
+    weights = normal(64, columns).astype(ml_dtypes.bfloat16)
+    lowered = lower(module_of(lambda v: product_alone(weights, v), [(96, 64)], ["float32"]), AMX)
+    (product,) = [each for each in lowered.module.functions.values() if "tdpbf16ps" in str(each)]
+    assert ("sums" not in str(product)) == once
+
+
+@HERE
+@given(
+    rows=st.one_of(st.integers(1, 70), st.sampled_from([197, 257])),
+    columns=st.sampled_from([17, 32, 48, 64, 131]),
+    depth=st.sampled_from([32, 33, 80, 416]),
+    symbolic=st.booleans(),
+)
+@settings(max_examples=12, deadline=None)
+def test_sums_stored_at_once_are_those_of_rounded_operands(rows: int, columns: int, depth: int, symbolic: bool) -> None:
+    weights, x = normal(depth, columns).astype(ml_dtypes.bfloat16), normal(rows, depth, seed=1)
+    shape = ("m" if symbolic else rows, depth)
+    lowered = lower(module_of(lambda v: product_alone(weights, v), [shape], ["float32"]), AMX)
+    got = relax.VirtualMachine(build(lowered.module, AMX), tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
+    want = x.astype(ml_dtypes.bfloat16).astype("float64") @ weights.astype("float64")
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=sum_tolerance(depth, 1.0))
+
+
 @HERE
 @pytest.mark.parametrize("rows", [1500, 1553])
 def test_sums_of_divided_rows_are_those_of_rounded_operands(rows: int) -> None:
