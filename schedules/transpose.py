@@ -16,9 +16,11 @@ from tvm import sym, tirx
 from tvm.ir import Expr, Range, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import Access, AxisGroup, Step, as_int, branches_on, group_axes
+from schedules.access import Access, AxisGroup, Step, as_int, branches_on, free_variables, group_axes
 from schedules.division import TASKS_PER_CORE, Division
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
+from schedules.intrin.bf16_conversion import BFLOAT16
+from schedules.intrin.matrix_tiles import matrix_tiles
 from schedules.loops import (
     SECOND_LEVEL,
     index,
@@ -35,6 +37,7 @@ from schedules.loops import (
     with_local,
 )
 from schedules.matmul import step
+from schedules.matrix_tile import stride_of
 from schedules.stages import Axis, Stage, replace_loads, sequence, substitute
 from schedules.streaming import LAST_CACHE_BYTES
 from schedules.turn import interleave_rows, turn_rows, turn_short_rows
@@ -230,8 +233,39 @@ def _tile(
     # What short rows read lies together, and parts of lines come with the parts before them.
     is_far = in_registers and is_square and _fills_registers(analysis.turned, rows, target)
     ahead = _ahead(analysis, lambda r, c: at(r, c + TILES_AHEAD * columns), rows, target) if is_far else []
-    written = each_row(rows, lambda r: vector(columns, lambda c: element(r, c)))
+    together = _rows_of_vector(analysis, columns, target) if in_registers else 1
+
+    def several(group: Expr) -> Stmt:
+        values = at(group * together, index(0))
+        *before, last = [substitute(each, values) for each in stage.indices]
+
+        def lane(v: Expr) -> Stmt:
+            value = _reading(stage.value, analysis.turned, buffers, group * (together * columns) + v)
+            return store(stage.output, value, [*before, last + v])
+
+        return vector(together * columns, lane)
+
+    if together > 1 and rows % together == 0:
+        written = unrolled(rows // together, several)
+    else:
+        written = each_row(rows, lambda r: vector(columns, lambda c: element(r, c)))
     return with_local(buffers, [*copies, *ahead, *turns, written])
+
+
+def _rows_of_vector(analysis: TransposeAnalysis, columns: int, target: Target) -> int:
+    """Return how many rows of a result that is rounded make one vector: short ones that follow each other.
+
+    The instruction that rounds a vector takes numbers below the normal ones for zero, as products in tile registers do.
+    """
+    stage, lanes = analysis.stage, target.vector_lanes(32)
+    if str(stage.output.dtype) != BFLOAT16 or matrix_tiles(target, BFLOAT16, BFLOAT16) is None:
+        return 1
+    if len(analysis.turned) != len(stage.loads()) or free_variables(stage) or columns != analysis.along.extent:
+        return 1
+    written = load(stage.output, list(stage.indices))
+    apart = [stride_of(written, group) for group in (analysis.across, analysis.along)]
+    follow = [None if each is None else as_int(each) for each in apart] == [columns, 1]
+    return lanes // columns if follow and lanes % columns == 0 else 1
 
 
 def _ahead(

@@ -87,6 +87,16 @@ def test_first_layer_of_few_channels(
     assert "matrix-convolution" in families
 
 
+def test_few_channels_are_rounded_in_whole_vectors() -> None:
+    weights = relax.const(normal(40, 3, 7, 7))
+    layer = module_of(lambda x: op.nn.conv2d(x, weights, strides=2, padding=3), [[1, 3, 32, 40]], ["float32"])
+    module = lower(BlockChannels(BLOCK, 0, "bfloat16").run(layer).module, TARGET).module
+    blocks = next(
+        str(function.script()) for name, function in module.functions_items() if "to_blocks" in name.name_hint
+    )
+    assert "optimizer_store_bf16" in blocks
+
+
 @needs_tiles
 def test_what_lies_behind_the_last_channel_is_not_read() -> None:
     x, w = normal(1, 48, 9, 9), normal(64, 48, 1, 1, seed=1)
