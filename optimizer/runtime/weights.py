@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from optimizer.errors import PackageError
+from optimizer.errors import InsufficientMemoryError, PackageError
 from optimizer.package.pieces import PIECE_BYTES, ask_for_huge_pages
 from optimizer.package.reader import FileLocation, Package
 from optimizer.runtime.tensors import Tensor, wrap_bytes
@@ -34,11 +34,18 @@ def map_file(location: FileLocation) -> NDArray[np.uint8]:
 def copy_file(location: FileLocation) -> NDArray[np.uint8]:
     """Return the bytes of a package file in memory of this process alone, in huge pages where Linux has them.
 
-    Raises PackageError where the file ends early.
+    Raises PackageError where the file ends early, InsufficientMemoryError where there is too little.
     """
     if not location.bytes:
         return np.empty(0, np.uint8)
-    memory = mmap.mmap(-1, location.bytes + PIECE_BYTES)
+    # Linux has other rules, and seldom huge pages, for memory that may be shared, as mmap's is by default.
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    try:
+        memory = mmap.mmap(-1, location.bytes + PIECE_BYTES, flags=private)
+    except OSError as error:
+        raise InsufficientMemoryError(
+            f"there is too little memory for {location.bytes} bytes of weights; leave them in the file, or free memory"
+        ) from error
     ask_for_huge_pages(memory)
     room = np.frombuffer(memory, np.uint8)
     begin = -room.ctypes.data % PIECE_BYTES
