@@ -46,6 +46,10 @@ from schedules.reducer import reducer_of
 from schedules.stages import Stage, sequence
 from targets.base import Target
 
+# Steps of the reduction before the one that reads a line of weights, on cores that go through one every few cycles:
+# ResNet-50's 1x1 layers in fp32 took 4 to 14 % less with requests (Granite Rapids).
+STEPS_AHEAD = 16
+
 
 class DirectConvolution:
     """Register tiles of blocks of channels by columns of an image."""
@@ -80,7 +84,8 @@ class DirectConvolution:
     def apply(self, analysis: ChannelWindows, parameters: Parameters, target: Target) -> Stmt:
         """Return the loop nest."""
         dot = _dot(analysis, target)
-        statement = _Emitter(analysis, parameters, dot, multiplies_by_element(target)).statement()
+        ahead = STEPS_AHEAD if target.multiply_adds > 1 else 0
+        statement = _Emitter(analysis, parameters, dot, multiplies_by_element(target), ahead).statement()
         return statement if dot is None else with_fences(dot.imported(statement), target)
 
 
@@ -107,6 +112,7 @@ class _Emitter:
     parameters: Parameters
     dot: GroupedDot | None
     by_element: bool
+    ahead: int
 
     @cached_property
     def stage(self) -> Stage:
@@ -222,5 +228,5 @@ class _Emitter:
     ) -> Stmt:
         """Return `count` blocks of channels by `columns` at `start` (`border`: the same where taps may miss)."""
         return RegisterTile(
-            self.analysis, self.dot, self.by_element, point, group, first, count, start, columns, border
+            self.analysis, self.dot, self.by_element, point, group, first, count, start, columns, border, self.ahead
         ).statement()

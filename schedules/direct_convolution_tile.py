@@ -19,7 +19,7 @@ from schedules.intrin.byte_rounding import rounding_of
 from schedules.intrin.byte_stores import TOGETHER
 from schedules.intrin.grouped_call import GroupedDot
 from schedules.intrin.load_fence import fence
-from schedules.loops import index, load, local, loop, quotient, store, unrolled, vector, with_local
+from schedules.loops import index, load, local, loop, prefetch, quotient, store, unrolled, vector, with_local
 from schedules.reducer import accumulate, accumulator_dtype
 from schedules.stages import Axis, Stage, replace_loads, replaced, sequence, substitute, with_value
 
@@ -28,7 +28,10 @@ Point = Mapping[Var, Expr]
 
 @dataclass(frozen=True)
 class RegisterTile:
-    """One register tile: `blocks` from block `first` of group `group` by `columns` from `start`."""
+    """One register tile: `blocks` from block `first` of group `group` by `columns` from `start`.
+
+    Weights are asked for `ahead` steps before, if that is not 0.
+    """
 
     analysis: ChannelWindows
     dot: GroupedDot | None
@@ -40,6 +43,7 @@ class RegisterTile:
     start: Expr
     columns: int
     border: int | None
+    ahead: int = 0
 
     @cached_property
     def dtype(self) -> str:
@@ -221,7 +225,22 @@ class RegisterTile:
     def _step(self, values: Point, columns: tuple[int, int]) -> Stmt:
         if self.dot is not None:
             return self._grouped_step(self.dot, values, columns)
-        return self._add(columns, values, lambda _: self.stage)
+        return sequence([*self._lines_ahead(values), self._add(columns, values, lambda _: self.stage)])
+
+    def _lines_ahead(self, values: Point) -> list[Stmt]:
+        """Return what asks for the weights of a later step, of one channel, in whose order they lie in memory."""
+        data, lane = self.analysis.data, self.analysis.lane.variable
+        by_channel = as_int(data.source.shape[-1]) == self.analysis.block and len(self.stage.loads()) > 1
+        if not self.ahead or not by_channel or any(occurs(position, lane) for position in data.indices):
+            return []
+
+        def request(block: int) -> Stmt:
+            at, _ = self._cell(index(0), index(block), index(0))
+            *before, last = substitute(self.analysis.weights, {**at, **values}).indices
+            place = last + self.ahead * self.analysis.block
+            return prefetch(load(self.analysis.weights.source, [*before, place]))
+
+        return [request(block) for block in range(self.blocks)]
 
     def _add(self, columns: tuple[int, int], values: Point, source: Callable[[Expr], Stage]) -> Stmt:
         """Return the step of a term, of which `source` gives what the stage is for a column."""

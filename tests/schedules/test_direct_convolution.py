@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tvm import relax
 from tvm.relax import op
 
+import targets
 from passes.block_channels import BlockChannels
 from schedules.schedule import schedule_module
 from tests.schedules.execution import TARGET, Dimension, compiled, lower, module_of, normal, sum_tolerance
@@ -121,3 +122,13 @@ def test_pooling(size: tuple[int, int]) -> None:
     )
     np.testing.assert_allclose(got, windows.mean((-1, -2)), rtol=1e-6, atol=atol)
     assert families.count("direct-convolution") == 2
+
+
+@pytest.mark.parametrize("channels", [3, 64])
+@pytest.mark.parametrize("name", ["x86-avx512", "x86-avx512-amx"])
+def test_weights_are_asked_for_where_a_core_begins_two_multiply_adds(name: str, channels: int) -> None:
+    target, weights = targets.get(name), relax.const(normal(64, channels, 3, 3))
+    module = module_of(lambda x: op.nn.conv2d(x, weights, padding=1), [(1, channels, 14, 14)], ["float32"])
+    blocked = lower(BlockChannels(target.layouts.channel_block, 0).run(module).module)
+    asks = channels == 64 and target.multiply_adds > 1
+    assert ("prefetch" in schedule_module(blocked, target)[0].script()) == asks
