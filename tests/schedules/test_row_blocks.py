@@ -1,0 +1,66 @@
+"""Blocks of rows of products: as many as stay in a core's second-level cache beside the columns' panels."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tvm import relax
+from tvm.relax import op
+
+import targets
+from optimizer.lowering import build, lower
+from targets.base import Target
+from targets.host import missing_features
+from tests.schedules.execution import module_of, normal, sum_tolerance
+
+TWO_UNITS, ONE_UNIT = targets.get("x86-avx512-amx"), targets.get("x86-avx512")
+HERE = [target for target in (TWO_UNITS, ONE_UNIT) if not missing_features(target)]
+
+
+def product(weights: np.ndarray, rows: int) -> tvm.IRModule:
+    return module_of(lambda x: op.matmul(x, relax.const(weights)), [(rows, weights.shape[0])], ["float32"])
+
+
+def rows_of_a_task(target: Target, rows: int, columns: int, depth: int) -> int:
+    (kernel,) = lower(product(normal(depth, columns), rows), target).kernels
+    assert kernel.family == "matmul"
+    return int(kernel.parameters["row_block"])
+
+
+def test_rows_of_a_task_leave_room_in_the_second_level_cache() -> None:
+    assert rows_of_a_task(TWO_UNITS, 1576, 64, 768) == 128
+    rows = rows_of_a_task(TWO_UNITS, 1576, 64, 3072)
+    assert 48 <= rows < 128
+    assert rows * 3072 * 4 <= TWO_UNITS.caches.level2 * 5 // 8
+    assert rows_of_a_task(ONE_UNIT, 1576, 64, 3072) == 128
+
+
+def test_long_rows_still_share_panels() -> None:
+    assert rows_of_a_task(TWO_UNITS, 512, 64, 16384) == 48
+
+
+@pytest.mark.parametrize(("target", "asks"), [(TWO_UNITS, False), (ONE_UNIT, True)], ids=["two units", "one unit"])
+def test_next_rows_are_asked_for_where_one_multiply_add_begins_in_a_cycle(target: Target, *, asks: bool) -> None:
+    module = build(lower(product(normal(64, 1536), 12000), target).module, target).mod
+    assembly = "".join(each.inspect_source("asm") for each in module.imports if each.kind == "llvm")
+    # Requests for columns are two in a row of as many steps as there are tiles, those for rows one for each of a tile.
+    assert (re.search(r"(\s+prefetcht1.*\n){4}", assembly) is not None) == asks
+
+
+@pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    rows=st.sampled_from([1, 13, 97, 128, 197, 263]),
+    columns=st.sampled_from([1, 33, 64]),
+    depth=st.sampled_from([3072, 4099, 9001]),
+)
+def test_products_of_long_rows(target: Target, rows: int, columns: int, depth: int) -> None:
+    x, weights = normal(rows, depth), normal(depth, columns, seed=1)
+    machine = relax.VirtualMachine(build(lower(product(weights, rows), target).module, target), tvm.cpu())
+    got = machine["main"](tvm.runtime.tensor(x)).numpy()
+    np.testing.assert_allclose(got, x.astype("float64") @ weights, rtol=1e-6, atol=sum_tolerance(depth, 1.0))
