@@ -47,7 +47,7 @@ from schedules.stages import Stage, sequence
 from targets.base import Target
 
 # Steps of the reduction before the one that reads a line of weights, on cores that go through one every few cycles:
-# ResNet-50's 1x1 layers in fp32 took 4 to 14 % less with requests (Granite Rapids).
+# ResNet-50's 1x1 layers in fp32 took 1 to 14 % less with requests but for one, 2 % more (Granite Rapids).
 STEPS_AHEAD = 16
 
 
