@@ -21,12 +21,12 @@ from tests.passes.graph import graph
 CUDA: Target = targets.get("cuda", ["sm_80"])
 
 
-def task(dtype: str = "float32", rows: int | str = 200, inner: int = 96) -> Task:
+def task(dtype: str = "float32", rows: int | str = 200, inner: int = 96, columns: int = 130) -> Task:
     """Return the task of a product with sums in fp32 and a ReLU."""
     module = graph(
         lambda x, w: relax.op.nn.relu(relax.op.matmul(x, w, out_dtype="float32")),
         (rows, inner),
-        (inner, 130),
+        (inner, columns),
         dtype=dtype,
     )
     (found,) = tasks_of(lower(module, CUDA), {})
@@ -64,7 +64,7 @@ def threads_of(function: tirx.PrimFunc) -> set[int]:
 
 
 def test_products_of_16_bit_floats_may_do_without_tensor_cores() -> None:
-    half = task("float16")
+    half = task("float16", rows=128, columns=128)
     assert defaults(half.space) == {"tensor_cores": 1}
     assert "wmma::mma_sync" in source(half, {"tensor_cores": 1})
     assert "wmma" not in source(half, {"tensor_cores": 0})
