@@ -27,8 +27,6 @@ FLOAT = "float32"
 ZERO = tirx.const(0.0, FLOAT)
 # Keys whose logits are made at a time of scores in memory: enough that their maximum stays in registers for a while.
 ROWS_OF_LOGITS = 8
-# What makes the row of a line's number, and its line in the row.
-_PARTS_OF_LINE = (tirx.floordiv, tirx.floormod)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,9 +177,11 @@ def _requests_of_step(task: Task, key: Expr, rows: int, step: Expr) -> list[Stmt
     assert isinstance(task.depth, int)
     asked: list[Stmt] = []
     for operand, first, cache in ((task.keys, key + rows, 1), (task.values, key, 2)):
-        each = -(-rows * operand.lines // task.depth)
+        lines = operand.lines
+        each = -(-rows * lines // task.depth)
         for number in range(each):
-            row, line = (operation(step * each + number, index(operand.lines)) for operation in _PARTS_OF_LINE)
+            place = step * each + number
+            row, line = tirx.floordiv(place, index(lines)), tirx.floormod(place, index(lines))
             asked.append(operand.request(task.point, first + row, line, cache))
     return asked
 
