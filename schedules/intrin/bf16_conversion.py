@@ -3,7 +3,8 @@
 TVM's own lowering repeats the operand of a cast to bfloat16, cannot repeat one with bindings in it, turns NaN with all
 bits set into zero, and below a binding widens the bits of bfloat16 as if they were an integer. What is written here it
 leaves as it is. Buffers of bfloat16 that live inside a function it makes fp32, so that what they hold is not rounded
-and needs no conversion; those that an instruction reads by their address become integers here.
+and needs no conversion; those that an instruction reads by their address, or whose bits are copied, become integers
+here.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _SHIFT = 16  # the bits of fp32 that bfloat16 has not
 _HALF = (1 << (_SHIFT - 1)) - 1  # less than half a unit in the last place: an odd one is rounded up by one more
 _MAGNITUDE, _INFINITY = 0x7FFFFFFF, 0x7F800000
 _SIGN, _QUIET_NAN = 0x8000, 0x7FC0
+_OF_BITS = ("tirx.address_of", "tirx.reinterpret")  # what takes elements as they are stored
 _ARITHMETIC = (tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.Max, tirx.Min)
 
 
@@ -99,14 +101,14 @@ def bf16_buffers(function: tirx.PrimFunc, inner: Sequence[Var], statements: Sequ
     taken: list[Var] = []
 
     def note(call: ir.Call) -> None:
-        if isinstance(call.op, ir.Op) and call.op.name == "tirx.address_of":
+        if isinstance(call.op, ir.Op) and call.op.name in _OF_BITS:
             taken.extend(load.source for load in call.args if isinstance(load, TensorLoad))
 
     for statement in statements:
         tvm_ffi.structural_walk(statement, (ir.Call, note))
     parameters = [v for v in function.params if tirx.is_buffer_var(v) and str(v.dtype) == BFLOAT16]
-    by_address = [buffer for buffer in inner if str(buffer.dtype) == BFLOAT16 and contains(taken, buffer)]
-    integers = {buffer: tirx.decl_buffer(buffer.shape, "uint16", buffer.name) for buffer in by_address}
+    as_bits = [buffer for buffer in inner if str(buffer.dtype) == BFLOAT16 and contains(taken, buffer)]
+    integers = {buffer: tirx.decl_buffer(buffer.shape, "uint16", buffer.name) for buffer in as_bits}
     return Bf16Buffers(tuple(parameters), integers)
 
 
