@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from optimizer.package import dimensions
-from optimizer.package.dtypes import ITEM_BYTES
 from optimizer.package.entry_points import CacheRecord
 from optimizer.runtime import cache_pages, tensors
-from optimizer.runtime.tensors import Device, Tensor
+from optimizer.runtime.cache_memory import Place
+from optimizer.runtime.tensors import Tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,25 +43,11 @@ class Held:
 class CacheBuffers:
     """The tensors of a cache as the code takes them: the first in place of the input, the others after all inputs."""
 
-    def __init__(self, record: CacheRecord, sizes: Mapping[str, int], room: Room, device: Device) -> None:
-        """Reserve memory, whose content is not defined; `sizes` are the symbolic dimensions but the capacity."""
+    def __init__(self, record: CacheRecord, places: Sequence[Place], allocate: Callable[..., Tensor]) -> None:
+        """Take memory for the buffers that `places_of` tells from `allocate` (shape, dtype); it may hold anything."""
         self.record = record
-        shape = [dim if isinstance(dim, int) else _size(dim, sizes) for dim in record.shape]
-        shape[record.axis] = min(room.tokens, record.window + room.step) if record.window else room.tokens
         self._lost = 0
-        if record.pages is None:
-            self.tensors: tuple[Tensor, ...] = (tensors.allocate(tuple(shape), record.dtype, device),)
-        else:
-            pages = record.pages
-            whole = -(-max(room.tokens, 1) // pages.tokens) * pages.tokens
-            places = cache_pages.shapes(whole, room.recent, pages, tuple(shape))
-            kinds = ("uint8", "float16", record.dtype)
-            self.tensors = tuple(tensors.allocate(*each, device) for each in zip(places, kinds, strict=True))
-
-    @property
-    def bytes(self) -> int:
-        """Return the size of the memory that is reserved."""
-        return sum(math.prod(tensor.shape) * ITEM_BYTES[str(tensor.dtype)] for tensor in self.tensors)
+        self.tensors: tuple[Tensor, ...] = tuple(allocate(*place) for place in places)
 
     def copy_from(self, other: CacheBuffers, held: Held) -> None:
         """Take over the tokens that other buffers hold."""
@@ -146,6 +131,18 @@ class CacheBuffers:
         target = tensors.host_view(tensor, str(tensor.dtype))
         _tokens(target, axis, values.shape[axis])[...] = values
         tensors.write_back(tensor, target)
+
+
+def places_of(record: CacheRecord, sizes: Mapping[str, int], room: Room) -> list[Place]:
+    """Return shapes and dtypes of a cache's buffers; `sizes` are the symbolic dimensions but the capacity."""
+    shape = [dim if isinstance(dim, int) else _size(dim, sizes) for dim in record.shape]
+    shape[record.axis] = min(room.tokens, record.window + room.step) if record.window else room.tokens
+    if record.pages is None:
+        return [(tuple(shape), record.dtype)]
+    pages = record.pages
+    whole = -(-max(room.tokens, 1) // pages.tokens) * pages.tokens
+    shapes = cache_pages.shapes(whole, room.recent, pages, tuple(shape))
+    return list(zip(shapes, ("uint8", "float16", record.dtype), strict=True))
 
 
 def _size(dim: str, sizes: Mapping[str, int]) -> int:

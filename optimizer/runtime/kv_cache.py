@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from optimizer.errors import OptionError
 from optimizer.package import dimensions
 from optimizer.package.entry_points import CachePages, CacheRecord, EntryPoint, TensorSpec
 from optimizer.runtime import cache_pages, tensors
-from optimizer.runtime.cache_buffers import CacheBuffers, Held, Room
+from optimizer.runtime.cache_buffers import CacheBuffers, Held, Room, places_of
+from optimizer.runtime.cache_memory import CacheMemory, Place, bytes_of
 from optimizer.runtime.tensors import Device, Tensor
 
 SMALLEST_CAPACITY = 256
-"""Tokens that a cache without a bound has room for at first; it doubles when it is full."""
+"""Tokens that a cache has room for at first, and by which it grows at least."""
 SMALLEST_STEP = 128
 """Tokens of a step that rings have room for beside their window, unless a step reads more."""
 SMALLEST_RECENT = 128
@@ -44,8 +46,9 @@ class CacheTensors:
 class KeyValueCache:
     """The buffers of one entry point for one text, `length` tokens of which are in use.
 
-    Memory for all of `capacity` is reserved at once, and taken by the operating system as tokens arrive. Without a
-    `capacity` the buffers grow. `sizes` are the other symbolic dimensions of the buffers, 1 where they are not given.
+    In the CPU's memory the buffers grow with the text, by half, and are moved: so they are in use for the greatest part
+    and may lie in huge pages, however large the `capacity`. On another device there is room for all of it at once.
+    `sizes` are the other symbolic dimensions of the buffers, 1 where they are not given.
     The first `quantized` tokens are codes, in the caches that have those. Caches that are whole hold `capacity` tokens
     from the start, all zeros, and other inputs say which of them are meant. Raises OptionError for such caches without
     a capacity, or with another one than the model says, or beside caches that grow.
@@ -64,15 +67,27 @@ class KeyValueCache:
         self.capacity: int | None = capacity
         self.length: int = capacity if self._is_whole and capacity is not None else 0
         self.quantized: int = 0
-        self._room = Room(SMALLEST_CAPACITY if capacity is None else capacity, SMALLEST_RECENT, SMALLEST_STEP)
-        self.buffers: dict[str, CacheBuffers] = self._allocated(self._room)
+        self._memory: CacheMemory | None = None
+        self._room: Room = Room(SMALLEST_CAPACITY if capacity is None else capacity, SMALLEST_RECENT, SMALLEST_STEP)
+        if device == tensors.CPU and not self._is_whole:
+            CacheMemory(self.bytes)  # refused now where it cannot be, not in the middle of a text
+            self._room = replace(self._room, tokens=min(self._room.tokens, SMALLEST_CAPACITY))
+        self.buffers: dict[str, CacheBuffers] = self._allocated(self._room, self.length)
         self.tensors: CacheTensors = tensors_of(entry, self.buffers)
         self._has_rings: bool = any(record.window for record in entry.caches)
 
     @property
     def bytes(self) -> int:
-        """Return the size of all buffers."""
-        return sum(buffers.bytes for buffers in self.buffers.values())
+        """Return the size of all buffers when the capacity is reached, without one as they are."""
+        return bytes_of(self._places(replace(self._room, tokens=max(self._room.tokens, self.capacity or 0))))
+
+    def make_room(self, total: int) -> None:
+        """Make room for a text of `total` tokens at once that several steps are to bring.
+
+        Raises OptionError where that is more than the capacity.
+        """
+        require_room(self.capacity, self.length, total - self.length)
+        self._change(self._room_for(total), total)
 
     def reserve(self, total: int) -> Steps:
         """Make room for `total` tokens, and return how many are codes before and in the step that brings them.
@@ -83,16 +98,12 @@ class KeyValueCache:
         before = self.quantized
         quantized = before if self._pages is None else cache_pages.settled(self.length, before, self._pages)
         recent = max(SMALLEST_RECENT, self.length - before, total - quantized)
-        room = self._room
-        if total > room.tokens:
-            room = replace(room, tokens=max(total, 2 * room.tokens))
+        room = self._room_for(total)
         if self._pages is not None and not recent <= room.recent <= max(2 * recent, SMALLEST_RECENT):
             room = replace(room, recent=recent)
         if total - self.length > room.step:
             room = replace(room, step=total - self.length)
-        if room is not self._room:
-            self._move_to(self._allocated(room))
-            self._room = room
+        self._change(room, total)
         return Steps(before, quantized)
 
     def commit(self, total: int, steps: Steps) -> None:
@@ -126,23 +137,50 @@ class KeyValueCache:
         """Return a cache of its own with the same tokens."""
         other = KeyValueCache(self._entry, self._device, capacity=self.capacity, sizes=self._sizes)
         other._room = self._room
-        other._use(other._allocated(self._room))
+        other._use(other._allocated(self._room, self.length))
         other.length, other.quantized = self.length, self.quantized
         for name, buffers in other.buffers.items():
             buffers.copy_from(self.buffers[name], Held(self.length, self.quantized))
         return other
 
-    def _allocated(self, room: Room) -> dict[str, CacheBuffers]:
-        made = {record.past: CacheBuffers(record, self._sizes, room, self._device) for record in self._entry.caches}
-        if self._is_whole:
-            for buffers in made.values():
-                buffers.clear()
-        return made
+    def _room_for(self, total: int) -> Room:
+        """Return the room, or for more tokens than it has half as much again, if the capacity is as much."""
+        room = self._room
+        if total <= room.tokens:
+            return room
+        tokens = total + max(total // 2, SMALLEST_CAPACITY)
+        return replace(room, tokens=tokens if self.capacity is None else min(tokens, self.capacity))
 
-    def _move_to(self, buffers: dict[str, CacheBuffers]) -> None:
-        for name, each in buffers.items():
-            each.copy_from(self.buffers[name], Held(self.length, self.quantized))
-        self._use(buffers)
+    def _change(self, room: Room, total: int) -> None:
+        """Move to buffers with another room; those that `total` tokens fill by half go to huge pages."""
+        if room is not self._room:
+            held = Held(self.length, self.quantized)
+            buffers = self._allocated(room, total)
+            for name, each in buffers.items():
+                each.copy_from(self.buffers[name], held)
+            self._use(buffers)
+            self._room = room
+        memory = self._memory
+        if memory is not None and not memory.is_large and 2 * total >= room.tokens:
+            memory.use_large_pages(written=self.length > 0)
+
+    def _places(self, room: Room) -> list[Place]:
+        return [place for record in self._entry.caches for place in places_of(record, self._sizes, room)]
+
+    def _allocated(self, room: Room, total: int) -> dict[str, CacheBuffers]:
+        """Return buffers that are to hold `total` tokens."""
+        allocate = partial(tensors.allocate, device=self._device)
+        if self._device == tensors.CPU:
+            memory = self._memory = CacheMemory(bytes_of(self._places(room)))
+            if 2 * total >= room.tokens:
+                memory.use_large_pages(written=False)
+            allocate = memory.allocate
+        made: dict[str, CacheBuffers] = {}
+        for record in self._entry.caches:
+            made[record.past] = CacheBuffers(record, places_of(record, self._sizes, room), allocate)
+            if record.is_whole:
+                made[record.past].clear()
+        return made
 
     def _use(self, buffers: dict[str, CacheBuffers]) -> None:
         self.buffers, self.tensors = buffers, tensors_of(self._entry, buffers)
@@ -264,7 +302,8 @@ def buffers_of_past(
         if record.past in entry.newest_only:
             total = _require_all_in(record, length, total)
         held = Held(length, steps[record.length].before if record.pages is not None else 0)
-        buffers = CacheBuffers(record, values, Room(total, max(total, length) - held.quantized, total), device)
+        places = places_of(record, values, Room(total, max(total, length) - held.quantized, total))
+        buffers = CacheBuffers(record, places, partial(tensors.allocate, device=device))
         buffers.store(tensors.host_view(past[record.past], specs[record.past].dtype), held)
         result[record.past] = buffers
     return result
