@@ -209,12 +209,12 @@ class _Launch:
 def _with_shares(body: Stmt) -> Stmt:
     """Return what a launch does; a parallel loop of a single iteration in it would be taken for its body."""
 
-    def check(each: tirx.For) -> None:
-        if each.kind == tirx.ForKind.PARALLEL and _is_one(each.extent):
-            raise SeveralLaunchesError("a parallel loop has one iteration")
+    def shared(each: tirx.For) -> Stmt:
+        if each.kind != tirx.ForKind.PARALLEL or not _is_one(each.extent):
+            return each
+        return parallel(_TURNS, lambda turn: tirx.IfThenElse(turn < 1, _in_order(each), None))
 
-    tvm_ffi.structural_walk(body, (tirx.For, check))
-    return body
+    return tvm_ffi.structural_map(body, (tirx.For, shared))
 
 
 def _is_one(extent: Expr) -> bool:

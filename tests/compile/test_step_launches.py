@@ -8,10 +8,9 @@ import pytest
 import tvm
 from tvm import relax, tirx
 
-from optimizer.lowering import build
+from optimizer.lowering import build, lower
 from optimizer.package.manifest import SEVERAL_KERNELS
 from passes.caches import ATTRIBUTE
-from schedules import schedule_module
 from tests.schedules.execution import TARGET
 
 _WIDTH, _LAYERS = 96, 5
@@ -22,7 +21,10 @@ Layer = Callable[[relax.BlockBuilder, relax.Expr, int], relax.Expr]
 
 
 def _residual(builder: relax.BlockBuilder, value: relax.Expr, layer: int) -> relax.Expr:
-    """A product of normalized rows, normalized by columns and added to the rows: kernels of one thread and of all."""
+    """A product of normalized rows, normalized by columns and added to the rows.
+
+    Kernels of one thread and of all, one of them with a loop over blocks of rows in its launch: one block, of one row.
+    """
     normed = builder.emit(relax.op.nn.softmax(value, axis=-1))
     made = builder.emit(relax.op.matmul(normed, relax.const(_WEIGHTS[layer])))
     return builder.emit(relax.op.add(value, builder.emit(relax.op.nn.softmax(made, axis=0))))
@@ -40,8 +42,7 @@ def _module(layer: Layer, *, with_cache: bool = True) -> tvm.IRModule:
                 value = layer(builder, value, number)
             result = builder.emit_output(value)
         builder.emit_func_output(result)
-    module = relax.transform.LegalizeOps()(builder.get())
-    return schedule_module(module, TARGET)[0]
+    return lower(builder.get(), TARGET).module
 
 
 def _calls(executable: relax.VMExecutable) -> Counter[str]:
