@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from tvm.ir import TensorLoad, Var
 
@@ -78,6 +79,7 @@ def _is_row_run(stages: Sequence[Stage | OpaqueStage]) -> bool:
     return not isinstance(rows, int) or not isinstance(work, int) or rows >= FEW_ROWS or work < LONG_ROW
 
 
+@lru_cache(maxsize=256)  # each form that a function may have asks it of the same stages
 def reuses_operands(stage: Stage) -> bool:
     """Return whether the reduction contracts several operands (matmul) or slides over one (convolution, pooling)."""
     if sliding(stage) is not None or channel_windows(None, stage, epilogue.plain(stage)) is not None:
