@@ -41,6 +41,8 @@ class Sampling:
             raise OptionError(f"top-p {self.top_p} is not possible; give a probability above 0 and up to 1")
         if not 0.0 < self.repetition_penalty < float("inf"):
             raise OptionError(f"repetition penalty {self.repetition_penalty} is not possible; 1 leaves logits alone")
+        if self.seed < 0:
+            raise OptionError(f"seed {self.seed} is not possible; give 0 or more")
 
 
 class Sampler:
@@ -74,13 +76,15 @@ class Sampler:
         order = np.argsort(-values, kind="stable")
         if settings.top_k:
             order = order[: settings.top_k]
-        probabilities = _softmax(values[order] / settings.temperature)
+        probabilities = _softmax(values[order], settings.temperature)
         if settings.top_p < 1.0:
             kept = int(np.searchsorted(np.cumsum(probabilities), settings.top_p)) + 1
             order, probabilities = order[:kept], probabilities[:kept] / probabilities[:kept].sum()
         return int(self._generator.choice(order, p=probabilities))
 
 
-def _softmax(values: Logits) -> Logits:
-    weights = np.exp(values - values.max())
+def _softmax(values: Logits, temperature: float) -> Logits:
+    """Return the probabilities of `values`; differences of these are divided, as quotients may exceed all floats."""
+    with np.errstate(over="ignore"):
+        weights = np.exp((values - values.max()) / temperature)
     return weights / weights.sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -38,12 +39,15 @@ class DecoderSession:
     nothing of what was read before; a longer text is read `most_at_once` tokens at a time. A cache that the model gives
     room for a number of tokens, and no more, bounds the capacity, too. `unread` are tokens of the text that the next
     `append` reads first: the last one that a `Generation` made. Raises OptionError for a package that is not a decoder
-    with a cache, for a capacity below 1, and for none where the model leaves the room of such a cache to the caller.
+    with a cache, for a capacity or `most_at_once` below 1, and for no capacity where the model leaves the room of such
+    a cache to the caller.
     """
 
     def __init__(self, model: CompiledModel, *, capacity: int | None = None, most_at_once: int = MOST_AT_ONCE) -> None:
         if capacity is not None and capacity < 1:
             raise OptionError(f"a context of {capacity} tokens holds no text; give a capacity of 1 or more")
+        if most_at_once < 1:
+            raise OptionError(f"a text cannot be read {most_at_once} tokens at a time; give 1 or more")
         self._entry = model.entry("main")
         self._roles: DecoderRoles = roles_of(self._entry.signature)
         self._cache: KeyValueCache | ReturnedCache
@@ -71,14 +75,19 @@ class DecoderSession:
     def append(self, tokens: Sequence[int]) -> Logits:
         """Read more tokens and return the logits [vocabulary] of what follows the last of them.
 
-        Raises OptionError for no tokens, for negative ones, and where the text would exceed the capacity; the session
-        stays as it was.
+        Raises OptionError for no tokens, for negative ones and those beyond the vocabulary, and where the text would
+        exceed the capacity; the session stays as it was.
         """
-        tokens = [*self.unread, *tokens]
+        tokens = [*self.unread, *map(operator.index, tokens)]
         if not tokens:
             raise OptionError("there are no tokens to read; give at least one (the model's beginning-of-text token)")
         if min(tokens) < 0:
             raise OptionError(f"{min(tokens)} is no token; tokens are counted from 0")
+        vocabulary = self._roles.logits.shape[-1]
+        if isinstance(vocabulary, int) and max(tokens) >= vocabulary:
+            raise OptionError(
+                f"the model has {vocabulary} tokens, and none with the number {max(tokens)}; give it its own tokenizer"
+            )
         require_room(self.capacity, len(self.tokens), len(tokens))
         self.unread = []
         if isinstance(self._cache, ReturnedCache):

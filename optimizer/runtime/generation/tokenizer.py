@@ -42,7 +42,12 @@ class Tokenizer:
             raise PackageError(f"{TOKENIZER_FILE} is no tokenizer of the tokenizers library: {error}") from error
 
     def encode(self, text: str, *, begins: bool = True) -> list[int]:
-        """Return the tokens of a text, if it `begins` one with those that the tokenizer puts around it."""
+        """Return the tokens of a text, if it `begins` one with those that the tokenizer puts around it.
+
+        Raises OptionError for surrogates alone, which Python makes of a command line's bytes that are not UTF-8.
+        """
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise OptionError("the text is not UTF-8; convert it")
         return list(self._tokenizer.encode(text, add_special_tokens=begins).ids)
 
     def number(self, token: str) -> int | None:

@@ -28,6 +28,10 @@ def test_a_low_temperature_sharpens() -> None:
     assert np.mean(_draws(Sampling(temperature=0.2)) == 1) > np.mean(_draws(Sampling(temperature=1.0)) == 1)
 
 
+def test_the_lowest_temperature_takes_the_likeliest() -> None:
+    assert set(_draws(Sampling(temperature=5e-324), 5)) == {1}
+
+
 def test_top_k_keeps_the_likeliest() -> None:
     assert set(_draws(Sampling(temperature=1.0, top_k=2))) == {1, 3}
 
@@ -53,7 +57,7 @@ def test_equal_seeds_draw_equal_tokens() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"repetition_penalty": 0.0}],
+    [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"repetition_penalty": 0.0}, {"seed": -1}],
 )
 def test_senseless_values_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(OptionError):

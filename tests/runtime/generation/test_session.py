@@ -97,10 +97,17 @@ def test_reading_nothing_and_cutting_to_more_than_there_is_are_errors(decoder: C
         session.append([])
     with pytest.raises(OptionError, match="-1 is no token"):
         session.append([3, -1])
+    vocabulary = session.append([3]).size
+    with pytest.raises(OptionError, match=f"none with the number {vocabulary}"):
+        session.append([3, vocabulary])
+    assert session.tokens == [3]
+    session.reset()
     with pytest.raises(OptionError, match="cannot be cut"):
         session.rewind(1)
     with pytest.raises(OptionError, match="a context of 0 tokens"):
         DecoderSession(decoder, capacity=0)
+    with pytest.raises(OptionError, match="0 tokens at a time"):
+        DecoderSession(decoder, most_at_once=0)
 
 
 def test_a_context_beyond_memory_is_refused_by_its_size(decoder: CompiledModel) -> None:

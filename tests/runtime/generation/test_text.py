@@ -122,6 +122,11 @@ def test_characters_of_several_tokens_come_whole(decoder: CompiledModel) -> None
     assert "".join(filter(None, pieces)) == text
 
 
+def test_text_that_is_not_utf_8_is_refused(decoder: CompiledModel) -> None:
+    with pytest.raises(OptionError, match="UTF-8"):
+        TextGenerator(decoder).generate(b"a \xff".decode(errors="surrogateescape"))
+
+
 def test_malformed_files_are_package_errors() -> None:
     with pytest.raises(PackageError, match="tokenizer"):
         Tokenizer(b"{}")
