@@ -38,6 +38,7 @@ from passes.quantize_weights import QuantizeWeights
 from schedules.intrin.bf16_conversion import BFLOAT16
 from schedules.intrin.bf16_dot import bf16_dot
 from schedules.intrin.byte_dot import activation_types
+from schedules.intrin.matrix_tiles import matrix_tiles
 from targets.base import Target
 from targets.linking import export_library
 
@@ -124,6 +125,8 @@ class CompileOptions:
             steps.append("eliminate-common-subexpressions")  # several products convert the same operand
             if self.operand_dtype == "bfloat16" and self.target.device == "cpu":
                 steps.append("narrow-attention")
+        if self.operand_dtype != BFLOAT16 and matrix_tiles(self.target, BFLOAT16, BFLOAT16) is not None:
+            steps.append(f"round-attention{{target={self.target.name},with_quantized=true}}")
         return ",".join(steps)
 
     @property

@@ -25,6 +25,8 @@ from optimizer.signature import entry_point
 from passes.base import Pass, options_of
 from passes.pack_quantized_weights import PackQuantizedWeights
 from passes.quantize_weights import QuantizeWeights
+from passes.round_attention import RoundAttention
+from schedules.attention import LEAST_QUERIES
 from targets.base import GLIBC_FLOOR, Target
 
 if TYPE_CHECKING:
@@ -67,7 +69,12 @@ def weight_scheme(plan: Plan) -> str:
     rewriting = [
         r for r in plan.passes if isinstance(r.item, QuantizeWeights | PackQuantizedWeights) and r.outcome.rewritten
     ]
-    return "; ".join(f"{record.outcome.rewritten} matrices in {record.item}" for record in rewriting) or "none"
+    parts = [f"{record.outcome.rewritten} matrices in {record.item}" for record in rewriting]
+    unasked = [r for r in plan.passes if isinstance(r.item, RoundAttention) and r.item.with_quantized]
+    rounded = sum(record.outcome.rewritten for record in unasked)
+    if rounded:
+        parts.append(f"{rounded} attentions in bf16 from {LEAST_QUERIES} queries on")
+    return "; ".join(parts) or "none"
 
 
 def kv_cache_scheme(entry: EntryPoint) -> str:

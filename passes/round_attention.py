@@ -3,6 +3,8 @@
     softmax(f(q k^T)) v  ->  softmax(f(r(q) r(k)^T)) r(v), with r the rounding to bfloat16, also of the exponentials
 
 It is for targets that add up products of pairs of bfloat16 in one instruction; on others rounding would only cost time.
+Where a model's products with quantized weights round their rows to int8, or in tile registers to bfloat16, attention
+may be as coarse without having been asked for bfloat16.
 Attention of few queries takes the time of reading keys and values, which rounding does not shorten: where their number
 is known only when the kernel runs, it chooses, and computes few of them without rounding.
 """
@@ -26,19 +28,26 @@ from schedules.attention import LEAST_QUERIES
 from schedules.attention_mask import choice_of
 from schedules.attention_structure import AttentionAnalysis, analyse, whole
 from schedules.intrin.bf16_pairs import PAIR, bf16_pairs
-from schedules.stages import parse
+from schedules.quantized_structure import operands_of
+from schedules.stages import Stage, parse
 
 
 @dataclass(frozen=True)
 class RoundAttention(Pass):
-    """Compute the products of fused attention with operands of bfloat16, where `target` has an instruction for it."""
+    """Compute the products of fused attention with operands of bfloat16, where `target` has an instruction for it.
+
+    `with_quantized`: only in modules with products of rows in int8 by quantized weights.
+    """
 
     name: ClassVar[str] = "round-attention"
     target: str = "host"
+    with_quantized: bool = False
 
     def run(self, module: tvm.IRModule) -> PassOutcome:
         """Rewrite the functions of all attentions of the module."""
         calls = _Calls()
+        if self.with_quantized and not has_quantized_products(module):
+            return PassOutcome(module)
         for _, function in module.functions_items():
             if isinstance(function, relax.Function):
                 calls.visit_expr(function)
@@ -84,6 +93,14 @@ class _Calls(PyExprVisitor):
         value = binding.value
         if isinstance(value, tvm.ir.Call) and value.op == tvm.ir.Op.get("relax.call_tir"):
             self.found.append((binding.var.name, value.args[0], nodes_of(value)))
+
+
+def has_quantized_products(module: tvm.IRModule) -> bool:
+    """Return whether a function of the module multiplies rows in int8 by quantized weights."""
+    functions = (function for _, function in module.functions_items() if isinstance(function, tirx.PrimFunc))
+    stages = (stage for function in functions if (staged := parse(function)) is not None for stage in staged.stages)
+    reductions = (stage for stage in stages if isinstance(stage, Stage) and stage.is_reduction and stage.spatial)
+    return any(operands_of(stage) is not None for stage in reductions)
 
 
 def attention_of(function: tirx.PrimFunc) -> AttentionAnalysis | None:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tvm
 from tvm import relax
 from tvm.relax import op
 
+import targets
 from passes.base import PassOutcome
 from passes.fuse_attention import FuseAttention
+from passes.quantization.scheme import QuantizedMatrix
+from passes.quantized_weights import WeightUse, product_with
 from passes.round_attention import RoundAttention
 from tests.schedules.execution import module_of
 
@@ -54,6 +58,26 @@ def test_a_number_of_queries_that_is_not_known_is_no_reason_to_refuse() -> None:
 def test_attention_is_rounded_once() -> None:
     again = rounded(rounded(attention(32, 20)).module)
     assert [site.refusal for site in again.sites] == ["the operands are rounded already"]
+
+
+def _beside_quantized(activations: str) -> tvm.IRModule:
+    """Return attention beside a product with quantized weights, of rows in int8 or in floats."""
+    rng = np.random.default_rng(0)
+    codes, scales = rng.integers(0, 16, (32, 32), np.uint8), rng.random((32, 1), np.float32)
+    matrix = QuantizedMatrix(4, 32, 32, codes, scales, None)
+    builder = relax.BlockBuilder(attention(32, 20))
+    x = relax.Var("x", relax.TensorType((16, 32), "float32"))
+    with builder.function("product", [x]):
+        value = product_with(builder, x, matrix, WeightUse(targets.get("x86-avx512"), activations), "float32")
+        builder.emit_func_output(builder.emit(value))
+    return builder.get()
+
+
+@pytest.mark.parametrize(("activations", "count"), [("int8", 1), ("float", 0)])
+def test_it_may_be_left_to_models_that_round_the_rows_of_quantized_products(activations: str, count: int) -> None:
+    beside = RoundAttention(BF16, with_quantized=True)
+    assert beside.run(_beside_quantized(activations)).rewritten == count
+    assert beside.run(attention(32, 20)).sites == ()
 
 
 def test_other_functions_are_left_alone() -> None:
