@@ -149,7 +149,7 @@ def _enough_rows(analysis: MatmulAnalysis) -> int:
 
 
 def _row_block(target: Target, analysis: MatmulAnalysis) -> int:
-    """Return the most rows of a task that leave every core two tasks."""
+    """Return the most rows of a task that leave every core two tasks; of a symbolic number, where columns alone do."""
     matrix = matrix_operands(analysis, target)
     _, vectors = register_tile(target)
     width = vectors * vector_width(target, analysis.stage) if matrix is None else BLOCK
@@ -162,7 +162,7 @@ def _row_block(target: Target, analysis: MatmulAnalysis) -> int:
     most = rows_that_stay(analysis.stage, analysis.operand, analysis.reduction, target, 128)
     sizes = (most, min(64, most), 32) if matrix is None else sizes_of_blocks(matrix, rows, target)
     for block in sizes[:-1]:
-        tasks = product([others, ceiling(rows, block)])
+        tasks = product([others, ceiling(rows, block) if isinstance(rows, int) else 1])
         if isinstance(tasks, int) and tasks >= 2 * target.cores:
             return block
     return sizes[-1]

@@ -56,6 +56,9 @@ COLUMN_GROUPS = 4
 # With so many blocks of rows these shorter tasks are few: all columns of a block follow each other, so that its rows
 # come from memory once and not with every group (12000 rows of 384 by 384 columns took 17 % longer, Zen 4).
 BLOCKS_TO_TAKE_WHOLE = 32
+# What whole tiles leave of a symbolic number of rows: four by two vectors keep multiply-adds busy, where those of a
+# single one wait for each other.
+SHORT_TILES = (4, 2, 1)
 # Code for the columns of one width that begin at an offset.
 Columns = Callable[[Expr, int], Stmt]
 # Code for a block of rows at a point of the outer axes, of the columns of one width that begin at an offset.
@@ -208,7 +211,7 @@ def block_of_rows(tile: Tile, point: Mapping[Var, Expr], base: Expr, width: int,
     def kernels(start: Expr, extent: Extent) -> Stmt:
         if tile.matrix is not None:
             return _in_matrix_tiles(tile, tile.matrix, point, (start, extent), (base, width))
-        sizes = [tile.rows] if isinstance(extent, int) else [tile.rows, 1]
+        sizes = [tile.rows] if isinstance(extent, int) else [tile.rows, *(n for n in SHORT_TILES if n < tile.rows)]
         return tiles(extent, sizes, lambda row, count: _micro(tile, stage, point, base, width, start + row, count))
 
     if isinstance(rows, int):

@@ -16,17 +16,17 @@ import targets
 from optimizer.lowering import build, lower
 from targets.base import Target
 from targets.host import missing_features
-from tests.schedules.execution import module_of, normal, sum_tolerance
+from tests.schedules.execution import Dimension, module_of, normal, sum_tolerance
 
 TWO_UNITS, ONE_UNIT = targets.get("x86-avx512-amx"), targets.get("x86-avx512")
 HERE = [target for target in (TWO_UNITS, ONE_UNIT) if not missing_features(target)]
 
 
-def product(weights: np.ndarray, rows: int) -> tvm.IRModule:
+def product(weights: np.ndarray, rows: Dimension) -> tvm.IRModule:
     return module_of(lambda x: op.matmul(x, relax.const(weights)), [(rows, weights.shape[0])], ["float32"])
 
 
-def rows_of_a_task(target: Target, rows: int, columns: int, depth: int) -> int:
+def rows_of_a_task(target: Target, rows: Dimension, columns: int, depth: int) -> int:
     (kernel,) = lower(product(normal(depth, columns), rows), target).kernels
     assert kernel.family == "matmul"
     return int(kernel.parameters["row_block"])
@@ -42,6 +42,21 @@ def test_rows_of_a_task_leave_room_in_the_second_level_cache() -> None:
 
 def test_long_rows_still_share_panels() -> None:
     assert rows_of_a_task(TWO_UNITS, 512, 64, 16384) == 48
+
+
+def test_tasks_of_a_symbolic_number_of_rows_are_long_where_columns_make_enough_of_them() -> None:
+    assert rows_of_a_task(ONE_UNIT, "n", 768, 64) == 128
+    assert rows_of_a_task(ONE_UNIT, "n", 32, 64) == 32
+
+
+@pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
+def test_what_whole_tiles_leave_of_a_symbolic_number_of_rows(target: Target) -> None:
+    weights = normal(40, 96, seed=1)
+    machine = relax.VirtualMachine(build(lower(product(weights, "n"), target).module, target), tvm.cpu())
+    for rows in (*range(1, 30), 127, 128, 129, 140):
+        x = normal(rows, 40)
+        got = machine["main"](tvm.runtime.tensor(x)).numpy()
+        np.testing.assert_allclose(got, x.astype("float64") @ weights, rtol=1e-6, atol=sum_tolerance(40, 1.0))
 
 
 @pytest.mark.parametrize(("target", "asks"), [(TWO_UNITS, False), (ONE_UNIT, True)], ids=["two units", "one unit"])
