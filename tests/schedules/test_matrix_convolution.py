@@ -176,6 +176,17 @@ def test_code_has_the_instruction_and_no_call(kernel: int, stride: int) -> None:
     assert not any(f"call{end}\toptimizer_tiles_{name}" in assembly for end in ("", "q") for name in ("step", "store"))
 
 
+@pytest.mark.parametrize(("target", "pairs"), [("x86-avx512-amx", True), ("x86-avx512-bf16", False)])
+def test_lines_of_results_are_stored_at_once_beside_tiles(target: str, pairs: bool) -> None:
+    w = relax.const(normal(64, 64, 1, 1))
+    module = module_of(lambda x: op.nn.conv2d(op.nn.conv2d(x, w), w), [[1, 64, 9, 7]], ["float32"])
+    machine = targets.get(target)
+    blocked = BlockChannels(BLOCK, 0, "bfloat16").run(module).module
+    code = build(lower(blocked, machine).module, machine)
+    assembly = "".join(each.inspect_source("asm") for each in code.mod.imports if each.kind == "llvm")
+    assert ("vcvtne2ps2bf16" in assembly) == pairs
+
+
 @needs_tiles
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(size=st.tuples(st.integers(1, 23), st.integers(1, 23)), outputs=st.integers(64, 130), batch=st.integers(1, 3))
