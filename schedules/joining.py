@@ -26,10 +26,11 @@ from schedules.normalized_product import NormalizedProduct
 from schedules.prepack import with_packed_weights
 from schedules.reduction import Reduction
 from schedules.registry import FAMILIES
+from schedules.rounded_rows import is_rounding, only_rounds
 from schedules.row_parts import PartedKernel
 from schedules.rowwise import Rowwise
 from schedules.schedule import kernels_of
-from schedules.stages import Axis, Stage, parse, sequence, substitute
+from schedules.stages import Axis, OpaqueStage, Stage, parse, sequence, substitute
 from schedules.winograd import Winograd
 from targets.base import Target
 
@@ -128,6 +129,9 @@ def why_several(function: tirx.PrimFunc, target: Target, constant: Sequence[int]
         return _why_no_gate(with_packed_weights(function, target, constant)[0], target)
     kernels = kernels_of(staged, target)
     kernel = kernels[0] if len(kernels) == 1 else None
+    if isinstance(kernel, PartedKernel) and is_rounding(kernel.stages[0]):
+        # Tile registers take packed weights.
+        kernel = _only_kernel(with_packed_weights(function, target, constant)[0], target)
     family = _family_of(kernel, target)
     if not (_is_static(function) or isinstance(kernel, PartedKernel) or isinstance(family, Rowwise | Reduction)):
         return "a size is known only at run time"
@@ -140,6 +144,13 @@ def why_several(function: tirx.PrimFunc, target: Target, constant: Sequence[int]
         contraction = kernel.parts[kernel.product]
         return NormalizedProduct().refusal(kernel, target) or _why_scattered(Matmul(), contraction, target)
     return _why_scattered(family, kernel, target)
+
+
+def _only_kernel(function: tirx.PrimFunc, target: Target) -> Kernel | OpaqueStage | None:
+    """Return the kernel of a function that is one."""
+    staged = parse(function)
+    kernels = [] if staged is None else kernels_of(staged, target)
+    return kernels[0] if len(kernels) == 1 else None
 
 
 def _family_of(kernel: object, target: Target) -> object | None:
@@ -204,13 +215,20 @@ def _may_join(first: tirx.PrimFunc, second: tirx.PrimFunc) -> bool:
     """Return whether two functions can be worth one kernel.
 
     What reduces nothing is computed once for each element that a reduction reads, so it joins functions of rows and
-    reductions of one operand; products and convolutions read an element many times.
+    reductions of one operand; products and convolutions read an element many times, of which rounding is worth their
+    kernel alone where it stores the rounded rows.
     """
     own = _reductions(first)
     if own is None or own:
         return bool(own)
     reductions = _reductions(second)
-    return bool(reductions) and not any(map(reuses_operands, reductions or ()))
+    products = [stage for stage in reductions or () if reuses_operands(stage)]
+    return bool(reductions) and (not products or (len(products) == 1 and _only_rounds(first)))
+
+
+def _only_rounds(function: tirx.PrimFunc) -> bool:
+    staged = parse(function)
+    return staged is not None and only_rounds(staged.stages)
 
 
 def _reductions(function: tirx.PrimFunc) -> list[Stage] | None:

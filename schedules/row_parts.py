@@ -1,5 +1,7 @@
 """Functions that are a product and functions of rows around it: the normalization before it, the one after it.
 
+What rounds each element of the product's rows may stand before it as well.
+
 Each part is a kernel of its own in the eyes of its family. The parts hand on whole matrices: what one stores, the next
 reads row by row.
 """
@@ -15,6 +17,7 @@ from tvm.ir import Var
 from schedules.family import Kernel
 from schedules.inline import inline
 from schedules.kernels import cut, reuses_operands
+from schedules.rounded_rows import is_rounding, only_rounds
 from schedules.rowwise import shared_leading
 from schedules.stages import OpaqueStage, Stage, StagedFunction, contains
 
@@ -28,13 +31,13 @@ class PartedKernel(Kernel):
 
 
 def whole(staged: StagedFunction) -> PartedKernel | None:
-    """Return a function of one product and functions of rows as one kernel, None for anything else.
+    """Return a function of one product and functions of rows, or what rounds its rows, as one kernel; None otherwise.
 
     What follows the product one to one is of its part, where it is computed in registers.
     """
     stages = [stage for stage in staged.stages if isinstance(stage, Stage)]
     products = [position for position, stage in enumerate(stages) if stage.is_reduction and reuses_operands(stage)]
-    others = [stage for stage in stages if stage.is_reduction and not reuses_operands(stage)]
+    others = [stage for stage in stages if is_rounding(stage) or (stage.is_reduction and not reuses_operands(stage))]
     if len(stages) != len(staged.stages) or len(products) != 1 or not others:
         return None
     for first in range(products[0], -1, -1):
@@ -64,11 +67,17 @@ def _parts(staged: StagedFunction, stages: Sequence[Stage], first: int, last: in
         if not piece:
             continue
         kernel = _kernel(staged, piece)
-        is_part = kernel is not None and (_is_product(kernel) if number == 1 else _is_of_rows(kernel))
-        if kernel is None or not is_part:
+        if kernel is None or not _is_part(kernel, number):
             return None
         parts.append(kernel)
     return parts if len(parts) > 1 else None
+
+
+def _is_part(kernel: Kernel, number: int) -> bool:
+    """Return whether a kernel may stand at a position: before the product, 0, its own, or behind it."""
+    if number == 1:
+        return _is_product(kernel)
+    return _is_of_rows(kernel) or (number == 0 and only_rounds(kernel.stages))
 
 
 def _kernel(staged: StagedFunction, piece: Sequence[Stage]) -> Kernel | None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import tvm_ffi
 from tvm import tirx
-from tvm.ir import TensorLoad, Var
+from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, Step, as_int
@@ -22,12 +22,13 @@ from schedules.loops import index, load, local, store, vector, with_local
 from schedules.stages import Axis, contains, sequence, substitute
 from targets.base import Target
 
-_LANES = 16
+LANES = 16
 _CALL = "optimizer_store_bf16"
+_CALL_UP_TO = f"{_CALL}_up_to"
 _PAIR_CALL = f"{_CALL}_pair"
 # Elements of a line of memory. Where a core stores it at once it takes one of the places for stores that are on their
 # way, of which there are too few for a tile's and two for each line: 1x1 convolutions of 64 channels took 20 % longer.
-_PAIR = 2 * _LANES
+_PAIR = 2 * LANES
 _SOURCE = """
 declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
 define weak_odr i32 @{call}(ptr %to, <16 x float> %value) #0 {{
@@ -37,6 +38,7 @@ define weak_odr i32 @{call}(ptr %to, <16 x float> %value) #0 {{
 }}
 attributes #0 = {{ {attributes} }}
 """
+_UP_TO_SOURCE = _SOURCE.replace("(ptr %to,", "(ptr %to, ptr %last,")
 _PAIR_SOURCE = """
 declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
 define weak_odr i32 @{pair}(ptr %to, <16 x float> %first, <16 x float> %second) #0 {{
@@ -47,12 +49,32 @@ define weak_odr i32 @{pair}(ptr %to, <16 x float> %first, <16 x float> %second) 
 """
 
 
+def rounds_in_vectors(target: Target) -> bool:
+    """Return whether the target has the instruction."""
+    return "avx512_bf16" in target.features
+
+
+def store_rounded(first: TensorLoad, last: TensorLoad, values: Expr) -> Stmt:
+    """Return the store of LANES of fp32 as bfloat16 to the places from `first` to `last` of a function's own buffer.
+
+    TVM, which knows what a buffer holds by the places that are named, makes it no smaller so. The statement has to be
+    `with_rounding`.
+    """
+    places = tirx.address_of(first), tirx.address_of(last)
+    return tirx.Evaluate(tirx.call_extern("int32", _CALL_UP_TO, *places, values))
+
+
+def with_rounding(statement: Stmt, target: Target) -> Stmt:
+    """Return a statement with the function that `store_rounded` calls."""
+    return imported(statement, _UP_TO_SOURCE.format(call=_CALL_UP_TO, attributes=attributes(target)))
+
+
 def round_in_vectors(statement: Stmt, target: Target, parameters: Sequence[Var]) -> Stmt:
     """Return a statement whose computed vectors are rounded to bfloat16 `parameters` by the target's instruction.
 
     Any other statement, and all for a target that has none, stay as they are.
     """
-    if "avx512_bf16" not in target.features:
+    if not rounds_in_vectors(target):
         return statement
     in_pairs = "amx_bf16" in target.features
     found: list[tirx.For] = []
@@ -63,7 +85,7 @@ def round_in_vectors(statement: Stmt, target: Target, parameters: Sequence[Var])
             return mutator.default_mutate(vectors)
         found.append(vectors)
         extent = int(vectors.extent)
-        size = _PAIR if in_pairs and extent % _PAIR == 0 else _LANES
+        size = _PAIR if in_pairs and extent % _PAIR == 0 else LANES
         return sequence([_rounded(vectors.loop_var, store, start, size) for start in range(0, extent, size)])
 
     result = tvm_ffi.structural_mutate(statement, (tirx.For, rounded))
@@ -76,7 +98,7 @@ def round_in_vectors(statement: Stmt, target: Target, parameters: Sequence[Var])
 def _rounds_vectors(vectors: tirx.For, store: tirx.BufferStore, parameters: Sequence[Var]) -> bool:
     """Return whether a loop rounds whole vectors that it computes to neighbouring elements of one of the parameters."""
     extent, cast = as_int(vectors.extent), store.value
-    if vectors.kind != tirx.ForKind.VECTORIZED or not extent or extent % _LANES:
+    if vectors.kind != tirx.ForKind.VECTORIZED or not extent or extent % LANES:
         return False
     if not isinstance(cast, tirx.Cast) or (str(cast.ty.dtype), str(cast.value.ty.dtype)) != (BFLOAT16, "float32"):
         return False
@@ -90,12 +112,12 @@ def _rounded(lane: Var, vectors: tirx.BufferStore, start: int, size: int) -> Stm
     """Return the store of one vector, or of a pair of them, from lane `start` on."""
     values = local([size], "float32", "values")
     computed, finished = to_round(vectors.value.value)
-    parts = range(0, size, _LANES)
+    parts = range(0, size, LANES)
 
     def computed_from(part: int) -> Stmt:
-        return vector(_LANES, lambda v: store(values, substitute(computed, {lane: start + part + v}), [part + v]))
+        return vector(LANES, lambda v: store(values, substitute(computed, {lane: start + part + v}), [part + v]))
 
     first = load(vectors.buffer, [substitute(position, {lane: index(start)}) for position in vectors.indices])
-    every = [finished(load(values, [tirx.Ramp(index(part), index(1), _LANES)])) for part in parts]
-    call = tirx.call_extern("int32", _CALL if size == _LANES else _PAIR_CALL, tirx.address_of(first), *every)
+    every = [finished(load(values, [tirx.Ramp(index(part), index(1), LANES)])) for part in parts]
+    call = tirx.call_extern("int32", _CALL if size == LANES else _PAIR_CALL, tirx.address_of(first), *every)
     return with_local([values], [*(computed_from(part) for part in parts), tirx.Evaluate(call)])

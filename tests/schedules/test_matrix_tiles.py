@@ -74,7 +74,7 @@ def test_code_describes_the_registers_once_and_has_no_call_in_steps() -> None:
 @pytest.mark.parametrize(("rows", "columns", "depth"), [(3136, 96, 96), (197, 768, 768), (1500, 384, 384)])
 def test_products_have_tasks_for_all_cores(rows: int, columns: int, depth: int) -> None:
     weights = normal(depth, columns).astype(ml_dtypes.bfloat16)
-    lowered = lower(module_of(lambda v: layer(weights, v), [(rows, depth)], ["float32"]), AMX)
+    lowered = lower(module_of(lambda v: layer(weights, v), [(rows, depth)], ["bfloat16"]), AMX)
     (block,) = [kernel.parameters["row_block"] for kernel in lowered.kernels if kernel.family == "matmul"]
     assert -(-rows // block) * (columns // 32) >= 2 * AMX.cores
     assert block >= 128
@@ -86,7 +86,7 @@ def test_products_have_tasks_for_all_cores(rows: int, columns: int, depth: int) 
 )
 def test_cores_divide_rows_that_none_of_their_caches_holds(rows: int, columns: int, depth: int, block: int) -> None:
     weights = normal(depth, columns).astype(ml_dtypes.bfloat16)
-    lowered = lower(module_of(lambda v: layer(weights, v), [(rows, depth)], ["float32"]), AMX)
+    lowered = lower(module_of(lambda v: layer(weights, v), [(rows, depth)], ["bfloat16"]), AMX)
     # All columns of a block of rows follow each other, and two cores take whole blocks.
     assert f"task // T.int64({columns // 32}) * T.int64({block})" in lowered.module.script()
     assert -(-rows // block) % 2 == 0
@@ -95,7 +95,7 @@ def test_cores_divide_rows_that_none_of_their_caches_holds(rows: int, columns: i
 @pytest.mark.parametrize(("rows", "columns", "depth"), [(512, 512, 512), (197, 768, 3072), (197, 768, 768)])
 def test_cores_divide_the_columns_of_fewer_rows(rows: int, columns: int, depth: int) -> None:
     weights = normal(depth, columns).astype(ml_dtypes.bfloat16)
-    lowered = lower(module_of(lambda v: layer(weights, v), [(rows, depth)], ["float32"]), AMX)
+    lowered = lower(module_of(lambda v: layer(weights, v), [(rows, depth)], ["bfloat16"]), AMX)
     assert f"task // T.int64({columns // 32})" not in lowered.module.script()
 
 
@@ -106,7 +106,7 @@ def product_alone(weights: np.ndarray, x: relax.Var) -> relax.Expr:
 @pytest.mark.parametrize(("columns", "once"), [(64, True), (48, True), (41, False)])
 def test_sums_that_nothing_follows_are_stored_once(columns: int, once: bool) -> None:
     weights = normal(64, columns).astype(ml_dtypes.bfloat16)
-    lowered = lower(module_of(lambda v: product_alone(weights, v), [(96, 64)], ["float32"]), AMX)
+    lowered = lower(module_of(lambda v: product_alone(weights, v), [(96, 64)], ["bfloat16"]), AMX)
     (product,) = [each for each in lowered.module.functions.values() if "tdpbf16ps" in str(each)]
     assert ("sums" not in str(product)) == once
 
@@ -122,8 +122,9 @@ def test_sums_that_nothing_follows_are_stored_once(columns: int, once: bool) -> 
 def test_sums_stored_at_once_are_those_of_rounded_operands(rows: int, columns: int, depth: int, symbolic: bool) -> None:
     weights, x = normal(depth, columns).astype(ml_dtypes.bfloat16), normal(rows, depth, seed=1)
     shape = ("m" if symbolic else rows, depth)
-    lowered = lower(module_of(lambda v: product_alone(weights, v), [shape], ["float32"]), AMX)
-    got = relax.VirtualMachine(build(lowered.module, AMX), tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
+    lowered = lower(module_of(lambda v: product_alone(weights, v), [shape], ["bfloat16"]), AMX)
+    machine = relax.VirtualMachine(build(lowered.module, AMX), tvm.cpu())
+    got = machine["main"](tvm.runtime.tensor(x.astype(ml_dtypes.bfloat16))).numpy()
     want = x.astype(ml_dtypes.bfloat16).astype("float64") @ weights.astype("float64")
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=sum_tolerance(depth, 1.0))
 
@@ -134,14 +135,15 @@ def test_sums_of_divided_rows_are_those_of_rounded_operands(rows: int) -> None:
     depth, columns = 416, 72
     weights, x = normal(depth, columns).astype(ml_dtypes.bfloat16), normal(rows, depth, seed=1)
     want = x.astype(ml_dtypes.bfloat16).astype("float64") @ weights.astype("float64") + 1
-    lowered = lower(module_of(lambda v: layer(weights, v), [x.shape], ["float32"]), AMX)
-    got = relax.VirtualMachine(build(lowered.module, AMX), tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
+    lowered = lower(module_of(lambda v: layer(weights, v), [x.shape], ["bfloat16"]), AMX)
+    machine = relax.VirtualMachine(build(lowered.module, AMX), tvm.cpu())
+    got = machine["main"](tvm.runtime.tensor(x.astype(ml_dtypes.bfloat16))).numpy()
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=sum_tolerance(depth, 1.0))
 
 
 def test_steps_ask_for_the_lines_that_the_block_writes() -> None:
     weights = normal(64, 64).astype(ml_dtypes.bfloat16)
-    lowered = lower(module_of(lambda v: layer(weights, v), [(96, 64)], ["float32"]), AMX)
+    lowered = lower(module_of(lambda v: layer(weights, v), [(96, 64)], ["bfloat16"]), AMX)
     modules = build(lowered.module, AMX).mod.imports
     assembly = "".join(each.inspect_source("asm") for each in modules if each.kind == "llvm")
     assert "prefetchw" in assembly
@@ -150,7 +152,7 @@ def test_steps_ask_for_the_lines_that_the_block_writes() -> None:
 @pytest.mark.parametrize(("depth", "passes"), [(256, True), (2048, False)])
 def test_rows_pass_by_the_cache_that_holds_the_weights_of_a_block(depth: int, passes: bool) -> None:
     weights = normal(depth, 64).astype(ml_dtypes.bfloat16)
-    lowered = lower(module_of(lambda v: layer(weights, v), [(96, depth)], ["float32"]), AMX)
+    lowered = lower(module_of(lambda v: layer(weights, v), [(96, depth)], ["bfloat16"]), AMX)
     assert ("optimizer_tiles_step_tdpbf16ps_passing" in lowered.module.script()) == passes
 
 
