@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import onnx
@@ -63,6 +63,7 @@ class CompileOptions:
     decide schedules, None for the target's defaults alone.
     `kv_cache` says whether caches of decoders are appended to "in-place", or "returned" with every step, and
     `kv_cache_dtype` what those in place hold: "fp32", "fp16", "bf16", "int8", "int4", or the type of the model's input.
+    Raises OptionError for what would change nothing because of another option, and for limits that are none.
     """
 
     target: Target
@@ -83,6 +84,20 @@ class CompileOptions:
     calibration: tuple[Path, ...] = ()
     max_kl: float | None = None
     max_flips: float | None = None
+
+    def __post_init__(self) -> None:
+        names = ("weight_group", "weight_method", "weight_zero_points", "weight_scales", "weights_of")
+        defaults = {each.name: each.default for each in fields(self)}
+        chosen = [name for name in names if getattr(self, name) != defaults[name]]
+        if chosen and self.weights not in WEIGHT_BITS:
+            option = chosen[0].replace("_", "-")
+            raise OptionError(f"--{option} is for weights that the compiler rounds; give --weights int4, or int8")
+        if self.kv_cache != "in-place" and self.kv_cache_dtype != "model":
+            raise OptionError(
+                "--kv-cache-dtype is for buffers that the code appends to, of which --kv-cache returned makes none"
+            )
+        if any(limit is not None and not limit >= 0 for limit in (self.max_kl, self.max_flips)):
+            raise OptionError("--max-kl and --max-flips are limits of 0 or more")
 
     @property
     def notation(self) -> str:

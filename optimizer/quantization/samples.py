@@ -149,7 +149,11 @@ def _text(file: Path, entry: EntryPoint, folder: Path) -> list[dict[str, Array]]
     tokenizer = folder / TOKENIZER_FILE
     if not tokenizer.is_file() or all(spec.name != TOKENS for spec in entry.inputs):
         raise OptionError(f"--calibration '{file}' is text, which needs '{TOKENS}' and {tokenizer}; give an .npz")
-    tokens = np.array(Tokenizer(tokenizer.read_bytes()).encode(file.read_text(encoding="utf-8")), np.int64)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"--calibration '{file}' is neither a text in UTF-8 nor an .npz: {error}") from error
+    tokens = np.array(Tokenizer(tokenizer.read_bytes()).encode(text), np.int64)
     length = _window(entry)
     windows = tokens[: len(tokens) // length * length].reshape(-1, length)
     chosen = windows[np.unique(np.linspace(0, len(windows) - 1, min(MOST_WINDOWS, len(windows))).astype(int))]

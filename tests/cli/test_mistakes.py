@@ -52,6 +52,23 @@ def test_limits_on_rounding_that_nobody_asked_for(optimizer: Callable, perceptro
         assert finished.err.splitlines()[-1].endswith("give --weights int4")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--weights-of", "head=int8"), "--weights-of is for weights that the compiler rounds"),
+        (("--weight-method", "gptq"), "--weight-method is for weights that the compiler rounds"),
+        (("--no-weight-zero-points",), "--weight-zero-points is for weights that the compiler rounds"),
+        (("--kv-cache", "returned", "--kv-cache-dtype", "int4"), "--kv-cache returned makes none"),
+        (("--weights", "int4", "--max-kl", "nan"), "limits of 0 or more"),
+        (("--weights", "int4", "--max-flips", "-1"), "limits of 0 or more"),
+    ],
+)
+def test_options_that_would_change_nothing(
+    optimizer: Callable, perceptron: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    _fails(optimizer("compile", perceptron, *arguments), 10, words)
+
+
 def _with_external_data(perceptron: Path, folder: Path) -> Path:
     path = folder / "external.onnx"
     onnx.save(onnx.load(perceptron), path, save_as_external_data=True, location="external.bin", size_threshold=0)

@@ -111,3 +111,6 @@ def test_a_text_becomes_windows_and_every_fourth_call_judges(tmp_path: Path) -> 
     assert [int(call["x"]) for call in judging.calls] == [3, 7]
     with pytest.raises(OptionError, match=r"does not exist; give a text or an .npz"):
         given_samples((tmp_path / "none",), ENTRY, DECODER)
+    text.write_bytes(b"a \xff")
+    with pytest.raises(OptionError, match=r"neither a text in UTF-8 nor an \.npz"):
+        given_samples((text,), ENTRY, DECODER)
