@@ -2,9 +2,11 @@
 
 A pixel of a block has 64 bytes, which is what one instruction takes of each row: a step is one tap of one block of the
 input. A block has 32 channels of bfloat16 or 64 of bytes, whose sums are computed one half after the other. Pixels that
-a tile reads one after the other have to lie so. An image of one tap that reads each pixel is read where it lies; others
-a task copies first, with a border of zeros, and with the pixels of each remainder modulo the stride together. Rows of
-that copy follow each other, so that tiles run on over them: what they compute of pixels of the border is not stored.
+a tile reads one after the other have to lie so. An image of one tap that reads each pixel is read where it lies (what
+lies behind a last block's channels may be no numbers, and is left out by steps of fewer bytes if that is the only
+block); others a task copies first, with a border of zeros, and with the pixels of each remainder modulo the stride
+together. Rows of that copy follow each other, so that tiles run on over them: what they compute of pixels of the border
+is not stored.
 (Georganas et al., Harnessing Deep Learning via a Single Building Block, IPDPS 2020.)
 """
 

@@ -163,7 +163,7 @@ class MatrixTask:
         else:
             products = [loop(self.channels, lambda number: self._channels(begin, number))]
         statements = [
-            self.tiles.begin(upper, lower),
+            self.tiles.begin(upper, lower, self.analysis.bytes_of_step),
             *products,
             self.tiles.end(),
             loop(last.count, lambda row: self._finished(last, row)),

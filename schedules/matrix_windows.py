@@ -12,7 +12,7 @@ from tvm.ir import Expr, TensorLoad, Var
 
 from schedules.access import as_int, linear_coefficient, occurs
 from schedules.channel_windows import ChannelWindows, constant_term
-from schedules.intrin.matrix_tiles import MatrixTiles
+from schedules.intrin.matrix_tiles import BYTES, MatrixTiles
 from schedules.loops import index, load
 from schedules.stages import Axis
 
@@ -131,7 +131,19 @@ class MatrixWindows:
         plain = self.vertical.is_plain and self.horizontal.is_plain
         # Of channels that there are not the weights are zero, and so are their products of integers.
         whole = self.channels % self.tiles.terms == 0 or (not self.is_narrow and self.tiles.total == "int32")
-        return not plain or not whole
+        return not plain or not (whole or self._is_shallow)
+
+    @property
+    def _is_shallow(self) -> bool:
+        """Whether a step can take all channels, which are fewer than a block, and leave out what lies behind them."""
+        return not self.is_narrow and self.depth_blocks == 1 and self.channels % self.windows.terms == 0
+
+    @property
+    def bytes_of_step(self) -> int:
+        """The bytes of the reduction that a step takes: those of a block, but where an image in place has fewer."""
+        if self.copies or not self._is_shallow:
+            return BYTES
+        return self.channels * self.windows.data.source.dtype.bits // 8
 
     @property
     def height(self) -> int:

@@ -36,7 +36,8 @@ BLOCK = 2 * TILE
 _BEGIN, _ZERO, _LOAD, _STORE, _END = (f"optimizer_tiles_{name}" for name in ("begin", "zero", "load", "store", "end"))
 _STEP, _OWN = "optimizer_tiles_step", "optimizer_tiles_own"
 # 158: arch_prctl; 4131: ARCH_REQ_XCOMP_PERM; 18: XFEATURE_XTILEDATA (Linux, Documentation/arch/x86/xstate.rst).
-# The description of the registers: palette 1, 64 bytes a row in each, and their numbers of rows.
+# The description of the registers: palette 1, the bytes of a row of each, and their numbers of rows. Of the operands of
+# columns a row has a group of 4 bytes of the reduction for each column.
 _SOURCE = """
 @optimizer_tiles_allowed = weak_odr global i32 0
 declare i64 @syscall(i64, ...)
@@ -48,7 +49,7 @@ declare void @llvm.x86.tileloadd64(i8, ptr, i64)
 declare void @llvm.x86.tileloaddt164(i8, ptr, i64)
 declare void @llvm.x86.tilestored64(i8, ptr, i64)
 declare void @llvm.x86.{instruction}(i8, i8, i8)
-define weak_odr i32 @{begin}(i32 %upper, i32 %lower) #1 {{
+define weak_odr i32 @{begin}(i32 %upper, i32 %lower, i32 %bytes) #1 {{
 entry:
   %description = alloca [16 x i32], align 64
   %allowed = load i32, ptr @optimizer_tiles_allowed
@@ -70,9 +71,13 @@ describe:
   %sums = or i32 %upper.both, %lower.both
   %lower.one = shl i32 %lower, 8
   %rows = or i32 %upper, %lower.one
-  %operands = or i32 %rows, 269484032
-  %fixed = insertelement <16 x i32> <i32 1, i32 0, i32 0, i32 0, i32 4194368, i32 4194368, i32 4194368, i32 4194368,
-    i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0>, i32 %sums, i32 12
+  %depth = mul i32 %bytes, 65537
+  %groups.four = shl i32 %bytes, 14
+  %groups = mul i32 %groups.four, 257
+  %operands = or i32 %rows, %groups
+  %deep = insertelement <16 x i32> <i32 1, i32 0, i32 0, i32 0, i32 4194368, i32 4194368, i32 4194368, i32 4194368,
+    i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0>, i32 %depth, i32 6
+  %fixed = insertelement <16 x i32> %deep, i32 %sums, i32 12
   %all = insertelement <16 x i32> %fixed, i32 %operands, i32 13
   store <16 x i32> %all, ptr %description, align 64
   call void @llvm.x86.ldtilecfg(ptr %description)
@@ -129,9 +134,12 @@ class MatrixTiles:
     step_call: str
     source: str
 
-    def begin(self, upper: Expr | int, lower: Expr | int) -> Stmt:
-        """Return what gives the registers 1 to 16 upper and lower rows, and makes all sums zero."""
-        return _call(_BEGIN, _int32(upper), _int32(lower))
+    def begin(self, upper: Expr | int, lower: Expr | int, depth: int = BYTES) -> Stmt:
+        """Return what gives the registers 1 to 16 upper and lower rows, and makes all sums zero.
+
+        A step takes `depth` bytes of the reduction, a multiple of 4: what lies behind them is not read.
+        """
+        return _call(_BEGIN, _int32(upper), _int32(lower), _int32(depth))
 
     def zero(self) -> Stmt:
         """Return what makes all sums zero of registers that have their rows: it takes no time, `begin` 54 ns."""

@@ -59,7 +59,7 @@ def compiled(
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     size=st.tuples(st.integers(1, 31), st.integers(1, 37)),
-    channels=st.sampled_from([(32, 32), (64, 96), (66, 40), (96, 17), (160, 64), (512, 256)]),
+    channels=st.sampled_from([(32, 32), (24, 80), (64, 96), (66, 40), (96, 17), (160, 64), (512, 256)]),
     kernel=st.sampled_from([1, 2, 3, 5]),
     stride=st.sampled_from([1, 2, 3]),
     padding=st.integers(0, 2),
@@ -117,18 +117,27 @@ def test_few_channels_are_rounded_in_whole_vectors() -> None:
 
 
 @needs_tiles
-def test_what_lies_behind_the_last_channel_is_not_read() -> None:
-    x, w = normal(1, 48, 9, 9), normal(64, 48, 1, 1, seed=1)
-    first = normal(48, 32, 1, 1, seed=2)
+@pytest.mark.parametrize("channels", [2, 16, 24, 48])
+def test_what_lies_behind_the_last_channel_is_not_read(channels: int) -> None:
+    x, w = normal(1, channels + 1, 9, 9), normal(64, channels, 1, 1, seed=1)
+    first = normal(channels, channels, 1, 1, seed=2)
 
     def layers(x: relax.Var) -> relax.Expr:
         # Of channels that there are not the first sums are zero, and their quotients no numbers.
-        y = op.nn.conv2d(op.strided_slice(x, [1], [0], [32]), relax.const(first))
+        y = op.nn.conv2d(op.strided_slice(x, [1], [0], [channels]), relax.const(first))
         return op.nn.conv2d(op.divide(op.add(y, y), y), relax.const(w))
 
     got = outputs_of(build(in_blocks(layers, x.shape).module, TARGET), x)
-    want = convolve(np.full_like(x, 2.0), rounded(w), 1, 0)
-    np.testing.assert_allclose(got, want, rtol=1e-2, atol=sum_tolerance(48, 4.0))
+    want = convolve(np.full((1, channels, 9, 9), 2.0, "float32"), rounded(w), 1, 0)
+    np.testing.assert_allclose(got, want, rtol=1e-2, atol=sum_tolerance(channels, 4.0))
+
+
+def test_fewer_channels_than_a_block_are_read_in_place() -> None:
+    def script(channels: int) -> str:
+        weights = relax.const(normal(96, channels, 1, 1))
+        return str(in_blocks(lambda x: op.nn.conv2d(x, weights), [1, channels, 14, 14]).module.script())
+
+    assert [" image = " in script(channels) for channels in (16, 24, 48)] == [False, False, True]
 
 
 @needs_tiles
