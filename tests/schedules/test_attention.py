@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tvm
+import tvm_ffi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm import relax, tirx
@@ -209,6 +210,21 @@ def test_a_core_of_two_multiply_adds_a_cycle_asks_for_lines_between_them(name: s
     steps = [word.startswith("prefetch") for word in words if word.startswith(("prefetch", "vfmadd"))]
     runs = [len(list(run)) for asked, run in itertools.groupby(steps) if asked]
     assert max(runs) == most
+
+
+@pytest.mark.parametrize("queries", [97, 100, 112, 161])
+def test_vectors_of_queries_are_as_wide_as_registers_together_are(queries: int) -> None:
+    chosen = targets.get("x86-avx512-amx")
+    module, _ = schedule_module(_module(2, 64, queries, 64), chosen)
+    widths: set[int] = set()
+
+    def note(loop: tirx.For) -> None:
+        if loop.kind == tirx.ForKind.VECTORIZED:
+            widths.add(int(loop.extent))
+
+    for function in module.functions.values():
+        tvm_ffi.structural_walk(function, (tirx.For, note))
+    assert widths <= {16, 32, 64}
 
 
 def test_hidden_blocks_of_keys_are_right() -> None:
