@@ -201,6 +201,7 @@ def in_tiles(pairs: Pairs, tiles: MatrixTiles) -> Matrices:
         pairs.dot,
         analysis,
         pairs.axes,
+        pairs.shares,
         local([heads, keys, _pairs_of(analysis.depth.extent)], "int32", "packed_keys"),
         local([heads, ceiling(keys, BLOCK), columns, TILE], "int32", "packed_values"),
         pairs.at_once,

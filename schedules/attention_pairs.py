@@ -7,13 +7,16 @@ into its own cache and computes all queries of it; where not, tasks pack chunks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import tvm_ffi
 from tvm import tirx
 from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
+from schedules.access import as_int
 from schedules.attention_operands import narrow_read
 from schedules.attention_structure import AttentionAnalysis
 from schedules.by_element import over_rows, over_terms
@@ -29,6 +32,7 @@ from schedules.loops import (
     loop,
     parallel,
     product,
+    quotient,
     store,
     tiles,
     unflatten,
@@ -56,13 +60,15 @@ Tile = tuple[Var, int, int]
 class Pairs:
     """Packed `keys` [heads][key][depth / 2] and `values` [heads][key / 2][column], int32; `axes` are those of heads.
 
-    Of the first axis there are `at_once` places in the buffers, all of them or a part that divides them. With
-    `owned` there is one head in them: that of a task which packs it and computes all of its queries.
+    Along each axis so many neighbours as `shares` says, heads of queries, have the same keys and values. Of the first
+    axis there are `at_once` places in the buffers, all of them or a part that divides them. With `owned` there is one
+    head in them: that of a task which packs it and computes all of its queries.
     """
 
     dot: Bf16Pairs
     analysis: AttentionAnalysis
     axes: tuple[Axis, ...]
+    shares: tuple[int, ...]
     keys: Var
     values: Var
     at_once: Extent
@@ -77,20 +83,38 @@ class Pairs:
         """Return the place of a head among those packed."""
         if not self.axes or self.owned:
             return index(0)
-        places = [point[axis.variable] for axis in self.axes]
+        places = [
+            point[axis.variable] if share == 1 else tirx.floordiv(point[axis.variable], index(share))
+            for axis, share in zip(self.axes, self.shares, strict=True)
+        ]
         if self.parts != 1:
             places[0] = tirx.floormod(places[0], index(self.at_once))
         return flatten(places, self._extents)
 
+    def point(self, places: Sequence[Expr]) -> dict[Var, Expr]:
+        """Return the axes' values of the first of the heads that share the keys and values at `places`."""
+        heads = zip(self.axes, self.shares, places, strict=True)
+        return {axis.variable: place if share == 1 else place * index(share) for axis, share, place in heads}
+
+    @property
+    def heads(self) -> list[Extent]:
+        """Return how many places there are along each axis."""
+        return [quotient(axis.extent, share) for axis, share in zip(self.axes, self.shares, strict=True)]
+
     @property
     def parts(self) -> int:
         """Return how many parts of the first axis are packed one after the other."""
-        extent = self.axes[0].extent if self.axes else 1
+        extent = self.heads[0] if self.axes else 1
         return extent // self.at_once if isinstance(extent, int) and isinstance(self.at_once, int) else 1
 
     @property
+    def first_heads(self) -> Extent:
+        """Return how many heads of queries along the first axis belong to a part."""
+        return product([self.at_once, self.shares[0]])
+
+    @property
     def _extents(self) -> list[Extent]:
-        return [self.at_once, *(axis.extent for axis in self.axes[1:])] if self.axes else []
+        return [self.at_once, *self.heads[1:]] if self.axes else []
 
     def pack(self, part: Expr, large: bool) -> Stmt:
         """Return the packing of all keys and values of a part of the first axis, by all threads."""
@@ -102,9 +126,8 @@ class Pairs:
             *outside, chunk = unflatten(number, [*extents, chunks])
             if self.parts != 1:
                 outside[0] = part * self.at_once + outside[0]
-            point = {axis.variable: value for axis, value in zip(self.axes, outside, strict=True)}
             first = chunk * CHUNK
-            return self._pack_keys(point, first, tirx.min(index(CHUNK), index(keys) - first))
+            return self._pack_keys(self.point(outside), first, tirx.min(index(CHUNK), index(keys) - first))
 
         return parallel(product([*extents, chunks]), task, large)
 
@@ -276,15 +299,18 @@ def packed(dot: Bf16Pairs, analysis: AttentionAnalysis, target: Target) -> Pairs
     """Return the packing of an attention's keys and values, once for each of the heads that differ in them."""
     read = [*variables_of(analysis.keys), *variables_of(analysis.values)]
     axes = tuple(axis for axis in analysis.outer if any(axis.variable.same_as(variable) for variable in read))
+    shares = tuple(_neighbours(analysis, axis) for axis in axes)
     keys, depth, columns = analysis.key.extent, analysis.depth.extent, analysis.column.extent
     assert isinstance(depth, int)
-    at_once = _at_once(analysis, axes)
-    owned = _owns_heads(analysis, axes, target)
-    heads = 1 if owned else product([at_once, *(axis.extent for axis in axes[1:])])
+    extents = [quotient(axis.extent, share) for axis, share in zip(axes, shares, strict=True)]
+    at_once = _at_once(analysis, axes, extents)
+    owned = _owns_heads(analysis, extents, target)
+    heads = 1 if owned else product([at_once, *extents[1:]])
     return Pairs(
         dot,
         analysis,
         axes,
+        shares,
         local([heads, keys, depth // PAIR], "int32", "packed_keys"),
         local([heads, ceiling(keys, PAIR), columns], "int32", "packed_values"),
         at_once,
@@ -292,21 +318,41 @@ def packed(dot: Bf16Pairs, analysis: AttentionAnalysis, target: Target) -> Pairs
     )
 
 
-def _owns_heads(analysis: AttentionAnalysis, axes: tuple[Axis, ...], target: Target) -> bool:
+def _neighbours(analysis: AttentionAnalysis, axis: Axis) -> int:
+    """Return how many neighbours along an axis have the same keys and values: g where they are read at axis // g."""
+    if not isinstance(axis.extent, int):
+        return 1
+    occurrences, runs = 0, list[int]()
+
+    def count(variable: Var) -> None:
+        nonlocal occurrences
+        occurrences += variable.same_as(axis.variable)
+
+    def note(division: tirx.FloorDiv) -> None:
+        length = as_int(division.b)
+        if division.a.same_as(axis.variable) and length is not None and axis.extent % length == 0:
+            runs.append(length)
+
+    for read in (analysis.keys, analysis.values):
+        tvm_ffi.structural_walk(read, [(Var, count), (tirx.FloorDiv, note)])
+    return math.gcd(*runs) if runs and len(runs) == occurrences else 1
+
+
+def _owns_heads(analysis: AttentionAnalysis, extents: Sequence[Extent], target: Target) -> bool:
     """Return whether there are many heads for each core, whose second-level cache holds one beside its queries."""
-    heads = product([axis.extent for axis in axes])
+    heads = product(extents)
     elements = product([analysis.key.extent, analysis.depth.extent + analysis.column.extent])
     if not isinstance(heads, int) or not isinstance(elements, int):
         return False
     return heads >= HEADS_TO_OWN * target.cores and elements // PAIR * PAIR_BYTES <= target.caches.level2 // 2
 
 
-def _at_once(analysis: AttentionAnalysis, axes: tuple[Axis, ...]) -> Extent:
+def _at_once(analysis: AttentionAnalysis, axes: Sequence[Axis], extents: Sequence[Extent]) -> Extent:
     """Return how many places of the first of the heads' axes are packed at a time, if that is the first of all axes."""
     if not axes:
         return 1
-    extent = axes[0].extent
-    others = product([analysis.key.extent, *(axis.extent for axis in axes[1:])])
+    extent = extents[0]
+    others = product([analysis.key.extent, *extents[1:]])
     if axes[0] is not analysis.outer[0] or not isinstance(extent, int) or not isinstance(others, int):
         return extent
     elements = analysis.depth.extent + analysis.column.extent

@@ -109,7 +109,7 @@ def _tasks(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, pairs: Pairs
     count = whole + len(last) if isinstance(whole, int) else whole
 
     parts = 1 if pairs is None else pairs.parts
-    extents = outer if pairs is None or parts == 1 else [pairs.at_once, *outer[1:]]
+    extents = outer if pairs is None or parts == 1 else [pairs.first_heads, *outer[1:]]
 
     def blocks_at(point: Mapping[Var, Expr], part: Expr) -> Stmt:
         def of(first: Expr, width: int) -> Stmt:
@@ -162,18 +162,20 @@ def _by_heads(
     others = [axis for axis in analysis.outer if not any(axis is own for own in pairs.axes)]
 
     def head(number: Expr) -> Stmt:
-        places = unflatten(number, [axis.extent for axis in pairs.axes])
-        own = {axis.variable: place for axis, place in zip(pairs.axes, places, strict=True)}
+        own = pairs.point(unflatten(number, pairs.heads))
+        inside = [*pairs.shares, *(axis.extent for axis in others), count]
 
         def of_queries(number: Expr) -> Stmt:
-            *outside, part = unflatten(number, [*(axis.extent for axis in others), count])
-            point = {axis.variable: place for axis, place in zip(others, outside, strict=True)}
-            return blocks_at({**own, **point}, part)
+            *outside, part = unflatten(number, inside)
+            members, places = outside[: len(pairs.axes)], outside[len(pairs.axes) :]
+            point = {axis.variable: place for axis, place in zip(others, places, strict=True)}
+            heads = {axis.variable: own[axis.variable] + n for axis, n in zip(pairs.axes, members, strict=True)}
+            return blocks_at({**heads, **point}, part)
 
-        queries = loop(product([*(axis.extent for axis in others), count]), of_queries)
+        queries = loop(product(inside), of_queries)
         return with_local(pairs.buffers, [pairs.pack_head(own), *pairs.begin(), queries, *pairs.end()])
 
-    return parallel(product([axis.extent for axis in pairs.axes]), head, large)
+    return parallel(product(pairs.heads), head, large)
 
 
 def _in_turn(analysis: AttentionAnalysis, place: Expr, blocks: Extent) -> Expr:

@@ -334,6 +334,21 @@ def test_pairs_of_symbolic_lengths_and_shared_heads(target: Target) -> None:
     _check_rounded(target, _module(4, 32, "s", "t", groups=2), 4, lengths, 2)
 
 
+@pytest.mark.parametrize(("heads", "groups"), [(3, 3), (9, 3), (5, 1)])
+def test_keys_that_heads_share_are_packed_once(heads: int, groups: int) -> None:
+    target = targets.get("x86-avx512-amx")
+    module = RoundAttention(target.name).run(_module(heads, 32, "s", "t", groups=groups)).module
+    packed: set[int] = set()
+
+    def note(allocation: tirx.AllocBuffer) -> None:
+        if allocation.buffer.name == "packed_keys":
+            packed.add(int(allocation.buffer.shape[0]))
+
+    for function in schedule_module(module, target)[0].functions.values():
+        tvm_ffi.structural_walk(function, (tirx.AllocBuffer, note))
+    assert packed == {2 * groups}  # of a batch of two
+
+
 @rounding
 @pytest.mark.parametrize(("heads", "groups"), [(3, 3), (4, 2)])
 def test_parts_of_a_batch_are_packed_one_after_the_other(
