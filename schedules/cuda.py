@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import FrameType
 
 import tvm
 import tvm_ffi
@@ -136,7 +141,7 @@ def _bound(
     if parameters.get("tensor_cores") == 0:
         function = function.with_attr(_WITHOUT_TENSOR_CORES, True)
     try:
-        with gpu:
+        with gpu, _short_stacks():
             schedule = _rule(family, parameters).apply(function, gpu, False)
     except ScheduleError as error:
         reasons.append(f"{family}: {str(error).strip().splitlines()[0]}")
@@ -144,6 +149,33 @@ def _bound(
     if schedule is None or isinstance(schedule, list) or not _is_bound(schedule.mod["main"]):
         return None
     return schedule.mod["main"].without_attr(_WITHOUT_TENSOR_CORES)
+
+
+@contextmanager
+def _short_stacks() -> Iterator[None]:
+    """Have `inspect.stack` read no source files meanwhile.
+
+    dlight imports TVM's intrinsics of tensor cores where it first needs them. Their decorator asks for the stack at
+    each of some hundred functions, and makes do with frames: reading the sources of all callers took 15 of 18 s.
+    """
+    original = inspect.stack
+    inspect.stack = _frames
+    try:
+        yield
+    finally:
+        inspect.stack = original
+
+
+def _frames(context: int = 1) -> list[inspect.FrameInfo]:
+    """Return the stack without lines of source, however many are asked for with `context`."""
+    del context
+    frame: FrameType | None = sys._getframe(1)
+    found: list[inspect.FrameInfo] = []
+    while frame is not None:
+        code = frame.f_code
+        found.append(inspect.FrameInfo(frame, code.co_filename, frame.f_lineno, code.co_name, None, None))
+        frame = frame.f_back
+    return found
 
 
 def _rule(family: str, parameters: Parameters) -> GPUScheduleRule:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import tvm_ffi
 from hypothesis import given, settings
@@ -68,6 +70,11 @@ def test_products_of_16_bit_floats_may_do_without_tensor_cores() -> None:
     assert defaults(half.space) == {"tensor_cores": 1}
     assert "wmma::mma_sync" in source(half, {"tensor_cores": 1})
     assert "wmma" not in source(half, {"tensor_cores": 0})
+
+
+def test_stacks_have_their_lines_of_source_afterwards() -> None:
+    schedule_function(task("float16", rows=128, columns=128).function, CUDA)
+    assert "inspect.stack" in "".join(inspect.stack()[0].code_context or ())
 
 
 @pytest.mark.parametrize("narrow", [task("float32"), task("float16", inner=64)], ids=["fp32", "short"])
