@@ -99,7 +99,7 @@ class Pairs:
     @property
     def heads(self) -> list[Extent]:
         """Return how many places there are along each axis."""
-        return [quotient(axis.extent, share) for axis, share in zip(self.axes, self.shares, strict=True)]
+        return _places(self.axes, self.shares)
 
     @property
     def parts(self) -> int:
@@ -302,7 +302,7 @@ def packed(dot: Bf16Pairs, analysis: AttentionAnalysis, target: Target) -> Pairs
     shares = tuple(_neighbours(analysis, axis) for axis in axes)
     keys, depth, columns = analysis.key.extent, analysis.depth.extent, analysis.column.extent
     assert isinstance(depth, int)
-    extents = [quotient(axis.extent, share) for axis, share in zip(axes, shares, strict=True)]
+    extents = _places(axes, shares)
     at_once = _at_once(analysis, axes, extents)
     owned = _owns_heads(analysis, extents, target)
     heads = 1 if owned else product([at_once, *extents[1:]])
@@ -316,6 +316,11 @@ def packed(dot: Bf16Pairs, analysis: AttentionAnalysis, target: Target) -> Pairs
         at_once,
         owned,
     )
+
+
+def _places(axes: Sequence[Axis], shares: Sequence[int]) -> list[Extent]:
+    """Return how many keys and values there are along each axis, of which so many neighbours share theirs."""
+    return [quotient(axis.extent, share) for axis, share in zip(axes, shares, strict=True)]
 
 
 def _neighbours(analysis: AttentionAnalysis, axis: Axis) -> int:

@@ -30,7 +30,7 @@ from schedules.rounded_rows import is_rounding, only_rounds
 from schedules.row_parts import PartedKernel
 from schedules.rowwise import Rowwise
 from schedules.schedule import kernels_of
-from schedules.stages import Axis, OpaqueStage, Stage, parse, sequence, substitute
+from schedules.stages import Axis, OpaqueStage, Stage, StagedFunction, parse, sequence, substitute
 from schedules.winograd import Winograd
 from targets.base import Target
 
@@ -127,11 +127,11 @@ def why_several(function: tirx.PrimFunc, target: Target, constant: Sequence[int]
         return _SEVERAL
     if gated_product.whole(staged) is not None:
         return _why_no_gate(with_packed_weights(function, target, constant)[0], target)
-    kernels = kernels_of(staged, target)
-    kernel = kernels[0] if len(kernels) == 1 else None
+    kernel = _only_kernel(staged, target)
     if isinstance(kernel, PartedKernel) and is_rounding(kernel.stages[0]):
         # Tile registers take packed weights.
-        kernel = _only_kernel(with_packed_weights(function, target, constant)[0], target)
+        packed = parse(with_packed_weights(function, target, constant)[0])
+        kernel = None if packed is None else _only_kernel(packed, target)
     family = _family_of(kernel, target)
     if not (_is_static(function) or isinstance(kernel, PartedKernel) or isinstance(family, Rowwise | Reduction)):
         return "a size is known only at run time"
@@ -146,10 +146,9 @@ def why_several(function: tirx.PrimFunc, target: Target, constant: Sequence[int]
     return _why_scattered(family, kernel, target)
 
 
-def _only_kernel(function: tirx.PrimFunc, target: Target) -> Kernel | OpaqueStage | None:
+def _only_kernel(staged: StagedFunction, target: Target) -> Kernel | OpaqueStage | None:
     """Return the kernel of a function that is one."""
-    staged = parse(function)
-    kernels = [] if staged is None else kernels_of(staged, target)
+    kernels = kernels_of(staged, target)
     return kernels[0] if len(kernels) == 1 else None
 
 
