@@ -84,6 +84,16 @@ def occurs(expression: Expr, variable: Var) -> bool:
     return any(variable.same_as(other) for other in variables_of(expression))
 
 
+def run_length(expression: Expr, variable: Var) -> int:
+    """Return d where `variable` occurs only as variable // d, 1 otherwise."""
+    if isinstance(expression, tirx.FloorDiv) and expression.a.same_as(variable):
+        return as_int(expression.b) or 1
+    if isinstance(expression, tirx.Add | tirx.Mul | tirx.Sub):
+        runs = [run_length(side, variable) for side in (expression.a, expression.b) if occurs(side, variable)]
+        return runs[0] if len(runs) == 1 else 1
+    return 1
+
+
 def accesses(stage: Stage) -> list[Access]:
     """Return the store of `stage` and its reads of other buffers."""
     return [Access(stage.output, stage.indices), *(Access(load.source, tuple(load.indices)) for load in stage.loads())]

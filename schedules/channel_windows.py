@@ -14,7 +14,7 @@ import tvm_ffi
 from tvm import ir, sym, tirx
 from tvm.ir import Expr, TensorLoad
 
-from schedules.access import Access, AxisGroup, Step, as_int, group_axes, linear_coefficient, occurs
+from schedules.access import Access, AxisGroup, Step, as_int, group_axes, linear_coefficient, occurs, run_length
 from schedules.division import Division
 from schedules.epilogue import Epilogue
 from schedules.intrin.bf16_dot import PAIR
@@ -185,22 +185,12 @@ def _channel(stage: Stage, data: TensorLoad, lane: Axis) -> tuple[Axis | None, i
             continue
         if not any(_moves(read, axis) for read in stage.loads() if not read.same_as(data)):
             continue
-        runs = [_run_length(position, axis) for position in data.indices if occurs(position, axis.variable)]
+        runs = [run_length(position, axis.variable) for position in data.indices if occurs(position, axis.variable)]
         if not runs:
             return axis, axis.extent
         if len(runs) == 1 and runs[0] > 1 and axis.extent % runs[0] == 0:
             return axis, runs[0]
     return None, 1
-
-
-def _run_length(expression: Expr, axis: Axis) -> int:
-    """Return d where `axis` occurs only as axis // d, 1 otherwise."""
-    if isinstance(expression, tirx.FloorDiv) and expression.a.same_as(axis.variable):
-        return as_int(expression.b) or 1
-    if isinstance(expression, tirx.Add | tirx.Mul | tirx.Sub):
-        sides = [_run_length(side, axis) for side in (expression.a, expression.b) if occurs(side, axis.variable)]
-        return sides[0] if len(sides) == 1 else 1
-    return 1
 
 
 def windows_of(stage: Stage, data: TensorLoad) -> list[ChannelWindow] | None:

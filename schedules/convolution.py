@@ -16,7 +16,7 @@ from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import occurs
+from schedules.access import occurs, run_length
 from schedules.elementwise import vector_tiles
 from schedules.epilogue import Epilogue
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, vector_width, work_of
@@ -114,7 +114,7 @@ def _channel_axis(stage: Stage, read: SlidingRead, others: Sequence[Axis]) -> tu
             continue
         if not moved:
             return axis, axis.extent
-        runs = [_run_length(position, axis.variable) for position in moved]
+        runs = [run_length(position, axis.variable) for position in moved]
         if all(run > 1 and axis.extent % run == 0 for run in runs) and len(set(runs)) == 1:
             return axis, runs[0]
     return None, 1
@@ -122,16 +122,6 @@ def _channel_axis(stage: Stage, read: SlidingRead, others: Sequence[Axis]) -> tu
 
 def _depends(weight: TensorLoad, axis: Axis) -> bool:
     return any(occurs(position, axis.variable) for position in weight.indices)
-
-
-def _run_length(expression: Expr, variable: Var) -> int:
-    """Return d where `variable` occurs only as variable // d, 1 otherwise."""
-    if isinstance(expression, tirx.FloorDiv) and expression.a.same_as(variable):
-        return int(expression.b) if isinstance(expression.b, tirx.IntImm) else 1
-    if isinstance(expression, tirx.Add | tirx.Mul | tirx.Sub):
-        runs = [_run_length(side, variable) for side in (expression.a, expression.b) if occurs(side, variable)]
-        return runs[0] if len(runs) == 1 else 1
-    return 1
 
 
 class _Emitter:
