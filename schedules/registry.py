@@ -15,6 +15,7 @@ from schedules.family import Family
 from schedules.gated_product import GatedProduct
 from schedules.matmul import Matmul
 from schedules.matrix_convolution import MatrixConvolution
+from schedules.narrow_rows import NarrowRows
 from schedules.normalized_product import NormalizedProduct
 from schedules.pooling import Pooling
 from schedules.quantized_matmul import QuantizedMatmul
@@ -36,6 +37,7 @@ FAMILIES: tuple[Family[Any], ...] = (
     Pooling(),
     Convolution(),
     Matmul(),
+    NarrowRows(),
     Rowwise(),
     Reduction(),
     Transpose(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,8 +12,8 @@ from hypothesis import strategies as st
 from tvm import relax
 from tvm.relax import op
 
-from schedules import column_strips
-from tests.schedules.execution import integers, normal, run, sum_tolerance
+from schedules import column_strips, narrow_rows, turned_rows
+from tests.schedules.execution import TARGET, integers, normal, run, sum_tolerance
 
 SIZES = st.sampled_from([1, 2, 3, 7, 16, 17, 33, 64, 65, 131])
 
@@ -212,3 +214,73 @@ def test_functions_without_a_vector_form(name: str) -> None:
     got, families = run(getattr(op, name), [x])
     np.testing.assert_allclose(got, getattr(np, name)(x.astype("float64")), rtol=1e-6)
     assert families == {"fallback"}
+
+
+# Lanes are 8 or 16: odd and even widths, whole registers, more than one.
+NARROW = st.sampled_from([2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17, 24, 29, 31])
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(rows=st.sampled_from([32, 33, 47, 131, 1000]), width=NARROW)
+def test_softmax_of_narrow_rows(rows: int, width: int) -> None:
+    x = normal(rows, width) * 10
+    x[0, -1], x[1, 0], x[2, 0], x[3] = -np.inf, np.nan, -200, 0
+    shifted = x.astype("float64") - x.max(1, keepdims=True)
+    total = np.exp(shifted).sum(1, keepdims=True)
+    got, families = run(lambda x: op.nn.softmax(x, axis=-1), [x])
+    np.testing.assert_allclose(got, np.exp(shifted) / total, rtol=1e-5, atol=float(np.finfo("float32").tiny))
+    assert not _in_lanes(width) or "narrow-rows" in families
+    got, families = run(lambda x: op.nn.log_softmax(x, axis=-1), [x])
+    np.testing.assert_allclose(got, shifted - np.log(total), rtol=1e-5, atol=1e-5)
+    assert not _in_lanes(width) or "narrow-rows" in families
+
+
+def _in_lanes(width: int) -> bool:
+    lanes = TARGET.vector_lanes(32)
+    return lanes in narrow_rows.LANES and width < 2 * lanes
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(shape=st.tuples(st.sampled_from([1, 5]), st.sampled_from([7, 16]), NARROW))
+def test_normalization_and_sums_of_narrow_rows_on_several_axes(shape: tuple[int, int, int]) -> None:
+    x, scale, shift = normal(*shape), normal(shape[-1], seed=1), normal(shape[-1], seed=2)
+    wide = x.astype("float64")
+
+    def layer_norm(x: relax.Var) -> relax.Expr:
+        return op.nn.layer_norm(x, relax.const(scale), relax.const(shift), axes=[-1], epsilon=1e-2)
+
+    got, families = run(layer_norm, [x])
+    centered = wide - wide.mean(-1, keepdims=True)
+    want = centered / np.sqrt(wide.var(-1, keepdims=True) + 1e-2) * scale + shift
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    many = shape[0] * shape[1] >= narrow_rows.FEWEST_BLOCKS * TARGET.vector_lanes(32)
+    assert not (many and shape[-1] < TARGET.vector_lanes(32) and _in_lanes(shape[-1])) or families == {"narrow-rows"}
+    got, _ = run(lambda x: op.multiply(op.sum(x, axis=-1), relax.const(2.0)), [x])
+    np.testing.assert_allclose(got, 2 * wide.sum(-1), rtol=1e-5, atol=2 * sum_tolerance(shape[-1], 1.0))
+    got, _ = run(lambda x: op.max(x, axis=-1, keepdims=True), [x])
+    np.testing.assert_array_equal(got, x.max(-1, keepdims=True))
+
+
+def test_narrow_rows_with_an_element_and_a_row_of_other_inputs() -> None:
+    x, y, z = normal(77, 7), normal(77, 1), normal(77, 7, seed=1)
+
+    def function(x: relax.Var, y: relax.Var, z: relax.Var) -> relax.Expr:
+        return op.add(op.nn.softmax(op.multiply(x, y), axis=-1), z)
+
+    got, families = run(function, [x, y, z])
+    exponentials = np.exp((x * y).astype("float64"))
+    np.testing.assert_allclose(got, exponentials / exponentials.sum(1, keepdims=True) + z, rtol=1e-5, atol=1e-6)
+    assert not _in_lanes(7) or "narrow-rows" in families
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("width", range(1, 32))
+def test_steps_between_rows_and_columns_have_two_sources(width: int, lanes: int) -> None:
+    if width % (2 * lanes) == 0:
+        return
+    steps = turned_rows.states(width, lanes)
+    for before, after in [*itertools.pairwise(steps), *itertools.pairwise(steps[::-1])]:
+        where = {element: number for number, held in enumerate(before) for element in held}
+        assert sorted(where) == list(range(width * lanes))
+        assert all(len({where[element] for element in held}) <= 2 for held in after)
+    assert steps[-1] == tuple(tuple(row * width + column for row in range(lanes)) for column in range(width))
