@@ -1,5 +1,6 @@
 """Element types that entry points and weights may have, named as in NumPy and ml_dtypes.
 
+Both are imported when something asks for a dtype, so that a package is read, and begins to be digested, before.
 int4 and uint4 are only for inputs and outputs: the compiled function takes and returns them as int8 and uint8, one
 element a byte, because TVM's own packing of four-bit tensors is not part of its interface.
 """
@@ -9,9 +10,8 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import DTypeLike
 
     NumpyDType = np.dtype[np.generic]
@@ -49,6 +49,8 @@ def device_dtype(name: str) -> str:
 @functools.cache
 def numpy_dtype(name: str) -> NumpyDType:
     """Return the NumPy dtype called `name`; types that NumPy lacks come from ml_dtypes, imported only then."""
+    import numpy as np  # noqa: PLC0415 - see above
+
     if name in _BEYOND_NUMPY:
         import ml_dtypes  # noqa: PLC0415 - most packages do without
 
@@ -59,6 +61,8 @@ def numpy_dtype(name: str) -> NumpyDType:
 
 def lowest(name: str) -> float:
     """Return the lowest finite number of a float type."""
+    import numpy as np  # noqa: PLC0415 - see above
+
     if name not in _BEYOND_NUMPY:
         return float(np.finfo(name).min)
     import ml_dtypes  # noqa: PLC0415 - most packages do without

@@ -11,6 +11,7 @@ from typing import Literal
 
 from optimizer.errors import PackageError
 from optimizer.json_records import JsonValue, RecordError, decode, encode, parse
+from optimizer.package.digests import piece_count
 from optimizer.package.dtypes import ITEM_BYTES
 from optimizer.package.entry_points import (
     MANIFEST_NAME,
@@ -22,7 +23,7 @@ from optimizer.package.entry_points import (
 )
 
 FORMAT = "optimizer-package"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 DIGEST_NAME = "manifest.sha256"
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_FILES = 256
@@ -151,11 +152,14 @@ class Certificate:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file of the package, with its size in bytes and its sha256."""
+    """A file of the package, with its size in bytes and the sha256 of each of its pieces (`DIGESTED_BYTES`), in order.
+
+    All pieces but the last have that size, so that a file of no more has the sha256 that other tools tell.
+    """
 
     name: str
     bytes: int
-    sha256: str
+    sha256: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -239,9 +243,15 @@ def _check_files(manifest: Manifest) -> None:
         require_file_name(name)
     require_unique(names, "file")
     for record in manifest.files:
-        _require_sha256(record.sha256, f"the digest of {record.name}")
         if record.bytes < 0:
             raise malformed(f"file {record.name} has the negative size {record.bytes}")
+        if len(record.sha256) != piece_count(record.bytes):
+            raise malformed(
+                f"file {record.name} of {record.bytes} bytes has {len(record.sha256)} digests, "
+                f"not {piece_count(record.bytes)}"
+            )
+        for digest in record.sha256:
+            _require_sha256(digest, f"a digest of {record.name}")
     if names:
         for name in (manifest.library, manifest.weights_file):
             if name not in names:

@@ -6,13 +6,15 @@ import hashlib
 import mmap
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
 from optimizer.errors import PackageError
 from optimizer.package.archive import read_members
+from optimizer.package.digests import digesting, digests_of
 from optimizer.package.entry_points import MANIFEST_NAME
 from optimizer.package.manifest import DIGEST_NAME, FORMAT, MAX_FILES, MAX_MANIFEST_BYTES, Manifest
 from optimizer.package.pieces import ask_for_huge_pages
@@ -48,14 +50,9 @@ class FileLocation:
         ask_for_huge_pages(mapping)
         return mapping, skipped
 
-    def sha256(self) -> str:
-        """Return the sha256 of the bytes in hexadecimal; other threads run meanwhile, as one call digests them all."""
-        digest = hashlib.sha256()
-        if self.bytes:
-            mapping, skipped = self.map()
-            with mapping, memoryview(mapping) as view, view[skipped:] as part:
-                digest.update(part)
-        return digest.hexdigest()
+    def sha256(self, pool: ThreadPoolExecutor) -> Iterator[str]:
+        """Return the sha256 of each piece in hexadecimal, as a `FileRecord` has them; `pool` begins at once."""
+        return digests_of(self.open, self.bytes, pool)
 
 
 @dataclass(frozen=True)
@@ -66,13 +63,18 @@ class Package:
     manifest: Manifest
     locations: Mapping[str, FileLocation]
 
-    def verify(self) -> None:
-        """Raise PackageError unless every file has the sha256 that the manifest records."""
-        for record in self.manifest.files:
-            if self.locations[record.name].sha256() != record.sha256:
-                raise PackageError(
-                    f"{self.path}: {record.name} was altered (its sha256 differs); copy or build it again"
-                )
+    def verify(self, threads: int | None = None) -> None:
+        """Raise PackageError unless every file's pieces have the sha256 that the manifest records.
+
+        They are digested by so many `threads`, by default one for each CPU of this process.
+        """
+        with digesting(threads) as pool:
+            found = [(record, self.locations[record.name].sha256(pool)) for record in self.manifest.files]
+            for record, digests in found:
+                if tuple(digests) != record.sha256:
+                    raise PackageError(
+                        f"{self.path}: {record.name} was altered (its sha256 differs); copy or build it again"
+                    )
 
 
 def open_package(path: str | os.PathLike[str]) -> Package:

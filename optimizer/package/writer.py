@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from optimizer.errors import PackageError
 from optimizer.package.archive import DATA_ALIGNMENT, write_archive
+from optimizer.package.digests import digesting
 from optimizer.package.dtypes import ITEM_BYTES
 from optimizer.package.entry_points import MANIFEST_NAME
 from optimizer.package.manifest import (
@@ -33,6 +32,7 @@ from optimizer.package.pieces import write_in_pieces
 from optimizer.package.reader import FileLocation, digest_line, is_package
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 SINGLE_FILE_SUFFIX = ".opt"
@@ -122,11 +122,14 @@ def _fill(
 
 def _record(path: Path) -> FileRecord:
     size = path.stat().st_size
-    return FileRecord(path.name, size, FileLocation(path, 0, size).sha256())
+    with digesting() as pool:
+        return FileRecord(path.name, size, tuple(FileLocation(path, 0, size).sha256(pool)))
 
 
 def _write_weights(path: Path, weights: Iterable[Weight]) -> tuple[WeightRecord, ...]:
     """Write the tensors one after another, those of a page and more on page boundaries."""
+    import numpy as np  # noqa: PLC0415 - who loads a package has it imported while files are digested
+
     records: list[WeightRecord] = []
 
     def parts() -> Iterator[bytes | memoryview]:

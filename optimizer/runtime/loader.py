@@ -34,16 +34,17 @@ def load(
     """
     package = open_package(path)
     check_machine(package.manifest.requirements)
-    with ThreadPoolExecutor(1) as digesting:
-        verified = digesting.submit(package.verify) if verify else None
-        # Meanwhile TVM, which takes as long to import as 70 MB to digest; nothing of the package is loaded.
+    count = machine.resolve_thread_count(threads)
+    with ThreadPoolExecutor(1) as verifying:
+        verified = verifying.submit(package.verify, count) if verify else None
+        # Meanwhile NumPy and TVM, which take as long to import as 150 MB to digest; nothing of the package is loaded.
         from optimizer.runtime.library import load_library  # noqa: PLC0415
         from optimizer.runtime.model import CompiledModel  # noqa: PLC0415
 
         load_library("tvm_runtime", shared=True)
         if verified is not None:
             verified.result()
-    return CompiledModel(package, device=device, threads=threads, mapped=mapped)
+    return CompiledModel(package, device=device, threads=count, mapped=mapped)
 
 
 def check_machine(requirements: Requirements) -> None:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from optimizer.errors import OptionError
+
 _ROOT = Path("/")
 _AT_HWCAP, _AT_HWCAP2 = 16, 26
 # The call of the system by which a process asks to use AMX's tile registers: arch_prctl, ARCH_REQ_XCOMP_PERM,
@@ -148,6 +150,16 @@ def default_thread_count(root: Path = _ROOT) -> int:
     quota = cpu_quota(root)
     cores = len(cpus_by_core(root))
     return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def resolve_thread_count(threads: int | None) -> int:
+    """Return `threads`, or the default of this machine for None; raises OptionError unless 1 to the number of CPUs."""
+    if threads is None:
+        return default_thread_count()
+    cpus = sum(map(len, cpus_by_core()))
+    if not 1 <= threads <= cpus:
+        raise OptionError(f"threads={threads} is not possible; this process may use 1 to {cpus} CPUs")
+    return threads
 
 
 def count_physical_cores_by_default() -> None:

@@ -21,9 +21,10 @@ from optimizer.package.reader import Package
 from optimizer.runtime import kv_cache, tensors
 from optimizer.runtime.devices import open_device
 from optimizer.runtime.kv_cache import KeyValueCache
+from optimizer.runtime.machine import resolve_thread_count
 from optimizer.runtime.signature import bind_symbols, check_names, mismatch, wrong_dtype
 from optimizer.runtime.tensors import SupportsDLPack, Tensor
-from optimizer.runtime.threads import resolve_thread_count, use_threads
+from optimizer.runtime.threads import use_threads
 from optimizer.runtime.weights import weights_of
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ import os
 import threading
 import warnings
 
-from optimizer.errors import OptionError
 from optimizer.runtime import machine
 from optimizer.runtime.library import runtime_function
 
@@ -19,16 +18,6 @@ _SHARE_ALL_LISTED_CPUS = -3
 """TVM's affinity mode in which every worker may run on every CPU of the list (kSpecifyThreadShareAllCore)."""
 
 _configured = threading.local()
-
-
-def resolve_thread_count(threads: int | None) -> int:
-    """Return `threads`, or the default of this machine for None; raises OptionError unless 1 to the number of CPUs."""
-    if threads is None:
-        return machine.default_thread_count()
-    cpus = sum(map(len, machine.cpus_by_core()))
-    if not 1 <= threads <= cpus:
-        raise OptionError(f"threads={threads} is not possible; this process may use 1 to {cpus} CPUs")
-    return threads
 
 
 def use_threads(count: int) -> None:

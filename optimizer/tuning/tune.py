@@ -12,7 +12,7 @@ import targets
 from optimizer.compile import CompileOptions, plan_model
 from optimizer.progress import Silent, Timeline, Watcher
 from optimizer.runtime.device_server import Description
-from optimizer.runtime.threads import resolve_thread_count
+from optimizer.runtime.machine import resolve_thread_count
 from optimizer.tuning import devices
 from optimizer.tuning.in_step import PlannedModel, StepError, compare_in_step
 from optimizer.tuning.log import TuningLog

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optimizer.errors import PackageError
+from optimizer.package.digests import DIGESTED_BYTES
 from optimizer.package.dtypes import ITEM_BYTES
 from optimizer.package.entry_points import CacheRecord, EntryPoint, SymbolRange, TensorSpec
 from optimizer.package.manifest import Certificate, FileRecord, Manifest, OutputComparison, PassRecord, WeightRecord
@@ -118,7 +119,7 @@ def test_arbitrary_bytes_are_refused(text: bytes) -> None:
         b'{"format": "optimizer-package", "format": "optimizer-package"}',
         b'{"format": "optimizer-package", "format_version": NaN}',
         b'{"format": "optimizer-package", "format_version": true}',
-        b'{"format": "optimizer-package", "format_version": 5}',
+        b'{"format": "optimizer-package", "format_version": 6}',
         b"\xff\xfe",
         b"",
     ],
@@ -129,10 +130,10 @@ def test_hostile_documents_are_refused(text: bytes) -> None:
         Manifest.from_json(text)
 
 
-@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("version", [5, 7])
 def test_another_format_version_says_what_to_do(draft: Manifest, version: int) -> None:
     document = json.loads(draft.to_json()) | {"format_version": version}
-    message = f"has format version {version}, this version reads 5; compile the model again"
+    message = f"has format version {version}, this version reads 6; compile the model again"
     with pytest.raises(PackageError, match=message):
         Manifest.from_json(json.dumps(document).encode())
 
@@ -176,7 +177,7 @@ def test_unknown_and_missing_fields_are_named(draft: Manifest) -> None:
 
 
 WEIGHT = WeightRecord("w", "float32", (4,), 0, 16)
-FILES = (FileRecord("model.so", 1, "0" * 64), FileRecord("weights.bin", 128, "0" * 64))
+FILES = (FileRecord("model.so", 1, ("0" * 64,)), FileRecord("weights.bin", 128, ("0" * 64,)))
 
 
 def with_weights(*weights: WeightRecord) -> Callable[[Manifest], Manifest]:
@@ -207,11 +208,17 @@ def with_input(spec: TensorSpec) -> Callable[[Manifest], Manifest]:
         (with_weights(dataclasses.replace(WEIGHT, dtype="int4", bytes=4)), "pack it as uint8"),
         (with_files(*FILES, FILES[0]), "file 'model.so' occurs twice"),
         (with_files(FILES[0]), "weights.bin is not among the files"),
-        (with_files(*FILES, FileRecord("../evil", 1, "0" * 64)), "not a plain file name"),
-        (with_files(*FILES, FileRecord("/etc/passwd", 1, "0" * 64)), "not a plain file name"),
-        (with_files(*FILES, FileRecord("manifest.json", 1, "0" * 64)), "may not be listed"),
-        (with_files(*FILES, FileRecord("a", -1, "0" * 64)), "negative size"),
-        (with_files(*FILES, FileRecord("a", 1, "0" * 63)), "not a sha256"),
+        (with_files(*FILES, FileRecord("../evil", 1, ("0" * 64,))), "not a plain file name"),
+        (with_files(*FILES, FileRecord("/etc/passwd", 1, ("0" * 64,))), "not a plain file name"),
+        (with_files(*FILES, FileRecord("manifest.json", 1, ("0" * 64,))), "may not be listed"),
+        (with_files(*FILES, FileRecord("a", -1, ("0" * 64,))), "negative size"),
+        (with_files(*FILES, FileRecord("a", 1, ("0" * 63,))), "not a sha256"),
+        (with_files(*FILES, FileRecord("a", 1, ())), "file a of 1 bytes has 0 digests, not 1"),
+        (with_files(*FILES, FileRecord("a", 0, ())), "has 0 digests, not 1"),
+        (with_files(*FILES, FileRecord("a", DIGESTED_BYTES, ("0" * 64,) * 2)), "has 2 digests, not 1"),
+        (with_files(*FILES, FileRecord("a", DIGESTED_BYTES + 1, ("0" * 64,))), "has 1 digests, not 2"),
+        (with_files(*FILES, FileRecord("a", 2**62, ("0" * 64,))), f"has 1 digests, not {2**40}"),
+        (with_files(*FILES, FileRecord("a", DIGESTED_BYTES + 1, ("0" * 64, "x"))), "not a sha256"),
         (with_input(TensorSpec("x", "float32", (-1,))), "negative dimension -1"),
         (with_input(TensorSpec("x", "float32", ("n + m",))), "uses symbols that the entry point does not declare"),
         (with_input(TensorSpec("x", "float32", ("__import__('os').name",))), "holds more than integers"),

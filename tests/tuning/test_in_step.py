@@ -8,7 +8,7 @@ from onnx import TensorProto, helper
 from onnx.parser import parse_model
 
 from optimizer.compile import CompileOptions, plan_model
-from optimizer.runtime.threads import resolve_thread_count
+from optimizer.runtime.machine import resolve_thread_count
 from optimizer.tuning.in_step import PlannedModel, StepError, compare_in_step
 from optimizer.tuning.records import WorkloadKey
 from optimizer.tuning.tasks import Sizes, tasks_of
