@@ -196,9 +196,8 @@ def _of_floats(analysis: GatedProductAnalysis, parameters: Parameters, target: T
 
             return tiles(columns, [tile.width], tiling.in_whole_vectors(tile, block_of_columns))
 
-        return with_local(
-            [scratch], [part(replace(tile, epilogue=own)) for tile, own in zip(pair, epilogues, strict=True)]
-        )
+        first, second = (replace(tile, epilogue=own) for tile, own in zip(pair, epilogues, strict=True))
+        return with_local([scratch], [part(replace(first, handed_on=True)), part(second)])
 
     return tiling.emit(replace(pair[1], width=run), both)
 

@@ -1,8 +1,11 @@
-"""Quotients and remainders by symbolic sizes as the machine's own, which truncate.
+"""Quotients and remainders by symbolic sizes as the machine's own, which truncate, and none where they make up a whole.
 
 For numbers that are not negative truncation is the floor. TVM cannot see that loop variables divided by symbols are
 such numbers, and makes every quotient and remainder a chain of comparisons; where one stands in the other, as in a
 reshape between symbolic shapes, the chains nest, and generating their code takes minutes.
+
+A quotient times its divisor and the remainder are the number that was divided: what a row's position is where rows are
+counted along two symbolic dimensions.
 """
 
 from __future__ import annotations
@@ -27,8 +30,24 @@ def truncate_quotients(function: tirx.PrimFunc) -> tirx.PrimFunc:
         truncating = tirx.truncdiv if isinstance(rewritten, tirx.FloorDiv) else tirx.truncmod
         return truncating(rewritten.a, rewritten.b)
 
-    body = tvm_ffi.structural_mutate(function.body, [(tirx.FloorDiv, visit), (tirx.FloorMod, visit)])
+    def join(expression: tirx.Add, mutator: tvm_ffi.StructuralMutator) -> Expr:
+        rewritten = mutator.default_mutate(expression)
+        whole = _divided(rewritten.a, rewritten.b) if isinstance(rewritten, tirx.Add) else None
+        return rewritten if whole is None else whole
+
+    callbacks = [(tirx.FloorDiv, visit), (tirx.FloorMod, visit), (tirx.Add, join)]
+    body = tvm_ffi.structural_mutate(function.body, callbacks)
     return function.with_body(body)
+
+
+def _divided(left: Expr, right: Expr) -> Expr | None:
+    """Return the number whose quotient times its divisor is `left`, and whose remainder `right`; None if none is."""
+    for quotient, remainder in ((tirx.FloorDiv, tirx.FloorMod), (tirx.Div, tirx.Mod)):
+        if isinstance(left, tirx.Mul) and isinstance(left.a, quotient) and isinstance(right, remainder):
+            pairs = ((left.a.b, left.b), (left.a.a, right.a), (left.b, right.b))
+            if all(tvm_ffi.structural_equal(*pair) for pair in pairs):
+                return right.a
+    return None
 
 
 def _truncates(expression: tirx.FloorDiv | tirx.FloorMod, known: Set[Var]) -> bool:

@@ -71,10 +71,11 @@ class Tile:
 
     `panel` is the read that is copied to [reduction][width] in the task before its rows are computed, if any; `ahead`
     one whose next columns come into the second-level cache while these are computed, `near` one whose lines are asked
-    for shortly before they are read, as are those of the results. With `grouped` the sums are of dot products of
-    several terms, with `matrix` they are computed in tile registers. `by_element` is whether
-    instructions multiply by an element of a register. With `next_rows` a block's tiles of columns ask for the rows that
-    the next block reads. `by_rows`: all columns of a block of rows follow each other, so that cores divide the rows.
+    for shortly before they are read, as are those of the results, but for ones that are `handed_on` within the task.
+    With `grouped` the sums are of dot products of several terms, with `matrix` they are computed in tile registers.
+    `by_element` is whether instructions multiply by an element of a register. With `next_rows` a block's tiles of
+    columns ask for the rows that the next block reads. `by_rows`: all columns of a block of rows follow each other, so
+    that cores divide the rows.
     """
 
     stage: Stage
@@ -91,6 +92,7 @@ class Tile:
     parallel: bool
     ahead: TensorLoad | None = None
     near: TensorLoad | None = None
+    handed_on: bool = False
     grouped: GroupedProducts | None = None
     matrix: MatrixOperands | None = None
     by_element: bool = False
@@ -314,7 +316,9 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
         assert isinstance(extents[0], int)
         buffers, sums = [registers, totals], in_parts(registers, totals, extents[0], part, all_cells, reduce)
     write = _write_back(tile, totals, (rows, width), pitch, at)
-    requests = [] if tile.near is None else result_lines(tile.epilogue, tile.vector_group, at, (rows, width))
+    requests: list[Stmt] = []
+    if tile.near is not None and not tile.handed_on:
+        requests = result_lines(tile.epilogue, tile.vector_group, at, (rows, width))
     if tile.next_rows is not None:
         part = tirx.floordiv(base, index(tile.width))
         requests.append(tile.next_rows.requests(point, row + tile.row_block, rows, part))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import tvm
+import tvm_ffi
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tvm import relax, te, tirx, topi
+from tvm.ir import Expr as _Index
+from tvm.ir import TensorLoad
 
 import targets
 from optimizer.lowering import build, fuse, lower
@@ -167,6 +171,28 @@ def test_one_kernel_serves_any_number_of_rows(bits: int | None) -> None:
         else:  # rounds the rows to 8 bits
             scale = float(np.abs(expected).max(initial=1))
             np.testing.assert_allclose(function(x), expected, atol=0.03 * scale)
+
+
+@pytest.mark.parametrize("name", ["x86-avx2", "x86-avx512-amx", "arm64"])
+def test_what_is_handed_on_lies_at_the_row_in_its_block_and_is_not_asked_for(name: str) -> None:
+    products = [_floats(_drawn(32, 64)), _floats(1 - _drawn(32, 64))]
+    batch, sequence = tirx.Var("batch", "int64"), tirx.Var("sequence", "int64")
+    lowered = lower(_gate(_var((batch, sequence, 32)), products, "silu"), targets.get(name))
+    (function,) = [each for each in lowered.module.functions.values() if isinstance(each, tirx.PrimFunc)]
+    places: list[tuple[str, Sequence[_Index]]] = []
+    stores = (tirx.BufferStore, lambda each: places.append((each.buffer.name, each.indices)))
+    loads = (TensorLoad, lambda each: places.append((each.source.name, each.indices)))
+    tvm_ffi.structural_walk(function.body, [stores, loads])
+    handed_on = [index for name, indices in places for index in indices if name == "gated"]
+    assert handed_on
+    quotients: list[_Index] = []
+    for each in handed_on:
+        tvm_ffi.structural_walk(each, [(kind, quotients.append) for kind in (tirx.FloorDiv, tirx.FloorMod, tirx.Div)])
+    # Where rows lie is known without how batch and sequence divide them.
+    assert not any(isinstance(quotient.b, tirx.Var) for quotient in quotients)
+    asked = re.findall(r"T.prefetch\(T.address_of\((\w+)", function.script())
+    assert "gated" not in asked
+    assert asked or name != "x86-avx512-amx"
 
 
 def test_a_gate_of_bfloat16_is_one_kernel() -> None:

@@ -6,6 +6,7 @@ from tvm import relax, te, tirx
 from tvm.relax import op
 
 from schedules import schedule_function, schedule_module
+from schedules.quotients import truncate_quotients
 from tests.schedules.execution import TARGET, build, normal, run
 
 
@@ -41,3 +42,18 @@ def test_a_quotient_of_what_may_be_negative_keeps_rounding_down() -> None:
     moved = te.compute((n,), lambda i: data[tirx.floormod(tirx.floordiv(i + offset, n), n)], name="moved")
     function, _ = schedule_function(te.create_prim_func([data, offset, moved]), TARGET)
     assert any(isinstance(quotient.b, tirx.Var) for quotient in _flooring(function))
+
+
+def test_a_quotient_and_its_remainder_are_the_number_that_was_divided() -> None:
+    n, m = tirx.Var("n", "int64"), tirx.Var("m", "int64")
+    rows = tirx.decl_buffer([n, m], "float32", "rows")
+    flat = tirx.decl_buffer([n * m], "float32", "flat")
+    i = tirx.Var("i", "int64")
+    for quotient, rest in ((tirx.floordiv, tirx.floormod), (tirx.truncdiv, tirx.truncmod)):
+        store = tirx.BufferStore(flat, tirx.BufferLoad(rows, [i, i]), [quotient(i, m) * m + rest(i, m)])
+        other = tirx.BufferStore(flat, tirx.BufferLoad(rows, [i, i]), [quotient(i, m) * m + rest(i, n)])
+        body = tirx.For(i, tirx.IntImm("int64", 0), n * m, tirx.ForKind.SERIAL, tirx.SeqStmt([store, other]))
+        loop = truncate_quotients(tirx.PrimFunc([rows, flat], body)).body
+        joined, kept = loop.body
+        assert joined.indices[0].same_as(loop.loop_var)
+        assert isinstance(kept.indices[0], tirx.Add)
