@@ -84,14 +84,19 @@ class DirectConvolution:
     def apply(self, analysis: ChannelWindows, parameters: Parameters, target: Target) -> Stmt:
         """Return the loop nest."""
         dot = _dot(analysis, target)
-        ahead = STEPS_AHEAD if target.multiply_adds > 1 else 0
-        statement = _Emitter(analysis, parameters, dot, multiplies_by_element(target), ahead).statement()
+        statement = emitter(analysis, parameters, target, dot).statement()
         return statement if dot is None else with_fences(dot.imported(statement), target)
 
 
 def _dot(analysis: ChannelWindows, target: Target) -> GroupedDot | None:
     reducer = reducer_of(analysis.stage) if analysis.grouped is not None else None
     return None if reducer is None else grouped_dot(target, analysis.weights, reducer.term)
+
+
+def emitter(analysis: ChannelWindows, parameters: Parameters, target: Target, dot: GroupedDot | None = None) -> Emitter:
+    """Return what emits a convolution's or a pooling's tiles for a target."""
+    ahead = STEPS_AHEAD if target.multiply_adds > 1 else 0
+    return Emitter(analysis, parameters, dot, multiplies_by_element(target), ahead)
 
 
 def analyse(kernel: Kernel) -> ChannelWindows | None:
@@ -105,7 +110,7 @@ def analyse(kernel: Kernel) -> ChannelWindows | None:
 
 
 @dataclass(frozen=True)
-class _Emitter:
+class Emitter:
     """Emission of one convolution or pooling under given parameters."""
 
     analysis: ChannelWindows
@@ -147,7 +152,7 @@ class _Emitter:
 
             def columns(point: Point, first: Expr, count: int) -> Stmt:
                 if segment == width:
-                    return self._row(point, group, first, count)
+                    return self.row(point, group, first, count)
                 return tile_choice(part, width, segment, lambda x, n: self._segment(point, group, first, count, x, n))
 
             def channels(first: Expr, count: int) -> Stmt:
@@ -193,7 +198,7 @@ class _Emitter:
         sizes = [self.parameters["columns"]]
         return tiles(width, sizes, lambda x, columns: self._tile(point, group, first, count, start + x, columns))
 
-    def _row(self, point: Point, group: Expr, first: Expr, count: int) -> Stmt:
+    def row(self, point: Point, group: Expr, first: Expr, count: int) -> Stmt:
         """Return the tiles of a whole row; those in which every tap is inside the image become one loop."""
         window, size = self.analysis.column_window, self.parameters["columns"]
         width = column_extent(self.analysis)

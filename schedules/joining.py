@@ -15,6 +15,7 @@ from tvm.ir import Expr, Var
 
 from schedules import direct_convolution, fallback, gated_product, row_parts
 from schedules.access import Access, Step, as_int
+from schedules.channel_chain import ChannelChain
 from schedules.direct_convolution import DirectConvolution
 from schedules.epilogue import Epilogue
 from schedules.family import Kernel
@@ -183,7 +184,7 @@ def _stores_vectors(family: object, kernel: Kernel, target: Target) -> bool:
     if isinstance(family, DirectConvolution | MatrixConvolution):
         windows = direct_convolution.analyse(kernel)
         return windows is not None and _is_contiguous(windows.epilogue, windows.lane, target)
-    if isinstance(family, Winograd):
+    if isinstance(family, Winograd | ChannelChain):
         return True
     if isinstance(family, Rowwise):  # it takes a convolution's steps, too, where no better family does
         return not any(stage.is_reduction and reuses_operands(stage) for stage in kernel.stages)

@@ -7,6 +7,7 @@ from typing import Any
 
 from schedules import cuda
 from schedules.attention import Attention
+from schedules.channel_chain import ChannelChain
 from schedules.convolution import Convolution
 from schedules.depthwise_bytes import DepthwiseBytes
 from schedules.direct_convolution import DirectConvolution
@@ -29,6 +30,7 @@ FAMILIES: tuple[Family[Any], ...] = (
     NormalizedProduct(),
     GatedProduct(),
     Attention(),
+    ChannelChain(),
     Winograd(),
     DepthwiseBytes(),
     MatrixConvolution(),

@@ -53,7 +53,7 @@ def whole(staged: StagedFunction) -> PartedKernel | None:
 def kind(staged: StagedFunction) -> Literal["product", "rows"] | None:
     """Return whether a function is a product (with what follows it one to one), or one of rows; None if neither."""
     stages = [stage for stage in staged.stages if isinstance(stage, Stage)]
-    kernel = _kernel(staged, stages) if len(stages) == len(staged.stages) else None
+    kernel = kernel_of(staged, stages) if len(stages) == len(staged.stages) else None
     if kernel is None:
         return None
     return "product" if _is_product(kernel) else "rows" if _is_of_rows(kernel) else None
@@ -66,7 +66,7 @@ def _parts(staged: StagedFunction, stages: Sequence[Stage], first: int, last: in
     for number, piece in enumerate(pieces):
         if not piece:
             continue
-        kernel = _kernel(staged, piece)
+        kernel = kernel_of(staged, piece)
         if kernel is None or not _is_part(kernel, number):
             return None
         parts.append(kernel)
@@ -80,7 +80,7 @@ def _is_part(kernel: Kernel, number: int) -> bool:
     return _is_of_rows(kernel) or (number == 0 and only_rounds(kernel.stages))
 
 
-def _kernel(staged: StagedFunction, piece: Sequence[Stage]) -> Kernel | None:
+def kernel_of(staged: StagedFunction, piece: Sequence[Stage]) -> Kernel | None:
     """Return some stages of a function as one kernel."""
     outside = [stage for stage in staged.stages if not any(stage is own for own in piece)]
     hidden = tuple(buffer for buffer in staged.intermediate if not _occurs(buffer, outside))

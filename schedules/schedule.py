@@ -8,7 +8,8 @@ import tvm
 from tvm import tirx
 from tvm.tirx.stmt import Stmt
 
-from schedules import attention_structure, cuda, fallback, gated_product, row_parts, winograd_structure
+from schedules import attention_structure, channel_chain, cuda, fallback, gated_product, row_parts, winograd_structure
+from schedules.channel_chain import ChannelChain
 from schedules.division import division_of
 from schedules.family import Kernel, Parameters, defaults, work_of
 from schedules.gated_product import GatedProduct
@@ -108,6 +109,9 @@ def kernels_of(staged: StagedFunction, target: Target) -> list[Kernel | OpaqueSt
     gate = gated_product.whole(staged) if whole is None else None
     if gate is not None and GatedProduct().takes(gate, target) is not None:
         whole = gate
+    chain = channel_chain.whole(staged) if whole is None else None
+    if chain is not None and ChannelChain().takes(chain, target) is not None:
+        whole = chain
     return cut(inline(staged)) if whole is None else [whole]
 
 

@@ -11,6 +11,7 @@ from tvm import tirx
 from tvm.ir import Var
 
 from schedules.access import as_int
+from schedules.channel_chain import ChannelChain
 from schedules.channel_windows import ChannelWindows, windows_of
 from schedules.convolution_tile import bytes_of
 from schedules.depthwise_bytes import DepthwiseBytes
@@ -67,6 +68,8 @@ def sharing(function: tirx.PrimFunc, target: Target) -> Sharing | None:
     output = function.params[-1]
     if isinstance(family, DirectConvolution):
         return _of_windows(analysis, function)
+    if isinstance(family, ChannelChain):
+        return Sharing(Division.CHANNELS, _position(function, analysis.first.data.source))
     if isinstance(family, DepthwiseBytes | MatrixConvolution):
         return _of_windows(analysis.windows, function)
     if isinstance(family, Winograd):

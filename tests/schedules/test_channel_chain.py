@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tvm import relax
+from tvm.relax import op
+
+import targets
+from optimizer.lowering import fuse
+from passes.block_channels import BlockChannels
+from schedules import KernelReport, schedule_module
+from targets.base import Target
+from tests.schedules.execution import TARGET, compiled, module_of, normal, sum_tolerance
+from tests.schedules.test_convolution import convolve
+
+# Whatever this machine's cores begin in a cycle.
+CHAINING = replace(TARGET, multiply_adds=2)
+BLOCK = CHAINING.layouts.channel_block
+_Built = Callable[[relax.Var], relax.Expr]
+
+
+def _layer(
+    channels: tuple[int, int], kernels: tuple[int, int], strides: tuple[int, int], padding: int, *, twice: bool = False
+) -> tuple[_Built, Callable[[np.ndarray], np.ndarray]]:
+    """Return a convolution and a depthwise one in Relax, and the same in NumPy."""
+    inner, outer = channels
+    w, d = normal(outer, inner, kernels[0], kernels[0], seed=1), normal(outer, 1, kernels[1], kernels[1], seed=2)
+    bias = normal(1, outer, 1, 1, seed=3)
+
+    def built(x: relax.Var) -> relax.Expr:
+        wide = op.nn.conv2d(x, relax.const(w), strides=strides[0], padding=kernels[0] // 2)
+        wide = op.clip(op.add(wide, relax.const(bias)), 0, 6)
+        deep = op.nn.conv2d(wide, relax.const(d), strides=strides[1], padding=padding, groups=outer)
+        deep = op.nn.relu(op.add(deep, relax.const(bias)))
+        return op.add(deep, wide) if twice else deep
+
+    def expected(x: np.ndarray) -> np.ndarray:
+        wide = np.clip(convolve(x, w, strides[0], kernels[0] // 2) + bias, 0, 6)
+        deep = np.maximum(convolve(wide, d, strides[1], padding, groups=outer) + bias, 0)
+        return deep + wide if twice else deep
+
+    return built, expected
+
+
+def _scheduled(
+    built: _Built, shape: tuple[int, ...], target: Target = CHAINING
+) -> tuple[tvm.IRModule, tuple[KernelReport, ...]]:
+    """Return the scheduled module of a layer of one image in blocked layout, and its kernels' reports."""
+    blocked = BlockChannels(target.layouts.channel_block, winograd=0).run(module_of(built, [shape], ["float32"]))
+    return schedule_module(fuse(blocked.module, target).module, target)
+
+
+def _families(reports: tuple[KernelReport, ...]) -> list[str]:
+    return [report.family for report in reports]
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    size=st.tuples(st.sampled_from([1, 2, 7, 13, 30, 41]), st.sampled_from([1, 3, 7, 14, 29])),
+    channels=st.sampled_from([(3, 32), (16, 16), (17, 40), (24, 144), (40, 80)]),
+    kernels=st.tuples(st.sampled_from([1, 3]), st.sampled_from([3, 5])),
+    strides=st.tuples(st.sampled_from([1, 2]), st.sampled_from([1, 2, 3])),
+    padding=st.integers(0, 2),
+    batch=st.sampled_from([1, 3]),
+)
+def test_both_convolutions_are_right(
+    size: tuple[int, int],
+    channels: tuple[int, int],
+    kernels: tuple[int, int],
+    strides: tuple[int, int],
+    padding: int,
+    batch: int,
+) -> None:
+    least = strides[0] * (kernels[1] - 2 * padding - 1) + 1
+    x = normal(batch, channels[0], *(max(extent, least) for extent in size))
+    built, expected = _layer(channels, kernels, strides, padding)
+    module, _ = _scheduled(built, x.shape)
+    want = expected(x)
+    tolerance = sum_tolerance(channels[0] * kernels[0] ** 2 + kernels[1] ** 2, float(np.abs(want).max(initial=1)))
+    np.testing.assert_allclose(compiled(module, CHAINING)(x), want, rtol=1e-6, atol=tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 23])
+@pytest.mark.parametrize("strides", [(1, 1), (1, 2), (2, 1)])
+def test_tasks_of_some_rows_are_right(rows: int, strides: tuple[int, int]) -> None:
+    x = normal(8, BLOCK, 23, 9)
+    built, expected = _layer((BLOCK, 3 * BLOCK), (1, 3), strides, 1)
+
+    def decide(known: KernelReport) -> dict[str, int] | None:
+        return {"rows": rows, "blocks": 2} if known.family == "channel-chain" else None
+
+    blocked = BlockChannels(BLOCK, winograd=0).run(module_of(built, [x.shape], ["float32"]))
+    module, reports = schedule_module(fuse(blocked.module, CHAINING).module, CHAINING, decide)
+    assert "channel-chain" in _families(reports)
+    want = expected(x)
+    tolerance = sum_tolerance(BLOCK + 9, float(np.abs(want).max()))
+    np.testing.assert_allclose(compiled(module, CHAINING)(x), want, rtol=1e-6, atol=tolerance)
+
+
+def test_a_result_that_another_one_reads_is_stored() -> None:
+    x = normal(1, BLOCK, 11, 8)
+    built, expected = _layer((BLOCK, 2 * BLOCK), (1, 3), (1, 1), 1, twice=True)
+    module, reports = _scheduled(built, x.shape)
+    assert "channel-chain" not in _families(reports)
+    want = expected(x)
+    tolerance = sum_tolerance(BLOCK + 9, float(np.abs(want).max()))
+    np.testing.assert_allclose(compiled(module, CHAINING)(x), want, rtol=1e-6, atol=tolerance)
+
+
+def test_convolutions_whose_tasks_would_repeat_each_other_stay_apart() -> None:
+    built, _ = _layer((BLOCK, 2 * BLOCK), (1, 5), (1, 1), 2)
+    assert "channel-chain" not in _families(_scheduled(built, (1, BLOCK, 56, 56))[1])
+    assert "channel-chain" in _families(_scheduled(built, (8, BLOCK, 56, 56))[1])
+
+
+@pytest.mark.parametrize(("name", "chains"), [("x86-avx512", False), ("x86-avx512-amx", True), ("arm64", False)])
+def test_cores_that_begin_two_multiply_adds_chain(name: str, chains: bool) -> None:
+    target = targets.get(name)
+    built, _ = _layer((24, 144), (1, 3), (1, 2), 1)
+    reports = _scheduled(built, (8, 24, 28, 28), target)[1]
+    assert ("channel-chain" in _families(reports)) == chains
