@@ -10,18 +10,30 @@ counted along two symbolic dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import tvm_ffi
 from tvm import tirx
 from tvm.ir import Expr, Var
+
+
+@dataclass(frozen=True)
+class _Naturals:
+    """What cannot be negative: sizes and counters, and the expressions that are dimensions of parameters."""
+
+    variables: frozenset[Var]
+    dimensions: Sequence[Expr]
+
 
 _MONOTONE = (tirx.Add, tirx.Mul, tirx.FloorDiv, tirx.Div, tirx.Mod, tirx.Min)
 
 
 def truncate_quotients(function: tirx.PrimFunc) -> tirx.PrimFunc:
     """Return `function` with floordiv and floormod by symbolic sizes truncating, where no operand can be negative."""
-    known = _sizes(function) | _counters(function)
+    sizes = _sizes(function)
+    variables = frozenset(size for size in sizes if isinstance(size, Var)) | _counters(function)
+    known = _Naturals(variables, [size for size in sizes if not isinstance(size, Var | tirx.IntImm)])
 
     def visit(expression: tirx.FloorDiv | tirx.FloorMod, mutator: tvm_ffi.StructuralMutator) -> Expr:
         rewritten = mutator.default_mutate(expression)
@@ -50,17 +62,21 @@ def _divided(left: Expr, right: Expr) -> Expr | None:
     return None
 
 
-def _truncates(expression: tirx.FloorDiv | tirx.FloorMod, known: Set[Var]) -> bool:
+def _truncates(expression: tirx.FloorDiv | tirx.FloorMod, known: _Naturals) -> bool:
     """Return whether a quotient or remainder is by a symbol, and of numbers that are not negative."""
     if isinstance(expression.b, tirx.IntImm):
         return False
     return _is_natural(expression.a, known) and _is_natural(expression.b, known)
 
 
-def _sizes(function: tirx.PrimFunc) -> set[Var]:
-    """Return the symbols that are dimensions of parameters."""
+def _sizes(function: tirx.PrimFunc) -> list[Expr]:
+    """Return the dimensions of parameters, and of those that are products their factors, which are dimensions, too."""
     buffers = [parameter for parameter in function.params if tirx.is_buffer_var(parameter)]
-    return {extent for buffer in buffers for extent in buffer.shape if isinstance(extent, Var)}
+    sizes = [extent for buffer in buffers for extent in buffer.shape]
+    for size in sizes:  # grows as it goes
+        if isinstance(size, tirx.Mul):
+            sizes += [size.a, size.b]
+    return sizes
 
 
 def _counters(function: tirx.PrimFunc) -> set[Var]:
@@ -70,12 +86,14 @@ def _counters(function: tirx.PrimFunc) -> set[Var]:
     return {loop.loop_var for loop in loops if isinstance(loop.min, tirx.IntImm) and int(loop.min) == 0}
 
 
-def _is_natural(expression: Expr, known: Set[Var]) -> bool:
-    """Return whether an index expression cannot be negative where the variables of `known` are not."""
+def _is_natural(expression: Expr, known: _Naturals) -> bool:
+    """Return whether an index expression cannot be negative where what is `known` is not."""
     if isinstance(expression, tirx.IntImm):
         return int(expression) >= 0
     if isinstance(expression, Var):
-        return expression in known
+        return expression in known.variables
+    if any(tvm_ffi.structural_equal(expression, dimension) for dimension in known.dimensions):
+        return True
     if isinstance(expression, tirx.Max):
         return _is_natural(expression.a, known) or _is_natural(expression.b, known)
     if isinstance(expression, tirx.FloorMod):

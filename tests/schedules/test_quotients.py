@@ -29,6 +29,20 @@ def test_a_reshape_of_symbolic_sizes_truncates_every_quotient_by_one() -> None:
         assert all(isinstance(quotient.b, tirx.IntImm) for quotient in _flooring(function))
 
 
+def test_a_quotient_by_a_computed_dimension_truncates() -> None:
+    # As behind a convolution with stride: the dimension is a difference, whatever its symbol is.
+    n, m, i = (tirx.Var(name, "int64") for name in ("n", "m", "i"))
+    strided = tirx.floordiv(n - 3, tirx.IntImm("int64", 4)) + 1
+    rows, flat = tirx.decl_buffer([m, strided], "float32", "rows"), tirx.decl_buffer([m * strided], "float32", "flat")
+    read = tirx.BufferLoad(rows, [tirx.floordiv(i, strided), tirx.floormod(i, strided)])
+    other = tirx.BufferLoad(rows, [tirx.floordiv(i, n - 3), tirx.floormod(i, n - 3)])
+    body = tirx.SeqStmt([tirx.BufferStore(flat, read, [i]), tirx.BufferStore(flat, other, [i])])
+    loop = tirx.For(i, tirx.IntImm("int64", 0), m * strided, tirx.ForKind.SERIAL, body)
+    flooring = [each for each in _flooring(truncate_quotients(tirx.PrimFunc([rows, flat], loop))) if each.a.same_as(i)]
+    assert [type(each) for each in flooring] == [tirx.FloorDiv, tirx.FloorMod]
+    assert all(tvm_ffi.structural_equal(each.b, n - 3) for each in flooring)
+
+
 def test_a_reshape_of_symbolic_sizes_keeps_its_values() -> None:
     x = np.abs(normal(3, 5, 7)) + 1
     result, _ = run(_flat_log, [x], [("n", "m", "k")])
