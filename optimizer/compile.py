@@ -201,6 +201,7 @@ def compile_model(
     count_physical_cores_by_default()
     timeline = Timeline(watcher or Silent())
     source, plan = _plan_file(model, options, timeline)
+    beside = companions(source, plan.imported)
     with timeline.stage("generate code"):
         executable = build(plan.lifted.module, options.target)
     with tempfile.TemporaryDirectory(prefix="optimizer-") as folder:
@@ -215,7 +216,7 @@ def compile_model(
                 draft,
                 library,
                 _weights(plan),
-                extra_files=companions(source, plan.imported),
+                extra_files=beside,
                 certify=certification.certify,
             )
     return CompileResult(manifest, plan, source, certification, timeline.seconds)

@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optimizer.errors import ModelFileError, PackageError
 from optimizer.frontend.model_file import ModelFile
 from optimizer.package import Manifest
 from optimizer.package.entry_points import CacheRecord, EntryPoint
@@ -19,6 +20,7 @@ from optimizer.package.manifest import (
     Requirements,
     TuningRecord,
 )
+from optimizer.runtime.generation.settings import read_settings
 from optimizer.runtime.generation.step_inputs import TOKENS
 from optimizer.runtime.generation.text import COMPANION_FILES
 from optimizer.signature import entry_point
@@ -57,11 +59,19 @@ def describe(source: ModelFile, plan: Plan, target: Target) -> Manifest:
 
 
 def companions(source: ModelFile, model: ImportedModel) -> dict[str, bytes]:
-    """Return the files beside a language model that its package carries along, so that it can generate text."""
+    """Return the files beside a language model that its package carries along, so that it can generate text.
+
+    Raises ModelFileError for settings that generation could not read.
+    """
     if TOKENS not in model.input_names:
         return {}
     beside = [Path(source.directory) / name for name in COMPANION_FILES]
-    return {path.name: path.read_bytes() for path in beside if path.is_file()}
+    found = {path.name: path.read_bytes() for path in beside if path.is_file()}
+    try:
+        read_settings(found)
+    except PackageError as error:
+        raise ModelFileError(f"beside {source.path}: {error}; mend the file or move it away") from error
+    return found
 
 
 def weight_scheme(plan: Plan) -> str:

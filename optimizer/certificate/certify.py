@@ -122,7 +122,10 @@ def _run_package(run: Runner, inputs: Mapping[str, Array]) -> Outputs:
     try:
         return run(inputs)
     except InputMismatchError as error:
-        raise CertificateError(f"the package refuses inputs that the reference accepts: {error}") from error
+        raise CertificateError(
+            "the package refuses inputs that the reference accepts; where inputs have sizes in common, "
+            f"--shape has to give each of them the same name or number: {error}"
+        ) from error
 
 
 def _reference_runs(

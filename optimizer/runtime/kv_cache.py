@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -135,10 +136,8 @@ class KeyValueCache:
 
     def fork(self) -> KeyValueCache:
         """Return a cache of its own with the same tokens."""
-        other = KeyValueCache(self._entry, self._device, capacity=self.capacity, sizes=self._sizes)
-        other._room = self._room
+        other = copy.copy(self)  # but for the buffers, which it has of its own
         other._use(other._allocated(self._room, self.length))
-        other.length, other.quantized = self.length, self.quantized
         for name, buffers in other.buffers.items():
             buffers.copy_from(self.buffers[name], Held(self.length, self.quantized))
         return other

@@ -27,6 +27,22 @@ def test_file_that_is_not_onnx(optimizer: Callable, tmp_path: Path) -> None:
     _fails(optimizer("compile", path), 3, "text.onnx", "not an ONNX")
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": 3}', '{"search": {"do_sample": true, "top_p": 7}}'])
+def test_malformed_settings_beside_a_language_model(optimizer: Callable, tmp_path: Path, content: str) -> None:
+    model = parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> tokens (int64[1, n] input_ids) => (int64[1, n] logits)'
+        "{ logits = Add(input_ids, input_ids) }"
+    )
+    onnx.save(model, tmp_path / "model.onnx")
+    (tmp_path / "genai_config.json").write_text(content, encoding="utf-8")
+    finished = optimizer("compile", tmp_path / "model.onnx", "-o", tmp_path / "package")
+    said = finished.err.splitlines()[-1]  # what takes long is reported before
+    assert finished.code == 3
+    assert said.startswith("error: beside ")
+    assert all(word in said for word in ("genai_config.json", "model.onnx", "mend the file or move it away"))
+    assert not (tmp_path / "package").exists()
+
+
 def test_truncated_file(optimizer: Callable, perceptron: Path, tmp_path: Path) -> None:
     path = tmp_path / "cut.onnx"
     path.write_bytes(perceptron.read_bytes()[:-100])

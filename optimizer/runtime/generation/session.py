@@ -93,7 +93,8 @@ class DecoderSession:
         if isinstance(self._cache, ReturnedCache):
             return self._read(tokens)
         most = self._most_at_once
-        self._cache.make_room(len(self.tokens) + len(tokens))
+        if len(tokens) > most:
+            self._cache.make_room(len(self.tokens) + len(tokens))
         *chunks, last = (tokens[start : start + most] for start in range(0, len(tokens), most))
         for chunk in chunks:
             self._read(chunk)

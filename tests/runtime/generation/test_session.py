@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 
 from optimizer.errors import InsufficientMemoryError, OptionError
+from optimizer.runtime import kv_cache
+from optimizer.runtime.cache_memory import CacheMemory
 from optimizer.runtime.generation import DecoderSession
 from optimizer.runtime.generation.token_steps import CHECKED_AT_ONCE
 from optimizer.runtime.kv_cache import SMALLEST_CAPACITY
@@ -52,6 +54,21 @@ def test_a_session_cut_back_goes_on_as_if_the_rest_was_never_read(decoder: Compi
     np.testing.assert_allclose(session.append([5]), _logits(decoder, [[*_TOKENS[:4], 5]]), atol=_TOLERANCE)
     session.rewind(0)
     np.testing.assert_allclose(session.append(_TOKENS), _logits(decoder, [_TOKENS]), atol=_TOLERANCE)
+
+
+def test_a_fork_takes_memory_once(decoder: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = DecoderSession(decoder, capacity=40)
+    session.append([3, 1, 4])
+    taken: list[int] = []
+
+    def count(size: int) -> CacheMemory:
+        taken.append(size)
+        return CacheMemory(size)
+
+    monkeypatch.setattr(kv_cache, "CacheMemory", count)
+    other = session.fork()
+    assert len(taken) == 1
+    np.testing.assert_array_equal(other.append([5]), session.append([5]))
 
 
 def test_forks_do_not_disturb_each_other(decoder: CompiledModel) -> None:
