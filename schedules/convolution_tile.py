@@ -23,6 +23,9 @@ LATENCY, THROUGHPUT = 4, 2
 SPLIT_OPERANDS = 5
 # Loads of the image's elements that take as long as one of weights, as measured on tiles of 28 registers.
 WEIGHT_COST = 5
+# The part of the second-level cache for weights of tiles that read the same part of an image one after the other. A
+# quarter is for their results, the rest for that part of the image.
+WEIGHTS_PART = 2
 
 
 def register_tile(analysis: ChannelWindows, target: Target) -> tuple[int, int]:
@@ -61,8 +64,60 @@ def task_shape(analysis: ChannelWindows, target: Target, blocks: int, columns: i
     assert isinstance(rows, int)
     column_tiles = -(-column_extent(analysis) // columns)
     if tasks < wanted:
-        return 1, _even(column_tiles, max(1, column_tiles * tasks // wanted), analysis)
-    return _even(rows, max(1, min(rows, tasks // wanted)), analysis), column_tiles
+        height, width = 1, _even(column_tiles, max(1, column_tiles * tasks // wanted), analysis)
+    else:
+        height, width = _even(rows, max(1, min(rows, tasks // wanted)), analysis), column_tiles
+    positions = _most_positions(analysis, target, blocks)
+    if positions is None or height * width * columns <= positions:
+        return height, width
+    most = positions // columns
+    height = max((each for each in range(1, height) if rows % each == 0 and each * width <= most), default=1)
+    if width <= most or analysis.column_window is not None:
+        return height, width
+    return height, max((each for each in range(1, width) if column_tiles % each == 0 and each <= most), default=1)
+
+
+def _most_positions(analysis: ChannelWindows, target: Target, blocks: int) -> int | None:
+    """Return of how many positions of an image one tile of channels is computed before the next one; None: of all.
+
+    All tiles read the same part of the image, which is to stay in the second-level cache beside weights: where cores
+    divide the image and the weights fit there, and where some tiles are computed together. In ResNet-50 with 8 images
+    256 to 512 channels with stride 2 take 13 % less, 1024 to 512 at 14x14 5 % (Granite Rapids; measured only on cores
+    that begin two multiply-adds a cycle).
+    """
+    reads_again = analysis.channel is not None and analysis.per_group > blocks and len(analysis.stage.loads()) > 1
+    if target.multiply_adds == 1 or not reads_again:
+        return None
+    output = [*(group.extent for group in analysis.outer), column_extent(analysis)]
+    positions = math.prod(extent for extent in output if isinstance(extent, int))
+    weights, cache = bytes_of(analysis.weights.source), target.caches.level2
+    if weights <= cache if analysis.division is Division.IMAGE else tiles_together(analysis, target, blocks) > 1:
+        kept = cache * 3 // 4 - min(weights, cache // WEIGHTS_PART)
+        return kept * positions // bytes_of(analysis.data.source)
+    return None
+
+
+def tiles_together(analysis: ChannelWindows, target: Target, blocks: int) -> int:
+    """Return how many tiles of channels are computed of a part of the image before those of the next part.
+
+    Where cores divide channels whose weights exceed the second-level cache, as many tiles as it can keep the weights
+    of: all images pass by once for so many, not for each. With 8 images of 7x7 2048 to 512 channels take 13 % less
+    (Granite Rapids).
+    """
+    channel = analysis.channel
+    if target.multiply_adds == 1 or channel is None or len(analysis.stage.loads()) < 2:
+        return 1
+    weights, tiles = bytes_of(analysis.weights.source), -(-analysis.per_group // blocks)
+    if weights <= target.caches.level2 or analysis.division is Division.IMAGE:
+        return 1
+    groups = _static(channel.extent) // analysis.per_group
+    most = target.caches.level2 // WEIGHTS_PART * tiles * groups // weights
+    return max((each for each in range(1, min(tiles, most) + 1) if tiles % each == 0), default=1)
+
+
+def _static(extent: Extent) -> int:
+    assert isinstance(extent, int)
+    return extent
 
 
 def _even(total: int, wanted: int, analysis: ChannelWindows) -> int:

@@ -23,7 +23,7 @@ from schedules.access import AxisGroup, as_int, occurs
 from schedules.by_element import multiplies_by_element
 from schedules.channel_windows import ChannelWindows, channel_windows
 from schedules.convolution import split_producer
-from schedules.convolution_tile import column_extent, register_tile, task_shape
+from schedules.convolution_tile import column_extent, register_tile, task_shape, tiles_together
 from schedules.direct_convolution_tile import Point, RegisterTile
 from schedules.division import Division
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
@@ -96,7 +96,8 @@ def _dot(analysis: ChannelWindows, target: Target) -> GroupedDot | None:
 def emitter(analysis: ChannelWindows, parameters: Parameters, target: Target, dot: GroupedDot | None = None) -> Emitter:
     """Return what emits a convolution's or a pooling's tiles for a target."""
     ahead = STEPS_AHEAD if target.multiply_adds > 1 else 0
-    return Emitter(analysis, parameters, dot, multiplies_by_element(target), ahead)
+    together = tiles_together(analysis, target, parameters["blocks"])
+    return Emitter(analysis, parameters, dot, multiplies_by_element(target), ahead, together)
 
 
 def analyse(kernel: Kernel) -> ChannelWindows | None:
@@ -118,6 +119,7 @@ class Emitter:
     dot: GroupedDot | None
     by_element: bool
     ahead: int
+    together: int = 1
 
     @cached_property
     def stage(self) -> Stage:
@@ -137,14 +139,19 @@ class Emitter:
         channels_apart = [axes for axes in batch if self._is_of_channels(axes)]
         of_image = [ceiling(row_count, rows), -(-width // segment)]
         of_channels = [*(axes.extent for axes in channels_apart), groups, tiles_per_group]
-        by_image = analysis.division is Division.IMAGE
-        extents = [*(axes.extent for axes in images), *(of_image + of_channels if by_image else of_channels + of_image)]
+        by_image, together = analysis.division is Division.IMAGE, self.together
+        of_groups = [*of_channels[:-1], tiles_per_group // together]
+        order = [*of_image, *of_channels] if by_image else [*of_groups, *of_image, together]
+        extents = [*(axes.extent for axes in images), *order]
 
         def task(number: Expr) -> Stmt:
             position = unflatten(number, extents)
             outside, inside = position[: len(images)], position[len(images) :]
             if by_image:
                 inside = [*inside[2:], *inside[:2]]
+            else:
+                *before, some, row_block, part, tile = inside
+                inside = [*before, some * together + tile, row_block, part]
             *channel_position, group, tile, row_block, part = inside
             point: dict[Var, Expr] = {}
             for axes, place in zip([*images, *channels_apart], [*outside, *channel_position], strict=True):

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tvm import relax
+from tvm import relax, tirx
 from tvm.relax import op
 
 import targets
 from passes.block_channels import BlockChannels
+from schedules.division import Division, with_division
 from schedules.schedule import schedule_module
 from tests.schedules.execution import TARGET, Dimension, compiled, lower, module_of, normal, sum_tolerance
 from tests.schedules.test_convolution import convolve
@@ -132,3 +135,44 @@ def test_weights_are_asked_for_where_a_core_begins_two_multiply_adds(name: str, 
     blocked = lower(BlockChannels(target.layouts.channel_block, 0).run(module).module)
     asks = channels == 64 and target.multiply_adds > 1
     assert ("prefetch" in schedule_module(blocked, target)[0].script()) == asks
+
+
+@pytest.mark.parametrize("division", list(Division))
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "size", "batch"),
+    [
+        ((64, 130), 1, 1, (9, 7), 3),
+        ((48, 80), 3, 2, (11, 13), 2),
+        ((33, 96), 1, 2, (14, 5), 1),
+        ((16, 48), 1, 1, (1, 1), 2),
+    ],
+)
+def test_parts_of_an_image_that_a_small_cache_keeps(
+    division: Division, channels: tuple[int, int], kernel: int, stride: int, size: tuple[int, int], batch: int
+) -> None:
+    level2 = 24 * 1024
+    target = replace(TARGET, multiply_adds=2, cores=2, caches=replace(TARGET.caches, level2=level2))
+    x, w = normal(batch, channels[0], *size), normal(channels[1], channels[0], kernel, kernel, seed=1)
+
+    def layer(x: relax.Var) -> relax.Expr:
+        return op.nn.relu(op.nn.conv2d(x, relax.const(w), strides=stride, padding=kernel // 2))
+
+    module = lower(BlockChannels(BLOCK, winograd=0).run(module_of(layer, [x.shape], ["float32"])).module)
+    for variable, function in module.functions_items():
+        if isinstance(function, tirx.PrimFunc):
+            module[variable] = with_division(function, division)
+    module, reports = schedule_module(module, target)
+    assert "direct-convolution" in [report.family for report in reports]
+    want = np.maximum(convolve(x, w, stride, kernel // 2), 0)
+    tolerance = sum_tolerance(channels[0] * kernel**2, 1.0)
+    np.testing.assert_allclose(compiled(module, target)(x), want, rtol=1e-6, atol=tolerance)
+
+
+@pytest.mark.parametrize(("multiply_adds", "rows"), [(1, 8), (2, 1)])
+def test_tiles_of_channels_whose_weights_no_cache_keeps_pass_images_together(multiply_adds: int, rows: int) -> None:
+    target = replace(targets.get("x86-avx512"), cores=2, multiply_adds=multiply_adds)
+    weights = relax.const(normal(1024, 2048, 1, 1))
+    module = module_of(lambda x: op.nn.conv2d(x, weights), [(8, 2048, 7, 7)], ["float32"])
+    blocked = lower(BlockChannels(target.layouts.channel_block, 0).run(module).module)
+    reports = schedule_module(blocked, target)[1]
+    assert [r.parameters["rows"] for r in reports if r.family == "direct-convolution"] == [rows]
