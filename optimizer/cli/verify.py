@@ -51,7 +51,7 @@ def command(package: Path, model: Path | None, calibration: tuple[Path, ...], as
         return
     total = sum(file.bytes for file in manifest.files)
     facts = [
-        ("integrity", f"{len(manifest.files)} files, {bytes_text(total)}: every sha256 agrees with the manifest"),
+        ("integrity", f"{len(manifest.files)} files, {bytes_text(total)}: every digest agrees with the manifest"),
         ("machine", f"can execute packages for {manifest.requirements.target}"),
     ]
     if certificate is not None:

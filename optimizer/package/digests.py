@@ -1,20 +1,21 @@
 """Digests of files by pieces, so that several threads digest one file.
 
-SHA-256 goes through its bytes one after the other: one core digests a gigabyte a second, of a decoder's weights longer
-than all else takes until its first token. A file has one digest for each piece, and whoever knows all of them, in
-order, and its size, knows the file. Each piece is read into a buffer that stays in a core's caches or close to them:
-digested where it is mapped it takes a third longer.
+All of a decoder's weights are digested before its first token. SHA-256 goes through its bytes one after the other, at
+1.7 GB/s on one core of a Granite Rapids; BLAKE3 has lanes for vectors, and makes 6.5. A file has one digest for each
+piece, and whoever knows all of them, in order, and its size, knows the file. Each piece is read into a buffer that
+stays in a core's caches or close to them: with SHA-256, digested where it is mapped it took a third longer.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BufferedReader
+
+from blake3 import blake3
 
 DIGESTED_BYTES = 4 << 20
 """Bytes that have a digest of their own: so many that threads seldom wait for Python's lock in between."""
@@ -41,7 +42,7 @@ def digesting(threads: int | None = None) -> Iterator[ThreadPoolExecutor]:
 
 
 def digests_of(opened: Callable[[], BufferedReader], size: int, pool: ThreadPoolExecutor) -> Iterator[str]:
-    """Return the sha256 of each piece of a file in hexadecimal, which `pool` begins with at once.
+    """Return the BLAKE3 of each piece of a file in hexadecimal, which `pool` begins with at once.
 
     `opened` returns the file at its first byte. Of a file that ends before `size` bytes, the digests are of what is
     there.
@@ -55,7 +56,7 @@ def _digest(opened: Callable[[], BufferedReader], start: int, size: int) -> str:
         stream.seek(start, os.SEEK_CUR)
         read = stream.readinto(piece)
         with piece[:read] as found:
-            return hashlib.sha256(found).hexdigest()
+            return blake3(found).hexdigest()
 
 
 def _buffer() -> bytearray:

@@ -152,14 +152,14 @@ class Certificate:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file of the package, with its size in bytes and the sha256 of each of its pieces (`DIGESTED_BYTES`), in order.
+    """A file of the package, with its size in bytes and the BLAKE3 of each of its pieces (`DIGESTED_BYTES`), in order.
 
-    All pieces but the last have that size, so that a file of no more has the sha256 that other tools tell.
+    All pieces but the last have that size, so that a file of no more has the digest that `b3sum` tells.
     """
 
     name: str
     bytes: int
-    sha256: tuple[str, ...]
+    blake3: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Manifest:
         _check_files(self)
         check_entry_points(self.entry_points)
         _check_weights(self)
-        _require_sha256(self.model.sha256, "model.sha256")
+        _require_digest(self.model.sha256, "model.sha256")
 
     def entry_point(self, name: str) -> EntryPoint | None:
         """Return the entry point called `name`, or None."""
@@ -230,9 +230,9 @@ def _check_version(version: JsonValue) -> None:
         )
 
 
-def _require_sha256(digest: str, where: str) -> None:
+def _require_digest(digest: str, where: str) -> None:
     if not _SHA256.fullmatch(digest):
-        raise malformed(f"{where} is not a sha256 in lower-case hexadecimal")
+        raise malformed(f"{where} is not a digest of 64 digits in lower-case hexadecimal")
 
 
 def _check_files(manifest: Manifest) -> None:
@@ -245,13 +245,13 @@ def _check_files(manifest: Manifest) -> None:
     for record in manifest.files:
         if record.bytes < 0:
             raise malformed(f"file {record.name} has the negative size {record.bytes}")
-        if len(record.sha256) != piece_count(record.bytes):
+        if len(record.blake3) != piece_count(record.bytes):
             raise malformed(
-                f"file {record.name} of {record.bytes} bytes has {len(record.sha256)} digests, "
+                f"file {record.name} of {record.bytes} bytes has {len(record.blake3)} digests, "
                 f"not {piece_count(record.bytes)}"
             )
-        for digest in record.sha256:
-            _require_sha256(digest, f"a digest of {record.name}")
+        for digest in record.blake3:
+            _require_digest(digest, f"a digest of {record.name}")
     if names:
         for name in (manifest.library, manifest.weights_file):
             if name not in names:

@@ -50,8 +50,8 @@ class FileLocation:
         ask_for_huge_pages(mapping)
         return mapping, skipped
 
-    def sha256(self, pool: ThreadPoolExecutor) -> Iterator[str]:
-        """Return the sha256 of each piece in hexadecimal, as a `FileRecord` has them; `pool` begins at once."""
+    def digests(self, pool: ThreadPoolExecutor) -> Iterator[str]:
+        """Return the BLAKE3 of each piece in hexadecimal, as a `FileRecord` has them; `pool` begins at once."""
         return digests_of(self.open, self.bytes, pool)
 
 
@@ -64,16 +64,16 @@ class Package:
     locations: Mapping[str, FileLocation]
 
     def verify(self, threads: int | None = None) -> None:
-        """Raise PackageError unless every file's pieces have the sha256 that the manifest records.
+        """Raise PackageError unless every file's pieces have the digests that the manifest records.
 
         They are digested by so many `threads`, by default one for each CPU of this process.
         """
         with digesting(threads) as pool:
-            found = [(record, self.locations[record.name].sha256(pool)) for record in self.manifest.files]
+            found = [(record, self.locations[record.name].digests(pool)) for record in self.manifest.files]
             for record, digests in found:
-                if tuple(digests) != record.sha256:
+                if tuple(digests) != record.blake3:
                     raise PackageError(
-                        f"{self.path}: {record.name} was altered (its sha256 differs); copy or build it again"
+                        f"{self.path}: {record.name} was altered (its digest differs); copy or build it again"
                     )
 
 

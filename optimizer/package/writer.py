@@ -123,7 +123,7 @@ def _fill(
 def _record(path: Path) -> FileRecord:
     size = path.stat().st_size
     with digesting() as pool:
-        return FileRecord(path.name, size, tuple(FileLocation(path, 0, size).sha256(pool)))
+        return FileRecord(path.name, size, tuple(FileLocation(path, 0, size).digests(pool)))
 
 
 def _write_weights(path: Path, weights: Iterable[Weight]) -> tuple[WeightRecord, ...]:

@@ -26,7 +26,7 @@ def load(
     """Return the model of the package at `path`, ready to be called.
 
     device: "cpu", "cuda" or "cuda:1"; by default what the package was compiled for. threads: CPU threads of the
-    kernels; by default one per physical core that this process may use. verify: whether to compare the sha256 of every
+    kernels; by default one per physical core that this process may use. verify: whether to compare the digests of every
     file first, which reads all of the weights. mapped: whether the weights stay in the file, which processes share;
     else they are read into memory of this process in huge pages, which Linux may have given the file or not.
     Raises PackageError for a missing, malformed or altered package, IncompatibleMachineError listing what the machine

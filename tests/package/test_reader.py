@@ -134,7 +134,7 @@ def test_oversize_manifest_is_refused_unread(write: WritePackage) -> None:
 def test_altered_manifest_with_matching_digest_still_fails_on_hashes(write: WritePackage) -> None:
     path = write("folder")
     manifest = path / "manifest.json"
-    text = manifest.read_bytes().replace(open_package(path).manifest.files[0].sha256[0].encode(), b"0" * 64)
+    text = manifest.read_bytes().replace(open_package(path).manifest.files[0].blake3[0].encode(), b"0" * 64)
     manifest.write_bytes(text)
     (path / "manifest.sha256").write_bytes(digest_line(text))
     with pytest.raises(PackageError, match=r"model\.so was altered"):
