@@ -4,7 +4,8 @@ Threads share the tasks of a kernel out in order: of two, the first one gets the
 written by another one, and lies in the cache of the core that did that: kernels one behind the other should divide
 alike. A kernel does not know its neighbours, so its function is told, by an attribute: `optimizer.work_division` writes
 it, the schedules of convolutions, poolings, changes of layout and elementwise kernels read it. Values do not depend on
-it, and neither do the parameters of schedules: it is no part of a workload's identity.
+it, and it is no part of a workload's identity: of the parameters of schedules only the sizes of tasks depend on it, and
+only as defaults.
 """
 
 from __future__ import annotations
