@@ -46,7 +46,7 @@ _SYSTEM_PACKAGES = (
     *("python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib"),
     *("libc6", "libgcc-s1", "libstdc++6", "zlib1g", "libexpat1", "libffi8", "libbz2-1.0", "liblzma5"),
 )
-_WHEELS = ("apache-tvm", "apache-tvm-ffi", "numpy", "ml_dtypes", "typing_extensions")
+_WHEELS = ("apache-tvm", "apache-tvm-ffi", "blake3", "numpy", "ml_dtypes", "typing_extensions")
 _WHEEL_PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64")
 
 # The compiler is twenty times as large as the rest together, and nothing compiles under the emulator.
@@ -107,7 +107,7 @@ class Emulator:
     ) -> subprocess.CompletedProcess[str]:
         """Run Python with `arguments` (a script or "-c", code) on a machine that has the target's features.
 
-        numpy, tvm_ffi and tvm (its runtime only) can be imported, and what lies in `python_path`. Output is
+        numpy, blake3, tvm_ffi and tvm (its runtime only) can be imported, and what lies in `python_path`. Output is
         captured. Raises ToolchainError when the emulator is not installed, the target is not one that it
         emulates, or `timeout` seconds pass.
         """
