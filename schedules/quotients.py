@@ -74,8 +74,9 @@ def _sizes(function: tirx.PrimFunc) -> list[Expr]:
     buffers = [parameter for parameter in function.params if tirx.is_buffer_var(parameter)]
     sizes = [extent for buffer in buffers for extent in buffer.shape]
     for size in sizes:  # grows as it goes
-        if isinstance(size, tirx.Mul):
-            sizes += [size.a, size.b]
+        factors = [size.a, size.b] if isinstance(size, tirx.Mul) else []
+        if not any(isinstance(each, tirx.IntImm) and int(each) < 0 for each in factors):
+            sizes += factors
     return sizes
 
 
