@@ -2,9 +2,7 @@
 
 For every buffer of 1 KiB and more TVM takes memory from a workspace, by a call, and LLVM then stores a tile of sums at
 the end of each loop instead of keeping it in registers. TVM has an annotation that leaves a buffer to LLVM, but its
-rewriting of storage forgets it: so it comes after that.
-Buffers keep the sizes that schedules gave them. TVM's compaction finds the least box around all places of a buffer;
-where sizes are symbols it took a third of generating a decoder's code, to write out minima and maxima of the same size.
+rewriting of storage forgets it, and its compaction of buffers may make their sizes symbolic: so it comes after both.
 TVM aligns what is on the stack to 16 bytes at most, where nearly every wider vector lies in two lines of the cache; but
 memory for vectors it leaves to LLVM to align. So buffers there are views of such memory.
 
@@ -55,10 +53,8 @@ _Finalize = Callable[[], tvm.transform.Pass]
 def options(target: Target) -> tvm.transform.PassContext:
     """Return the context for TVM's compilation of TIR for `target`."""
     # TVM's elimination of common subexpressions fails on vectors of booleans; LLVM and nvcc do the same later.
-    on_cpu = target.device == "cpu"
     return tvm.transform.PassContext(
-        config={"tirx.disable_cse_tir": True, "tirx.disable_storage_rewrite": on_cpu},
-        disabled_pass=["s_tir.CompactBufferAllocation"] if on_cpu else None,
+        config={"tirx.disable_cse_tir": True, "tirx.disable_storage_rewrite": target.device == "cpu"}
     )
 
 
