@@ -8,6 +8,7 @@ stays in a core's caches or close to them: with SHA-256, digested where it is ma
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -59,9 +60,12 @@ def _digest(opened: Callable[[], BufferedReader], start: int, size: int) -> str:
             return blake3(found).hexdigest()
 
 
-def _buffer() -> bytearray:
-    """Return this thread's own buffer of a piece."""
-    buffer: bytearray | None = getattr(_buffers, "buffer", None)
+def _buffer() -> mmap.mmap:
+    """Return this thread's own buffer of a piece, which goes back to the system with the thread.
+
+    Memory of malloc's did not: models with 8 inputs stayed 8 MB larger.
+    """
+    buffer: mmap.mmap | None = getattr(_buffers, "buffer", None)
     if buffer is None:
-        buffer = _buffers.buffer = bytearray(DIGESTED_BYTES)
+        buffer = _buffers.buffer = mmap.mmap(-1, DIGESTED_BYTES)
     return buffer
