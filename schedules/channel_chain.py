@@ -14,9 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import tvm_ffi
 from tvm import sym, tirx
-from tvm.ir import Expr, TensorLoad, Var
+from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules import row_parts
@@ -25,8 +24,8 @@ from schedules.channel_windows import ChannelWindow, ChannelWindows, windows_of
 from schedules.convolution_tile import column_extent, register_tile
 from schedules.direct_convolution import DirectConvolution, Emitter, emitter
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
-from schedules.loops import index, load, local, loop, parallel, product, store, tile_choice, unflatten, with_local
-from schedules.stages import Stage, StagedFunction, contains, loads_of, sequence
+from schedules.loops import index, local, loop, parallel, product, tile_choice, unflatten, with_local
+from schedules.stages import Stage, StagedFunction, at_other_places, contains, loads_of, sequence
 from targets.base import Target
 
 # Batch, block of channels, row, column, channel of the block.
@@ -293,16 +292,10 @@ def _moved(statement: Stmt, buffer: Var, kept: Var, start: tuple[Expr, Expr]) ->
     """Return a statement with `kept` in the place of `buffer`, from a block of channels and a row of it on."""
     analyzer = sym.Analyzer()
 
-    def place(indices: Sequence[Expr]) -> list[Expr]:
+    def place(source: Var, indices: Sequence[Expr]) -> tuple[Var, list[Expr]] | None:
+        if not source.same_as(buffer):
+            return None
         _, block, row, *rest = indices
-        return [analyzer.simplify(block - start[0]), analyzer.simplify(row - start[1]), *rest]
+        return kept, [analyzer.simplify(block - start[0]), analyzer.simplify(row - start[1]), *rest]
 
-    def read(each: TensorLoad, mutator: tvm_ffi.StructuralMutator) -> Expr:
-        each = mutator.default_mutate(each)
-        return load(kept, place(each.indices)) if each.source.same_as(buffer) else each
-
-    def write(each: tirx.BufferStore, mutator: tvm_ffi.StructuralMutator) -> Stmt:
-        each = mutator.default_mutate(each)
-        return store(kept, each.value, place(each.indices)) if each.buffer.same_as(buffer) else each
-
-    return tvm_ffi.structural_mutate(statement, [(TensorLoad, read), (tirx.BufferStore, write)])
+    return at_other_places(statement, place)

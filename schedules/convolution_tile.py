@@ -9,7 +9,7 @@ from tvm.ir import Var
 
 from schedules.access import as_int, linear_coefficient, occurs
 from schedules.channel_windows import ChannelWindows
-from schedules.division import TASKS_PER_CORE, Division
+from schedules.division import TASKS_PER_CORE, Division, even_parts
 from schedules.intrin.byte_dot import FOUR, FOURS, splits_operands
 from schedules.loops import Extent, product
 from targets.base import Target
@@ -71,10 +71,10 @@ def task_shape(analysis: ChannelWindows, target: Target, blocks: int, columns: i
     if positions is None or height * width * columns <= positions:
         return height, width
     most = positions // columns
-    height = max((each for each in range(1, height) if rows % each == 0 and each * width <= most), default=1)
+    height = even_parts(rows, max(1, min(height - 1, most // width)))
     if width <= most or analysis.column_window is not None:
         return height, width
-    return height, max((each for each in range(1, width) if column_tiles % each == 0 and each <= most), default=1)
+    return height, even_parts(column_tiles, max(1, min(width - 1, most)))
 
 
 def _most_positions(analysis: ChannelWindows, target: Target, blocks: int) -> int | None:
@@ -112,7 +112,7 @@ def tiles_together(analysis: ChannelWindows, target: Target, blocks: int) -> int
         return 1
     groups = _static(channel.extent) // analysis.per_group
     most = target.caches.level2 // WEIGHTS_PART * tiles * groups // weights
-    return max((each for each in range(1, min(tiles, most) + 1) if tiles % each == 0), default=1)
+    return even_parts(tiles, max(1, most))
 
 
 def _static(extent: Extent) -> int:

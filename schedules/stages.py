@@ -132,29 +132,35 @@ def _with_flat_rows(body: Stmt, buffers: Sequence[Var]) -> tuple[Stmt, list[Var]
         return body, list(buffers)
     analyzer = sym.Analyzer()
 
-    def place(buffer: Var, indices: Sequence[Expr]) -> list[Expr]:
+    def place(buffer: Var, indices: Sequence[Expr]) -> tuple[Var, list[Expr]] | None:
+        if buffer not in flat:
+            return None
         row: Expr = indices[0]
         for extent, at in zip(buffer.shape[1:-1], indices[1:-1], strict=True):
             row = row * extent + at
-        return [analyzer.simplify(row), indices[-1]]
+        return flat[buffer], [analyzer.simplify(row), indices[-1]]
 
-    def read(load: TensorLoad, mutator: tvm_ffi.StructuralMutator) -> Expr:
-        load = mutator.default_mutate(load)
-        if load.source not in flat:
-            return load
-        return tirx.BufferLoad(flat[load.source], place(load.source, load.indices))
-
-    def write(store: tirx.BufferStore, mutator: tvm_ffi.StructuralMutator) -> Stmt:
-        store = mutator.default_mutate(store)
-        if store.buffer not in flat:
-            return store
-        return tirx.BufferStore(flat[store.buffer], store.value, place(store.buffer, store.indices))
-
-    rewritten = tvm_ffi.structural_mutate(body, [(TensorLoad, read), (tirx.BufferStore, write)])
+    rewritten = at_other_places(body, place)
     used = buffers_of(rewritten)
     if any(contains(used, buffer) for buffer in flat):
         return body, list(buffers)  # some code takes one as a whole
     return rewritten, [flat.get(buffer, buffer) for buffer in buffers]
+
+
+def at_other_places(body: Stmt, place: Callable[[Var, Sequence[Expr]], tuple[Var, list[Expr]] | None]) -> Stmt:
+    """Return a statement that reads and writes elements of buffers at the buffer and indices that `place` says."""
+
+    def read(load: TensorLoad, mutator: tvm_ffi.StructuralMutator) -> Expr:
+        load = mutator.default_mutate(load)
+        moved = place(load.source, load.indices)
+        return load if moved is None else tirx.BufferLoad(*moved)
+
+    def write(store: tirx.BufferStore, mutator: tvm_ffi.StructuralMutator) -> Stmt:
+        store = mutator.default_mutate(store)
+        moved = place(store.buffer, store.indices)
+        return store if moved is None else tirx.BufferStore(moved[0], store.value, moved[1])
+
+    return tvm_ffi.structural_mutate(body, [(TensorLoad, read), (tirx.BufferStore, write)])
 
 
 class NotAStageError(Exception):

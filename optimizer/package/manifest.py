@@ -35,7 +35,7 @@ INPUT_ALIGNMENT = 16
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # The names of functions that go through several kernels in one launch begin so.
 SEVERAL_KERNELS = "layer_of_"
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Scalar = None | bool | int | float | str
 
@@ -231,7 +231,7 @@ def _check_version(version: JsonValue) -> None:
 
 
 def _require_digest(digest: str, where: str) -> None:
-    if not _SHA256.fullmatch(digest):
+    if not _DIGEST.fullmatch(digest):
         raise malformed(f"{where} is not a digest of 64 digits in lower-case hexadecimal")
 
 
