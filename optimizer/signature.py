@@ -35,7 +35,7 @@ def entry_point(model: ImportedModel, rewritten: tvm.IRModule | None = None) -> 
     outputs = writer.specs(model.output_names, _result_types(function), model.narrow_outputs)
     caches = () if rewritten is None else _caches(rewritten[ENTRY], inputs, outputs)
     shortened = () if rewritten is None else _shortened(rewritten[ENTRY], outputs, caches)
-    return EntryPoint(ENTRY, inputs, outputs, writer.symbols(), caches, shortened)
+    return EntryPoint(ENTRY, inputs, outputs, writer.symbols(), caches, shortened, model.index_ranges)
 
 
 def _caches(

@@ -28,6 +28,7 @@ from optimizer.frontend.dimensions import (
     static_shape,
     too_large,
 )
+from optimizer.frontend.index_ranges import IndexRanges
 from optimizer.frontend.node import Node, Result, UnsupportedNodeError, normalized_domain
 from optimizer.frontend.node_builder import NodeBuilder
 from optimizer.frontend.registry import find_converter, load_converters
@@ -40,6 +41,7 @@ from optimizer.frontend.value import (
     Value,
     integer_value,
 )
+from optimizer.package.entry_points import IndexRange
 from passes.provenance import annotate
 
 Environment = dict[str, "AnyValue | None"]  # None marks a value that a blocker keeps from being computed
@@ -47,13 +49,17 @@ Environment = dict[str, "AnyValue | None"]  # None marks a value that a blocker 
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """A Relax module with one function `main`, and the ONNX names of its parameters and results in order."""
+    """A Relax module with one function `main`, and the ONNX names of its parameters and results in order.
+
+    `index_ranges` are what the integers of some inputs may be.
+    """
 
     module: tvm.IRModule
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     narrow_inputs: Mapping[str, int]
     narrow_outputs: Mapping[str, int]
+    index_ranges: tuple[IndexRange, ...] = ()
 
 
 def import_model(
@@ -82,6 +88,7 @@ class GraphImporter:
     def __init__(self, model: onnx.ModelProto, base_directory: str, fixed: Mapping[str, int] | None = None) -> None:
         self.builder = NodeBuilder()
         self.symbols = Symbols(fixed)
+        self.index_ranges = IndexRanges()
         self.base_directory = base_directory
         self._model = model
         self._graph = model.graph
@@ -101,6 +108,7 @@ class GraphImporter:
             with nullcontext() if branches else self.builder.dataflow():
                 for declared, value in zip(inputs, parameters, strict=True):
                     self._environment[declared.name] = value
+                    self.index_ranges.begin_at(declared.name, value)
                 self._define_initializers(graph)
                 self.import_nodes(graph.node)
                 if not self._blockers:
@@ -122,6 +130,7 @@ class GraphImporter:
             names,
             _narrow(zip((value.name for value in inputs), parameters, strict=True)),
             _narrow(zip(names, outputs, strict=True)),
+            self.index_ranges.all(),
         )
 
     # For converters of operators with subgraphs
@@ -137,7 +146,7 @@ class GraphImporter:
 
         The subgraph sees the values around it. Names that it defines are forgotten afterwards.
         """
-        with self.names_restored():
+        with self.names_restored(), self.index_ranges.uncertain():
             for declared, value in zip(graph.input, arguments, strict=False):
                 self._environment[declared.name] = value
             self._define_initializers(graph)
@@ -188,7 +197,8 @@ class GraphImporter:
         """Return what `body` emits and returns as an expression of its own, for a branch of relax.If."""
         self.builder._begin_binding_block()
         try:
-            result = self.builder.emit(body())
+            with self.index_ranges.uncertain():
+                result = self.builder.emit(body())
         finally:
             block = self.builder._end_block()
         return relax.SeqExpr([block], result)
@@ -273,6 +283,8 @@ class GraphImporter:
             inputs = [self.lookup(name) if name else None for name in proto.input]
             node = Node(proto, versions.get(normalized_domain(proto.domain), 1), inputs, self)
             results = self.convert(node)
+            if not node.domain:
+                self.index_ranges.follow(node.operator, inputs, results)
         except _BlockedError:
             # What depends on a blocker is not converted, but may be a blocker for a reason of its own.
             if not self._is_known(proto):

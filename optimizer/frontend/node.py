@@ -299,6 +299,10 @@ class Node:
         wanted = relax.TensorType([as_expression(dimension) for dimension in shape], value.dtype)
         return self.graph.builder.match_cast(hidden, wanted)
 
+    def chooses_by(self, indices: Value, size: Dimension, *, from_the_end: bool = True) -> None:
+        """Say that each element of `indices` chooses one of `size`, negative ones counted `from_the_end`, or none."""
+        self.graph.index_ranges.record(indices, size, self.graph.builder.node, from_the_end=from_the_end)
+
     @property
     def output_hint(self) -> str:
         """Return an identifier for the results, made from the name of the first output."""

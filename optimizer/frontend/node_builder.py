@@ -16,6 +16,11 @@ class NodeBuilder(relax.BlockBuilder):
         self.nodes: dict[relax.Var, tuple[str, ...]] = {}
         self._node: str | None = None
 
+    @property
+    def node(self) -> str:
+        """Return the name of the node that is imported, "" for none."""
+        return self._node or ""
+
     @contextmanager
     def importing(self, name: str) -> Iterator[None]:
         """Take what is emitted inside to be made for the node `name`; within another node, for that one."""

@@ -88,13 +88,23 @@ class CacheRecord:
 
 
 @dataclass(frozen=True)
+class IndexRange:
+    """What the integers of an `input` may be, both ends included: the ONNX node `node` chooses elements by them."""
+
+    input: str
+    minimum: int
+    maximum: int
+    node: str
+
+
+@dataclass(frozen=True)
 class EntryPoint:
     """A function of the package.
 
     Its arguments are the `inputs` in order, with buffers in place of those that are a cache, then, if there are caches,
     a shape of their lengths, one for each symbol, and at last a tuple of all weights. `shortened` are the outputs whose
     first rows along axis 1 the code leaves out, as many as the last number of that shape says; where there are no such
-    outputs the shape has no such number.
+    outputs the shape has no such number. `index_ranges` has those of the inputs that choose elements of a known number.
     """
 
     name: str
@@ -103,6 +113,7 @@ class EntryPoint:
     symbols: tuple[SymbolRange, ...]
     caches: tuple[CacheRecord, ...] = ()
     shortened: tuple[str, ...] = ()
+    index_ranges: tuple[IndexRange, ...] = ()
 
     @cached_property
     def past_symbols(self) -> tuple[str, ...]:
@@ -167,6 +178,10 @@ def check_entry_points(entry_points: tuple[EntryPoint, ...]) -> None:
             raise malformed(f"{entry.name} has no output {', '.join(sorted(unknown))} to shorten")
         if entry.shortened and not entry.caches:
             raise malformed(f"{entry.name} has outputs to shorten, and no caches")
+        integers = {spec.name for spec in entry.inputs if "int" in spec.dtype}
+        require_unique((each.input for each in entry.index_ranges), f"range of {entry.name}")
+        if unknown := {each.input for each in entry.index_ranges} - integers:
+            raise malformed(f"{entry.name} has no integers {', '.join(sorted(unknown))} to bound")
 
 
 def _check_symbols(entry: EntryPoint) -> None:

@@ -23,7 +23,8 @@ from optimizer.package.entry_points import (
 )
 
 FORMAT = "optimizer-package"
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
+_WITHOUT_INDEX_RANGES = 6
 DIGEST_NAME = "manifest.sha256"
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_FILES = 256
@@ -216,18 +217,24 @@ class Manifest:
         document = parse(text, MANIFEST_NAME)
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise PackageError(f"{MANIFEST_NAME} does not say '{FORMAT}'; this is not a package of this compiler")
-        _check_version(document.get("format_version"))
+        version = _checked_version(document.get("format_version"))
         body = {key: value for key, value in document.items() if key not in ("format", "format_version")}
+        if version == _WITHOUT_INDEX_RANGES and isinstance(entries := body.get("entry_points"), list):
+            body["entry_points"] = [
+                {**entry, "index_ranges": []} if isinstance(entry, dict) else entry for entry in entries
+            ]
         return decode(Manifest, body, "manifest")
 
 
-def _check_version(version: JsonValue) -> None:
-    if version != FORMAT_VERSION or not isinstance(version, int) or isinstance(version, bool):
+def _checked_version(version: JsonValue) -> int:
+    known = (_WITHOUT_INDEX_RANGES, FORMAT_VERSION)
+    if version not in known or not isinstance(version, int) or isinstance(version, bool):
         found = version if isinstance(version, int | str) else type(version).__name__
         raise PackageError(
-            f"{MANIFEST_NAME} has format version {found!r:.40}, this version reads {FORMAT_VERSION}; "
+            f"{MANIFEST_NAME} has format version {found!r:.40}, this version reads {known[0]} and {known[1]}; "
             "compile the model again, or read it with the version that wrote it"
         )
+    return version
 
 
 def _require_digest(digest: str, where: str) -> None:

@@ -25,7 +25,8 @@ def complete_inputs(
 ) -> dict[str, np.ndarray]:
     """Return all inputs of an entry point: those given, and random ones of fitting shapes for the rest.
 
-    Floats are standard normal; integers are 0 or 1, which is valid as an index, a position and a mask alike. Symbolic
+    Floats are standard normal; integers are 0 or 1, which is valid as an index, a position and a mask alike, or 0 where
+    they choose of a single element. Symbolic
     dimensions are taken from `symbols`, from the given arrays, from the certificate's first run, else 1 for a
     dimension that is called batch and 8 for others.
     Raises OptionError for a name that is no input or no symbol.
@@ -36,8 +37,9 @@ def complete_inputs(
     _check_names(signature, given, symbols)
     values = _symbol_values(manifest, signature, given, symbols)
     generator = np.random.default_rng(seed)
+    most = {each.input: each.maximum for each in signature.index_ranges}
     return {
-        spec.name: given[spec.name] if spec.name in given else _random(spec, values, generator)
+        spec.name: given[spec.name] if spec.name in given else _random(spec, values, generator, most.get(spec.name, 1))
         for spec in signature.inputs
     }
 
@@ -66,9 +68,9 @@ def _symbol_values(
     return values | dict(symbols)
 
 
-def _random(spec: TensorSpec, values: Mapping[str, int], generator: np.random.Generator) -> np.ndarray:
+def _random(spec: TensorSpec, values: Mapping[str, int], generator: np.random.Generator, most: int) -> np.ndarray:
     shape = tuple(size if isinstance(size, int) else dimensions.evaluate(size, values) for size in spec.shape)
     dtype = numpy_dtype(spec.dtype)
     if spec.dtype == "bool" or spec.dtype.startswith(("int", "uint")):
-        return generator.integers(0, 2, shape).astype(dtype)
+        return np.minimum(generator.integers(0, 2, shape), max(most, 0)).astype(dtype)
     return generator.standard_normal(shape).astype(dtype)

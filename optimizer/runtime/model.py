@@ -15,14 +15,14 @@ import tvm_ffi
 
 from optimizer.errors import InsufficientMemoryError, OptimizerError, OptionError, PackageError
 from optimizer.package.dtypes import ITEM_BYTES, device_dtype, numpy_dtype
-from optimizer.package.entry_points import EntryPoint, TensorSpec
+from optimizer.package.entry_points import EntryPoint, IndexRange, TensorSpec
 from optimizer.package.manifest import Manifest
 from optimizer.package.reader import Package
 from optimizer.runtime import kv_cache, tensors
 from optimizer.runtime.devices import open_device
 from optimizer.runtime.kv_cache import KeyValueCache
 from optimizer.runtime.machine import resolve_thread_count
-from optimizer.runtime.signature import bind_symbols, check_names, mismatch, wrong_dtype
+from optimizer.runtime.signature import bind_symbols, check_names, check_range, mismatch, wrong_dtype
 from optimizer.runtime.tensors import SupportsDLPack, Tensor
 from optimizer.runtime.threads import use_threads
 from optimizer.runtime.weights import weights_of
@@ -123,6 +123,7 @@ class Entry:
         self._takes_weights = takes_weights
         self._without_past = kv_cache.without_past(signature)
         self._bound: tuple[Shapes, Mapping[str, int]] | None = None
+        self.index_ranges: Mapping[str, IndexRange] = {each.input: each for each in signature.index_ranges}
         present = {record.present for record in signature.caches}
         self.returned_names: list[str] = [spec.name for spec in signature.outputs if spec.name not in present]
 
@@ -155,7 +156,8 @@ class Entry:
         `outputs="dlpack"` returns tensors on the model's device without copying, which stay valid for as long as they
         are kept and never share memory with inputs or weights. int4 and uint4 travel as ml_dtypes arrays, and as int8
         and uint8 in DLPack.
-        Raises InputMismatchError with the expected signature when names, dtypes or shapes do not fit.
+        Raises InputMismatchError with the expected signature when names, dtypes or shapes do not fit, and for integers
+        that choose elements of an axis beyond its end (`EntryPoint.index_ranges`), unless they lie on a GPU.
         """
         return self.run({**(inputs or {}), **named}, outputs)
 
@@ -277,6 +279,8 @@ class Entry:
         array = np.asarray(value)
         if array.dtype != numpy_dtype(spec.dtype):
             raise wrong_dtype(self.signature, spec, array.dtype.name if array.dtype.isnative else array.dtype.str)
+        if spec.name in self.index_ranges:
+            check_range(self.signature, self.index_ranges[spec.name], array)
         return self._on_device(tensors.from_numpy(array, spec.dtype))
 
     def _dlpack_tensor(self, spec: TensorSpec, value: SupportsDLPack) -> Tensor:
@@ -289,6 +293,8 @@ class Entry:
         dtype = str(tensor.dtype)
         if dtype != device_dtype(spec.dtype):
             raise wrong_dtype(self.signature, spec, dtype)
+        if spec.name in self.index_ranges and tensors.is_on_cpu(tensor):
+            check_range(self.signature, self.index_ranges[spec.name], tensors.host_view(tensor, spec.dtype))
         return self._on_device(tensor)
 
     def _on_device(self, tensor: Tensor) -> Tensor:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from optimizer.errors import InputMismatchError
 from optimizer.package import dimensions
-from optimizer.package.entry_points import EntryPoint, TensorSpec
+from optimizer.package.entry_points import EntryPoint, IndexRange, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 def check_names(entry: EntryPoint, given: Iterable[str]) -> None:
@@ -25,6 +30,20 @@ def check_names(entry: EntryPoint, given: Iterable[str]) -> None:
 def wrong_dtype(entry: EntryPoint, spec: TensorSpec, dtype: str) -> InputMismatchError:
     """Return the error for an array of another dtype than the declared one: nothing is converted in silence."""
     return mismatch(entry, f"input '{spec.name}' has dtype {dtype}, not {spec.dtype}; convert it first")
+
+
+def check_range(entry: EntryPoint, bounds: IndexRange, values: NDArray[np.generic]) -> None:
+    """Raise InputMismatchError where an integer of an input lies outside of what it chooses from."""
+    if not values.size:
+        return
+    least, most = int(values.min()), int(values.max())
+    if least < bounds.minimum or most > bounds.maximum:
+        wrong = most if most > bounds.maximum else least
+        raise mismatch(
+            entry,
+            f"input '{bounds.input}' holds {wrong}, and chooses one of {bounds.maximum + 1} elements "
+            f"(node '{bounds.node}'); give it {bounds.minimum} to {bounds.maximum}",
+        )
 
 
 def bind_symbols(

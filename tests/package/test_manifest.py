@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from optimizer.errors import PackageError
 from optimizer.package.digests import DIGESTED_BYTES
 from optimizer.package.dtypes import ITEM_BYTES
-from optimizer.package.entry_points import CacheRecord, EntryPoint, SymbolRange, TensorSpec
+from optimizer.package.entry_points import CacheRecord, EntryPoint, IndexRange, SymbolRange, TensorSpec
 from optimizer.package.manifest import Certificate, FileRecord, Manifest, OutputComparison, PassRecord, WeightRecord
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
@@ -119,7 +119,7 @@ def test_arbitrary_bytes_are_refused(text: bytes) -> None:
         b'{"format": "optimizer-package", "format": "optimizer-package"}',
         b'{"format": "optimizer-package", "format_version": NaN}',
         b'{"format": "optimizer-package", "format_version": true}',
-        b'{"format": "optimizer-package", "format_version": 6}',
+        b'{"format": "optimizer-package", "format_version": 7}',
         b"\xff\xfe",
         b"",
     ],
@@ -130,12 +130,30 @@ def test_hostile_documents_are_refused(text: bytes) -> None:
         Manifest.from_json(text)
 
 
-@pytest.mark.parametrize("version", [5, 7])
+@pytest.mark.parametrize("version", [5, 8])
 def test_another_format_version_says_what_to_do(draft: Manifest, version: int) -> None:
     document = json.loads(draft.to_json()) | {"format_version": version}
-    message = f"has format version {version}, this version reads 6; compile the model again"
+    message = f"has format version {version}, this version reads 6 and 7; compile the model again"
     with pytest.raises(PackageError, match=message):
         Manifest.from_json(json.dumps(document).encode())
+
+
+def test_version_6_knew_no_ranges_of_indices(draft: Manifest) -> None:
+    document = json.loads(draft.to_json()) | {"format_version": 6}
+    for entry in document["entry_points"]:
+        del entry["index_ranges"]
+    assert Manifest.from_json(json.dumps(document).encode()) == draft
+
+
+@pytest.mark.parametrize("name", ["absent", "past_key_values.0.key"])
+def test_ranges_are_of_integer_inputs(draft: Manifest, name: str) -> None:
+    (entry,) = draft.entry_points
+    right = dataclasses.replace(entry, index_ranges=(IndexRange("input_ids", -3, 2, "embed"),))
+    manifest = dataclasses.replace(draft, entry_points=(right,))
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    wrong = dataclasses.replace(entry, index_ranges=(IndexRange(name, -3, 2, "embed"),))
+    with pytest.raises(PackageError, match=f"no integers {name} to bound"):
+        dataclasses.replace(draft, entry_points=(wrong,))
 
 
 _CACHE = CacheRecord("past", "present", "float16", ("n", "room", 4), 1, "m", "m + n")

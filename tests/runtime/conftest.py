@@ -164,9 +164,9 @@ def write_linear(tmp_path: Path, linear_library: Path) -> WritePackage:
 def write_echo(tmp_path: Path, echo_library: Path) -> WritePackage:
     """Write the model that returns its inputs, one per dtype."""
 
-    def write(name: str = "echo") -> Path:
+    def write(name: str = "echo", entry: EntryPoint = ECHO) -> Path:
         path = tmp_path / name
-        write_package(path, draft_manifest((ECHO,)), echo_library, [])
+        write_package(path, draft_manifest((entry,)), echo_library, [])
         return path
 
     return write

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import gc
 import shutil
 from collections.abc import Callable
@@ -14,8 +15,11 @@ import pytest
 import tvm
 
 from optimizer.errors import InputMismatchError, OptionError
+from optimizer.package.dtypes import numpy_dtype
+from optimizer.package.entry_points import IndexRange
 from optimizer.runtime import load
 from optimizer.runtime.tensors import from_numpy
+from tests.runtime.conftest import ECHO
 
 WritePackage = Callable[..., Path]
 
@@ -193,6 +197,28 @@ def test_mismatch_names_the_input_and_the_signature(
         load(write_linear())({**linear_inputs(), **change})
     assert message in str(caught.value)
     assert "main(x.0/data: float32[rows, 4], scale: float32[])" in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [np.asarray, Foreign, tvm.runtime.tensor])
+def test_integers_beyond_what_they_choose_from_are_refused(
+    write_echo: WritePackage, make: Callable[[np.ndarray], object]
+) -> None:
+    entry = dataclasses.replace(ECHO, index_ranges=(IndexRange("in_int64", -3, 2, "embed"),))
+    model = load(write_echo(entry=entry))
+    arrays = {spec.name: np.ones(2, numpy_dtype(spec.dtype)) for spec in entry.inputs}
+    for values in ([-3, 2], [0, 0]):
+        outputs = model({**arrays, "in_int64": make(np.array(values))})
+        np.testing.assert_array_equal(outputs["out_int64"], values)
+    for values, wrong in (([0, 3], 3), ([-4, 1], -4)):
+        message = f"'in_int64' holds {wrong}, and chooses one of 3 elements .node 'embed'.; give it -3 to 2"
+        with pytest.raises(InputMismatchError, match=message):
+            model({**arrays, "in_int64": make(np.array(values))})
+
+
+def test_inputs_without_elements_are_in_every_range(write_echo: WritePackage) -> None:
+    entry = dataclasses.replace(ECHO, index_ranges=(IndexRange("in_int64", 0, -1, "embed"),))
+    arrays = {spec.name: np.ones(0, numpy_dtype(spec.dtype)) for spec in entry.inputs}
+    assert load(write_echo(entry=entry))(arrays)["out_int64"].size == 0
 
 
 def test_missing_inputs_are_all_named(write_linear: WritePackage) -> None:

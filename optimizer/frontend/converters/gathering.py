@@ -1,6 +1,7 @@
 """Gather, GatherElements, GatherND: elements chosen by index; negative indices count from the end.
 
-ONNX leaves indices out of range undefined; they are clipped here, so that no memory outside the tensor is read.
+ONNX calls indices out of range an error. They are clipped here, so that no memory outside the tensor is read; a call
+whose inputs are such indices themselves is refused (`index_ranges.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from optimizer.frontend.value import Value
 def gather(node: Node) -> Result:
     """Convert Gather: slices of the input along one axis."""
     data, indices, axis = node.input(0), node.input(1), node.axis(0)
+    node.chooses_by(indices, data.shape[axis])
     taken = relax.op.take(data.expr, _non_negative(node, indices, data.shape[axis]), axis, mode="clip")
     return node.emit(taken, data.narrow_type)
 
@@ -45,6 +47,7 @@ def _non_negative(node: Node, indices: Value, size: Dimension) -> relax.Expr:
 def gather_elements(node: Node) -> Result:
     """Convert GatherElements: output[i][j]... = data[...index along the axis...]."""
     data, indices, axis = node.input(0), node.input(1), node.axis(0)
+    node.chooses_by(indices, data.shape[axis])
 
     def compute(source: te.Tensor, chosen: te.Tensor) -> te.Tensor:
         def element(*at: tirx.Var) -> tvm.ir.Expr:

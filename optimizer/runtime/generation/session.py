@@ -11,7 +11,7 @@ import numpy as np
 from optimizer.errors import OptionError
 from optimizer.runtime.generation.returned_cache import ReturnedCache
 from optimizer.runtime.generation.roles import DecoderRoles, roles_of
-from optimizer.runtime.generation.step_inputs import VALUES, Step, mask_values
+from optimizer.runtime.generation.step_inputs import TOKENS, VALUES, Step, mask_values
 from optimizer.runtime.generation.token_steps import TokenSteps
 from optimizer.runtime.kv_cache import fixed_room, require_room
 from optimizer.runtime.tensors import host_view
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from optimizer.runtime.kv_cache import KeyValueCache
-    from optimizer.runtime.model import CompiledModel, Input
+    from optimizer.runtime.model import CompiledModel, Entry, Input
     from optimizer.runtime.tensors import Tensor
 
     Logits = NDArray[np.floating]
@@ -58,6 +58,7 @@ class DecoderSession:
         else:
             self._cache = ReturnedCache(model, self._roles.cache, capacity=capacity)
         self._most_at_once = most_at_once
+        self._vocabulary = _vocabulary(self._entry, self._roles)
         self._steps = self._token_steps()
         self.tokens: list[int] = []
         self.unread: list[int] = []
@@ -83,10 +84,10 @@ class DecoderSession:
             raise OptionError("there are no tokens to read; give at least one (the model's beginning-of-text token)")
         if min(tokens) < 0:
             raise OptionError(f"{min(tokens)} is no token; tokens are counted from 0")
-        vocabulary = self._roles.logits.shape[-1]
-        if isinstance(vocabulary, int) and max(tokens) >= vocabulary:
+        if self._vocabulary is not None and max(tokens) >= self._vocabulary:
             raise OptionError(
-                f"the model has {vocabulary} tokens, and none with the number {max(tokens)}; give it its own tokenizer"
+                f"the model has {self._vocabulary} tokens, and none with the number {max(tokens)}; "
+                "give it its own tokenizer"
             )
         require_room(self.capacity, len(self.tokens), len(tokens))
         self.unread = []
@@ -141,7 +142,7 @@ class DecoderSession:
         """Return a session with the same tokens that goes its own way from here."""
         other = object.__new__(DecoderSession)
         other._entry, other._roles, other._most_at_once = self._entry, self._roles, self._most_at_once
-        other._capacity = self._capacity
+        other._capacity, other._vocabulary = self._capacity, self._vocabulary
         other._cache = self._cache.fork()
         other._steps = other._token_steps()
         other.tokens, other.unread = list(self.tokens), list(self.unread)
@@ -156,3 +157,11 @@ class DecoderSession:
         if isinstance(self._cache, ReturnedCache):
             return self._cache.append(inputs, count)
         return self._entry.append(inputs, self._cache, skipped=count - 1)
+
+
+def _vocabulary(entry: Entry, roles: DecoderRoles) -> int | None:
+    """Return how many tokens the model can read: those of its embedding, or else those that it has logits for."""
+    if TOKENS in entry.index_ranges:
+        return entry.index_ranges[TOKENS].maximum + 1
+    size = roles.logits.shape[-1]
+    return size if isinstance(size, int) else None

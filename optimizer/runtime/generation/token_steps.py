@@ -78,12 +78,17 @@ class TokenSteps:
         """Return whether steps from `past` tokens on are sound, as many as are checked at once."""
         capacity = self._cache.capacity
         end = past + CHECKED_AT_ONCE if capacity is None else min(past + CHECKED_AT_ONCE, capacity)
-        if past >= end or not all(self._fits(length) for length in (past, end - 1)):
+        if past >= end or not all(self._fits(length) for length in (past, end - 1)) or self._is_beyond(end - 1):
             return False
         if self._mask is not None and self._mask.size < end:
             self._mask = self._wide_mask(2 * end)
         self._checked = range(past, end)
         return True
+
+    def _is_beyond(self, past: int) -> bool:
+        """Return whether a position after `past` tokens is more than the model has."""
+        step, ranges = Step((0,), past, 1), self._entry.index_ranges
+        return any(name in ranges and VALUES[name](step).max() > ranges[name].maximum for name in self._numbers)
 
     def _fits(self, past: int) -> bool:
         try:

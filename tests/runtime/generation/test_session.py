@@ -8,7 +8,7 @@ import onnx
 import pytest
 from hypothesis import given, settings
 
-from optimizer.errors import InsufficientMemoryError, OptionError
+from optimizer.errors import InputMismatchError, InsufficientMemoryError, OptionError
 from optimizer.runtime import kv_cache
 from optimizer.runtime.cache_memory import CacheMemory
 from optimizer.runtime.generation import DecoderSession
@@ -197,6 +197,14 @@ def test_a_call_leaves_the_given_past_alone_and_returns_the_present(decoder: Com
         present = outputs[name.replace("past_key_values", "present")]
         assert present.shape == (1, 2, 9, 32)
         np.testing.assert_array_equal(present[:, :, :5], array)
+
+
+@pytest.mark.parametrize("token", [2048, -2049])
+def test_a_call_with_tokens_beyond_the_embedding_is_an_error(decoder: CompiledModel, token: int) -> None:
+    past = {s.name: np.zeros((1, 2, 0, 32), np.float32) for s in decoder.manifest.entry_points[0].inputs[3:]}
+    tokens, ones = np.array([[5, token]]), np.ones((1, 2), np.int64)
+    with pytest.raises(InputMismatchError, match=f"'input_ids' holds {token}, and chooses one of 2048 elements"):
+        decoder({"input_ids": tokens, "attention_mask": ones, "position_ids": ones, **past})
 
 
 def test_rows_left_out_are_not_returned_and_change_no_other(decoder: CompiledModel) -> None:

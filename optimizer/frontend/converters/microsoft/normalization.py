@@ -56,6 +56,9 @@ def embed_layer_normalization(node: Node) -> Result:
     Output 1 counts each row's words in the mask, and is 0 without a mask. Output 2 is the sum.
     """
     words = node.input(0)
+    for index, table in ((0, 2), (8, 3), (1, 4)):
+        if node.has_input(index):
+            node.chooses_by(node.input(index), node.input(table).shape[0], from_the_end=False)
     parts = [standard(node, "Gather", node.input(2), words, axis=0)]
     place = node.optional_input(8) or node.emit(relax.op.reshape(positions(0, words.shape[1]), (1, words.shape[1])))
     parts.append(standard(node, "Gather", node.input(3), place, axis=0))
