@@ -7,15 +7,20 @@ own, then its own rows from there. Tasks of neighbouring rows both compute the r
 Networks of inverted residuals widen an image by six, and narrow it again behind the depthwise convolution. The widest
 of MobileNetV2, 38 MB for eight inputs, took 2.7 ms to write and 1.8 to read; both convolutions together take 1.7
 (Granite Rapids, two threads).
+
+Of bfloat16 the first convolution is computed in tile registers, and what is between is fp32: it is neither rounded nor
+widened again.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import tvm_ffi
 from tvm import sym, tirx
-from tvm.ir import Expr, Var
+from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules import row_parts
@@ -23,9 +28,14 @@ from schedules.access import Axis, AxisGroup, as_int
 from schedules.channel_windows import ChannelWindow, ChannelWindows, windows_of
 from schedules.convolution_tile import column_extent, register_tile
 from schedules.direct_convolution import DirectConvolution, Emitter, emitter
+from schedules.division import even_parts
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
-from schedules.loops import index, local, loop, parallel, product, tile_choice, unflatten, with_local
-from schedules.stages import Stage, StagedFunction, at_other_places, contains, loads_of, sequence
+from schedules.intrin.bf16_conversion import BFLOAT16
+from schedules.loops import index, load, local, loop, parallel, product, tile_choice, unflatten, with_local
+from schedules.matrix_convolution import MatrixConvolution
+from schedules.matrix_task import MatrixTask
+from schedules.matrix_windows import MatrixWindows
+from schedules.stages import Stage, StagedFunction, at_other_places, contains, loads_of, sequence, with_value
 from targets.base import Target
 
 # Batch, block of channels, row, column, channel of the block.
@@ -51,7 +61,7 @@ class ChainedKernel(Kernel):
 class ChannelChainAnalysis:
     """Both convolutions; `between` is the buffer that the first one writes, `window` the second one's rows.
 
-    `rows` is how many rows the result has.
+    `rows` is how many rows the result has. `tiles` is the first convolution where it is computed in tile registers.
     """
 
     first: ChannelWindows
@@ -59,6 +69,7 @@ class ChannelChainAnalysis:
     between: Var
     window: ChannelWindow
     rows: int
+    tiles: MatrixWindows | None = None
 
     @property
     def images(self) -> int:
@@ -87,23 +98,22 @@ class ChannelChain:
     version = 1
 
     def takes(self, kernel: Kernel, target: Target) -> ChannelChainAnalysis | None:
-        """Return the analysis of two such convolutions of fp32 images of known size.
+        """Return the analysis of two such convolutions of images of known size, in fp32 or in tile registers.
 
         Only of cores that begin two multiply-adds a cycle is it known that they gain.
         """
         if not isinstance(kernel, ChainedKernel) or target.multiply_adds == 1:
             return None
-        first, second = (_windows(part, target) for part in kernel.parts)
-        chain = None if first is None or second is None else _chain(first, second)
+        chain = _in_tiles(kernel, target) or _in_registers(kernel, target)
         if chain is None:
             return None
-        tasks = -(-chain.rows // _rows_of_task(chain, target, register_tile(chain.first, target)[0]))
+        tasks = -(-chain.rows // _rows_of_task(chain, target, _tile(chain, target)[0]))
         twice = tasks * chain.reached(-(-chain.rows // tasks)) - chain.window.extent
         return chain if twice * ROWS_OF_ONE_TWICE < chain.window.extent else None
 
     def space(self, target: Target, analysis: ChannelChainAnalysis) -> Space:
         """Return the register tiles of both, and the rows of the result that make one task."""
-        blocks, columns = register_tile(analysis.first, target)
+        blocks, columns = _tile(analysis, target)
         rows = _rows_of_task(analysis, target, blocks)
         return (
             Choice("blocks", blocks, (1, 2, 3, 4, 6)),
@@ -114,7 +124,8 @@ class ChannelChain:
 
     def apply(self, analysis: ChannelChainAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the parallel loop over images, blocks of channels and runs of rows."""
-        return _Chain(analysis, parameters, target).statement()
+        statement = _Chain(analysis, parameters, target).statement()
+        return statement if analysis.tiles is None else analysis.tiles.tiles.imported(statement)
 
 
 def whole(staged: StagedFunction) -> ChainedKernel | None:
@@ -143,19 +154,66 @@ def _reads_alone(stages: Sequence[Stage], before: Sequence[Stage], between: Var)
     return not any(contains(made, read.source) for stage in stages for read in stage.loads())
 
 
-def _windows(part: Kernel, target: Target) -> ChannelWindows | None:
-    """Return the analysis of a convolution in fp32 of images of known size that it stores in blocks of channels."""
-    windows = DirectConvolution().takes(part, target)
-    if windows is None or len(windows.stage.loads()) != 2 or windows.columns is None:
+def _in_registers(kernel: ChainedKernel, target: Target) -> ChannelChainAnalysis | None:
+    """Return the analysis of two convolutions in fp32."""
+    first, second = (_windows(part, target) for part in kernel.parts)
+    if first is None or second is None or any(_types(each) != {ELEMENT} for each in (first, second)):
         return None
-    output = windows.epilogue.stage.output
-    types = {str(each.dtype) for each in (windows.data.source, windows.weights.source, output)}
-    static = all(as_int(extent) is not None for extent in output.shape)
-    return windows if types == {ELEMENT} and static and _is_image(windows) else None
+    if first.channel is None:
+        return None  # The first one may be a depthwise one, too.
+    return _chain(first, second)
 
 
-def _is_image(windows: ChannelWindows) -> bool:
-    """Return whether a result lies as [batch, block, row, column, channel], each an axis or the only position."""
+def _in_tiles(kernel: ChainedKernel, target: Target) -> ChannelChainAnalysis | None:
+    """Return the analysis of a convolution of bfloat16 in tile registers and a depthwise one, in fp32 between them."""
+    tiles = MatrixConvolution().takes(kernel.parts[0], target)
+    second = _windows(kernel.parts[1], target)
+    if tiles is None or second is None or not _is_blocked_image(tiles.windows) or _types(tiles.windows) != {BFLOAT16}:
+        return None
+    both = _unrounded(tiles.windows, second)
+    chain = None if both is None else _chain(*both)
+    return None if chain is None else replace(chain, tiles=replace(tiles, windows=chain.first))
+
+
+def _windows(part: Kernel, target: Target) -> ChannelWindows | None:
+    """Return the analysis of a convolution of images of known size that it stores in blocks of channels."""
+    windows = DirectConvolution().takes(part, target)
+    return windows if windows is not None and windows.columns is not None and _is_blocked_image(windows) else None
+
+
+def _types(windows: ChannelWindows) -> set[str]:
+    """Return the types of a convolution's operands and of its result."""
+    return {str(each.dtype) for each in (windows.data.source, windows.weights.source, windows.epilogue.stage.output)}
+
+
+def _unrounded(first: ChannelWindows, second: ChannelWindows) -> tuple[ChannelWindows, ChannelWindows] | None:
+    """Return two convolutions, of which one rounds its result to bfloat16 and one widens it, with fp32 in its place."""
+    epilogue, between = first.epilogue, first.epilogue.stage.output
+    value = epilogue.value
+    if epilogue.stage is epilogue.source or not isinstance(value, tirx.Cast) or str(value.value.ty.dtype) != ELEMENT:
+        return None
+    wide = tirx.decl_buffer(between.shape, ELEMENT, between.name)
+    data = load(wide, list(second.data.indices))
+
+    def widened(cast: tirx.Cast, mutator: tvm_ffi.StructuralMutator) -> Expr:
+        is_data = isinstance(cast.value, TensorLoad) and cast.value.same_as(second.data)
+        return data if is_data and str(cast.ty.dtype) == ELEMENT else mutator.default_mutate(cast)
+
+    stage = with_value(second.stage, tvm_ffi.structural_mutate(second.stage.value, (tirx.Cast, widened)))
+    reads = [*stage.loads(), *loads_of(second.epilogue.value)]
+    if any(read.source.same_as(between) for read in reads):
+        return None
+    written = replace(epilogue, stage=replace(epilogue.stage, output=wide), value=value.value)
+    return replace(first, epilogue=written), replace(second, stage=stage, data=data)
+
+
+def _is_blocked_image(windows: ChannelWindows) -> bool:
+    """Return whether a result of two operands, of known size, lies as [batch, block, row, column, channel].
+
+    Each index is an axis or the only position.
+    """
+    if len(windows.stage.loads()) != 2 or any(as_int(extent) is None for extent in windows.epilogue.stage.output.shape):
+        return False
     axes, indices = [axis.variable for axis in windows.stage.spatial], windows.epilogue.indices
     known = [contains(axes, each) if isinstance(each, Var) else as_int(each) == 0 for each in indices]
     return len(indices) == DIMENSIONS and all(known)
@@ -164,12 +222,15 @@ def _is_image(windows: ChannelWindows) -> bool:
 def _chain(first: ChannelWindows, second: ChannelWindows) -> ChannelChainAnalysis | None:
     """Return the analysis of a convolution of all channels, and one of each of the channels that it makes."""
     between, image = first.epilogue.stage.output, second.epilogue.indices
-    if first.channel is None or first.per_group != first.channel.extent or second.channel is not None:
+    channel = first.channel
+    if second.channel is not None or (channel is not None and first.per_group != channel.extent):
         return None
     reads = [read for value in (second.stage.value, second.epilogue.value) for read in loads_of(value)]
     if sum(read.source.same_as(between) for read in reads) != 1 or not second.data.source.same_as(between):
         return None
-    own_blocks = first.epilogue.indices[1].same_as(first.channel.variable) and second.block == first.block
+    position = first.epilogue.indices[1]
+    own_blocks = as_int(position) == 0 if channel is None else position.same_as(channel.variable)
+    own_blocks &= second.block == first.block
     if not own_blocks or not all(map(_is_same, second.data.indices[:2], image[:2])):
         return None
     windows = windows_of(second.stage, second.data) or ()
@@ -192,6 +253,14 @@ def _known(extent: Expr) -> int:
     return size
 
 
+def _tile(analysis: ChannelChainAnalysis, target: Target) -> tuple[int, int]:
+    """Return the blocks of channels of a task, and the columns of a register tile of the first convolution."""
+    if analysis.tiles is None:
+        return register_tile(analysis.first, target)
+    image = math.prod(_known(extent) for extent in analysis.between.shape[2:]) * ELEMENT_BYTES
+    return even_parts(analysis.blocks, max(1, target.caches.level1 // image)), 1
+
+
 def _rows_of_task(analysis: ChannelChainAnalysis, target: Target, blocks: int) -> int:
     """Return the rows of the result with which cores are done first.
 
@@ -199,6 +268,8 @@ def _rows_of_task(analysis: ChannelChainAnalysis, target: Target, blocks: int) -
     """
     total = analysis.rows
     row_bytes = blocks * _known(analysis.between.shape[3]) * analysis.first.block * ELEMENT_BYTES
+    if analysis.tiles is not None and analysis.tiles.copies:
+        row_bytes += analysis.tiles.bytes_of_row
     tiles = analysis.images * -(-analysis.blocks // blocks)
 
     def reached(parts: int) -> int:
@@ -245,8 +316,24 @@ class _Chain:
         kept = local([count, self.analysis.reached(height), *between.shape[3:]], ELEMENT, "between")
         first = row * window.stride + window.offset
         start, end = tirx.max(index(0), first), tirx.min(index(window.extent), first + self.analysis.reach(height))
-        both = sequence([self._first(image, blocks, start, end), self._second(image, blocks, rows)])
+        if self.analysis.tiles is None:
+            made = self._first(image, blocks, start, end)
+        else:
+            # As many rows everywhere, at a border one or two that nobody reads.
+            reached = self.analysis.reached(height)
+            start = tirx.min(start, index(window.extent - reached))
+            made = self._first_in_tiles(self.analysis.tiles, image, blocks, (start, reached))
+        both = sequence([made, self._second(image, blocks, rows)])
         return with_local([kept], [_moved(both, between, kept, (block, start))])
+
+    def _first_in_tiles(
+        self, tiles: MatrixWindows, image: Expr, blocks: tuple[Expr, int], rows: tuple[Expr, int]
+    ) -> Stmt:
+        """Return some rows between the convolutions, from one on, computed in tile registers."""
+        (block, count), (row, height) = blocks, rows
+        point = {axis.variable: image for axis in tiles.images}
+        width = 1 if tiles.copies else tiles.horizontal.outputs
+        return MatrixTask(tiles, point, row * width, height * width, count, self.target.caches, False).of(block)
 
     def _first(self, image: Expr, blocks: tuple[Expr, int], start: Expr, end: Expr) -> Stmt:
         """Return the rows from `start` to `end` between the convolutions."""

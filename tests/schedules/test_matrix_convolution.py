@@ -15,6 +15,8 @@ from tvm.relax import op
 import targets
 from optimizer.lowering import LoweredModule, build, lower
 from passes.block_channels import BlockChannels
+from schedules.report import Decide
+from schedules.schedule import by_default
 from targets.host import missing_features
 from tests.schedules.execution import Dimension, module_of, normal, sum_tolerance
 from tests.schedules.test_bf16_convolution import rounded
@@ -25,10 +27,12 @@ BLOCK = TARGET.layouts.rounded_block
 needs_tiles = pytest.mark.skipif(bool(missing_features(TARGET)), reason="this machine has no tile registers")
 
 
-def in_blocks(layers: Callable[[relax.Var], relax.Expr], shape: Sequence[Dimension]) -> LoweredModule:
+def in_blocks(
+    layers: Callable[[relax.Var], relax.Expr], shape: Sequence[Dimension], decide: Decide = by_default
+) -> LoweredModule:
     """Return the kernels of layers on an input in fp32, whose channels are in blocks."""
     plain = module_of(layers, [shape], ["float32"])
-    return lower(BlockChannels(BLOCK, 0, "bfloat16").run(plain).module, TARGET)
+    return lower(BlockChannels(BLOCK, 0, "bfloat16").run(plain).module, TARGET, decide=decide)
 
 
 def outputs_of(executable: relax.VMExecutable, x: np.ndarray) -> np.ndarray:
