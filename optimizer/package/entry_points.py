@@ -116,6 +116,11 @@ class EntryPoint:
     index_ranges: tuple[IndexRange, ...] = ()
 
     @cached_property
+    def input_names(self) -> frozenset[str]:
+        """The names of the inputs."""
+        return frozenset(spec.name for spec in self.inputs)
+
+    @cached_property
     def past_symbols(self) -> tuple[str, ...]:
         """The symbols of the tokens that caches hold before a call, in the order in which the code takes them."""
         return tuple(dict.fromkeys(cache.length for cache in self.caches))

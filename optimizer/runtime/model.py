@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 _SIZES_DIFFER = "match_cast error"
 # tvm/runtime/memory/memory_manager.h
 _POOLED_ALLOCATOR = 2
+_NUMPY = (np.ndarray, np.generic)
 
 
 class CompiledModel:
@@ -274,7 +275,7 @@ class Entry:
 
     def _tensor(self, spec: TensorSpec, value: Input) -> Tensor:
         """Return the input as a tensor on the model's device, having checked its dtype."""
-        if not isinstance(value, np.ndarray | np.generic) and hasattr(value, "__dlpack__"):
+        if not isinstance(value, _NUMPY) and hasattr(value, "__dlpack__"):
             return self._dlpack_tensor(spec, cast("SupportsDLPack", value))
         array = np.asarray(value)
         if array.dtype != numpy_dtype(spec.dtype):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from optimizer.errors import InputMismatchError
@@ -14,17 +14,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def check_names(entry: EntryPoint, given: Iterable[str]) -> None:
+def check_names(entry: EntryPoint, given: Mapping[str, object]) -> None:
     """Raise InputMismatchError naming all inputs that are missing and all that the entry point does not have."""
-    names = set(given)
-    expected = {spec.name for spec in entry.inputs}
+    if given.keys() == entry.input_names:
+        return
     problems: list[str] = []
-    if missing := sorted(expected - names):
+    if missing := sorted(entry.input_names - given.keys()):
         problems.append("missing " + ", ".join(missing))
-    if unknown := sorted(names - expected):
+    if unknown := sorted(given.keys() - entry.input_names):
         problems.append("unknown " + ", ".join(unknown))
-    if problems:
-        raise mismatch(entry, f"inputs: {'; '.join(problems)}")
+    raise mismatch(entry, f"inputs: {'; '.join(problems)}")
 
 
 def wrong_dtype(entry: EntryPoint, spec: TensorSpec, dtype: str) -> InputMismatchError:

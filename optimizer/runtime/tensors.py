@@ -194,4 +194,6 @@ def is_acceptable(tensor: Tensor) -> bool:
 
 def to_numpy(tensor: Tensor, dtype: str) -> Array:
     """Return a copy of the tensor's values in host memory, as the NumPy dtype that `dtype` declares."""
-    return np.array(host_view(tensor, dtype)).astype(numpy_dtype(dtype), copy=False)
+    copy = np.array(host_view(tensor, dtype))
+    kind = numpy_dtype(dtype)
+    return copy if copy.dtype == kind else copy.astype(kind)
