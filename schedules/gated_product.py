@@ -213,7 +213,7 @@ def _of_integers(analysis: GatedProductAnalysis, parameters: Parameters, target:
     first_alone, second_alone = row_alone(first), row_alone(second)
     if first_alone is None or second_alone is None:
         return many
-    count = ceiling_int(second.columns.extent, QuantizedEmitter.of(second, parameters, target).width)
+    count = ceiling_int(second.columns.extent, QuantizedEmitter.of(second_alone, parameters, target).width)
     strips = ceiling_int(count, TASKS_OF_A_ROW * target.cores)
     return where_alone(second, _in_strips(first_alone, second_alone, {**parameters, "strips": strips}, target), many)
 

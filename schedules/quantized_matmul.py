@@ -28,7 +28,6 @@ from schedules.loops import (
     local,
     loop,
     parallel,
-    prefetch,
     product,
     store,
     tile_choice,
@@ -43,13 +42,11 @@ from schedules.quantized_structure import Operands, described_by, is_product, op
 from schedules.quantized_tiles import in_tiles, where_many
 from schedules.stages import Axis, Stage, sequence, substitute
 from schedules.tiling import Block
+from schedules.weight_streams import WeightStreams, blocks_at_once
 from targets.base import Target
 
 # Rows that one task takes, so that few columns still make work for all cores.
 ROW_BLOCK = 128
-# How far ahead of its use a single row asks for weights: 8 KiB take as long to read as a few accesses to memory, also
-# where other programs use it, too.
-PREFETCH_BYTES = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,10 +136,10 @@ class QuantizedEmitter:
         """Return the emitter of a product that the family takes on `target`, under the family's parameters."""
         dot = integer_dot(target, analysis.product.layout.bits)
         assert dot is not None
-        return QuantizedEmitter(analysis, dot, parameters["rows"], parameters["vectors"], target.streamed_to)
+        return QuantizedEmitter(analysis, dot, parameters["rows"], parameters["vectors"], target)
 
     def __init__(
-        self, analysis: QuantizedMatmulAnalysis, dot: IntegerDot, rows: int, vectors: int, streamed_to: int
+        self, analysis: QuantizedMatmulAnalysis, dot: IntegerDot, rows: int, vectors: int, target: Target
     ) -> None:
         self.analysis = analysis
         self.operands = analysis.operands
@@ -150,13 +147,15 @@ class QuantizedEmitter:
         self.layout = analysis.product.layout
         self.dot = dot
         self.rows = rows
-        self.streamed_to = streamed_to
         self.vectors = min(vectors, ceiling_int(analysis.columns.extent, dot.lanes))
+        columns, one = int(analysis.columns.extent), analysis.rows is None or _is_one(analysis.rows)
+        blocks = blocks_at_once(columns, self.layout.columns, target.read_streams) if one else 1
+        self.streams = WeightStreams(self.product, self.operands, analysis.groups, blocks, target.streamed_to)
 
     @property
     def width(self) -> int:
         """How many columns a task computes."""
-        return max(self.vectors * self.dot.lanes, self.layout.columns)
+        return max(self.vectors * self.dot.lanes, self.layout.columns * self.streams.blocks)
 
     def statement(self, strip_of: Block | None = None, width: int | None = None) -> Stmt:
         """Return the parallel loop over strips of `width` columns and blocks of rows, which `strip_of` computes.
@@ -186,8 +185,8 @@ class QuantizedEmitter:
         sizes = [size for size in (self.rows, 4, 2, 1) if size <= self.rows]
 
         def tile(row: Expr, height: int) -> Stmt:
-            # A single row reads one block of columns after the other: memory is faster so than with several at once.
-            width = self.vectors * self.dot.lanes if height > 1 else self.layout.columns
+            # A single row reads one block of columns after the other, or several by turns, as memory is faster.
+            width = self.vectors * self.dot.lanes if height > 1 else self.layout.columns * self.streams.blocks
             parts = [
                 self._tile(point, row, height, base + first, min(width, count - first))
                 for first in range(0, count, width)
@@ -224,7 +223,7 @@ class QuantizedEmitter:
             [totals],
             [
                 *(store(totals, zero, [_ramp(index(cell * lanes), lanes)]) for cell in range(cells)),
-                loop(self.analysis.groups, lambda group: self._group(group, points, base, vectors, totals)),
+                *self._groups(points, base, vectors, totals),
                 *(finish(cell) for cell in range(cells)),
             ],
         )
@@ -232,8 +231,27 @@ class QuantizedEmitter:
     def _point(self, point: Mapping[Var, Expr], row: Expr) -> dict[Var, Expr]:
         return {**point, **(self.analysis.rows.point(row) if self.analysis.rows is not None else {})}
 
-    def _group(self, group: Expr, points: Sequence[Mapping[Var, Expr]], base: Expr, vectors: int, totals: Var) -> Stmt:
-        """Return the code that adds one group of K to the tile's sums."""
+    def _groups(self, points: Sequence[Mapping[Var, Expr]], base: Expr, vectors: int, totals: Var) -> list[Stmt]:
+        """Return the loops over all groups of K."""
+
+        def group_of(group: Expr, requests: list[Stmt]) -> Stmt:
+            return self._group(group, points, base, (vectors, totals), requests)
+
+        if len(points) == 1:
+            blocks = ceiling_int(vectors * self.dot.lanes, self.layout.columns)
+            return self.streams.over_groups(base, blocks, group_of)
+        return [loop(self.analysis.groups, lambda group: group_of(group, []))]
+
+    def _group(
+        self,
+        group: Expr,
+        points: Sequence[Mapping[Var, Expr]],
+        base: Expr,
+        sums_of: tuple[int, Var],
+        requests: Sequence[Stmt],
+    ) -> Stmt:
+        """Return the code that adds one group of K to the tile's sums: its vectors, and where these lie."""
+        vectors, totals = sums_of
         lanes, bits = self.dot.lanes, self.layout.bits
         middle = self.dot.center - (0 if self.operands.zero_points is not None else 1 << (bits - 1))
         sums = [self._activation(self.operands.sums, point, [group]) for point in points]
@@ -253,7 +271,7 @@ class QuantizedEmitter:
         def write(cell: int, values: Sequence[Expr]) -> list[Stmt]:
             return [store(partial, value, [place(cell, part)]) for part, value in enumerate(values)]
 
-        statements: list[Stmt] = self._prefetches(group, base) if len(points) == 1 else []
+        statements: list[Stmt] = list(requests)
         for cell, (r, _) in enumerate(cells):
             statements += write(cell, starts[r])
         size = self.product.activation_group
@@ -273,17 +291,6 @@ class QuantizedEmitter:
             value = load(totals, [here]) + self._scaled(exact, group, base + v * lanes, points[r], sums[r])
             statements.append(store(totals, value, [here]))
         return with_local([partial], statements)
-
-    def _prefetches(self, group: Expr, column: Expr) -> list[Stmt]:
-        """Return requests for the codes that a single row needs soon: hardware looks no further than a page."""
-        layout = self.layout
-        steps = self.product.activation_group // layout.step
-        ahead = PREFETCH_BYTES // (layout.columns * layout.reduction)
-        first = tirx.floormod(column, index(layout.columns)) * layout.reduction
-        block = tirx.floordiv(column, index(layout.columns))
-        source = self.operands.packed.source
-        places = [[block, group * steps + step + ahead, first] for step in range(steps)]
-        return [prefetch(load(source, place), self.streamed_to) for place in places]
 
     def _codes(self, step: Expr, column: Expr) -> list[Expr]:
         """Return the codes of one step for a vector of columns: bytes, as int32 lanes, in the order of K."""
@@ -338,3 +345,7 @@ def _times(value: Expr, factor: float) -> Expr:
 
 def _ramp(base: Expr, lanes: int) -> Expr:
     return tirx.Ramp(base, tirx.const(1, "int64"), lanes)
+
+
+def _is_one(rows: AxisGroup) -> bool:
+    return rows.static and rows.extent == 1

@@ -64,7 +64,8 @@ class Target:
     `cores` is how many cores default schedules find work for; the runtime uses as many as the machine has.
     `gpu_architectures` are the CUDA architectures (such as "sm_90") whose device code goes into the package.
     `emulated_cpu` is the QEMU_CPU under which the target's code can be executed elsewhere.
-    `streamed_to` is the cache, 1 or 2, into which code asks for what it reads once, ahead of its use.
+    `streamed_to` is the cache, 1 or 2, into which code asks for what it reads once, ahead of its use;
+    `read_streams` is from how many places by turns it reads that.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Target:
     emulated_cpu: str | None = None
     # Not in what identifies a target's tuning records, which are older.
     streamed_to: int = field(default=1, repr=False)
+    read_streams: int = field(default=1, repr=False)
     multiply_adds: int = field(default=1, repr=False)
 
     def vector_lanes(self, bits: int) -> int:
