@@ -56,7 +56,8 @@ Object ReadManifest(const fs::path& package) {
   if (!error.empty()) throw std::runtime_error("manifest.json: " + std::string(error));
   Object manifest = value.cast<Object>();
   if (Text(manifest, "format") != "optimizer-package") throw std::runtime_error("this is not a package");
-  if (manifest[ffi::String("format_version")].cast<int64_t>() != 6) {
+  const auto version = manifest[ffi::String("format_version")].cast<int64_t>();
+  if (version != 6 && version != 7) {
     throw std::runtime_error("the package has another format version");
   }
   return manifest;
