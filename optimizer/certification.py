@@ -17,8 +17,8 @@ from optimizer.certificate import certify
 from optimizer.errors import CertificateError, IncompatibleMachineError, PackageError
 from optimizer.frontend.importer import ImportedModel, import_model
 from optimizer.frontend.model_file import ModelFile, read_model
-from optimizer.package import open_package
 from optimizer.package.manifest import Certificate, Manifest
+from optimizer.package.reader import open_package
 from optimizer.quantization.preparation import Calibration, refitted
 from optimizer.runtime import load
 from optimizer.runtime.array_files import read_arrays, write_arrays

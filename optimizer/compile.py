@@ -20,7 +20,8 @@ from optimizer.frontend.model_file import ModelFile, read_model
 from optimizer.frontend.widening import widened
 from optimizer.ir_dump import IrDump, ignore
 from optimizer.lowering import LoweredModule, build, lower
-from optimizer.package import Manifest, Weight, require_replaceable, write_package
+from optimizer.package.manifest import Manifest
+from optimizer.package.writer import Weight, require_replaceable, write_package
 from optimizer.packaging import companions, describe
 from optimizer.progress import Silent, Timeline, Watcher
 from optimizer.quantization.preparation import Calibration, prepared

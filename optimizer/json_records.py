@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 JsonValue = None | bool | int | float | str | Sequence["JsonValue"] | Mapping[str, "JsonValue"]
@@ -58,79 +58,167 @@ def _no_constant(name: str) -> float:
 
 def decode(kind: type[Record], value: JsonValue, where: str) -> Record:
     """Return `value` as an instance of the dataclass `kind`; raises RecordError naming the offending field."""
-    if not isinstance(value, dict):
-        raise _mismatch(where, "an object", value)
-    hints = _hints(kind)
-    for name in value.keys() - hints.keys():
-        raise RecordError(f"{where} has the unknown field {name!r:.80}, of another version")
-    for name in hints.keys() - value.keys():
-        raise RecordError(f"{where} lacks the field '{name}'")
-    return kind(**{name: _decode(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+    try:
+        return cast("Record", _decoder(kind)(value))
+    except _MisfitError as misfit:
+        raise RecordError(f"{where}{misfit.path} {misfit.problem}") from None
+
+
+class _MisfitError(Exception):
+    """A value inside of another does not fit; `path` leads there, and grows on the way out."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.path = ""
+
+
+_Decoder = Callable[[JsonValue], object]
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, object]:
-    return get_type_hints(kind)
+def _decoder(hint: object) -> _Decoder:
+    """Return a function from JSON values to values of a type, which raises _MisfitError.
 
-
-@functools.cache
-def _form(hint: object) -> tuple[object, tuple[object, ...], bool]:
-    """Return origin and arguments of a type, and whether it is a record; asked for each of thousands of values."""
-    return get_origin(hint), get_args(hint), isinstance(hint, type) and dataclasses.is_dataclass(hint)
-
-
-def _decode(hint: object, value: JsonValue, where: str) -> object:
-    origin, arguments, is_record = _form(hint)
+    It is made once for each type: a manifest has thousands of values, which are decoded at each start of a process.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
     if origin is tuple:
-        if not isinstance(value, list):
-            raise _mismatch(where, "an array", value)
-        return tuple(_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+        return _array_decoder(_decoder(arguments[0]))
     if origin is dict:
-        if not isinstance(value, dict):
-            raise _mismatch(where, "an object", value)
-        return {
-            _decode(str, key, where): _decode(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()
-        }
+        return _mapping_decoder(_decoder(arguments[1]))
     if origin is Literal:
-        if value not in arguments:
-            raise _mismatch(where, " or ".join(map(repr, arguments)), value)
-        return value
+        return _choice_decoder(arguments)
     if origin in (Union, types.UnionType):
-        return _decode_union(arguments, value, where)
-    if is_record:
-        return decode(cast("type[object]", hint), value, where)
-    return _decode_scalar(hint, value, where)
+        return _union_decoder([_decoder(alternative) for alternative in arguments])
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _record_decoder(hint)
+    return _SCALARS.get(cast("type", hint)) or _refusing(getattr(hint, "__name__", str(hint)))
 
 
-def _decode_union(alternatives: tuple[object, ...], value: JsonValue, where: str) -> object:
-    """Try the alternatives in turn; no two of ours accept the same JSON value, except int before float."""
-    failure: RecordError | None = None
-    for alternative in alternatives:
+def _array_decoder(item: _Decoder) -> _Decoder:
+    def array(value: JsonValue) -> object:
+        if not isinstance(value, list):
+            raise _mismatch("an array", value)
+        items: list[object] = []
         try:
-            return _decode(alternative, value, where)
-        except RecordError as error:
-            failure = error
-    assert failure is not None
-    raise failure
+            for each in value:
+                items.append(item(each))  # noqa: PERF401 - their number says which one it is that does not fit
+        except _MisfitError as misfit:
+            misfit.path = f"[{len(items)}]{misfit.path}"
+            raise
+        return tuple(items)
+
+    return array
 
 
-def _decode_scalar(hint: object, value: JsonValue, where: str) -> object:
-    if hint is type(None) and value is None:
-        return None
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is str and isinstance(value, str):
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise _mismatch(where, "text without lone surrogates", value)
-        return value
-    if hint is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_INTEGER:
-        return value
-    if hint is float and isinstance(value, float) and math.isfinite(value):
-        return value
-    expected = getattr(hint, "__name__", str(hint))
-    raise _mismatch(where, f"of type {expected}", value)
+def _mapping_decoder(item: _Decoder) -> _Decoder:
+    def mapping(value: JsonValue) -> object:
+        if not isinstance(value, dict):
+            raise _mismatch("an object", value)
+        found: dict[object, object] = {}
+        for key, each in value.items():
+            try:
+                found[_text(key)] = item(each)
+            except _MisfitError as misfit:
+                misfit.path = f"[{key!r}]{misfit.path}"
+                raise
+        return found
+
+    return mapping
 
 
-def _mismatch(where: str, expected: str, value: JsonValue) -> RecordError:
+def _record_decoder(kind: type) -> _Decoder:
+    fields = {name: _decoder(hint) for name, hint in get_type_hints(kind).items()}
+
+    def record(value: JsonValue) -> object:
+        if not isinstance(value, dict):
+            raise _mismatch("an object", value)
+        if value.keys() != fields.keys():
+            for name in value.keys() - fields.keys():
+                raise _MisfitError(f"has the unknown field {name!r:.80}, of another version")
+            for name in fields.keys() - value.keys():
+                raise _MisfitError(f"lacks the field '{name}'")
+        found: dict[str, object] = {}
+        name = ""
+        try:
+            for name, decoded in fields.items():
+                found[name] = decoded(value[name])
+        except _MisfitError as misfit:
+            misfit.path = f".{name}{misfit.path}"
+            raise
+        return kind(**found)
+
+    return record
+
+
+def _choice_decoder(choices: tuple[object, ...]) -> _Decoder:
+    def choice(value: JsonValue) -> object:
+        if value not in choices:
+            raise _mismatch(" or ".join(map(repr, choices)), value)
+        return value
+
+    return choice
+
+
+def _union_decoder(alternatives: Sequence[_Decoder]) -> _Decoder:
+    """Return one that tries the alternatives in turn; no two of ours accept the same value, but int before float."""
+
+    def union(value: JsonValue) -> object:
+        failure: _MisfitError | None = None
+        for alternative in alternatives:
+            try:
+                return alternative(value)
+            except _MisfitError as misfit:
+                failure = misfit
+        assert failure is not None
+        raise failure
+
+    return union
+
+
+def _text(value: JsonValue) -> object:
+    if not isinstance(value, str):
+        raise _mismatch("of type str", value)
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise _mismatch("text without lone surrogates", value)
+    return value
+
+
+def _integer(value: JsonValue) -> object:
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_INTEGER:
+        return value
+    raise _mismatch("of type int", value)
+
+
+def _number(value: JsonValue) -> object:
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    raise _mismatch("of type float", value)
+
+
+def _truth(value: JsonValue) -> object:
+    if isinstance(value, bool):
+        return value
+    raise _mismatch("of type bool", value)
+
+
+def _nothing(value: JsonValue) -> object:
+    if value is not None:
+        raise _mismatch("of type NoneType", value)
+    return None
+
+
+_SCALARS: dict[type, _Decoder] = {str: _text, int: _integer, float: _number, bool: _truth, type(None): _nothing}
+
+
+def _refusing(name: str) -> _Decoder:
+    def refuse(value: JsonValue) -> object:
+        raise _mismatch(f"of type {name}", value)
+
+    return refuse
+
+
+def _mismatch(expected: str, value: JsonValue) -> _MisfitError:
     found = type(value).__name__ if isinstance(value, list | dict) else f"{value!r:.80}"
-    return RecordError(f"{where} should be {expected} but is {found}")
+    return _MisfitError(f"should be {expected} but is {found}")

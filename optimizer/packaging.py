@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from optimizer.errors import ModelFileError, PackageError
 from optimizer.frontend.model_file import ModelFile
-from optimizer.package import Manifest
 from optimizer.package.entry_points import CacheRecord, EntryPoint
 from optimizer.package.manifest import (
     KernelRecord,
     Library,
+    Manifest,
     ModelSource,
     PassRecord,
     Producer,

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import tvm
 import tvm_ffi
 
-from optimizer.package import Manifest
 from optimizer.package.entry_points import EntryPoint
 from optimizer.package.manifest import (
     KernelRecord,
     Library,
+    Manifest,
     ModelSource,
     PassRecord,
     Producer,

@@ -33,7 +33,8 @@ def command(
     import time
 
     from optimizer.cli.arguments import parse_symbols, read_arrays
-    from optimizer.cli.console import bytes_text, print_facts, print_json, print_table, progress_bar, seconds_text
+    from optimizer.cli.console import print_facts, print_table, progress_bar
+    from optimizer.cli.plain_text import bytes_text, print_json, seconds_text
     from optimizer.errors import OptionError
     from optimizer.report.inputs import complete_inputs
     from optimizer.report.kernel_times import kernel_times

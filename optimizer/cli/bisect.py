@@ -42,7 +42,8 @@ def command(model: Path, target: str, shapes: tuple[str, ...], passes: str | Non
 
 
 def _show(finding: Finding, *, as_json: bool) -> None:
-    from optimizer.cli.console import print_facts, print_json
+    from optimizer.cli.console import print_facts
+    from optimizer.cli.plain_text import print_json
     from passes.pipeline import notation
 
     guilty = None if finding.guilty is None else notation(finding.guilty)

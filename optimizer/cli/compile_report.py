@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from optimizer.cli import explanation
-from optimizer.cli.console import bytes_text, print_facts, print_json, print_table, seconds_text
+from optimizer.cli.console import print_facts, print_table
+from optimizer.cli.plain_text import bytes_text, print_json, seconds_text
 from optimizer.compile import CompileResult, Plan
 from optimizer.frontend.model_file import ModelFile
 from optimizer.package.manifest import Certificate

@@ -1,8 +1,7 @@
-"""What all commands print with: tables, JSON, and progress that suits a terminal or a log file."""
+"""What commands print tables with, and progress that suits a terminal or a log file."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from optimizer.cli.plain_text import seconds_text
+
 # Typical shares of a compile's time, for the estimate of the time left.
 _SHARES = {
     "read": 2,
@@ -24,12 +25,6 @@ _SHARES = {
     "link": 8,
     "certify and write": 20,
 }
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-
-
-def print_json(document: object) -> None:
-    """Print a document as JSON on standard output."""
-    click.echo(json.dumps(document, indent=1))
 
 
 def console() -> Console:
@@ -55,21 +50,6 @@ def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
     for name, value in facts:
         table.add_row(name, Text(value))
     console().print(table)
-
-
-def bytes_text(count: int) -> str:
-    """Return a byte count with the unit that suits it."""
-    size, unit = float(count), 0
-    while size >= 1024 and unit < len(_UNITS) - 1:
-        size, unit = size / 1024, unit + 1
-    return f"{count} B" if unit == 0 else f"{size:.1f} {_UNITS[unit]}"
-
-
-def seconds_text(seconds: float) -> str:
-    """Return a duration with the unit that suits it."""
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.0f} us"
-    return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 class StageProgress:

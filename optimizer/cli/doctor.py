@@ -17,7 +17,8 @@ def command(names: tuple[str, ...], rpc: str | None, as_json: bool) -> None:
     import dataclasses
     import sys
 
-    from optimizer.cli.console import print_json, print_table
+    from optimizer.cli.console import print_table
+    from optimizer.cli.plain_text import print_json
     from optimizer.doctor import run_checks
 
     checks = run_checks(names or None, rpc)

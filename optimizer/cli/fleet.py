@@ -61,7 +61,8 @@ def status(tracker: str | None, as_json: bool) -> None:
     """List the devices that a tracker knows; exit code 1 where a process that was started here has ended."""
     import dataclasses
 
-    from optimizer.cli.console import print_json, print_table
+    from optimizer.cli.console import print_table
+    from optimizer.cli.plain_text import print_json
     from optimizer.tuning import fleet
     from optimizer.tuning.tracker import tracker_state
 

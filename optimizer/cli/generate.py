@@ -69,15 +69,17 @@ def command(
 ) -> None:
     """Continue prompts with PACKAGE, a compiled decoder language model; the text appears as it is made."""
     start = time.perf_counter()
-    from optimizer.cli.console import print_json
+    from optimizer.cli.plain_text import print_json
     from optimizer.errors import OptionError
     from optimizer.runtime import load
-    from optimizer.runtime.generation import Conversation, DecoderSession, TextGenerator
-    from optimizer.runtime.generation.session import MOST_AT_ONCE
 
     if system is not None and not chat:
         raise OptionError("--system begins a conversation; give --chat, too")
     model = load(package, device=device, threads=threads, mapped=not no_mmap)
+    # Not before: loading imports NumPy while the weights are digested.
+    from optimizer.runtime.generation import Conversation, DecoderSession, TextGenerator
+    from optimizer.runtime.generation.session import MOST_AT_ONCE
+
     generator = TextGenerator(model, tokenizer)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
     chosen = {name: value for name, value in given.items() if value is not None}
@@ -124,7 +126,7 @@ def _document(prompt: str, generation: Generation, loaded: float) -> dict[str, o
 
 
 def _print_figures(generation: Generation, loaded: float) -> None:
-    from optimizer.cli.console import bytes_text, seconds_text
+    from optimizer.cli.plain_text import bytes_text, seconds_text
     from optimizer.report.memory import peak_resident_bytes
 
     prompt, decoded = len(generation.prompt_tokens), len(generation.tokens) - 1

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from optimizer.package import Manifest
     from optimizer.package.entry_points import EntryPoint, TensorSpec
+    from optimizer.package.manifest import Manifest
 
 
 @click.command(name="inspect")
@@ -27,8 +27,8 @@ def command(path: Path, as_json: bool, kernels: bool, passes: bool) -> None:
 
         model_report.show(path, as_json=as_json, passes=passes)
         return
-    from optimizer.cli.console import print_json
-    from optimizer.package import open_package
+    from optimizer.cli.plain_text import print_json
+    from optimizer.package.reader import open_package
 
     manifest = open_package(path).manifest
     if as_json:
@@ -42,7 +42,8 @@ def command(path: Path, as_json: bool, kernels: bool, passes: bool) -> None:
 def _show(path: Path, manifest: Manifest, *, kernels: bool) -> None:
     from collections import Counter
 
-    from optimizer.cli.console import bytes_text, print_facts, print_table
+    from optimizer.cli.console import print_facts, print_table
+    from optimizer.cli.plain_text import bytes_text
 
     need = manifest.requirements
     families = Counter(kernel.family for kernel in manifest.kernels)

@@ -31,7 +31,8 @@ def list_logs(log: Path | None, as_json: bool) -> None:
     """List the targets that have a log, and how much each holds."""
     import dataclasses
 
-    from optimizer.cli.console import print_json, print_table
+    from optimizer.cli.console import print_table
+    from optimizer.cli.plain_text import print_json
     from optimizer.tuning import upkeep
 
     summaries = [upkeep.summarize(each) for each in _logs(log, None)]
@@ -52,7 +53,8 @@ def list_logs(log: Path | None, as_json: bool) -> None:
 @_json_option
 def show(target: str, log: Path | None, trials: bool, as_json: bool) -> None:
     """Show the decisions in the log of TARGET."""
-    from optimizer.cli.console import print_json, print_table, seconds_text
+    from optimizer.cli.console import print_table
+    from optimizer.cli.plain_text import print_json, seconds_text
     from optimizer.json_records import encode
     from optimizer.tuning.log import ratios_in_steps
 
@@ -142,7 +144,7 @@ def import_(file: Path, log: Path | None) -> None:
 @_json_option
 def check(log: Path | None, as_json: bool) -> None:
     """Say which records cannot be used and why; exit code 1 where there are any."""
-    from optimizer.cli.console import print_json
+    from optimizer.cli.plain_text import print_json
     from optimizer.tuning import upkeep
 
     found = [trouble for each in _logs(log, None) for trouble in upkeep.check(each)]

@@ -9,7 +9,8 @@ from pathlib import Path
 import onnx
 
 from optimizer.cli import explanation
-from optimizer.cli.console import print_facts, print_json, print_table
+from optimizer.cli.console import print_facts, print_table
+from optimizer.cli.plain_text import print_json
 from optimizer.compile import CompileOptions, Plan, find_target, plan_model
 from optimizer.errors import UnsupportedModelError
 from optimizer.frontend.importer import import_model

@@ -14,7 +14,8 @@ def command(as_json: bool) -> None:
     """
     import dataclasses
 
-    from optimizer.cli.console import print_facts, print_json, print_table
+    from optimizer.cli.console import print_facts, print_table
+    from optimizer.cli.plain_text import print_json
     from passes import pipeline
 
     known = [pipeline.describe(name) for name in pipeline.pass_names()]

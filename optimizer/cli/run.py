@@ -30,7 +30,8 @@ def command(
     import numpy as np
 
     from optimizer.cli.arguments import parse_symbols, read_arrays
-    from optimizer.cli.console import print_json, print_table
+    from optimizer.cli.console import print_table
+    from optimizer.cli.plain_text import print_json
     from optimizer.report.inputs import complete_inputs
     from optimizer.runtime import load
 

@@ -10,7 +10,8 @@ import click
 def command(as_json: bool) -> None:
     """List the hardware targets, and how this machine can execute each."""
     import targets
-    from optimizer.cli.console import print_json, print_table
+    from optimizer.cli.console import print_table
+    from optimizer.cli.plain_text import print_json
     from targets.execution import how_executed
 
     known = [targets.get(name) for name in targets.names()]

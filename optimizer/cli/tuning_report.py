@@ -13,7 +13,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from optimizer.cli.console import StageProgress, print_facts, print_json, print_table, seconds_text
+from optimizer.cli.console import StageProgress, print_facts, print_table
+from optimizer.cli.plain_text import print_json, seconds_text
 from optimizer.compile import CompileOptions
 from optimizer.tuning.session import Progress
 from optimizer.tuning.tune import Tuned, TuneOptions, tune_model

@@ -28,8 +28,9 @@ def command(package: Path, model: Path | None, calibration: tuple[Path, ...], as
     """
     import dataclasses
 
-    from optimizer.cli.console import bytes_text, print_facts, print_json
-    from optimizer.package import verify_package
+    from optimizer.cli.console import print_facts
+    from optimizer.cli.plain_text import bytes_text, print_json
+    from optimizer.package.reader import verify_package
     from optimizer.runtime.loader import check_machine
 
     manifest = verify_package(package)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from optimizer.errors import IncompatibleMachineError
@@ -13,6 +16,8 @@ from optimizer.runtime import machine
 
 if TYPE_CHECKING:
     from optimizer.runtime.model import CompiledModel
+
+_BLAS_WAIT = "OPENBLAS_THREAD_TIMEOUT"
 
 
 def load(
@@ -35,7 +40,7 @@ def load(
     package = open_package(path)
     check_machine(package.manifest.requirements)
     count = machine.resolve_thread_count(threads)
-    with ThreadPoolExecutor(1) as verifying:
+    with ThreadPoolExecutor(1) as verifying, _resting_threads():
         verified = verifying.submit(package.verify, count) if verify else None
         # Meanwhile NumPy and TVM, which take as long to import as 150 MB to digest; nothing of the package is loaded.
         from optimizer.runtime.library import load_library  # noqa: PLC0415
@@ -45,6 +50,23 @@ def load(
         if verified is not None:
             verified.result()
     return CompiledModel(package, device=device, threads=count, mapped=mapped)
+
+
+@contextmanager
+def _resting_threads() -> Iterator[None]:
+    """Have NumPy's threads for products of matrices wait without work asleep, if it is imported inside.
+
+    OpenBLAS has them turn round for 2^26 cycles after each product and when they begin, by which time the first token
+    may be there: of two cores they took one for a third of a load.
+    """
+    if "numpy" in sys.modules or _BLAS_WAIT in os.environ:
+        yield
+        return
+    os.environ[_BLAS_WAIT] = "4"  # the least it takes: 2^4 cycles
+    try:
+        yield
+    finally:
+        os.environ.pop(_BLAS_WAIT, None)
 
 
 def check_machine(requirements: Requirements) -> None:

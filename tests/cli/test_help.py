@@ -24,3 +24,16 @@ def test_help_imports_nothing_heavy(command: str) -> None:
     )
     assert "Usage: optimizer" in done.stdout
     assert done.stdout.endswith("heavy: []\n")
+
+
+def test_generate_imports_numpy_while_it_loads_and_no_tables() -> None:
+    """Of a package that cannot be read, nothing is imported that its first token would wait for."""
+    script = (
+        "import sys; sys.argv = ['optimizer', 'generate', 'none.opt', '--prompt', 'a']\n"
+        "from optimizer.cli import main\n"
+        "try: main()\n"
+        f"finally: print('heavy:', [name for name in {_HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "there is no package at" in done.stderr
+    assert done.stdout.endswith("heavy: []\n")

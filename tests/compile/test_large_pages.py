@@ -13,7 +13,7 @@ from tvm import relax, tirx
 
 from optimizer.compile import CompileOptions, compile_model, find_target
 from optimizer.large_pages import ADVICE, ask_for_large_pages
-from optimizer.package import open_package
+from optimizer.package.reader import open_package
 from optimizer.runtime import load
 from targets.cuda import CUDA
 

@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from optimizer.package import Manifest, Weight, write_package
 from optimizer.package.entry_points import EntryPoint, SymbolRange, TensorSpec
-from optimizer.package.manifest import Library
+from optimizer.package.manifest import Library, Manifest
+from optimizer.package.writer import Weight, write_package
 from tests.manifests import draft_manifest
 
 WritePackage = Callable[..., Path]

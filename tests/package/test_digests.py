@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optimizer.errors import PackageError
-from optimizer.package import open_package
 from optimizer.package.digests import DIGESTED_BYTES, digesting, digests_of, piece_count
-from optimizer.package.reader import FileLocation
+from optimizer.package.reader import FileLocation, open_package
 
 WritePackage = Callable[..., Path]
 # Of no bytes, as BLAKE3's own test vectors have it.

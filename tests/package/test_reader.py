@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optimizer.errors import PackageError
-from optimizer.package import Manifest, open_package, verify_package
 from optimizer.package.archive import Member, lay_out, read_members
-from optimizer.package.reader import digest_line
+from optimizer.package.manifest import Manifest
+from optimizer.package.reader import digest_line, open_package, verify_package
 
 WritePackage = Callable[..., Path]
 FORMS = pytest.mark.parametrize("name", ["folder", "file.opt"])

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from optimizer.errors import CertificateError, PackageError
-from optimizer.package import Manifest, Weight, open_package, verify_package, write_package
 from optimizer.package.dtypes import numpy_dtype
-from optimizer.package.manifest import Certificate
+from optimizer.package.manifest import Certificate, Manifest
+from optimizer.package.reader import open_package, verify_package
+from optimizer.package.writer import Weight, write_package
 
 WritePackage = Callable[..., Path]
 FORMS = pytest.mark.parametrize("name", ["folder", "file.opt"])

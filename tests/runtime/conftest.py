@@ -12,8 +12,8 @@ import pytest
 import tvm
 from tvm import relax, tirx
 
-from optimizer.package import Weight, write_package
 from optimizer.package.entry_points import EntryPoint, SymbolRange, TensorSpec
+from optimizer.package.writer import Weight, write_package
 from targets.arm64 import ARM64
 from targets.linking import export_library
 from tests.manifests import draft_manifest

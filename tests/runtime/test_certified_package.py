@@ -13,8 +13,9 @@ from onnx.parser import parse_model
 
 from optimizer.certificate import certify
 from optimizer.errors import CertificateError
-from optimizer.package import Weight, open_package, write_package
 from optimizer.package.manifest import Certificate
+from optimizer.package.reader import open_package
+from optimizer.package.writer import Weight, write_package
 from optimizer.runtime import load
 
 WritePackage = Callable[..., Path]

@@ -138,6 +138,22 @@ def run_python(program: str, *arguments: object, **environment: str) -> str:
     return done.stdout
 
 
+BLAS_THREADS = """
+import os, sys
+from optimizer.runtime import load
+load(sys.argv[1])
+print(os.environ.get("OPENBLAS_THREAD_TIMEOUT"))
+"""
+
+
+@pytest.mark.parametrize("given", [{}, {"OPENBLAS_THREAD_TIMEOUT": "20"}])
+def test_how_numpys_threads_wait_is_not_left_to_other_processes(
+    write_linear: WritePackage, given: dict[str, str]
+) -> None:
+    expected = given.get("OPENBLAS_THREAD_TIMEOUT", "None")
+    assert run_python(BLAS_THREADS, write_linear(), **given).strip() == expected
+
+
 RUNTIME_ONLY = """
 import sys
 import numpy as np

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,7 +51,11 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
-        self._generator = np.random.default_rng(sampling.seed)
+
+    @cached_property
+    def _generator(self) -> np.random.Generator:
+        """The source of random numbers, whose import takes 7 ms: who takes the likeliest token needs none."""
+        return np.random.default_rng(self._sampling.seed)
 
     def choose(self, logits: Logits, text: Sequence[int]) -> int:
         """Return the next token after `text`, given the logits [vocabulary] of its last position.
