@@ -9,13 +9,14 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.intrin import circular_functions, register_tables, vector_math
 from schedules.intrin.bf16_conversion import Bf16Buffers, computes_before
-from schedules.intrin.vector_math import EXP_SHORT, EXP_TO_ROUND, NONPOSITIVE, TO_ROUND, Function
+from schedules.intrin.vector_math import EXP_SHORT, EXP_TO_ROUND, NONPOSITIVE, OF_UNIT, TO_ROUND, Function
 from targets.base import Target
 
 FUNCTIONS: dict[str, Function] = {
     "tirx.exp": vector_math.exp,
     "tirx.log": vector_math.log,
     "tirx.log1p": vector_math.log1p,
+    OF_UNIT: vector_math.log1p_of_unit,
     "tirx.tanh": vector_math.tanh,
     "tirx.erf": vector_math.erf,
     "tirx.sigmoid": vector_math.sigmoid,
@@ -67,7 +68,24 @@ def expand(expression: ir.Node, buffers: Bf16Buffers, target: Target) -> ir.Node
         (tirx.Cast, expand_cast),
         (TensorLoad, expand_load),
     ]
-    return tvm_ffi.structural_mutate(expression, rules)
+    return tvm_ffi.structural_mutate(tvm_ffi.structural_mutate(expression, (ir.Call, _of_unit)), rules)
+
+
+def _of_unit(call: ir.Call, mutator: tvm_ffi.StructuralMutator) -> Expr:
+    """Return log(1 + exp(-|x|)), as softplus has it, as the logarithm that is for numbers up to 1."""
+    rewritten = mutator.default_mutate(call)
+    if _name_of(rewritten) != "tirx.log1p" or str(rewritten.ty.dtype) != "float32":
+        return rewritten
+    (argument,) = rewritten.args
+    if _name_of(argument) != "tirx.exp" or not _is_negated_magnitude(argument.args[0]):
+        return rewritten
+    return tirx.call_pure_extern("float32", OF_UNIT, argument)
+
+
+def _is_negated_magnitude(exponent: Expr) -> bool:
+    """Return whether an expression is -|x|."""
+    negated = isinstance(exponent, tirx.Mul) and isinstance(exponent.b, tirx.FloatImm) and exponent.b.value == -1
+    return negated and _name_of(exponent.a) == "tirx.fabs"
 
 
 def _name_of(call: Expr) -> str:
@@ -88,19 +106,19 @@ def _expand_call(rewritten: Expr, target: Target) -> Expr:
         return rewritten
     if name == "tirx.pow":
         return _expand_power(rewritten)
+    if name not in COEFFICIENTS and name not in FUNCTIONS:
+        return rewritten
+    argument = rewritten.args[-1]
     if name in COEFFICIENTS:
-        return vector_math.nonpositive_by_polynomial(
-            rewritten.args[1], COEFFICIENTS[name], scaled=vector_math.scales(target)
-        )
-    function = FUNCTIONS.get(name)
-    dtype = str(rewritten.args[0].ty.dtype) if function is not None else ""
-    if function is None or dtype not in ("float32", "float16"):
+        return vector_math.nonpositive_by_polynomial(argument, COEFFICIENTS[name], scaled=vector_math.scales(target))
+    function, dtype = FUNCTIONS[name], str(argument.ty.dtype)
+    if dtype not in ("float32", "float16"):
         return rewritten
     if vector_math.scales(target):
         function = SCALED.get(function, function)
     if dtype == "float32":
-        return function(rewritten.args[0])
-    return function(rewritten.args[0].astype("float32")).astype(dtype)
+        return function(argument)
+    return function(argument.astype("float32")).astype(dtype)
 
 
 def _expand_product(product: tirx.Mul, mutator: tvm_ffi.StructuralMutator) -> Expr:

@@ -48,7 +48,7 @@ def computed(function: Callable[[te.Tensor], te.Tensor], x: np.ndarray) -> np.nd
 # are no longer normal numbers, the error of one, 2**-149, is multiplied by x, which is above -104.
 COMPOSED = {
     "log1p": (log1p, np.log1p, 2.5, 0.0),
-    "softplus": (activation.softplus, lambda x: np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))), 4, 0.0),
+    "softplus": (activation.softplus, lambda x: np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))), 3, 0.0),
     "mish": (activation.mish, lambda x: x * np.tanh(np.log1p(np.exp(np.minimum(x, 500)))), 4.5, 104 * 2.0**-149),
 }
 
