@@ -33,6 +33,8 @@ TILE = 16
 BYTES = 64
 # Rows and columns of the block of sums that is in registers at once.
 BLOCK = 2 * TILE
+# Steps between a request for far columns and their use.
+STEPS_AHEAD = 2
 _BEGIN, _ZERO, _LOAD, _STORE, _END = (f"optimizer_tiles_{name}" for name in ("begin", "zero", "load", "store", "end"))
 _STEP, _OWN = "optimizer_tiles_step", "optimizer_tiles_own"
 # 158: arch_prctl; 4131: ARCH_REQ_XCOMP_PERM; 18: XFEATURE_XTILEDATA (Linux, Documentation/arch/x86/xstate.rst).
@@ -42,6 +44,7 @@ _SOURCE = """
 @optimizer_tiles_allowed = weak_odr global i32 0
 declare i64 @syscall(i64, ...)
 declare void @llvm.trap()
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 declare void @llvm.x86.ldtilecfg(ptr)
 declare void @llvm.x86.tilerelease()
 declare void @llvm.x86.tilezero(i8)
@@ -118,11 +121,16 @@ define weak_odr i32 @{call}_{rows}x{columns}(ptr %upper, ptr %lower, i64 %pitch,
 
 
 class Passing(StrEnum):
-    """Which operand of a step leaves the first-level cache to the other one."""
+    """Which operand of a step leaves the first-level cache to the other one.
+
+    FAR_COLUMNS, which come from beyond the second-level cache, are asked for some steps ahead. They lie one behind the
+    other.
+    """
 
     NEITHER = ""
     ROWS = "_passing_rows"
     COLUMNS = "_passing_columns"
+    FAR_COLUMNS = "_passing_far_columns"
 
 
 @dataclass(frozen=True)
@@ -237,8 +245,13 @@ def _moves(call: str, instruction: str, shape: tuple[int, int]) -> str:
 def _step(call: str, instruction: str, shape: tuple[int, int], passing: Passing) -> str:
     rows, columns = shape
     load_rows = "tileloaddt164" if passing is Passing.ROWS else "tileloadd64"
-    load_columns = "tileloaddt164" if passing is Passing.COLUMNS else "tileloadd64"
+    is_far = passing is Passing.FAR_COLUMNS
+    load_columns = "tileloaddt164" if is_far or passing is Passing.COLUMNS else "tileloadd64"
     lines = [f"  %right = getelementptr i8, ptr %left, i64 {BYTES}"]
+    for line in range(columns * TILE if is_far else 0):
+        place = (STEPS_AHEAD * columns * TILE + line) * BYTES
+        lines.append(f"  %line.{line} = getelementptr i8, ptr %left, i64 {place}")
+        lines.append(f"  call void @llvm.prefetch.p0(ptr %line.{line}, i32 0, i32 3, i32 1)")
     for column, place in list(enumerate(("%left", "%right")))[:columns]:
         lines.append(f"  call void @llvm.x86.{load_columns}(i8 {6 + column}, ptr {place}, i64 %stride)")
     for row, place in list(enumerate(("%upper", "%lower")))[:rows]:
