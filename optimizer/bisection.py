@@ -9,6 +9,7 @@ import tvm
 
 from optimizer import reference
 from optimizer.certificate import certify
+from optimizer.certification import fixed_shapes
 from optimizer.compile import CompileOptions, import_with, runner_of
 from optimizer.errors import CertificateError
 from optimizer.frontend.model_file import ModelFile
@@ -44,7 +45,7 @@ def bisect(source: ModelFile, options: CompileOptions, passes: Sequence[Pass]) -
                 source.model,
                 runner_of(module, imported, options.target),
                 path=source.path,
-                shapes=options.shapes,
+                shapes={**fixed_shapes(source.model, imported), **options.shapes},
                 precision=options.operand_dtype,
                 unoptimized=reference.lazily_unoptimized(imported),
             )

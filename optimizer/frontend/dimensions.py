@@ -205,22 +205,44 @@ def input_shapes(
 
     A dynamic dimension is the symbol of its name. A name such as `past + sequence` is an expression if both of its
     parts name dimensions themselves. An anonymous dimension gets a name of its own, from the input and the axis.
-    `overrides` gives shapes by input name (integers, or names for dimensions that stay dynamic).
+    `overrides` gives shapes by input name (integers, or names for dimensions that stay dynamic). The size that one
+    gives a dimension's name holds for the other inputs, too, as all of one name are equal.
 
-    Raises InputMismatchError if an override names no input or has another rank.
+    Raises InputMismatchError if an override names no input or has another rank, and if several make different things of
+    a name that another input has.
     """
     declared = {value.name: _declared_dimensions(value) for value in inputs}
+    sizes = _sizes_given(declared, overrides)
+    for name, dims in declared.items():
+        declared[name] = list(overrides.get(name, [sizes.get(d, d) if isinstance(d, str) else d for d in dims]))
+    plain = {d for dims in declared.values() for d in dims if isinstance(d, str) and not re.search(r"[-+*/() ]", d)}
+    return {
+        name: tuple(d if isinstance(d, int) else _symbolic_dimension(d, plain, sizes, symbols) for d in dims)
+        for name, dims in declared.items()
+    }
+
+
+def _sizes_given(
+    declared: Mapping[str, Sequence[int | str]], overrides: Mapping[str, Sequence[int | str]]
+) -> dict[str, int]:
+    """Return the sizes that overrides give the names of dimensions, where they agree; raises as `input_shapes` does."""
+    given: dict[str, list[int | str]] = {}
     for name, shape in overrides.items():
         if name not in declared:
             raise InputMismatchError(f"--shape names '{name}', which is no input; the inputs are {', '.join(declared)}")
         if len(shape) != len(declared[name]):
             raise InputMismatchError(f"--shape {name}: {len(shape)} dimensions given, the model has {declared[name]}")
-        declared[name] = list(shape)
-    plain = {d for dims in declared.values() for d in dims if isinstance(d, str) and not re.search(r"[-+*/() ]", d)}
-    return {
-        name: tuple(d if isinstance(d, int) else _symbolic_dimension(d, plain, symbols) for d in dims)
-        for name, dims in declared.items()
-    }
+        for known, new in zip(declared[name], shape, strict=True):
+            if isinstance(known, str) and new not in given.setdefault(known, []):
+                given[known].append(new)
+    several = {name: " and ".join(map(str, new)) for name, new in given.items() if len(new) > 1}
+    for name, dims in declared.items():
+        if name not in overrides and (unclear := next((d for d in dims if d in several), None)) is not None:
+            raise InputMismatchError(
+                f"--shape gives '{unclear}' the sizes {several[str(unclear)]}, and '{name}' has it, too; "
+                f"give the shape of '{name}'"
+            )
+    return {name: new[0] for name, new in given.items() if len(new) == 1 and isinstance(new[0], int)}
 
 
 def _declared_dimensions(value: onnx.ValueInfoProto) -> list[int | str]:
@@ -233,26 +255,26 @@ def _declared_dimensions(value: onnx.ValueInfoProto) -> list[int | str]:
     return dimensions
 
 
-def _symbolic_dimension(text: str, plain: set[str], symbols: Symbols) -> Dimension:
+def _symbolic_dimension(text: str, plain: set[str], sizes: Mapping[str, int], symbols: Symbols) -> Dimension:
     try:
         tree = ast.parse(text, mode="eval").body
     except SyntaxError:
         return symbols.dimension(text)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    if isinstance(tree, ast.BinOp) and names <= plain:
-        expression = _evaluate(tree, symbols)
+    if isinstance(tree, ast.BinOp) and names <= plain | sizes.keys():
+        expression = _evaluate(tree, sizes, symbols)
         if expression is not None:
             return simplified(expression)
     return symbols.dimension(text)
 
 
-def _evaluate(node: ast.expr, symbols: Symbols) -> tvm.ir.Expr | None:
+def _evaluate(node: ast.expr, sizes: Mapping[str, int], symbols: Symbols) -> tvm.ir.Expr | None:
     if isinstance(node, ast.Name):
-        return as_expression(symbols.dimension(node.id))
+        return as_expression(sizes[node.id] if node.id in sizes else symbols.dimension(node.id))
     if isinstance(node, ast.Constant) and isinstance(node.value, int):
         return tirx.IntImm("int64", node.value)
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
-        left, right = _evaluate(node.left, symbols), _evaluate(node.right, symbols)
+        left, right = _evaluate(node.left, sizes, symbols), _evaluate(node.right, sizes, symbols)
         if left is not None and right is not None:
             return getattr(left, _OPERATIONS[type(node.op)])(right)
     return None

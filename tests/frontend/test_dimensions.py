@@ -73,6 +73,36 @@ def test_override_sets_integers_and_names():
     assert named.name == "other"
 
 
+def overridden(overrides: dict[str, list[int | str]], **declared: tuple[int | str, ...]) -> dict[str, Shape]:
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in declared.items()]
+    return input_shapes(inputs, Symbols(), overrides)
+
+
+def test_a_size_given_for_one_input_holds_for_all_that_have_its_name():
+    declared = {"ids": ("batch", "length"), "mask": ("batch", "past + length"), "past": ("batch", 2, "past")}
+    found = overridden({"ids": [3, 128]}, **declared)
+    assert found["past"][:2] == (3, 2)
+    assert found["mask"][0] == 3
+    assert provably_equal(found["mask"][1], found["past"][2] + 128)
+    found = overridden({"ids": [3, 128], "past": [3, 2, 4]}, **declared)
+    assert found["mask"] == (3, 132)
+
+
+def test_a_name_given_for_an_input_is_its_own():
+    found = overridden({"x": ["rows", 8]}, x=("batch", 8), y=("batch",))
+    assert [found["x"][0].name, found["y"][0].name] == ["rows", "batch"]
+
+
+def test_a_shape_given_for_an_input_is_its_own():
+    assert overridden({"x": [1, 8], "y": [4]}, x=("batch", 8), y=("batch",)) == {"x": (1, 8), "y": (4,)}
+
+
+def test_different_sizes_of_a_name_that_a_third_input_has_are_refused():
+    message = "gives 'batch' the sizes 1 and 4, and 'z' has it, too; give the shape of 'z'"
+    with pytest.raises(InputMismatchError, match=message):
+        overridden({"x": [1, 8], "y": [4]}, x=("batch", 8), y=("batch",), z=("batch",))
+
+
 def test_quotient_cancels_sums_in_any_order():
     past, length, batch = (tirx.Var(name, "int64") for name in ("past", "length", "batch"))
     shape = (batch, 4, past + length, 8)
