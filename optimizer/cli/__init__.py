@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import os
 import sys
+from typing import NoReturn
 
 import click
 
@@ -70,6 +73,8 @@ def optimizer(debug: bool) -> None:
 
 def main() -> None:
     """Run the command line and exit: 0, or the exit code of the kind of error (see optimizer.errors)."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv[1:])
     try:
@@ -97,16 +102,24 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, ModuleNotFoundError) and not _is_own(error.name or ""):
-            click.echo(f"error: the Python package '{error.name}' is not installed; `pip install .` does it", err=True)
-            sys.exit(OptimizerError.exit_code)
-        reason = str(error).strip().splitlines()
-        click.echo(
-            f"internal error: {type(error).__name__}: {reason[0] if reason else ''}\n"
-            "This is a bug of the compiler; run again with --debug for the traceback and report it.",
-            err=True,
-        )
-        sys.exit(_INTERNAL_ERROR)
+        _exit_with(error)
+
+
+def _exit_with(error: Exception) -> NoReturn:
+    """Say what an error means that none of ours stands for, and exit."""
+    if isinstance(error, ModuleNotFoundError) and not _is_own(error.name or ""):
+        click.echo(f"error: the Python package '{error.name}' is not installed; `pip install .` does it", err=True)
+        sys.exit(OptimizerError.exit_code)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        click.echo(f"error: what is written does not fit: {error.strerror}; free space, or write elsewhere", err=True)
+        sys.exit(OptimizerError.exit_code)
+    reason = str(error).strip().splitlines()
+    click.echo(
+        f"internal error: {type(error).__name__}: {reason[0] if reason else ''}\n"
+        "This is a bug of the compiler; run again with --debug for the traceback and report it.",
+        err=True,
+    )
+    sys.exit(_INTERNAL_ERROR)
 
 
 def _is_own(module: str) -> bool:

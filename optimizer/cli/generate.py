@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,15 @@ _DEFAULT = "default: as the settings beside the model say, else"
     "--prompt",
     "-p",
     "prompts",
-    required=True,
     multiple=True,
     help="The text to continue; several, one after the other.",
+)
+@click.option(
+    "--prompt-file",
+    "prompt_files",
+    type=click.Path(path_type=Path, allow_dash=True),
+    multiple=True,
+    help="A file with such a text in UTF-8, without the line's end behind it; - is standard input.",
 )
 @click.option(
     "--chat",
@@ -51,6 +58,7 @@ _DEFAULT = "default: as the settings beside the model say, else"
 def command(
     package: Path,
     prompts: tuple[str, ...],
+    prompt_files: tuple[Path, ...],
     chat: bool,
     system: str | None,
     max_new_tokens: int,
@@ -73,6 +81,9 @@ def command(
     from optimizer.errors import OptionError
     from optimizer.runtime import load
 
+    if not prompts and not prompt_files:
+        raise click.UsageError("give a text to continue: --prompt or --prompt-file")
+    prompts = (*prompts, *map(_text_of, prompt_files))
     if system is not None and not chat:
         raise OptionError("--system begins a conversation; give --chat, too")
     model = load(package, device=device, threads=threads, mapped=not no_mmap)
@@ -107,6 +118,19 @@ def command(
             _print_figures(generation, loaded)
     if as_json:
         print_json(documents[0] if len(documents) == 1 else documents)
+
+
+def _text_of(file: Path) -> str:
+    """Return the text of a file; raises OptionError where it cannot be read."""
+    from optimizer.errors import OptionError
+
+    try:
+        content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        return content.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"the prompt in {file} is not UTF-8 (byte {error.start}); convert it") from error
+    except OSError as error:
+        raise OptionError(f"the prompt in {file} cannot be read: {error.strerror}") from error
 
 
 def _document(prompt: str, generation: Generation, loaded: float) -> dict[str, object]:

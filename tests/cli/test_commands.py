@@ -240,6 +240,10 @@ def test_generate_streams_text_and_ends_with_figures(optimizer: Callable, tmp_pa
     assert json.loads(both.out)[1]["tokens"] == document["tokens"]
     copied = optimizer("generate", package, "--prompt", "The king said", "-n", "6", "--no-mmap", "--json")
     assert json.loads(copied.out)["tokens"] == document["tokens"]
+    (tmp_path / "prompt.txt").write_text("The king said\r\n", encoding="utf-8", newline="")
+    read = optimizer("generate", package, "--prompt-file", tmp_path / "prompt.txt", "-n", "6", "--json")
+    assert json.loads(read.out)["prompt"] == "The king said"
+    assert json.loads(read.out)["tokens"] == document["tokens"]
     assert optimizer("generate", package, "--prompt", "a", "--system", "b").code == 10
     without = optimizer("generate", package, "--prompt", "a", "--chat")
     assert without.code == 10

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +56,36 @@ def test_missing_dependency(optimizer: Callable, perceptron: Path, monkeypatch: 
     assert optimizer("compile", perceptron).code == 70
     monkeypatch.setattr("importlib.import_module", lambda _: __import__("surely_absent"))
     _fails(optimizer("compile", perceptron), 1, "surely_absent", "pip install")
+
+
+def test_output_that_finds_no_room(optimizer: Callable, perceptron: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("importlib.import_module", fail)
+    _fails(optimizer("inspect", perceptron), 1, "No space left on device", "write elsewhere")
+
+
+def test_characters_that_the_output_lacks_are_replaced(optimizer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert optimizer("targets").code == 0
+    stream.write("é")
+    stream.flush()
+    assert stream.buffer.getvalue().endswith(b"?")
+
+
+def test_generate_without_a_prompt(optimizer: Callable, tmp_path: Path) -> None:
+    finished = optimizer("generate", tmp_path)
+    assert (finished.code, "--prompt-file" in finished.err) == (2, True)
+    _fails(optimizer("generate", tmp_path, "--prompt-file", tmp_path / "none"), 10, "none", "No such file")
+    (tmp_path / "latin").write_bytes("é".encode("latin-1"))
+    _fails(optimizer("generate", tmp_path, "--prompt-file", tmp_path / "latin"), 10, "latin", "not UTF-8")
+
+
+def test_a_prompt_from_standard_input(optimizer: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    _fails(optimizer("generate", tmp_path, "--prompt-file", "-"), 10, "not UTF-8")
 
 
 def test_inputs_larger_than_memory(optimizer: Callable, perceptron: Path, tmp_path: Path) -> None:
