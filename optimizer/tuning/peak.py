@@ -22,10 +22,13 @@ from schedules.intrin.bf16_dot import PAIR, bf16_dot
 from schedules.intrin.integer_dot import integer_dot
 from schedules.intrin.llvm_call import splat
 from schedules.intrin.matrix_tiles import matrix_tiles
+from schedules.loops import prefetch
 from targets.base import Target
 
 # Independent chains of multiply-adds: more than latency (4 cycles) times two units, fewer than the 32 registers.
 _CHAINS = 24
+# How far ahead of its use each of several parts is asked for.
+_AHEAD_BYTES = 1024
 
 Array = NDArray[np.generic]
 # What is multiplied: fp32 (and whatever is widened to it), pairs of bfloat16, or integers of 8 bits.
@@ -158,12 +161,20 @@ def move(target: Target, read: int, written: int, threads: int) -> Work:
     """Return a function that reads and writes as many bytes, and its arguments.
 
     As much as is both read and written is copied; what more is read is added up, and what more is written is filled.
+    What is added up comes from as many parts by turns as the target reads fastest from, asked for where it is several.
     """
-    lanes, chains = target.vector_lanes(32), _CHAINS
+    lanes, chains, streams = target.vector_lanes(32), _CHAINS, target.read_streams
     step = 4 * lanes * threads
     copied, filled = min(read, written) // step, max(0, written - read) // step
     summed = max(0, read - written) // (step * chains)
     source_vectors, result_vectors = max(1, copied + summed * chains), max(1, copied + filled)
+    part, ahead = summed * chains // streams, _AHEAD_BYTES // (4 * lanes)
+
+    def at(row: tvm.ir.Expr, chain: tvm.ir.Expr) -> tvm.ir.Expr:
+        return copied + chain % streams * part + row * (chains // streams) + chain // streams
+
+    def asked(read: tvm.ir.Expr) -> tvm.ir.Expr:
+        return prefetch(read, target.streamed_to).value
 
     @T.prim_func(s_tir=True)
     def move_all(
@@ -185,9 +196,10 @@ def move(target: Target, read: int, written: int, threads: int) -> Work:
                         total[chain, T.ramp(0, 1, lanes)] = T.broadcast(T.float32(0), lanes)
                     for row in range(summed):
                         for chain in T.unroll(chains):
+                            if streams > 1:
+                                T.evaluate(asked(source[owner, at(row, chain) + ahead, 0]))
                             total[chain, T.ramp(0, 1, lanes)] = (
-                                total[chain, T.ramp(0, 1, lanes)]
-                                + source[owner, copied + row * chains + chain, T.ramp(0, 1, lanes)]
+                                total[chain, T.ramp(0, 1, lanes)] + source[owner, at(row, chain), T.ramp(0, 1, lanes)]
                             )
                     for chain in T.unroll(chains):
                         sums[owner, chain, T.ramp(0, 1, lanes)] = total[chain, T.ramp(0, 1, lanes)]

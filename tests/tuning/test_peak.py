@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
+import tvm
 
 import targets
 from optimizer.tuning.machines import ThisMachine, measured_peaks
-from optimizer.tuning.peak import Peaks
+from optimizer.tuning.peak import Peaks, read
 from targets.host import missing_features
 from tests.tuning.examples import TARGET
 
@@ -23,6 +27,17 @@ def test_a_kernel_takes_as_long_as_its_sums_or_its_bytes() -> None:
 
 def test_bytes_that_fit_the_caches_move_faster() -> None:
     assert _PEAKS.least_seconds(0, 1 << 20, "float32") == pytest.approx((1 << 20) / 2e11)
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4])
+def test_a_read_adds_up_each_element_once(streams: int) -> None:
+    target = replace(TARGET, read_streams=streams)
+    function, arrays = read(target, 1 << 20, 2)
+    assert arrays[0].nbytes <= 1 << 20
+    elements = np.arange(arrays[0].size).reshape(arrays[0].shape) % 7
+    source, *others = (tvm.runtime.tensor(array) for array in (elements.astype(np.float32), *arrays[1:]))
+    tvm.compile(function, target=target.tvm_target())["main"](source, *others)
+    np.testing.assert_array_equal(others[-1].numpy().sum((1, 2)), elements.sum((1, 2)))
 
 
 def test_every_peak_of_this_machine_is_measured() -> None:
