@@ -9,6 +9,7 @@ is rounded to pairs of channels, which a dot product adds up in one instruction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,7 @@ from schedules.loops import (
     loop,
     parallel,
     product,
+    quotient,
     store,
     tile_choice,
     tiles,
@@ -43,7 +45,7 @@ from schedules.stages import sequence
 from schedules.winograd_combination import combined
 from schedules.winograd_products import Factors, NarrowProducts
 from schedules.winograd_structure import WinogradAnalysis, analyse
-from schedules.winograd_task import BLOCKS, task_shape
+from schedules.winograd_task import BLOCKS, images_together, task_shape
 from targets.base import Target
 
 # Rows of a transformed matrix whose vectors fit 32 registers with what they are computed of.
@@ -82,23 +84,27 @@ class Winograd:
 
     def apply(self, analysis: WinogradAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the loop nest."""
-        terms = terms_at_once(target)
+        terms, together = terms_at_once(target), images_together(target, analysis)
+        if parameters["tiles"] < together * math.prod(analysis.tiles):
+            together = 1
         pairs, dot = bf16_pairs(target), bf16_dot(target)
         if not analysis.in_pairs or pairs is None or dot is None:
-            statement = _Emitter(analysis, parameters, terms, None).statement()
+            statement = _Emitter(analysis, parameters, terms, None, together).statement()
         else:
-            statement = pairs.imported(_Emitter(analysis, parameters, terms, NarrowProducts(pairs, dot)).statement())
+            products = NarrowProducts(pairs, dot)
+            statement = pairs.imported(_Emitter(analysis, parameters, terms, products, together).statement())
         return with_fences(statement, target) if terms > 1 else statement
 
 
 @dataclass(frozen=True)
 class _Emitter:
-    """Emission of one convolution under given parameters."""
+    """Emission of one convolution under given parameters: tasks have the tiles of `together` images, or of one."""
 
     analysis: WinogradAnalysis
     parameters: Parameters
     terms_at_once: int
     rounded: NarrowProducts | None
+    together: int
 
     @cached_property
     def window(self) -> int:
@@ -110,29 +116,34 @@ class _Emitter:
 
     def statement(self) -> Stmt:
         """Return the parallel loop over images, parts of the output channels, and groups of tiles."""
-        rows, columns = self.analysis.tiles
+        total = math.prod(self.analysis.tiles)
         count, blocks = self.parameters["tiles"], self.parameters["task_blocks"]
         batch = self.analysis.data.shape[0]
         images: Extent = as_int(batch) or batch
-        extents = [images, -(-self.output_blocks // blocks), -(-rows * columns // count)]
+        extents = [
+            quotient(images, self.together),
+            -(-self.output_blocks // blocks),
+            -(-total * self.together // count),
+        ]
 
         def task(number: Expr) -> Stmt:
-            image, part, group = unflatten(number, extents)
+            images, part, group = unflatten(number, extents)
+            image = images * self.together
 
             def of_tiles(first: Expr, width: int) -> Stmt:
                 return tile_choice(
                     part, self.output_blocks, blocks, lambda o, n: _Task(self, image, first, width, o, n).statement()
                 )
 
-            return tile_choice(group, rows * columns, count, of_tiles)
+            return tile_choice(group, total * self.together, count, of_tiles)
 
-        work = product([images, rows * columns, self.window**2, self.analysis.channels, self.output_blocks])
+        work = product([images, total, self.window**2, self.analysis.channels, self.output_blocks])
         return parallel(product(extents), task, is_large(work))
 
 
 @dataclass(frozen=True)
 class _Task:
-    """`width` tiles of an image from number `first` on, by `blocks` blocks of output channels from `output` on."""
+    """`width` tiles from number `first` of `image` on, by `blocks` blocks of output channels from `output` on."""
 
     emitter: _Emitter
     image: Expr
@@ -184,8 +195,16 @@ class _Task:
     def _corner(self, tile: Expr, stride: int = 1) -> tuple[Expr, Expr]:
         """Return the first row and column of the result in a tile of the task, times `stride`."""
         number, columns = self.first + tile, index(self.analysis.tiles[1])
+        if self.emitter.together > 1:
+            number = tirx.floormod(number, index(math.prod(self.analysis.tiles)))
         size = self.analysis.transforms.tile * stride
         return tirx.floordiv(number, columns) * size, tirx.floormod(number, columns) * size
+
+    def _image_of(self, tile: Expr) -> Expr:
+        """Return the number of the image that a tile of the task is of."""
+        if self.emitter.together == 1:
+            return self.image
+        return self.image + tirx.floordiv(self.first + tile, index(math.prod(self.analysis.tiles)))
 
     def _transform(self) -> Stmt:
         """Return the transform of the image's tiles; those at its borders are copied among zeros first."""
@@ -196,7 +215,7 @@ class _Task:
             corner = [at - before for at, before in zip(first, self.analysis.before, strict=True)]
 
             def element(row: Expr, column: Expr, v: Expr) -> Expr:
-                position = [self.image, channels, corner[0] + row, corner[1] + column, v]
+                position = [self._image_of(tile), channels, corner[0] + row, corner[1] + column, v]
                 return load(self.analysis.data, position).astype("float32")
 
             patch = local([window, window, self.lanes], "float32", "patch")
@@ -301,14 +320,15 @@ class _Task:
                 )
 
             def rows(row: Expr) -> Stmt:
-                return self._result_row(half, row, (corner[0] + row, corner[1]), block + o)
+                return self._result_row(half, row, (self._image_of(tile), corner[0] + row, corner[1]), block + o)
 
             return with_local([half], [loop(window, columns), loop(size, rows)])
 
         return loop(self.width, lambda tile: loop(count, lambda o: each(tile, o)))
 
-    def _result_row(self, half: Var, row: Expr, corner: tuple[Expr, Expr], block: Expr) -> Stmt:
-        """Return a row of a tile of the result, as far as it lies inside."""
+    def _result_row(self, half: Var, row: Expr, corner: tuple[Expr, Expr, Expr], block: Expr) -> Stmt:
+        """Return a row of a tile of the result, as far as it lies inside; `corner` has its image, row and column."""
+        image, result_row, first_column = corner
         size, matrix = self.analysis.transforms.tile, self.analysis.transforms.outputs
         result = local([size, self.lanes], "float32", "result")
         compute = combined(
@@ -320,15 +340,15 @@ class _Task:
 
         def finish(column: int) -> Stmt:
             def element(v: Expr) -> Stmt:
-                position = [self.image, block, corner[0], corner[1] + column, v]
+                position = [image, block, result_row, first_column + column, v]
                 names = zip(self.analysis.axes, position, strict=True)
                 point = {axis: value for axis, value in names if isinstance(axis, Var)}
                 return self.analysis.epilogue.store(load(result, [index(column), v]), point)
 
             done = vector(self.lanes, element)
             last = self.analysis.size[1]
-            return tirx.IfThenElse(corner[1] + column < last, done, None) if last % size else done
+            return tirx.IfThenElse(first_column + column < last, done, None) if last % size else done
 
         rows = self.analysis.size[0]
         body = with_local([result], [compute, *map(finish, range(size))])
-        return tirx.IfThenElse(corner[0] < rows, body, None) if rows % size else body
+        return tirx.IfThenElse(result_row < rows, body, None) if rows % size else body

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from passes.winograd import error_growth, pack_winograd
 from schedules.schedule import schedule_module
 from schedules.winograd_structure import winograd
 from schedules.winograd_transforms import SIZES, transforms
+from targets.base import Target
 from tests.schedules.execution import TARGET, Dimension, compiled, lower, module_of, normal
 from tests.schedules.test_convolution import convolve
 
@@ -33,6 +36,7 @@ def filtered(
     after: tuple[int, int] = (1, 1),
     batch: Dimension | None = None,
     stride: int = 1,
+    target: Target = TARGET,
 ) -> np.ndarray:
     """Return relu(conv(x, w) + residual of ones) by F(tile, 3)."""
     size = tuple((n + b + a - 3) // stride + 1 for n, b, a in zip(x.shape[2:], before, after, strict=True))
@@ -45,7 +49,7 @@ def filtered(
         return op.nn.relu(op.add(y, relax.const(np.ones((1, 1, *size, 1), np.float32))))
 
     module = module_of(layer, [[batch or len(x), *image.shape[1:]]], ["float32"])
-    module, reports = schedule_module(lower(module), TARGET)
+    module, reports = schedule_module(lower(module), target)
     assert "winograd" in {report.family for report in reports}
     result = np.moveaxis(compiled(module)(image), -1, 2)
     return result.reshape(len(x), -1, *size)[:, : len(w)]
@@ -75,6 +79,23 @@ def test_filtering_of_any_size_stride_and_padding(
     padded = np.pad(x, [(0, 0), (0, 0), *zip(before, after, strict=True)])
     want = np.maximum(convolve(padded, w, stride) + 1, 0)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=6 * 2.0**-24 * 3 * error_growth(tile, channels[0], stride))
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    form=st.sampled_from(FORMS),
+    size=st.tuples(st.integers(3, 13), st.integers(3, 13)),
+    channels=st.sampled_from([(48, 144), (40, 100)]),
+    batch=st.sampled_from([2, 4, 5, 6, 8]),
+)
+def test_tasks_have_the_tiles_of_several_small_images(
+    form: tuple[int, int], size: tuple[int, int], channels: tuple[int, int], batch: int
+) -> None:
+    x, w = normal(batch, channels[0], *size), normal(channels[1], channels[0], 3, 3, seed=1)
+    tile, stride = form
+    caches = replace(TARGET.caches, level2=256 * 1024)
+    got = filtered(x, w, tile, stride=stride, target=replace(TARGET, multiply_adds=2, caches=caches))
+    np.testing.assert_array_equal(got, filtered(x, w, tile, stride=stride))
 
 
 def test_symbolic_batch() -> None:
