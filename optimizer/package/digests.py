@@ -3,8 +3,8 @@
 All of a decoder's weights are digested before its first token. SHA-256 goes through its bytes one after the other, at
 1.7 GB/s on one core of a Granite Rapids; BLAKE3 has lanes for vectors, and makes 6.5. A file has one digest for each
 piece, and whoever knows all of them, in order, and its size, knows the file. Each piece is mapped and digested where it
-lies: 700 MB take 180 ms of a core, and 235 where they are read into a buffer first. It stays mapped no longer, so that
-a process that leaves some weights alone does not hold them in memory.
+lies: 700 MB take 180 ms of a core, and 235 where they are read into a buffer first. Weights that stay mapped are
+digested there, so that the first token finds all of their pages: one by one they take 35 ms of these 700 MB.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from io import BufferedReader
 
 from blake3 import blake3
+
+from optimizer.package.pieces import bring_in
 
 DIGESTED_BYTES = 4 << 20
 """Bytes that have a digest of their own: so many that threads seldom wait for Python's lock in between."""
@@ -48,6 +50,18 @@ def digests_of(opened: Callable[[], BufferedReader], size: int, pool: ThreadPool
     """
     starts = range(0, max(size, 1), DIGESTED_BYTES)
     return pool.map(lambda start: _digest(opened, start, min(DIGESTED_BYTES, size - start)), starts)
+
+
+def digests_in(mapping: mmap.mmap, first: int, size: int, pool: ThreadPoolExecutor) -> Iterator[str]:
+    """Return the BLAKE3 of each piece of `size` bytes of mapped memory from `first` on, as `digests_of` does."""
+
+    def digest(start: int) -> str:
+        begin, end = first + start, first + min(start + DIGESTED_BYTES, size)
+        bring_in(mapping, begin, end)
+        with memoryview(mapping) as pages, pages[begin:end] as piece:
+            return blake3(piece).hexdigest()
+
+    return pool.map(digest, range(0, size, DIGESTED_BYTES))
 
 
 def _digest(opened: Callable[[], BufferedReader], start: int, size: int) -> str:

@@ -6,15 +6,16 @@ import hashlib
 import mmap
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
 
 from optimizer.errors import PackageError
 from optimizer.package.archive import read_members
-from optimizer.package.digests import digesting, digests_of
+from optimizer.package.digests import digesting, digests_in, digests_of
 from optimizer.package.entry_points import MANIFEST_NAME
 from optimizer.package.manifest import DIGEST_NAME, FORMAT, MAX_FILES, MAX_MANIFEST_BYTES, Manifest
 from optimizer.package.pieces import ask_for_huge_pages
@@ -41,8 +42,9 @@ class FileLocation:
         with self.open() as stream:
             return stream.read(self.bytes)
 
-    def map(self) -> tuple[mmap.mmap, int]:
-        """Return the file mapped read-only, and where in the mapping the bytes begin; they may not be none."""
+    @cached_property
+    def mapping(self) -> tuple[mmap.mmap, int]:
+        """The file mapped read-only, once and for all, and where in that the bytes begin; they may not be none."""
         skipped = self.offset % mmap.ALLOCATIONGRANULARITY
         with self.open() as stream:
             length, start = skipped + self.bytes, self.offset - skipped
@@ -50,8 +52,13 @@ class FileLocation:
         ask_for_huge_pages(mapping)
         return mapping, skipped
 
-    def digests(self, pool: ThreadPoolExecutor) -> Iterator[str]:
-        """Return the BLAKE3 of each piece in hexadecimal, as a `FileRecord` has them; `pool` begins at once."""
+    def digests(self, pool: ThreadPoolExecutor, *, in_place: bool = False) -> Iterator[str]:
+        """Return the BLAKE3 of each piece in hexadecimal, as a `FileRecord` has them; `pool` begins at once.
+
+        Digested `in_place` are the bytes of `mapping`, which is in memory then.
+        """
+        if in_place and self.bytes:
+            return digests_in(*self.mapping, self.bytes, pool)
         return digests_of(self.open, self.bytes, pool)
 
 
@@ -63,13 +70,17 @@ class Package:
     manifest: Manifest
     locations: Mapping[str, FileLocation]
 
-    def verify(self, threads: int | None = None) -> None:
+    def verify(self, threads: int | None = None, *, in_place: Collection[str] = ()) -> None:
         """Raise PackageError unless every file's pieces have the digests that the manifest records.
 
-        They are digested by so many `threads`, by default one for each CPU of this process.
+        They are digested by so many `threads`, by default one for each CPU of this process. Those files that are read
+        next where they are mapped are digested `in_place`, so that no page of them is missing then.
         """
         with digesting(threads) as pool:
-            found = [(record, self.locations[record.name].digests(pool)) for record in self.manifest.files]
+            found = [
+                (record, self.locations[record.name].digests(pool, in_place=record.name in in_place))
+                for record in self.manifest.files
+            ]
             for record, digests in found:
                 if tuple(digests) != record.blake3:
                     raise PackageError(

@@ -24,7 +24,7 @@ def map_file(location: FileLocation) -> NDArray[np.uint8]:
     """
     if not location.bytes:
         return np.empty(0, np.uint8)
-    mapping, skipped = location.map()
+    mapping, skipped = location.mapping
     view = np.frombuffer(mapping, np.uint8)
     memory = (ctypes.c_uint8 * view.size).from_address(view.ctypes.data)
     vars(memory)["mapping"] = view

@@ -32,9 +32,9 @@ def test_digests_are_those_of_each_piece(tmp_path: Path, size: int, before: int,
     path.write_bytes(bytes(before) + data + b"behind")
     location = FileLocation(path, before, size)
     with digesting(threads) as pool:
-        found = list(location.digests(pool))
+        found, in_place = list(location.digests(pool)), list(location.digests(pool, in_place=True))
     pieces = [data[start : start + DIGESTED_BYTES] for start in range(0, max(size, 1), DIGESTED_BYTES)]
-    assert found == [blake3(piece).hexdigest() for piece in pieces]
+    assert found == in_place == [blake3(piece).hexdigest() for piece in pieces]
     assert len(found) == piece_count(size)
 
 
@@ -67,7 +67,7 @@ def test_a_changed_byte_of_any_piece_is_found(write: WritePackage, name: str, pl
         stream.write(bytes([byte ^ 0x10]))
     for threads in (1, 3):
         with pytest.raises(PackageError, match="large was altered"):
-            package.verify(threads)
+            package.verify(threads, in_place=[] if threads == 1 else ["large"])
 
 
 def test_exchanged_pieces_are_found(write: WritePackage) -> None:

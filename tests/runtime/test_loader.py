@@ -14,7 +14,8 @@ import tvm.base
 
 from optimizer.errors import IncompatibleMachineError, OptionError, PackageError
 from optimizer.package.manifest import Library
-from optimizer.runtime import load, machine
+from optimizer.package.reader import open_package
+from optimizer.runtime import load, loader, machine
 from optimizer.runtime.devices import runs_on
 from optimizer.runtime.tensors import wrap_bytes
 
@@ -136,6 +137,24 @@ def run_python(program: str, *arguments: object, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@FORMS
+def test_weights_are_digested_where_they_are_mapped(
+    write_linear: WritePackage, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_linear(name)
+    inputs = {"x.0/data": np.ones((2, 4), np.float32), "scale": np.float32(2)}
+    expected = load(path)(inputs)["y"]
+    monkeypatch.setattr(loader, "_MANY_PAGES", 0)
+    model = load(path)
+    np.testing.assert_array_equal(model(inputs)["y"], expected)
+    location = open_package(path).locations["weights.bin"]
+    with location.path.open("r+b") as stream:
+        stream.seek(location.offset)
+        stream.write(b"\xff")
+    with pytest.raises(PackageError, match="was altered"):
+        load(path)
 
 
 BLAS_THREADS = """
