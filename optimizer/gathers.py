@@ -9,7 +9,8 @@ from __future__ import annotations
 import tvm
 from tvm import tirx
 
-from schedules.stages import OpaqueStage, parse
+from schedules.stage_parsing import parse
+from schedules.stages import OpaqueStage
 
 # TVM's OpPatternKind.
 _INJECTIVE = 2

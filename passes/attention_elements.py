@@ -16,7 +16,8 @@ from tvm import relax, sym, te, tirx
 from passes.base import Dataflow, require
 from passes.tensor_types import shape_of
 from passes.views import Element, Index, behind_view, broadcast, position
-from schedules.stages import Stage, bind, parse, replace_loads, substitute, variables_of
+from schedules.stage_parsing import parse
+from schedules.stages import Stage, bind, replace_loads, substitute, variables_of
 
 # Values of the symbols and axes that an element is written in, and the tensors that it reads.
 Substitution = Mapping[tvm.ir.Var, tvm.ir.Expr]

@@ -29,7 +29,8 @@ from schedules.attention_mask import choice_of
 from schedules.attention_structure import AttentionAnalysis, analyse, whole
 from schedules.intrin.bf16_pairs import PAIR, bf16_pairs
 from schedules.quantized_structure import operands_of
-from schedules.stages import Stage, parse
+from schedules.stage_parsing import parse
+from schedules.stages import Stage
 
 
 @dataclass(frozen=True)

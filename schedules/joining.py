@@ -31,7 +31,8 @@ from schedules.rounded_rows import is_rounding, only_rounds
 from schedules.row_parts import PartedKernel
 from schedules.rowwise import Rowwise
 from schedules.schedule import kernels_of
-from schedules.stages import Axis, OpaqueStage, Stage, StagedFunction, parse, sequence, substitute
+from schedules.stage_parsing import parse
+from schedules.stages import Axis, OpaqueStage, Stage, StagedFunction, sequence, substitute
 from schedules.winograd import Winograd
 from targets.base import Target
 

@@ -28,7 +28,8 @@ from schedules.kernels import cut
 from schedules.matmul import Matmul, MatmulAnalysis, dot_of
 from schedules.packing import Packing, reading_packed
 from schedules.report import is_scheduled
-from schedules.stages import contains, parse
+from schedules.stage_parsing import parse
+from schedules.stages import contains
 from schedules.tied_tables import PackedWeight, gather_from_packed
 from targets.base import Target
 

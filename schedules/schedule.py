@@ -23,7 +23,8 @@ from schedules.kernels import cut
 from schedules.quotients import truncate_quotients
 from schedules.registry import FAMILIES
 from schedules.report import SCHEDULED, Decide, KernelReport, is_scheduled
-from schedules.stages import OpaqueStage, StagedFunction, parse, sequence
+from schedules.stage_parsing import parse
+from schedules.stages import OpaqueStage, StagedFunction, sequence
 from schedules.streaming import streamed
 from schedules.workload import identity
 from targets.base import Target

@@ -28,7 +28,7 @@ from schedules.reduction import Reduction
 from schedules.registry import FAMILIES
 from schedules.rowwise import Rowwise
 from schedules.schedule import kernels_of
-from schedules.stages import parse
+from schedules.stage_parsing import parse
 from schedules.transpose import Transpose
 from schedules.winograd import Winograd
 from targets.base import Target

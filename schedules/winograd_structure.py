@@ -20,7 +20,8 @@ from schedules.inline import inline
 from schedules.intrin.bf16_conversion import BFLOAT16
 from schedules.intrin.bf16_dot import PAIR
 from schedules.loops import INDEX, index
-from schedules.stages import Stage, StagedFunction, contains, parse, simplify_indices, substitute, variables_of
+from schedules.stage_parsing import parse
+from schedules.stages import Stage, StagedFunction, contains, simplify_indices, substitute, variables_of
 from schedules.winograd_transforms import SIZES, Matrix, Transforms, transforms
 
 Size = tuple[int, int]

@@ -19,7 +19,8 @@ from optimizer.tuning.records import WorkloadKey
 from schedules import KernelReport
 from schedules.family import Space
 from schedules.loops import Extent
-from schedules.stages import Stage, parse, substitute, variables_of
+from schedules.stage_parsing import parse
+from schedules.stages import Stage, substitute, variables_of
 from schedules.streaming import LAST_CACHE_BYTES
 
 Sizes = Mapping[str, int]

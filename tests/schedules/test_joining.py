@@ -8,7 +8,7 @@ from tvm import te, tirx, topi
 import targets
 from schedules import schedule_function
 from schedules.joining import is_one_kernel, joined
-from schedules.stages import parse
+from schedules.stage_parsing import parse
 from targets.base import Target
 
 _TARGET = targets.get("x86-avx512")

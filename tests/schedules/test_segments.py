@@ -7,7 +7,8 @@ from tvm.relax import op
 
 from schedules.access import branches_on
 from schedules.segments import MOST_SEGMENTS, phases, segments
-from schedules.stages import Stage, parse
+from schedules.stage_parsing import parse
+from schedules.stages import Stage
 from tests.schedules.execution import normal, run
 
 
