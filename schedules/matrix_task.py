@@ -147,21 +147,31 @@ class MatrixTask:
 
     @property
     def _passing(self) -> Passing:
-        """Return which operand leaves the first-level cache to the other: weights that it cannot keep.
+        """Return which operand leaves the first-level cache to the other: one that is not read again soon.
 
-        Where the second-level one keeps not all that is read, steps ask for them: 1024 to 256 channels of 8 images of
-        14x14 took 346 us, and 302 so, 3x3 filters of 512 to 512 at 7x7 787 and 747. Where it does, 3x3 filters of 256
-        at 14x14 took 8 % longer so (Granite Rapids).
+        With one tap these are the pixels where the weights of 32 channels fit: 512 to 512 channels of 8 images of 14x14
+        took 319 us, and 258 so, 512 to 1024 with stride 2 780 and 584. Otherwise they are weights that do not fit, and
+        where the second-level cache keeps not all that is read, steps ask for them: 1024 to 256 channels of 14x14 took
+        346 us, and 302 so, 3x3 filters of 512 to 512 at 7x7 787 and 747. Where it does, 3x3 filters of 256 at 14x14
+        took 8 % longer so (Granite Rapids).
         """
         kept = self._bytes_of_block
         if self._pixels_first:
             kept *= self.analysis.lanes // BLOCK * self.channels
+        elif self._pixels_pass and kept * KEPT_WEIGHTS[1] <= self.caches.level1 * KEPT_WEIGHTS[0]:
+            return Passing.ROWS
         if kept * KEPT_WEIGHTS[1] < self.caches.level1 * KEPT_WEIGHTS[0]:
             return Passing.NEITHER
         read = bytes_of(self.analysis.windows.data.source) + self.analysis.bytes_of_weights
         in_order = self.analysis.lanes == BLOCK and not self._pixels_first
         is_far = in_order and self._bytes_of_block > self.caches.level1 and read > self.caches.level2
         return Passing.FAR_COLUMNS if is_far else Passing.COLUMNS
+
+    @property
+    def _pixels_pass(self) -> bool:
+        """Whether a pixel is read by one tap, for 32 channels at once, and the cache keeps none for the next ones."""
+        is_one = self.analysis.vertical.taps * self.analysis.horizontal.taps == 1 and self.analysis.lanes == BLOCK
+        return is_one and self._size * self.analysis.depth_blocks * BYTES > self.caches.level1
 
     def of(self, begin: Expr) -> Stmt:
         """Return all pixels of the blocks of channels from `begin` on."""
