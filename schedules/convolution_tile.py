@@ -121,8 +121,8 @@ def asks_for_columns(analysis: ChannelWindows, target: Target, blocks: int) -> b
 
     Where a tap's weights of `blocks` do not stay in the first-level cache, requests for them take as many of its fill
     buffers as reading them would; columns of as many channels come in pieces from farther away. ResNet-50's 1x1 layers
-    of 512 to 2048 input channels take 5 to 18 % less with one image, 1 to 8 % with eight (Granite Rapids; measured only
-    on cores that begin two multiply-adds a cycle).
+    of 512 to 2048 input channels take 5 to 18 % less with one image; with eight, up to 8 % in one run and nothing in
+    another (Granite Rapids; measured only on cores that begin two multiply-adds a cycle).
     """
     depth = analysis.depth
     if target.multiply_adds == 1 or depth is None or analysis.columns is None or not isinstance(depth.extent, int):
