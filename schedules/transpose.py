@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import tvm_ffi
 from tvm import sym, tirx
 from tvm.ir import Expr, Range, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.access import Access, AxisGroup, Step, as_int, branches_on, free_variables, group_axes
+from schedules.access import AxisGroup, Step, as_int, branches_on, free_variables, group_axes
 from schedules.division import TASKS_PER_CORE, Division
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
 from schedules.intrin.bf16_conversion import BFLOAT16
@@ -43,8 +44,10 @@ from schedules.streaming import LAST_CACHE_BYTES
 from schedules.turn import interleave_rows, turn_rows, turn_short_rows
 from targets.base import Target
 
-# Below this a tile is too narrow for its detour through memory to pay.
+# Below this a tile is too narrow for its detour through memory to pay, unless it is of pairs, which one shuffle takes
+# apart or brings together.
 SHORTEST_AXIS = 4
+PAIR = 2
 # How many tiles ahead lines are asked for: rows are too far apart for the hardware to see what comes next.
 TILES_AHEAD = 4
 
@@ -142,25 +145,42 @@ class Transpose:
 
 
 def _with_blocks_apart(stage: Stage) -> Stage:
-    """Return `stage` with each axis that is read in blocks, as [..., axis // b, ..., axis % b], as two axes."""
+    """Return `stage` with each axis that is read in blocks, by axis // b and axis % b, as two axes, and these, too."""
     for axis in stage.spatial:
-        blocks = {Access(read.source, tuple(read.indices)).block(axis) for read in stage.loads()} - {0}
-        size = min(blocks, default=0)
-        if len(blocks) != 1 or not isinstance(axis.extent, int) or axis.extent % size:
-            continue
-        parts = [Axis(Var("block", axis.variable.ty), axis.extent // size), Axis(Var("member", axis.variable.ty), size)]
-        place = parts[0].variable * size + parts[1].variable
-        analyzer = sym.Analyzer()
-        for own in parts:
-            analyzer.bind(own.variable, Range(tirx.const(0, own.variable.ty), tirx.const(own.extent, own.variable.ty)))
-        indices, value = stage.at({axis.variable: place})
-
-        def simplified(read: TensorLoad, known: sym.Analyzer = analyzer) -> Expr:
-            return load(read.source, [known.simplify(each) for each in read.indices])
-
-        spatial = tuple(part for each in stage.spatial for part in (parts if each is axis else [each]))
-        stage = replace(stage, indices=indices, value=replace_loads(value, simplified), spatial=spatial)
+        size = _block_size(stage.loads(), axis)
+        if isinstance(axis.extent, int) and size > 1 and axis.extent % size == 0:
+            return _with_blocks_apart(_with_two_axes(stage, axis, axis.extent // size, size))
     return stage
+
+
+def _with_two_axes(stage: Stage, axis: Axis, count: int, size: int) -> Stage:
+    """Return `stage` with `axis` as two: `count` blocks of `size` members."""
+    parts = [Axis(Var("block", axis.variable.ty), count), Axis(Var("member", axis.variable.ty), size)]
+    place = parts[0].variable * size + parts[1].variable
+    analyzer = sym.Analyzer()
+    for own, extent in zip(parts, (count, size), strict=True):
+        analyzer.bind(own.variable, Range(tirx.const(0, own.variable.ty), tirx.const(extent, own.variable.ty)))
+    indices, value = stage.at({axis.variable: place})
+
+    def simplified(read: TensorLoad) -> Expr:
+        return load(read.source, [analyzer.simplify(each) for each in read.indices])
+
+    spatial = tuple(part for each in stage.spatial for part in (parts if each is axis else [each]))
+    return replace(stage, indices=indices, value=replace_loads(value, simplified), spatial=spatial)
+
+
+def _block_size(reads: Sequence[TensorLoad], axis: Axis) -> int:
+    """Return the largest b of which reads have a remainder axis % b, 0 where there is none."""
+    sizes: set[int] = set()
+
+    def note(remainder: tirx.FloorMod) -> None:
+        if remainder.a.same_as(axis.variable):
+            sizes.add(as_int(remainder.b) or 0)
+
+    for read in reads:
+        for position in read.indices:
+            tvm_ffi.structural_walk(position, (tirx.FloorMod, note))
+    return max(sizes, default=0)
 
 
 def _overlapping(start: Expr, extent: int, side: int, body: Callable[[Expr, int], Stmt]) -> Stmt:
@@ -193,7 +213,7 @@ def _is_strided(read: TensorLoad, along: AxisGroup) -> bool:
 
 
 def _long(group: AxisGroup) -> bool:
-    return isinstance(group.extent, int) and group.extent >= SHORTEST_AXIS
+    return isinstance(group.extent, int) and (group.extent == PAIR or group.extent >= SHORTEST_AXIS)
 
 
 def _tile(
@@ -253,12 +273,15 @@ def _tile(
 
 
 def _rows_of_vector(analysis: TransposeAnalysis, columns: int, target: Target) -> int:
-    """Return how many rows of a result that is rounded make one vector: short ones that follow each other.
+    """Return how many rows of a result make one vector: short ones that follow each other, pairs or those rounded.
 
     The instruction that rounds a vector takes numbers below the normal ones for zero, as products in tile registers do.
     """
-    stage, lanes = analysis.stage, target.vector_lanes(32)
-    if str(stage.output.dtype) != BFLOAT16 or matrix_tiles(target, BFLOAT16, BFLOAT16) is None:
+    stage, lanes = analysis.stage, target.vector_lanes(max(32, analysis.stage.output.dtype.bits))
+    if str(stage.output.dtype) == BFLOAT16:
+        if matrix_tiles(target, BFLOAT16, BFLOAT16) is None:
+            return 1
+    elif columns != PAIR:
         return 1
     if len(analysis.turned) != len(stage.loads()) or free_variables(stage) or columns != analysis.along.extent:
         return 1

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tvm import relax
+from tvm import relax, te
 from tvm.relax import op
 
 from passes.blocked_operators import from_blocks
@@ -42,6 +42,38 @@ def test_transposition(shape: tuple[int, ...], axes: list[int]) -> None:
     x = normal(*shape)
     got, _ = run(lambda x: op.permute_dims(x, axes), [x])
     np.testing.assert_array_equal(got, x.transpose(axes))
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    channels=st.integers(1, 5),
+    height=st.integers(1, 9),
+    width=st.integers(1, 70),
+    dtype=st.sampled_from(["float32", "int8", "float16", "int64"]),
+)
+def test_pairs_of_columns_brought_together_and_taken_apart(channels: int, height: int, width: int, dtype: str) -> None:
+    def together(x: te.Tensor) -> te.Tensor:
+        """Return depth to space with blocks of 2."""
+        return te.compute(
+            (channels, 2 * height, 2 * width),
+            lambda c, h, w: x[h % 2 * (2 * channels) + w % 2 * channels + c, h // 2, w // 2],
+        )
+
+    def apart(x: te.Tensor) -> te.Tensor:
+        """Return space to depth, which undoes it."""
+        return te.compute(
+            (4 * channels, height, width),
+            lambda c, h, w: x[c % channels, h * 2 + c // (2 * channels), w * 2 + c // channels % 2],
+        )
+
+    x = integers(4 * channels, height, width, dtype=dtype)
+    want = x.reshape(2, 2, channels, height, width).transpose(2, 3, 0, 4, 1).reshape(channels, 2 * height, 2 * width)
+    got, families = run(lambda x: relax.BlockBuilder.current().call_te(together, x), [x])
+    np.testing.assert_array_equal(got, want)
+    assert width < 4 or families == {"transpose"}
+    back, families = run(lambda x: relax.BlockBuilder.current().call_te(apart, x), [want])
+    np.testing.assert_array_equal(back, x)
+    assert width < 4 or families == {"transpose"}
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
