@@ -26,7 +26,6 @@ WEIGHT_COST = 5
 # The part of the second-level cache for weights of tiles that read the same part of an image one after the other. A
 # quarter is for their results, the rest for that part of the image.
 WEIGHTS_PART = 2
-WEIGHT_BYTES = 4
 
 
 def register_tile(analysis: ChannelWindows, target: Target) -> tuple[int, int]:
@@ -116,21 +115,6 @@ def tiles_together(analysis: ChannelWindows, target: Target, blocks: int) -> int
     return even_parts(tiles, max(1, most))
 
 
-def asks_for_columns(analysis: ChannelWindows, target: Target, blocks: int) -> bool:
-    """Return whether a tile asks for the next tile's columns of the image instead of for its own weights.
-
-    Where a tap's weights of `blocks` do not stay in the first-level cache, requests for them take as many of its fill
-    buffers as reading them would; columns of as many channels come in pieces from farther away. ResNet-50's 1x1 layers
-    of 512 to 2048 input channels take 5 to 18 % less with one image; with eight, up to 8 % in one run and nothing in
-    another (Granite Rapids; measured only on cores that begin two multiply-adds a cycle).
-    """
-    depth = analysis.depth
-    if target.multiply_adds == 1 or depth is None or analysis.columns is None or not isinstance(depth.extent, int):
-        return False
-    one_tap = all(axis.extent == 1 for axis in analysis.stage.reduction if axis is not depth)
-    return one_tap and blocks * analysis.block * depth.extent * WEIGHT_BYTES > target.caches.level1
-
-
 def _static(extent: Extent) -> int:
     assert isinstance(extent, int)
     return extent
@@ -181,7 +165,7 @@ def _fits(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -
     last = analysis.data.indices[-1]
     vectors = max(1, analysis.block // target.vector_lanes(32))
     if occurs(last, analysis.lane.variable):
-        columns, operands = columns * vectors, vectors * (columns * stride_of_columns(analysis) + BORDER_OPERANDS)
+        columns, operands = columns * vectors, vectors * (columns * _stride(analysis) + BORDER_OPERANDS)
         return columns + operands <= target.vector_registers
     blocks *= vectors
     if analysis.columns is not None and occurs(last, analysis.columns.inner.variable):
@@ -203,7 +187,7 @@ def _is_split(analysis: ChannelWindows, target: Target) -> bool:
     return analysis.terms == FOUR and splits_operands(target)
 
 
-def stride_of_columns(analysis: ChannelWindows) -> int:
+def _stride(analysis: ChannelWindows) -> int:
     """Return how far apart the elements are that neighbouring columns read."""
     if analysis.columns is None:
         return 1

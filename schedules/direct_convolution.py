@@ -23,13 +23,7 @@ from schedules.access import AxisGroup, as_int, occurs
 from schedules.by_element import multiplies_by_element
 from schedules.channel_windows import ChannelWindows, channel_windows
 from schedules.convolution import split_producer
-from schedules.convolution_tile import (
-    asks_for_columns,
-    column_extent,
-    register_tile,
-    task_shape,
-    tiles_together,
-)
+from schedules.convolution_tile import column_extent, register_tile, task_shape, tiles_together
 from schedules.direct_convolution_tile import Point, RegisterTile
 from schedules.division import Division
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
@@ -103,8 +97,7 @@ def emitter(analysis: ChannelWindows, parameters: Parameters, target: Target, do
     """Return what emits a convolution's or a pooling's tiles for a target."""
     ahead = STEPS_AHEAD if target.multiply_adds > 1 else 0
     together = tiles_together(analysis, target, parameters["blocks"])
-    next_columns = asks_for_columns(analysis, target, parameters["blocks"])
-    return Emitter(analysis, parameters, dot, multiplies_by_element(target), ahead, together, next_columns)
+    return Emitter(analysis, parameters, dot, multiplies_by_element(target), ahead, together)
 
 
 def analyse(kernel: Kernel) -> ChannelWindows | None:
@@ -127,7 +120,6 @@ class Emitter:
     by_element: bool
     ahead: int
     together: int = 1
-    next_columns: bool = False
 
     @cached_property
     def stage(self) -> Stage:
@@ -248,16 +240,5 @@ class Emitter:
     ) -> Stmt:
         """Return `count` blocks of channels by `columns` at `start` (`border`: the same where taps may miss)."""
         return RegisterTile(
-            self.analysis,
-            self.dot,
-            self.by_element,
-            point,
-            group,
-            first,
-            count,
-            start,
-            columns,
-            border,
-            self.ahead,
-            self.next_columns,
+            self.analysis, self.dot, self.by_element, point, group, first, count, start, columns, border, self.ahead
         ).statement()

@@ -14,25 +14,12 @@ from tvm.tirx.stmt import Stmt
 from schedules.access import Access, Step, as_int, linear_coefficient, occurs
 from schedules.by_element import in_terms, with_elements, with_read
 from schedules.channel_windows import ChannelWindow, ChannelWindows
-from schedules.convolution_tile import stride_of_columns
 from schedules.intrin.byte_dot import FOUR
 from schedules.intrin.byte_rounding import rounding_of
 from schedules.intrin.byte_stores import TOGETHER
 from schedules.intrin.grouped_call import GroupedDot
 from schedules.intrin.load_fence import fence
-from schedules.loops import (
-    SECOND_LEVEL,
-    index,
-    load,
-    local,
-    loop,
-    prefetch,
-    quotient,
-    store,
-    unrolled,
-    vector,
-    with_local,
-)
+from schedules.loops import index, load, local, loop, prefetch, quotient, store, unrolled, vector, with_local
 from schedules.reducer import accumulate, accumulator_dtype
 from schedules.stages import Axis, Stage, replace_loads, replaced, sequence, substitute, with_value
 
@@ -43,8 +30,7 @@ Point = Mapping[Var, Expr]
 class RegisterTile:
     """One register tile: `blocks` from block `first` of group `group` by `columns` from `start`.
 
-    Weights are asked for `ahead` steps before, if that is not 0, or with `next_columns` the image's elements that the
-    tile behind reads.
+    Weights are asked for `ahead` steps before, if that is not 0.
     """
 
     analysis: ChannelWindows
@@ -58,7 +44,6 @@ class RegisterTile:
     columns: int
     border: int | None
     ahead: int = 0
-    next_columns: bool = False
 
     @cached_property
     def dtype(self) -> str:
@@ -243,20 +228,11 @@ class RegisterTile:
         return sequence([*self._lines_ahead(values), self._add(columns, values, lambda _: self.stage)])
 
     def _lines_ahead(self, values: Point) -> list[Stmt]:
-        """Return what asks for the weights of a later step, of one channel, in whose order they lie in memory.
-
-        Or for a line of the image for the tile behind: with each channel of a block that of another column.
-        """
+        """Return what asks for the weights of a later step, of one channel, in whose order they lie in memory."""
         data, lane = self.analysis.data, self.analysis.lane.variable
         by_channel = as_int(data.source.shape[-1]) == self.analysis.block and len(self.stage.loads()) > 1
         if not self.ahead or not by_channel or any(occurs(position, lane) for position in data.indices):
             return []
-
-        if self.next_columns:
-            at, _ = self._cell(index(0), index(0), index(0))
-            *before, last = substitute(data, {**at, **values}).indices
-            columns = stride_of_columns(self.analysis) * self.analysis.block * (self.columns + last)
-            return [prefetch(load(data.source, [*before, last + columns]), SECOND_LEVEL)]
 
         def request(block: int) -> Stmt:
             at, _ = self._cell(index(0), index(block), index(0))

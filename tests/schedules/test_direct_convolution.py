@@ -151,7 +151,7 @@ def test_parts_of_an_image_that_a_small_cache_keeps(
     division: Division, channels: tuple[int, int], kernel: int, stride: int, size: tuple[int, int], batch: int
 ) -> None:
     level2 = 24 * 1024
-    target = replace(TARGET, multiply_adds=2, cores=2, caches=replace(TARGET.caches, level1=2048, level2=level2))
+    target = replace(TARGET, multiply_adds=2, cores=2, caches=replace(TARGET.caches, level2=level2))
     x, w = normal(batch, channels[0], *size), normal(channels[1], channels[0], kernel, kernel, seed=1)
 
     def layer(x: relax.Var) -> relax.Expr:
