@@ -5,10 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from optimizer.errors import InputMismatchError, OptionError
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+shape_option = click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="NAME=DIMS",
+    help="Shape of an input, such as x=1,3,224,224; its sizes hold for inputs with the same names of dimensions, too.",
+)
 
 
 def parse_shapes(texts: tuple[str, ...]) -> dict[str, list[int | str]]:

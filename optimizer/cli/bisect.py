@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from optimizer.cli.arguments import shape_option
 from optimizer.errors import CertificateError, TargetError
 
 if TYPE_CHECKING:
@@ -16,13 +17,7 @@ if TYPE_CHECKING:
 @click.command(name="bisect")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--target", "-t", default="host", show_default=True, help="A CPU target that this machine can execute.")
-@click.option(
-    "--shape",
-    "shapes",
-    multiple=True,
-    metavar="NAME=DIMS",
-    help="Shape of an input, such as x=1,3,224,224; its sizes hold for inputs with the same names of dimensions, too.",
-)
+@shape_option
 @click.option("--passes", help="Graph passes in order, as for compile; by default those that compile runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(model: Path, target: str, shapes: tuple[str, ...], passes: str | None, as_json: bool) -> None:

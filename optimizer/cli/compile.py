@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from optimizer.cli.arguments import shape_option
 from optimizer.errors import ModelFileError
 
 _EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "decoder" / "model.onnx"
@@ -17,13 +18,7 @@ _EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "decoder" / "model
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path), help="Package: a folder, or one file if it ends in .opt."
 )
-@click.option(
-    "--shape",
-    "shapes",
-    multiple=True,
-    metavar="NAME=DIMS",
-    help="Shape of an input, such as x=1,3,224,224; its sizes hold for inputs with the same names of dimensions, too.",
-)
+@shape_option
 @click.option("--passes", help="Graph passes in order, with options: name,name{option=value}; see `optimizer passes`.")
 @click.option(
     "--precision",

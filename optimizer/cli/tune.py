@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from optimizer.cli.arguments import shape_option
 from optimizer.errors import OptionError
 
 if TYPE_CHECKING:
@@ -28,13 +29,7 @@ _DEFAULT_TRIALS = 256
     help="What measures: host, emulator (checks candidates, logs nothing), or rpc:KEY@HOST:PORT of a fleet's tracker.",
 )
 @click.option("--log", type=click.Path(path_type=Path), help="Folder of tuning logs; by default the project's own.")
-@click.option(
-    "--shape",
-    "shapes",
-    multiple=True,
-    metavar="NAME=DIMS",
-    help="Shape of an input, such as x=1,3,224,224; its sizes hold for inputs with the same names of dimensions, too.",
-)
+@shape_option
 @click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Symbolic dimension to measure at.")
 @click.option(
     "--threads", type=click.IntRange(1), help="CPU threads; by default one per physical core of what measures."

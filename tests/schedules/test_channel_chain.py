@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -74,29 +74,50 @@ def _families(reports: tuple[KernelReport, ...]) -> list[str]:
     return [report.family for report in reports]
 
 
+@dataclass(frozen=True)
+class Layer:
+    """Two convolutions, what each has given for both, and the images that they are given."""
+
+    size: tuple[int, int]
+    channels: tuple[int, int]
+    kernels: tuple[int, int]
+    strides: tuple[int, int]
+    padding: int
+    batch: int
+
+    @property
+    def images(self) -> np.ndarray:
+        """Return images, large enough that the second convolution has a result."""
+        least = self.strides[0] * (self.kernels[1] - 2 * self.padding - 1) + 1
+        return normal(self.batch, self.channels[0], *(max(extent, least) for extent in self.size))
+
+    def tolerance(self, want: np.ndarray) -> float:
+        """Return the bound on the error of both one after the other."""
+        terms = self.channels[0] * self.kernels[0] ** 2 + self.kernels[1] ** 2
+        return sum_tolerance(terms, float(np.abs(want).max(initial=1)))
+
+
+def layers(channels: list[tuple[int, int]]) -> st.SearchStrategy[Layer]:
+    """Return a strategy for layers with one of these numbers of channels, before and between the convolutions."""
+    return st.builds(
+        Layer,
+        size=st.tuples(st.sampled_from([1, 2, 7, 13, 30, 41]), st.sampled_from([1, 3, 7, 14, 29])),
+        channels=st.sampled_from(channels),
+        kernels=st.tuples(st.sampled_from([1, 3]), st.sampled_from([3, 5])),
+        strides=st.tuples(st.sampled_from([1, 2]), st.sampled_from([1, 2, 3])),
+        padding=st.integers(0, 2),
+        batch=st.sampled_from([1, 3]),
+    )
+
+
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(
-    size=st.tuples(st.sampled_from([1, 2, 7, 13, 30, 41]), st.sampled_from([1, 3, 7, 14, 29])),
-    channels=st.sampled_from([(3, 32), (16, 16), (17, 40), (24, 144), (40, 80)]),
-    kernels=st.tuples(st.sampled_from([1, 3]), st.sampled_from([3, 5])),
-    strides=st.tuples(st.sampled_from([1, 2]), st.sampled_from([1, 2, 3])),
-    padding=st.integers(0, 2),
-    batch=st.sampled_from([1, 3]),
-)
-def test_both_convolutions_are_right(
-    size: tuple[int, int],
-    channels: tuple[int, int],
-    kernels: tuple[int, int],
-    strides: tuple[int, int],
-    padding: int,
-    batch: int,
-) -> None:
-    least = strides[0] * (kernels[1] - 2 * padding - 1) + 1
-    x = normal(batch, channels[0], *(max(extent, least) for extent in size))
-    built, expected = _layer(channels, kernels, strides, padding)
+@given(layers([(3, 32), (16, 16), (17, 40), (24, 144), (40, 80)]))
+def test_both_convolutions_are_right(layer: Layer) -> None:
+    x = layer.images
+    built, expected = _layer(layer.channels, layer.kernels, layer.strides, layer.padding)
     module, _ = _scheduled(built, x.shape)
     want = expected(x)
-    tolerance = sum_tolerance(channels[0] * kernels[0] ** 2 + kernels[1] ** 2, float(np.abs(want).max(initial=1)))
+    tolerance = layer.tolerance(want)
     np.testing.assert_allclose(compiled(module, CHAINING)(x), want, rtol=1e-6, atol=tolerance)
 
 
@@ -143,30 +164,15 @@ def test_cores_that_begin_two_multiply_adds_chain(name: str, chains: bool) -> No
 
 @needs_tiles
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(
-    size=st.tuples(st.sampled_from([1, 2, 7, 13, 30, 41]), st.sampled_from([1, 3, 7, 14, 29])),
-    channels=st.sampled_from([(3, 32), (16, 32), (17, 40), (24, 144), (40, 80), (64, 96)]),
-    kernels=st.tuples(st.sampled_from([1, 3]), st.sampled_from([3, 5])),
-    strides=st.tuples(st.sampled_from([1, 2]), st.sampled_from([1, 2, 3])),
-    padding=st.integers(0, 2),
-    batch=st.sampled_from([1, 3]),
-)
-def test_sums_in_tile_registers_are_not_rounded_between(
-    size: tuple[int, int],
-    channels: tuple[int, int],
-    kernels: tuple[int, int],
-    strides: tuple[int, int],
-    padding: int,
-    batch: int,
-) -> None:
-    least = strides[0] * (kernels[1] - 2 * padding - 1) + 1
-    x = normal(batch, channels[0], *(max(extent, least) for extent in size))
-    built, expected = _layer(channels, kernels, strides, padding, operand=rounded)
+@given(layers([(3, 32), (16, 32), (17, 40), (24, 144), (40, 80), (64, 96)]))
+def test_sums_in_tile_registers_are_not_rounded_between(layer: Layer) -> None:
+    x = layer.images
+    built, expected = _layer(layer.channels, layer.kernels, layer.strides, layer.padding, operand=rounded)
     lowered = in_blocks(built, x.shape)
     got, want = outputs_of(build(lowered.module, TILES), x), expected(x)
     # What stays apart is rounded between the two.
-    between = 0 if "channel-chain" in _families(lowered.kernels) else 2.0**-8 * 6 * kernels[1] ** 2
-    tolerance = sum_tolerance(channels[0] * kernels[0] ** 2 + kernels[1] ** 2, float(np.abs(want).max(initial=1)))
+    between = 0 if "channel-chain" in _families(lowered.kernels) else 2.0**-8 * 6 * layer.kernels[1] ** 2
+    tolerance = layer.tolerance(want)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=tolerance + between)
 
 
