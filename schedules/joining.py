@@ -13,7 +13,7 @@ import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.ir import Expr, Var
 
-from schedules import direct_convolution, fallback, gated_product, row_parts
+from schedules import direct_convolution, fallback, gated_product, product_chain, row_parts
 from schedules.access import Access, Step, as_int
 from schedules.channel_chain import ChannelChain
 from schedules.direct_convolution import DirectConvolution
@@ -25,6 +25,7 @@ from schedules.matmul import Matmul, split_epilogue
 from schedules.matrix_convolution import MatrixConvolution
 from schedules.normalized_product import NormalizedProduct
 from schedules.prepack import with_packed_weights
+from schedules.product_chain import ProductChain
 from schedules.reduction import Reduction
 from schedules.registry import FAMILIES
 from schedules.rounded_rows import is_rounding, only_rounds
@@ -110,7 +111,10 @@ def why_apart(first: tirx.PrimFunc, second: tirx.PrimFunc) -> str:
 def kind_of(function: tirx.PrimFunc) -> Literal["product", "rows"] | None:
     """Return whether a function is a product (with what follows it one to one), or one of rows; None if neither."""
     staged = parse(function)
-    return None if staged is None else row_parts.kind(staged)
+    if staged is None:
+        return None
+    chain = product_chain.whole(staged)
+    return row_parts.kind(staged) if chain is None else "product" if chain.ends_with_product else None
 
 
 def is_one_kernel(function: tirx.PrimFunc, target: Target) -> bool:
@@ -129,6 +133,8 @@ def why_several(function: tirx.PrimFunc, target: Target, constant: Sequence[int]
         return _SEVERAL
     if gated_product.whole(staged) is not None:
         return _why_no_gate(with_packed_weights(function, target, constant)[0], target)
+    if product_chain.whole(staged) is not None:
+        return _why_no_chain(with_packed_weights(function, target, constant)[0], target)
     kernel = _only_kernel(staged, target)
     if isinstance(kernel, PartedKernel) and is_rounding(kernel.stages[0]):
         # Tile registers take packed weights.
@@ -174,6 +180,18 @@ def _why_no_gate(function: tirx.PrimFunc, target: Target) -> str | None:
         return refusal
     last = analysis.second
     return None if _is_contiguous(last.epilogue, columns_of(last).inner, target) else _SEVERAL
+
+
+def _why_no_chain(function: tirx.PrimFunc, target: Target) -> str | None:
+    """Return why two products, the second of the first one's result, are not one kernel; None if they are."""
+    staged = parse(function)
+    kernel = None if staged is None else product_chain.whole(staged)
+    if kernel is None:
+        return _SEVERAL
+    reasons = [reason for reason in map(fallback.needs_scalars, kernel.stages) if reason]
+    contractions = [link.parts[link.product] for link in kernel.links]
+    reasons += [reason for each in contractions if (reason := _why_scattered(Matmul(), each, target))]
+    return reasons[0] if reasons else ProductChain().refusal(kernel, target)
 
 
 def _why_scattered(family: object, kernel: Kernel, target: Target) -> str | None:
@@ -224,7 +242,12 @@ def _may_join(first: tirx.PrimFunc, second: tirx.PrimFunc) -> bool:
         return bool(own)
     reductions = _reductions(second)
     products = [stage for stage in reductions or () if reuses_operands(stage)]
-    return bool(reductions) and (not products or (len(products) == 1 and _only_rounds(first)))
+    return bool(reductions) and (not products or (_only_rounds(first) and (len(products) == 1 or _is_chain(second))))
+
+
+def _is_chain(function: tirx.PrimFunc) -> bool:
+    staged = parse(function)
+    return staged is not None and product_chain.whole(staged) is not None
 
 
 def _only_rounds(function: tirx.PrimFunc) -> bool:

@@ -82,11 +82,16 @@ def _is_row_run(stages: Sequence[Stage | OpaqueStage]) -> bool:
 @lru_cache(maxsize=256)  # each form that a function may have asks it of the same stages
 def reuses_operands(stage: Stage) -> bool:
     """Return whether the reduction contracts several operands (matmul) or slides over one (convolution, pooling)."""
-    if sliding(stage) is not None or channel_windows(None, stage, epilogue.plain(stage)) is not None:
+    if not is_of_matrices(stage):
         return True
     moving = [load for load in stage.loads() if any(occurs_in(load, axis) for axis in stage.reduction)]
     sets = {tuple(occurs_in(load, axis) for axis in stage.spatial) for load in moving}
     return len(sets) > 1
+
+
+def is_of_matrices(stage: Stage) -> bool:
+    """Return whether a reduction is no convolution or pooling: one whose operands are read without windows."""
+    return sliding(stage) is None and channel_windows(None, stage, epilogue.plain(stage)) is None
 
 
 def occurs_in(load: TensorLoad, axis: Axis) -> bool:

@@ -11,10 +11,10 @@ alone, wait for each other, and then share the rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tvm_ffi
-from tvm.ir import Expr
+from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules import tiling
@@ -77,7 +77,7 @@ class NormalizedProduct:
         analysis = parts[kernel.product]
         assert len(parts) == len(kernel.parts)
         assert isinstance(analysis, MatmulAnalysis)
-        return NormalizedProductAnalysis(parts, analysis, _same_rows(parts, analysis))
+        return NormalizedProductAnalysis(parts, analysis, same_rows(parts, analysis))
 
     def refusal(self, kernel: PartedKernel, target: Target) -> str | None:
         """Return why the parts are better kernels of their own; None where they make one."""
@@ -109,11 +109,16 @@ class NormalizedProduct:
     def apply(self, analysis: NormalizedProductAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the region; without one where there is too little work for several threads."""
         if parameters["owned_rows"] and _may_own(analysis):
-            result = _in_blocks_of_rows(analysis, parameters, target)
+            result = in_blocks_of_rows(analysis.parts, parameters, target)
         else:
             result = _by_turns(analysis, parameters, target)
-        rounds = any(isinstance(part, RowwiseAnalysis) and only_rounds(part.stages) for part in analysis.parts)
-        return with_rounding(result, target) if rounds and rounds_in_vectors(target) else result
+        return with_instructions(analysis.parts, result, target)
+
+
+def with_instructions(parts: Sequence[Part], statement: Stmt, target: Target) -> Stmt:
+    """Return a statement that computes parts, with the function that rounds their rows, where one of them does."""
+    rounds = any(isinstance(part, RowwiseAnalysis) and only_rounds(part.stages) for part in parts)
+    return with_rounding(statement, target) if rounds and rounds_in_vectors(target) else statement
 
 
 def _by_turns(analysis: NormalizedProductAnalysis, parameters: Parameters, target: Target) -> Stmt:
@@ -185,7 +190,7 @@ def _rows(analysis: MatmulAnalysis) -> Extent:
     return 1 if analysis.rows is None else analysis.rows.extent
 
 
-def _same_rows(parts: Sequence[Part], contraction: MatmulAnalysis) -> bool:
+def same_rows(parts: Sequence[Part], contraction: MatmulAnalysis) -> bool:
     """Return whether row i of each part needs of the other parts row i alone."""
     rows, follows = contraction.rows, contraction.epilogue
     if rows is None or contraction.outer or not isinstance(rows.extent, int):
@@ -205,9 +210,9 @@ def _same_rows(parts: Sequence[Part], contraction: MatmulAnalysis) -> bool:
         count = product(row_extents(part))
         if not isinstance(count, int) or count != rows.extent:
             return False
-        if not all(_is_row(load.indices, leading, rows) for load in read_before if contains(made, load.source)):
+        if not all(is_row(load.indices, leading, rows) for load in read_before if contains(made, load.source)):
             return False
-        if read_after and not _is_row(follows.indices, leading, rows):
+        if read_after and not is_row(follows.indices, leading, rows):
             return False
         if not all(_agree(load.indices[:leading], stage.indices[:leading]) for load, stage in read_after):
             return False
@@ -228,7 +233,7 @@ def _read_no_further(parts: Sequence[Part]) -> bool:
     )
 
 
-def _is_row(indices: Sequence[Expr], leading: int, rows: AxisGroup) -> bool:
+def is_row(indices: Sequence[Expr], leading: int, rows: AxisGroup) -> bool:
     """Return whether the leading indices are the axes of `rows`, each once and in order, and zeros."""
     moving = [index for index in indices[:leading] if as_int(index) != 0]
     return len(moving) == len(rows.axes) and all(
@@ -240,38 +245,58 @@ def _agree(left: Sequence[Expr], right: Sequence[Expr]) -> bool:
     return all(tvm_ffi.structural_equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def _in_blocks_of_rows(analysis: NormalizedProductAnalysis, parameters: Parameters, target: Target) -> Stmt:
+def in_blocks_of_rows(parts: Sequence[Part], parameters: Parameters, target: Target) -> Stmt:
     """Return the parallel loop over blocks of rows, of each of which a task computes all parts and all columns."""
-    contraction = analysis.product
+    products = [part for part in parts if isinstance(part, MatmulAnalysis)]
+    tiles_of = [_tile_of_rows(each, parts, parameters, target) for each in products]
+    rows, block = _rows(products[0]), tiles_of[0].row_block
+    assert isinstance(rows, int)
+
+    def task(number: Expr) -> Stmt:
+        def part(analysis: Part) -> Stmt:
+            if isinstance(analysis, MatmulAnalysis):
+                tile = next(tile for each, tile in zip(products, tiles_of, strict=True) if each is analysis)
+                return _columns(tile, number)
+            return tile_choice(
+                number, rows, block, lambda start, count: _some_rows(analysis, start, count, parameters, target)
+            )
+
+        return sequence([part(each) for each in parts])
+
+    return tiling.with_instructions(tiles_of[0], parallel(-(-rows // block), task))
+
+
+def _tile_of_rows(
+    contraction: MatmulAnalysis, parts: Sequence[Part], parameters: Parameters, target: Target
+) -> tiling.Tile:
+    """Return the register tile of a product, one of the parts that a task computes of its block of rows."""
     height = parameters["rows"] if matrix_operands(contraction, target) is None else BLOCK
     rows = _rows(contraction)
     assert isinstance(rows, int)
     block = height * _even_block(-(-rows // height), max(1, parameters["owned_rows"] // height), target.cores)
     panel = None if contraction.block else contraction.operand
     tile = tile_of(contraction, target, (height, parameters["vectors"]), block, panel)
-    made = [stage.output for part in analysis.parts if isinstance(part, RowwiseAnalysis) for stage in part.stages]
-    if not any(contains(made, read.source) for read in contraction.stage.loads()):
-        tile = with_next_rows(tile, contraction, target)
+    made: list[Var] = []
+    for part in parts:
+        if part is not contraction:
+            made += (
+                [part.epilogue.stage.output] if isinstance(part, MatmulAnalysis) else [s.output for s in part.stages]
+            )
+    if any(isinstance(part, MatmulAnalysis) for part in parts[list(parts).index(contraction) + 1 :]):
+        tile = replace(tile, handed_on=True)
+    comes_from_memory = not any(contains(made, read.source) for read in contraction.stage.loads())
+    return with_next_rows(tile, contraction, target) if comes_from_memory else tile
+
+
+def _columns(tile: tiling.Tile, number: Expr) -> Stmt:
+    """Return all columns of a block of rows."""
     columns = tile.vector_group.extent
     assert isinstance(columns, int)
 
-    def task(number: Expr) -> Stmt:
-        def of_columns(base: Expr, width: int) -> Stmt:
-            return tiling.block_of_rows(tile, {}, base, width, number)
+    def of_columns(base: Expr, width: int) -> Stmt:
+        return tiling.block_of_rows(tile, {}, base, width, number)
 
-        def part(analysis: Part) -> Stmt:
-            if isinstance(analysis, MatmulAnalysis):
-                return tiles(columns, [tile.width], tiling.in_whole_vectors(tile, of_columns))
-            return tile_choice(
-                number,
-                rows,
-                tile.row_block,
-                lambda start, count: _some_rows(analysis, start, count, parameters, target),
-            )
-
-        return sequence([part(each) for each in analysis.parts])
-
-    return tiling.with_instructions(tile, parallel(-(-rows // tile.row_block), task))
+    return tiles(columns, [tile.width], tiling.in_whole_vectors(tile, of_columns))
 
 
 def _even_block(count: int, most: int, cores: int) -> int:

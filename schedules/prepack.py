@@ -19,7 +19,7 @@ from tvm import ir, relax, tirx
 from tvm.ir import Expr, GlobalVar, TensorLoad
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from schedules import direct_convolution, row_parts, winograd_structure
+from schedules import direct_convolution, product_chain, row_parts, winograd_structure
 from schedules.access import AxisGroup, as_int
 from schedules.family import Kernel
 from schedules.inline import inline
@@ -148,8 +148,9 @@ def _matmuls_of(function: tirx.PrimFunc) -> list[MatmulAnalysis]:
     if staged is None or winograd_structure.whole(staged) is not None:
         return []
     found: list[MatmulAnalysis] = []
-    parted = row_parts.whole(staged)
-    for kernel in cut(inline(staged)) if parted is None else parted.parts:
+    parted, chain = row_parts.whole(staged), product_chain.whole(staged)
+    parts = parted.parts if parted is not None else None if chain is None else chain.parts
+    for kernel in cut(inline(staged)) if parts is None else parts:
         if not isinstance(kernel, Kernel) or direct_convolution.analyse(kernel) is not None:
             continue
         analysis = Matmul().analyse(kernel)

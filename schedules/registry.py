@@ -19,6 +19,7 @@ from schedules.matrix_convolution import MatrixConvolution
 from schedules.narrow_rows import NarrowRows
 from schedules.normalized_product import NormalizedProduct
 from schedules.pooling import Pooling
+from schedules.product_chain import ProductChain
 from schedules.quantized_matmul import QuantizedMatmul
 from schedules.reduction import Reduction
 from schedules.rowwise import Rowwise
@@ -28,6 +29,7 @@ from schedules.winograd import Winograd
 
 FAMILIES: tuple[Family[Any], ...] = (
     NormalizedProduct(),
+    ProductChain(),
     GatedProduct(),
     Attention(),
     ChannelChain(),

@@ -36,18 +36,41 @@ def whole(staged: StagedFunction) -> PartedKernel | None:
     What follows the product one to one is of its part, where it is computed in registers.
     """
     stages = [stage for stage in staged.stages if isinstance(stage, Stage)]
-    products = [position for position, stage in enumerate(stages) if stage.is_reduction and reuses_operands(stage)]
-    others = [stage for stage in stages if is_rounding(stage) or (stage.is_reduction and not reuses_operands(stage))]
+    products = [position for position, stage in enumerate(stages) if is_product(stage)]
+    others = [stage for stage in stages if is_rounding(stage) or (stage.is_reduction and not is_product(stage))]
     if len(stages) != len(staged.stages) or len(products) != 1 or not others:
         return None
     for first in range(products[0], -1, -1):
         for last in range(len(stages), products[0], -1):
             parts = _parts(staged, stages, first, last)
-            if parts is not None:
-                every = tuple(stage for part in parts for stage in part.stages)
-                private = tuple(buffer for part in parts for buffer in part.private)
-                return PartedKernel(every, private, parts=tuple(parts), product=1 if first else 0)
+            if parts is not None and len(parts) > 1:
+                return _parted(parts, 1 if first else 0)
     return None
+
+
+def before_product(staged: StagedFunction, stages: Sequence[Stage]) -> PartedKernel | None:
+    """Return the first stages of a function, which another product follows: a product, or one of rows before it."""
+    position = next(number for number, stage in enumerate(stages) if is_product(stage))
+    for first in range(position, -1, -1):
+        parts = _parts(staged, stages, first, len(stages))
+        if parts is not None:
+            return _parted(parts, 1 if first else 0)
+    return None
+
+
+def behind_product(staged: StagedFunction, stages: Sequence[Stage]) -> PartedKernel | None:
+    """Return the last stages of a function, behind another product: a product, or one and a function of its rows."""
+    for last in range(len(stages), 0, -1):
+        parts = _parts(staged, stages, 0, last)
+        if parts is not None:
+            return _parted(parts, 0)
+    return None
+
+
+def _parted(parts: Sequence[Kernel], product: int) -> PartedKernel:
+    every = tuple(stage for part in parts for stage in part.stages)
+    private = tuple(buffer for part in parts for buffer in part.private)
+    return PartedKernel(every, private, parts=tuple(parts), product=product)
 
 
 def kind(staged: StagedFunction) -> Literal["product", "rows"] | None:
@@ -56,7 +79,7 @@ def kind(staged: StagedFunction) -> Literal["product", "rows"] | None:
     kernel = kernel_of(staged, stages) if len(stages) == len(staged.stages) else None
     if kernel is None:
         return None
-    return "product" if _is_product(kernel) else "rows" if _is_of_rows(kernel) else None
+    return "product" if is_product(kernel.stages[0]) else "rows" if _is_of_rows(kernel) else None
 
 
 def _parts(staged: StagedFunction, stages: Sequence[Stage], first: int, last: int) -> list[Kernel] | None:
@@ -70,13 +93,13 @@ def _parts(staged: StagedFunction, stages: Sequence[Stage], first: int, last: in
         if kernel is None or not _is_part(kernel, number):
             return None
         parts.append(kernel)
-    return parts if len(parts) > 1 else None
+    return parts
 
 
 def _is_part(kernel: Kernel, number: int) -> bool:
     """Return whether a kernel may stand at a position: before the product, 0, its own, or behind it."""
     if number == 1:
-        return _is_product(kernel)
+        return is_product(kernel.stages[0])
     return _is_of_rows(kernel) or (number == 0 and only_rounds(kernel.stages))
 
 
@@ -98,8 +121,9 @@ def _occurs(buffer: Var, stages: Sequence[Stage | OpaqueStage]) -> bool:
     )
 
 
-def _is_product(kernel: Kernel) -> bool:
-    return kernel.stages[0].is_reduction and reuses_operands(kernel.stages[0])
+def is_product(stage: Stage) -> bool:
+    """Return whether a stage sums products that reuse their operands."""
+    return stage.is_reduction and reuses_operands(stage)
 
 
 def _is_of_rows(kernel: Kernel) -> bool:

@@ -8,7 +8,16 @@ import tvm
 from tvm import tirx
 from tvm.tirx.stmt import Stmt
 
-from schedules import attention_structure, channel_chain, cuda, fallback, gated_product, row_parts, winograd_structure
+from schedules import (
+    attention_structure,
+    channel_chain,
+    cuda,
+    fallback,
+    gated_product,
+    product_chain,
+    row_parts,
+    winograd_structure,
+)
 from schedules.channel_chain import ChannelChain
 from schedules.division import division_of
 from schedules.family import Kernel, Parameters, defaults, work_of
@@ -20,6 +29,7 @@ from schedules.intrin.bf16_rounding import round_in_vectors
 from schedules.intrin.byte_rounding import round_to_bytes
 from schedules.intrin.byte_stores import store_bytes_in_vectors
 from schedules.kernels import cut
+from schedules.product_chain import ProductChain
 from schedules.quotients import truncate_quotients
 from schedules.registry import FAMILIES
 from schedules.report import SCHEDULED, Decide, KernelReport, is_scheduled
@@ -93,7 +103,7 @@ def schedule_function(
     inner = tuple(buffers.integers.get(buffer, buffer) for buffer in staged.intermediate)
     packed = [store_bytes_in_vectors(statement, target, function.params) for statement in statements]
     in_bytes = [round_to_bytes(statement) for statement in packed]
-    in_vectors = [round_in_vectors(statement, target, function.params) for statement in in_bytes]
+    in_vectors = [round_in_vectors(statement, target, function.params, buffers.integers) for statement in in_bytes]
     expanded = [elementary_calls.expand(statement, buffers, target) for statement in in_vectors]
     rebuilt = replace(staged, intermediate=inner).rebuild(expanded)
     lost = _undefined(rebuilt) - _undefined(function)
@@ -113,6 +123,9 @@ def kernels_of(staged: StagedFunction, target: Target) -> list[Kernel | OpaqueSt
     chain = channel_chain.whole(staged) if whole is None else None
     if chain is not None and ChannelChain().takes(chain, target) is not None:
         whole = chain
+    products = product_chain.whole(staged) if whole is None else None
+    if products is not None and ProductChain().takes(products, target) is not None:
+        whole = products
     return cut(inline(staged)) if whole is None else [whole]
 
 

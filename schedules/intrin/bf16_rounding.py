@@ -7,7 +7,7 @@ TVM's types cannot express it, so it comes in as `bf16_dot` does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import tvm_ffi
 from tvm import tirx
@@ -26,6 +26,7 @@ LANES = 16
 _CALL = "optimizer_store_bf16"
 _CALL_UP_TO = f"{_CALL}_up_to"
 _PAIR_CALL = f"{_CALL}_pair"
+_PAIR_CALL_UP_TO = f"{_PAIR_CALL}_up_to"
 # Elements of a line of memory. Where a core stores it at once it takes one of the places for stores that are on their
 # way, of which there are too few for a tile's and two for each line: 1x1 convolutions of 64 channels took 20 % longer.
 _PAIR = 2 * LANES
@@ -47,6 +48,7 @@ define weak_odr i32 @{pair}(ptr %to, <16 x float> %first, <16 x float> %second) 
   ret i32 0
 }}
 """
+_PAIR_UP_TO_SOURCE = _PAIR_SOURCE.replace("(ptr %to,", "(ptr %to, ptr %last,")
 
 
 def rounds_in_vectors(target: Target) -> bool:
@@ -69,34 +71,46 @@ def with_rounding(statement: Stmt, target: Target) -> Stmt:
     return imported(statement, _UP_TO_SOURCE.format(call=_CALL_UP_TO, attributes=attributes(target)))
 
 
-def round_in_vectors(statement: Stmt, target: Target, parameters: Sequence[Var]) -> Stmt:
+def round_in_vectors(statement: Stmt, target: Target, parameters: Sequence[Var], inner: Iterable[Var] = ()) -> Stmt:
     """Return a statement whose computed vectors are rounded to bfloat16 `parameters` by the target's instruction.
 
-    Any other statement, and all for a target that has none, stay as they are.
+    With tile registers those of `inner` buffers, which instructions read by their address, are as well. Any other
+    statement, and all for a target that has no such instruction, stay as they are.
     """
     if not rounds_in_vectors(target):
         return statement
     in_pairs = "amx_bf16" in target.features
+    own = [buffer for buffer in inner if in_pairs]
     found: list[tirx.For] = []
 
     def rounded(vectors: tirx.For, mutator: tvm_ffi.StructuralMutator) -> Stmt:
         store = vectors.body
-        if not isinstance(store, tirx.BufferStore) or not _rounds_vectors(vectors, store, parameters):
+        if not isinstance(store, tirx.BufferStore) or not _rounds_vectors(vectors, store, parameters, own):
             return mutator.default_mutate(vectors)
         found.append(vectors)
         extent = int(vectors.extent)
         size = _PAIR if in_pairs and extent % _PAIR == 0 else LANES
-        return sequence([_rounded(vectors.loop_var, store, start, size) for start in range(0, extent, size)])
+        named = contains(own, store.buffer)
+        return sequence([_rounded(vectors.loop_var, store, start, size, named) for start in range(0, extent, size)])
 
     result = tvm_ffi.structural_mutate(statement, (tirx.For, rounded))
     if not found:
         return statement
-    source = _SOURCE + _PAIR_SOURCE if in_pairs else _SOURCE
-    return imported(result, source.format(call=_CALL, pair=_PAIR_CALL, attributes=attributes(target)))
+    result = imported(result, _source(in_pairs).format(call=_CALL, pair=_PAIR_CALL, attributes=attributes(target)))
+    if not any(contains(own, vectors.body.buffer) for vectors in found):
+        return result
+    source = _UP_TO_SOURCE + _PAIR_UP_TO_SOURCE
+    return imported(result, source.format(call=_CALL_UP_TO, pair=_PAIR_CALL_UP_TO, attributes=attributes(target)))
 
 
-def _rounds_vectors(vectors: tirx.For, store: tirx.BufferStore, parameters: Sequence[Var]) -> bool:
-    """Return whether a loop rounds whole vectors that it computes to neighbouring elements of one of the parameters."""
+def _source(in_pairs: bool) -> str:
+    return _SOURCE + _PAIR_SOURCE if in_pairs else _SOURCE
+
+
+def _rounds_vectors(
+    vectors: tirx.For, store: tirx.BufferStore, parameters: Sequence[Var], inner: Sequence[Var]
+) -> bool:
+    """Return whether a loop rounds whole vectors that it computes to neighbours in a parameter, or an inner buffer."""
     extent, cast = as_int(vectors.extent), store.value
     if vectors.kind != tirx.ForKind.VECTORIZED or not extent or extent % LANES:
         return False
@@ -105,11 +119,17 @@ def _rounds_vectors(vectors: tirx.For, store: tirx.BufferStore, parameters: Sequ
     if isinstance(cast.value, TensorLoad) and contains(parameters, cast.value.source):
         return False
     axis = Axis(vectors.loop_var, extent)
-    return contains(parameters, store.buffer) and Access(store.buffer, tuple(store.indices)).step(axis) == Step.UNIT
+    return (
+        contains([*parameters, *inner], store.buffer)
+        and Access(store.buffer, tuple(store.indices)).step(axis) == Step.UNIT
+    )
 
 
-def _rounded(lane: Var, vectors: tirx.BufferStore, start: int, size: int) -> Stmt:
-    """Return the store of one vector, or of a pair of them, from lane `start` on."""
+def _rounded(lane: Var, vectors: tirx.BufferStore, start: int, size: int, named: bool) -> Stmt:
+    """Return the store of one vector, or of a pair of them, from lane `start` on, with its last place `named` or not.
+
+    See `store_rounded` for why it is, of buffers that are not parameters.
+    """
     values = local([size], "float32", "values")
     computed, finished = to_round(vectors.value.value)
     parts = range(0, size, LANES)
@@ -117,7 +137,12 @@ def _rounded(lane: Var, vectors: tirx.BufferStore, start: int, size: int) -> Stm
     def computed_from(part: int) -> Stmt:
         return vector(LANES, lambda v: store(values, substitute(computed, {lane: start + part + v}), [part + v]))
 
-    first = load(vectors.buffer, [substitute(position, {lane: index(start)}) for position in vectors.indices])
+    def place(at: int) -> Expr:
+        element = load(vectors.buffer, [substitute(position, {lane: index(at)}) for position in vectors.indices])
+        return tirx.address_of(element)
+
+    places = [place(start), place(start + size - 1)] if named else [place(start)]
+    names = (_CALL_UP_TO, _PAIR_CALL_UP_TO) if named else (_CALL, _PAIR_CALL)
     every = [finished(load(values, [tirx.Ramp(index(part), index(1), LANES)])) for part in parts]
-    call = tirx.call_extern("int32", _CALL if size == LANES else _PAIR_CALL, tirx.address_of(first), *every)
+    call = tirx.call_extern("int32", names[0] if size == LANES else names[1], *places, *every)
     return with_local([values], [*(computed_from(part) for part in parts), tirx.Evaluate(call)])
