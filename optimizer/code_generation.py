@@ -10,6 +10,12 @@ TVM has LLVM expect every tensor where a line of the cache begins, which arrays 
 multiples of 16 bytes. Kernels take these as they are; a copy of eight images of 224x224 took 0.4 ms where MobileNetV2
 takes 10.
 
+Of TVM's passes those are left out that have nothing to do for a CPU (threads, shared memory). Some took a quarter of
+the time to compile a decoder, by proofs about symbolic sizes, and made functions of such sizes no better. Compaction
+shrinks what a function's blocks allocate for all rows to the rows of a task; buffers that a schedule allocates where
+it uses them have their size already, and got a longer expression for it. Hoisting conditions and removing what does
+nothing is done by LLVM as well.
+
 A kernel's parameters are named as the dimensions of the model. TVM's writer of C keeps out of the way of C's keywords
 alone, and a model may well call a dimension `new`.
 """
@@ -22,7 +28,7 @@ from collections.abc import Callable
 import tvm
 import tvm.ir
 import tvm_ffi
-from tvm import tirx
+from tvm import s_tir, tirx
 from tvm.tirx import compilation_pipeline
 
 from optimizer.package.manifest import INPUT_ALIGNMENT
@@ -69,8 +75,74 @@ def pipeline(target: Target) -> str:
 
 
 def _lowering(lanes: int) -> tuple[tvm.transform.Pass, _Finalize, _Finalize]:
-    lower, finalize_host, finalize_device = compilation_pipeline.get_tir_pipeline("s_tir")
-    return tvm.transform.Sequential([lower, _on_stack(lanes), _taking_arrays()]), finalize_host, finalize_device
+    _, finalize_host, finalize_device = compilation_pipeline.get_tir_pipeline("s_tir")
+    lower = tvm.transform.Sequential([*_cpu_passes(), _on_stack(lanes), _taking_arrays()])
+    return lower, finalize_host, finalize_device
+
+
+def _cpu_passes() -> list[tvm.transform.Pass]:
+    """Return the passes of TVM's pipeline `s_tir` that matter for a CPU, in its order."""
+    return [
+        s_tir.transform.CanonicalizeLoop(),
+        s_tir.transform.LowerInitBlock(),
+        s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
+        s_tir.transform.ConvertBlocksToOpaque(),
+        _of_functions(s_tir.transform.CompactBufferAllocation(), _is_worth_compacting),
+        s_tir.transform.LowerMatchBuffer(),
+        s_tir.transform.StmtSimplify(),
+        s_tir.transform.AnnotateIrregularLoop(),
+        s_tir.transform.LowerOpaqueBlock(),
+        tirx.transform.FlattenBuffer(),
+        tirx.transform.BF16ComputeLegalize(),
+        tirx.transform.NarrowDataType(32),
+        s_tir.transform.LoopPartition(),
+        tirx.transform.VectorizeLoop(True),
+        _of_functions(s_tir.transform.HoistIfThenElse(), _has_known_sizes),
+        tirx.transform.UnrollLoop(),
+        _of_functions(s_tir.transform.RenormalizeSplitPattern(), _has_known_sizes),
+        tirx.transform.StmtSimplify(),
+        _of_functions(tirx.transform.RemoveNoOp(), _has_known_sizes),
+        s_tir.transform.RewriteUnsafeSelect(),
+        tirx.transform.FP8ComputeLegalize(),
+        tirx.transform.VerifyMemory(),
+        tirx.transform.AnnotateEntryFunc(),
+        tirx.transform.SplitHostDevice(),
+        tirx.transform.MakePackedAPI(),
+        tirx.transform.FP8StorageLegalize(),
+        tirx.transform.BF16StorageLegalize(),
+    ]
+
+
+def _of_functions(transform: tvm.transform.Pass, condition: Callable[[tirx.PrimFunc], bool]) -> tvm.transform.Pass:
+    """Return `transform` for those functions of a module alone of which `condition` holds."""
+
+    @tvm.transform.module_pass(opt_level=0)
+    def of_some(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        functions = module.functions.items()
+        chosen = {name: each for name, each in functions if isinstance(each, tirx.PrimFunc) and condition(each)}
+        result = module.clone()
+        for name, function in transform(tvm.IRModule(chosen)).functions.items():
+            result.update_func(name, function)
+        return result
+
+    return of_some
+
+
+def _has_known_sizes(function: tirx.PrimFunc) -> bool:
+    tensors = [each for each in function.params if tirx.is_buffer_var(each)]
+    return all(isinstance(size, tirx.IntImm) for tensor in tensors for size in tensor.shape)
+
+
+def _is_worth_compacting(function: tirx.PrimFunc) -> bool:
+    """Return whether blocks of a function allocate buffers, or all sizes are known, which makes it quick."""
+    allocating: list[s_tir.SBlock] = []
+
+    def note(block: s_tir.SBlock) -> None:
+        if block.alloc_buffers:
+            allocating.append(block)
+
+    tvm_ffi.structural_walk(function.body, (s_tir.SBlock, note))
+    return _has_known_sizes(function) or bool(allocating)
 
 
 def _device_lowering() -> tuple[tvm.transform.Pass, _Finalize, _Finalize]:
