@@ -6,7 +6,7 @@ A core that multiplies tiles has few instructions in sight, and none of those th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,14 +28,21 @@ class MatrixAhead:
 
     analysis: MatrixWindows
 
-    def of_results(self, point: Point) -> Stmt:
-        """Return what asks for the lines of a pixel's results, and of what is read to finish it."""
+    def of_results(self, pixel: Callable[[Expr], Point], row: Expr) -> Stmt:
+        """Return what asks for the lines of the results at a row of a block's pixels, and of what is read to finish it.
+
+        Where pixels lie together it is the memory as many pixels behind the first one: of rows with a border that is a
+        few lines too far, and takes no quotient for each of them.
+        """
         epilogue, lane = self.analysis.windows.epilogue, self.analysis.windows.lane.variable
         written = load(epilogue.stage.output, list(epilogue.indices))
 
         def lines(read: TensorLoad) -> list[Expr]:
             starts = range(0, self.analysis.lanes, LINE_BITS // int(read.source.dtype.bits))
-            return [substitute(read, {**point, lane: index(start)}) for start in starts]
+            if not self._lie_together(read):
+                return [substitute(read, {**pixel(row), lane: index(start)}) for start in starts]
+            first, lanes = pixel(index(0)), self.analysis.lanes
+            return [substitute(read, {**first, lane: row * lanes + start}) for start in starts]
 
         return sequence(
             [
@@ -43,6 +50,14 @@ class MatrixAhead:
                 *(prefetch(place) for read in self._reads_ahead for place in lines(read)),
             ]
         )
+
+    def _lie_together(self, read: TensorLoad) -> bool:
+        """Whether the lanes of the pixels of a row of an image that tasks copy lie one behind the other."""
+        across, windows = self.analysis.horizontal.axis, self.analysis.windows
+        if not self.analysis.copies or across is None or int(read.source.shape[-1]) != self.analysis.lanes:
+            return False
+        *_, column, last = read.indices
+        return column.same_as(across.variable) and last.same_as(windows.lane.variable)
 
     @cached_property
     def _reads_ahead(self) -> list[TensorLoad]:

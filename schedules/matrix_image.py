@@ -77,6 +77,11 @@ class CopiedImage:
         last = size * analysis.elements // analysis.block - 1
         return sequence([self._zeros(index(last)), *statements])
 
+    @property
+    def _neighbours(self) -> int:
+        """How many pixels are copied at once: those of narrow blocks lie together, and a step takes as many."""
+        return self.analysis.taps_of_step
+
     def _copied_planes(self, block: Expr, channels: int) -> Stmt:
         analysis = self.analysis
         statements = []
@@ -99,16 +104,24 @@ class CopiedImage:
             y = (self.first + row) * vertical.stride + (phase[0] + vertical.offset)
             start = base * (analysis.elements // analysis.block) + row * pitch
 
-            def copied(i: Expr) -> Stmt:
+            def copied(i: Expr, pixels: int = 1) -> Stmt:
                 x = (begin + i) * horizontal.stride + (phase[1] + horizontal.offset)
-                return self._pixel(start + begin + i, analysis.image_at(self.point, block, y, x), channels)
+                return self._pixel(start + begin + i, analysis.image_at(self.point, block, y, x), channels * pixels)
 
             zeros = [
                 loop(size, lambda i, b=first: self._zeros(start + b + i))
                 for first, size in ((0, begin), (end, pitch - end))
                 if size
             ]
-            body = sequence([*zeros, loop(end - begin, copied)])
+            together = self._neighbours if channels == analysis.block else 1
+            vectors, rest = divmod(end - begin, together)
+            body = sequence(
+                [
+                    *zeros,
+                    loop(vectors, lambda i: copied(i * together, together)),
+                    *([loop(rest, lambda i: copied(vectors * together + i))] if rest else []),
+                ]
+            )
             if vertical.never_misses:
                 return body
             inside = tirx.And(y >= index(0), y < index(vertical.size))
@@ -117,7 +130,7 @@ class CopiedImage:
         return loop(self.rows + vertical.reach, of_row)
 
     def _pixel(self, place: Expr, read: Callable[[Expr], TensorLoad], channels: int) -> Stmt:
-        """Return the copy of one pixel's channels, and zeros in place of those that there are not."""
+        """Return the copy of channels of a pixel, or of neighbours, and zeros where it has fewer than a block."""
         terms, copy = self.analysis.block, self.copy
         statements = [vector(channels, lambda v: tirx.BufferStore(copy, bits_of(read(v)), [place * terms + v]))]
         if channels < terms:

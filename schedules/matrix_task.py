@@ -337,7 +337,9 @@ class MatrixTask:
     def _requests(self, block: PixelBlock, first: Expr) -> Stmt:
         """Return what asks for the lines of some pixels' results and of what follows reads at them."""
         each = self._rows_of_piece
-        requests = sequence([self._ahead.of_results(self._pixel(block, first + row)) for row in range(each)])
+        requests = sequence(
+            [self._ahead.of_results(lambda at: self._pixel(block, at), first + row) for row in range(each)]
+        )
         if each * (self._pieces - 1) < BLOCK:
             return requests
         return tirx.IfThenElse(first < index(BLOCK), requests, None)

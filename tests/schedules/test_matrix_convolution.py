@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -118,6 +119,21 @@ def test_few_channels_are_rounded_in_whole_vectors() -> None:
         str(function.script()) for name, function in module.functions_items() if "to_blocks" in name.name_hint
     )
     assert "optimizer_store_bf16" in blocks
+
+
+def test_pixels_of_few_channels_are_copied_in_whole_vectors() -> None:
+    weights = relax.const(normal(40, 3, 7, 7))
+    script = in_blocks(lambda x: op.nn.conv2d(x, weights, strides=2, padding=3), [1, 3, 32, 60]).module.script()
+    assert re.search(r"v in T.vectorized\((T.int64\()?32\)+:\n *image\[.* = T.reinterpret", str(script))
+
+
+def test_requests_for_results_take_no_quotient_of_each_pixel() -> None:
+    weights = relax.const(normal(64, 64, 3, 3))
+    script = in_blocks(lambda x: op.nn.conv2d(x, weights, padding=1), [1, 64, 20, 40]).module.script()
+    requests = [line.split("address_of")[1].split(", ") for line in str(script).splitlines() if "tiles_own" in line]
+    # Within a block the requests move along the channels of its first pixel.
+    assert requests
+    assert all("i_1" in lane and not any("i_1" in each for each in place) for *place, lane in requests)
 
 
 @needs_tiles
