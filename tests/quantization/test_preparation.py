@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from optimizer.package.entry_points import EntryPoint, TensorSpec
 from optimizer.quantization.preparation import Calibration, prepared, refitted
 from optimizer.quantization.quality import Gate
 from optimizer.quantization.samples import OWN, Samples, given_samples, token_inputs
+from passes.quantization.error_feedback import fit_to_inputs
 from passes.quantize_weights import QuantizeWeights
 
 DECODER = Path(__file__).resolve().parents[2] / "examples" / "decoder"
@@ -26,8 +28,9 @@ def _prepared(options: CompileOptions, gate: Gate) -> tuple[QuantizeWeights, obj
 
 @pytest.fixture
 def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let models make up less text: what is decided of it is tested, not how good it is."""
+    """Let models make up less text and fit to it by one sweep: what is decided is tested, not how good it is."""
     monkeypatch.setattr("optimizer.quantization.samples.OWN_WINDOWS", 16)
+    monkeypatch.setattr("optimizer.quantization.fitting.fit_to_inputs", partial(fit_to_inputs, sweeps=1))
 
 
 @pytest.mark.usefixtures("little_text")
