@@ -50,6 +50,21 @@ def cells(rows: int, width: int, element: Element) -> Stmt:
     return unrolled(rows, lambda row: vector(width, lambda column: element(row, column)))
 
 
+def cells_in_pieces(rows: int, width: int, element: Element) -> Stmt:
+    """Return the same by vectors whose widths are powers of two, the widest first."""
+
+    def of_row(row: Expr) -> Stmt:
+        pieces = [bit for place in reversed(range(width.bit_length())) if (bit := width & 1 << place)]
+        begins = [sum(pieces[:place]) for place in range(len(pieces))]
+        parts = [
+            vector(piece, lambda column, begin=begin: element(row, begin + column))
+            for begin, piece in zip(begins, pieces, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else tirx.SeqStmt(parts)
+
+    return unrolled(rows, of_row)
+
+
 def parallel(extent: Extent, body: Callable[[Expr], Stmt], enabled: bool = True) -> Stmt:
     """Return a loop whose iterations run on all threads (in order on one thread where not `enabled`)."""
     return loop(extent, body, tirx.ForKind.PARALLEL if enabled else tirx.ForKind.SERIAL, "task")

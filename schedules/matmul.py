@@ -31,7 +31,7 @@ from schedules.loops import Extent, ceiling, product
 from schedules.matrix_division import divides_rows, even_block, rows_of_divided_block, sizes_of_blocks
 from schedules.matrix_tile import MatrixOperands, stride_of
 from schedules.reducer import NARROW_FLOATS, accumulator_dtype, reducer_of
-from schedules.register_tile import SPLIT_TILE, WIDENED_TILE, register_tile
+from schedules.register_tile import SPLIT_TILE, WIDENED_TILE, register_tile, wide_block, wide_tile
 from schedules.row_blocks import rows_that_stay
 from schedules.stages import Stage
 from targets.base import Target
@@ -109,7 +109,7 @@ class Matmul:
         """Return the register tile, the rows of a task, and whether the column operand is copied to panels."""
         rows, vectors = _register_tile(analysis, target)
         return (
-            Choice("rows", rows, (4, 6, 8, 12, 14)),
+            Choice("rows", rows, (4, 6, 8, 9, 12, 14)),
             Choice("vectors", vectors, (1, 2, 3, 4)),
             Choice("row_block", _row_block(target, analysis), (16, 32, 64, 128, 256)),
             Choice("panel_rows", _enough_rows(analysis), (0, 16, 32, 64, 1 << 20)),
@@ -135,7 +135,15 @@ def _register_tile(analysis: MatmulAnalysis, target: Target) -> tuple[int, int]:
     """Return rows and vectors of accumulators that fit the registers beside what a step needs."""
     if _widens(analysis, target):
         return WIDENED_TILE
+    if _is_wide(analysis, target):
+        return wide_tile(target, analysis.rows.extent if analysis.rows is not None else 1)
     return SPLIT_TILE if analysis.group == FOUR and splits_operands(target) else register_tile(target)
+
+
+def _is_wide(analysis: MatmulAnalysis, target: Target) -> bool:
+    """Return whether the column operand is packed for WIDE_TILE."""
+    operand, block = str(analysis.operand.source.dtype), analysis.block
+    return block > 0 and analysis.group == 1 and wide_block(target, operand, block) == block
 
 
 def _widens(analysis: MatmulAnalysis, target: Target) -> bool:
@@ -151,7 +159,7 @@ def _enough_rows(analysis: MatmulAnalysis) -> int:
 def _row_block(target: Target, analysis: MatmulAnalysis) -> int:
     """Return the most rows of a task that leave every core two tasks; of a symbolic number, where columns alone do."""
     matrix = matrix_operands(analysis, target)
-    _, vectors = register_tile(target)
+    _, vectors = _register_tile(analysis, target)
     width = vectors * vector_width(target, analysis.stage) if matrix is None else BLOCK
     rows: Extent = analysis.rows.extent if analysis.rows is not None else 1
     others = product([ceiling(analysis.columns.extent, width), *(group.extent for group in analysis.outer)])
@@ -279,6 +287,7 @@ def tile_of(
         else GroupedProducts(dot, analysis.operand, other_operand(analysis.stage, analysis.operand)),
         matrix=matrix,
         by_element=multiplies_by_element(target),
+        apart=target if panel is None and _is_wide(analysis, target) else None,
     )
 
 

@@ -27,6 +27,7 @@ from schedules.intrin.matrix_tiles import matrix_tiles
 from schedules.kernels import cut
 from schedules.matmul import Matmul, MatmulAnalysis, dot_of
 from schedules.packing import Packing, reading_packed
+from schedules.register_tile import wide_block
 from schedules.report import is_scheduled
 from schedules.stage_parsing import parse
 from schedules.stages import contains
@@ -132,7 +133,8 @@ def _packing(analysis: MatmulAnalysis, parameter: int, target: Target) -> Packin
     dot = dot_of(analysis, target)
     group = 1 if dot is None else dot.terms
     step = 1 if dot is None else _step(analysis, target)
-    return Packing(parameter, order, columns, target.layouts.column_block, group, step)
+    wide = wide_block(target, str(analysis.operand.source.dtype), columns) if dot is None else None
+    return Packing(parameter, order, columns, wide or target.layouts.column_block, group, step)
 
 
 def _step(analysis: MatmulAnalysis, target: Target) -> int:

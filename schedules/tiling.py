@@ -20,9 +20,12 @@ from schedules.block_ahead import BlockAhead
 from schedules.by_element import element_read, in_terms, with_elements, with_read
 from schedules.epilogue import Epilogue
 from schedules.grouped_products import GroupedProducts
+from schedules.intrin.load_fence import fence, with_fences
 from schedules.loops import (
+    Element,
     Extent,
     cells,
+    cells_in_pieces,
     index,
     load,
     local,
@@ -44,9 +47,10 @@ from schedules.matrix_rows import rows_of_sums
 from schedules.matrix_tile import MatrixOperands
 from schedules.near_lines import STEPS_BEFORE, columns_of_line, operand_lines, result_lines
 from schedules.panels import Panel
-from schedules.partial_sums import in_parts, part_steps
+from schedules.partial_sums import LONG_PART_TERMS, PART_TERMS, in_parts, part_steps
 from schedules.reducer import accumulate, accumulator_dtype, read_in_fp32, widened
 from schedules.stages import Stage, sequence, substitute
+from targets.base import Target
 
 # With fewer tiles of rows in a task its columns come from memory all the time, which hardware foresees.
 FEWEST_TILES_TO_FETCH = 4
@@ -75,7 +79,8 @@ class Tile:
     With `grouped` the sums are of dot products of several terms, with `matrix` they are computed in tile registers.
     `by_element` is whether instructions multiply by an element of a register. With `next_rows` a block's tiles of
     columns ask for the rows that the next block reads. `by_rows`: all columns of a block of rows follow each other, so
-    that cores divide the rows.
+    that cores divide the rows. `apart` is the target where steps have to stay apart for want of registers: LLVM would
+    read for the next one before the sums of one are done, and keep sums in memory.
     """
 
     stage: Stage
@@ -98,6 +103,7 @@ class Tile:
     by_element: bool = False
     next_rows: BlockAhead | None = None
     by_rows: bool = False
+    apart: Target | None = None
 
     @property
     def terms(self) -> int:
@@ -114,6 +120,20 @@ class Tile:
         steps = self.row_block // self.rows
         return steps - steps % together or steps
 
+    def part_steps(self, extents: Sequence[Extent], together: int) -> int | None:
+        """Return how many steps of the reduction over `extents`, some taken `together`, make a part of a sum, if any.
+
+        The errors of sums in fp32 are small beside those of terms in bfloat16.
+        """
+        if self.grouped is not None:
+            return None
+        terms = PART_TERMS if self.apart is None else LONG_PART_TERMS
+        return part_steps(self.stage, extents, self.request_steps(together), terms)
+
+    def cells(self, rows: int, width: int, element: Element) -> Stmt:
+        """Return `element` for every row by `width` columns: of three vectors, which LLVM splits badly, two and one."""
+        return cells(rows, width, element) if self.apart is None else cells_in_pieces(rows, width, element)
+
     @property
     def row_extent(self) -> Extent:
         return self.row_group.extent if self.row_group is not None else 1
@@ -128,6 +148,8 @@ def with_instructions(tile: Tile, statement: Stmt) -> Stmt:
     """Return a statement that computes blocks of `tile`, with the functions that their code calls."""
     if tile.matrix is not None:
         statement = tile.matrix.tiles.imported(statement)
+    if tile.apart is not None:
+        statement = with_fences(statement, tile.apart)
     return statement if tile.grouped is None else tile.grouped.dot.imported(statement)
 
 
@@ -252,8 +274,7 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
     extents = [quotient(group.extent, tile.terms) for group in tile.reduction]
     element = _element(tile, stage)
     together = 1 if element is None else tile.at_once
-    # The errors of sums in fp32 are small beside those of terms in bfloat16.
-    part = None if tile.grouped is not None else part_steps(tile.stage, extents, tile.request_steps(together))
+    part = tile.part_steps(extents, together)
     totals = registers if part is None else local([rows * pitch], dtype, "totals")
 
     def start(r: Expr, v: Expr) -> Stmt:
@@ -281,7 +302,7 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
                 return tile.grouped.step(registers, (rows, pitch), values, tile.terms, of_row)
             later = inner(positions, term + STEPS_BEFORE)
             lines = operand_lines(tile.near, lambda v: {**at(index(0), v), **later}, width)
-            return sequence([*lines, cells(rows, width, update)])
+            return sequence([*lines, tile.cells(rows, width, update), *([] if tile.apart is None else [fence()])])
 
         if element is None or before + count == 1:
             return sequence([add(term) for term in range(count)])
@@ -301,7 +322,7 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
         return _fetching_ahead(tile, following, row, (first, [count, *extents[1:]]), together, step)
 
     def all_cells(element: Callable[[Expr], Stmt]) -> Stmt:
-        return cells(rows, pitch, lambda r, v: element(r * pitch + v))
+        return tile.cells(rows, pitch, lambda r, v: element(r * pitch + v))
 
     if part is None:
         buffers, rest = [registers], remainder(tile.reduction[0].extent, tile.terms)
@@ -322,7 +343,7 @@ def _micro(tile: Tile, stage: Stage, point: Mapping[Var, Expr], base: Expr, widt
     if tile.next_rows is not None:
         part = tirx.floordiv(base, index(tile.width))
         requests.append(tile.next_rows.requests(point, row + tile.row_block, rows, part))
-    return with_local(buffers, [*requests, cells(rows, pitch, start), sums, write])
+    return with_local(buffers, [*requests, tile.cells(rows, pitch, start), sums, write])
 
 
 def _element(tile: Tile, stage: Stage) -> Expr | None:
@@ -394,14 +415,14 @@ def _write_back(
         piece = math.gcd(block, width)
         return sequence(
             [
-                cells(rows, piece, lambda r, v, first=first: finish(registers, r, first + v))
+                tile.cells(rows, piece, lambda r, v, first=first: finish(registers, r, first + v))
                 for first in range(0, width, piece)
             ]
         )
     if written.step(tile.vector_group.inner) != Step.STRIDED or rows == 1:
-        return cells(rows, width, lambda r, v: finish(registers, r, v))
+        return tile.cells(rows, width, lambda r, v: finish(registers, r, v))
     # The output is contiguous along the rows: the tile goes through memory and is written column by column.
     spilled = local([rows * pitch], accumulator_dtype(tile.stage), "spilled")
-    spill = cells(rows, width, lambda r, v: store(spilled, load(registers, [r * pitch + v]), [r * pitch + v]))
+    spill = tile.cells(rows, width, lambda r, v: store(spilled, load(registers, [r * pitch + v]), [r * pitch + v]))
     columns = loop(width, lambda v: vector(rows, lambda r: finish(spilled, r, v)))
     return with_local([spilled], [spill, columns])
