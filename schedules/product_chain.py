@@ -21,6 +21,7 @@ from schedules.kernels import is_of_matrices
 from schedules.loops import product
 from schedules.matmul import Matmul, MatmulAnalysis, matrix_operands, other_operand
 from schedules.normalized_product import (
+    MOST_ROWS_OF_BLOCK,
     ROWS_TO_OWN,
     NormalizedProduct,
     Part,
@@ -35,8 +36,6 @@ from schedules.rowwise import RowwiseAnalysis
 from schedules.stages import Stage, StagedFunction, contains
 from targets.base import Target
 
-# Rows of a block at most: enough to read the weights from the second-level cache seldom.
-MOST_ROWS = 128
 # Of the second-level cache, what the weights and a block's rows may take; the rest passes through.
 KEPT = 4, 5
 
@@ -167,8 +166,8 @@ def _rows_of_block(target: Target, analysis: ProductChainAnalysis) -> int:
     rows = _extent(first.rows)
     room = target.caches.level2 * KEPT[0] // KEPT[1] - sum(_bytes_of_weights(each) for each in analysis.products)
     height = register_tile(target)[0] if matrix_operands(first, target) is None else BLOCK
-    most = min(MOST_ROWS, room // max(1, _bytes_of_row(first) + _bytes_of_row(second))) // height * height
-    if rows < target.cores * ROWS_TO_OWN or most < min(MOST_ROWS // 2, ROWS_TO_OWN):
+    most = min(MOST_ROWS_OF_BLOCK, room // max(1, _bytes_of_row(first) + _bytes_of_row(second))) // height * height
+    if rows < target.cores * ROWS_TO_OWN or most < MOST_ROWS_OF_BLOCK // 2:
         return 0
     tasks = target.cores * -(-rows // (target.cores * most))
     return -(-rows // (tasks * height)) * height
