@@ -39,6 +39,12 @@ _DEFAULT = "default: as the settings beside the model say, else"
 )
 @click.option("--system", help="With --chat: what the conversation begins with, before the first prompt.")
 @click.option("--max-new-tokens", "-n", type=click.IntRange(1), default=128, show_default=True)
+@click.option(
+    "--stop",
+    "stops",
+    multiple=True,
+    help="End the text before this string; several: before the first. Default: as the settings beside the model say.",
+)
 @click.option("--temperature", type=float, help=f"0 takes the likeliest token each time; {_DEFAULT} 0.")
 @click.option("--top-k", type=int, help=f"Draw from the k likeliest tokens, 0: from all; {_DEFAULT} 0.")
 @click.option("--top-p", type=float, help=f"Draw from the likeliest tokens that together reach p; {_DEFAULT} 1.")
@@ -62,6 +68,7 @@ def command(
     chat: bool,
     system: str | None,
     max_new_tokens: int,
+    stops: tuple[str, ...],
     temperature: float | None,
     top_k: int | None,
     top_p: float | None,
@@ -102,12 +109,13 @@ def command(
     conversation = Conversation(generator, system=system, session=session) if chat else None
     loaded = time.perf_counter() - start
     documents: list[dict[str, object]] = []
+    stop = stops or None
     for prompt in prompts:
         if conversation is None:
             session.reset()
-            generation = generator.generate(prompt, sampling, max_new_tokens=max_new_tokens, session=session)
+            generation = generator.generate(prompt, sampling, max_new_tokens=max_new_tokens, stop=stop, session=session)
         else:
-            generation = conversation.ask(prompt, sampling, max_new_tokens=max_new_tokens)
+            generation = conversation.ask(prompt, sampling, max_new_tokens=max_new_tokens, stop=stop)
         for piece in generation:
             if not as_json:
                 click.echo(piece, nl=False)

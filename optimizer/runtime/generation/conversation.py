@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from optimizer.errors import OptionError
@@ -35,8 +36,15 @@ class Conversation:
         self._answer: Generation | None = None
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
 
-    def ask(self, text: str, sampling: Sampling | None = None, *, max_new_tokens: int = DEFAULT_TOKENS) -> Generation:
-        """Return the answer to `text`, which is generated as it is iterated over.
+    def ask(
+        self,
+        text: str,
+        sampling: Sampling | None = None,
+        *,
+        max_new_tokens: int = DEFAULT_TOKENS,
+        stop: str | Sequence[str] | None = None,
+    ) -> Generation:
+        """Return the answer to `text`, which is generated as it is iterated over; `stop` as for `generate`.
 
         It is a part of the conversation when the next question is asked, as far as it was iterated over. Raises
         PackageError where the template refuses the conversation; the conversation is then as it was.
@@ -50,7 +58,7 @@ class Conversation:
         self._keep_common(tokens)
         rest = tokens[len(self._session.tokens) :]
         self._answer = self._generator.generate_from(
-            rest, sampling, max_new_tokens=max_new_tokens, session=self._session
+            rest, sampling, max_new_tokens=max_new_tokens, stop=stop, session=self._session
         )
         return self._answer
 

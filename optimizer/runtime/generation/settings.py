@@ -1,4 +1,4 @@
-"""What a model's own files say about generation: stop tokens, the length of the context, how tokens are chosen."""
+"""What a model's own files say about generation: what ends a text, the length of the context, how tokens are chosen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SETTINGS_FILES = ("generation_config.json", "genai_config.json")
 
 @dataclass(frozen=True)
 class Settings:
-    """The token that begins a text, those that end one, and how many tokens the model was made for; where known.
+    """What begins a text (a token), what ends one (tokens, strings), how many tokens the model was made for; if known.
 
     `capacity` is how long a text gets unless the caller says otherwise, `limit` the number of positions that the model
     has, beyond which there are only wrong tokens. `sampling` is how tokens are chosen unless the caller says otherwise:
@@ -28,6 +28,7 @@ class Settings:
     capacity: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     limit: int | None = None
+    stop_strings: tuple[str, ...] = ()
 
 
 def read_settings(files: Mapping[str, bytes]) -> Settings:
@@ -44,7 +45,8 @@ def read_settings(files: Mapping[str, bytes]) -> Settings:
     capacity = next((each.capacity for each in reversed(found) if each.capacity), None)
     sampling = next((each.sampling for each in found if each.sampling != Sampling()), Sampling())
     limit = next((each.limit for each in found if each.limit), None)
-    return Settings(begin, stops, capacity, sampling, limit)
+    strings = next((each.stop_strings for each in found if each.stop_strings), ())
+    return Settings(begin, stops, capacity, sampling, limit, strings)
 
 
 def _document(name: str, content: bytes) -> Mapping[str, object]:
@@ -69,7 +71,14 @@ def _settings(name: str, document: Mapping[str, object]) -> Settings:
     capacity = limit or _count(model.get("max_length"))
     sampling = _sampling(name, _section(name, document.get("search", document)))
     known = tuple(token for token in tokens if token is not None)
-    return Settings(_count(model.get("bos_token_id")), known, capacity or None, sampling, limit or None)
+    return Settings(
+        _count(model.get("bos_token_id")),
+        known,
+        capacity or None,
+        sampling,
+        limit or None,
+        _strings(document.get("stop_strings")),
+    )
 
 
 def _sampling(name: str, search: Mapping[str, object]) -> Sampling:
@@ -86,6 +95,12 @@ def _sampling(name: str, search: Mapping[str, object]) -> Sampling:
 
 def _count(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    """Return the strings of a setting that is one or a list of them, without empty ones."""
+    several = cast("list[object]", value) if isinstance(value, list) else [value]
+    return tuple(each for each in several if isinstance(each, str) and each)
 
 
 def _number(value: object, otherwise: float) -> float:

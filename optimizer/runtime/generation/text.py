@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from optimizer.runtime.generation.chat_template import CHAT_FILES, ChatTemplate,
 from optimizer.runtime.generation.sampling import Sampler, Sampling
 from optimizer.runtime.generation.session import DecoderSession
 from optimizer.runtime.generation.settings import SETTINGS_FILES, Settings, read_settings
+from optimizer.runtime.generation.stop_strings import StopStrings
 from optimizer.runtime.generation.tokenizer import TOKENIZER_FILE, Tokenizer
 from optimizer.runtime.kv_cache import require_room
 
@@ -22,18 +23,27 @@ if TYPE_CHECKING:
 
 COMPANION_FILES = (TOKENIZER_FILE, *SETTINGS_FILES, *CHAT_FILES)
 DEFAULT_TOKENS = 128
+_TOKENS_OF_A_CHARACTER = 4
+"""At most: one for each byte of its UTF-8."""
 
 
 class Generation:
     """One answer in the making: iterate over it for the pieces of text, then read what it took.
 
-    `text` is what was yielded so far. `finished` says why it ended: "stop token", "length" (as many tokens as were
-    asked for) or "context is full". Times are in seconds: `prefill_seconds` reads the prompt, which gives the first
-    token; `decode_seconds` is for the tokens after it.
+    `text` is what was yielded so far. `finished` says why it ended: "stop token", "stop string" (neither is part of the
+    text, but `tokens` and the session hold those of the string), "length" (as many tokens as were asked for) or
+    "context is full". Times are in seconds: `prefill_seconds` reads the prompt, which gives the first token;
+    `decode_seconds` is for the tokens after it.
     """
 
     def __init__(
-        self, generator: TextGenerator, session: DecoderSession, prompt: list[int], sampler: Sampler, limit: int
+        self,
+        generator: TextGenerator,
+        session: DecoderSession,
+        prompt: list[int],
+        sampler: Sampler,
+        limit: int,
+        stop: str | Sequence[str],
     ) -> None:
         self.prompt_tokens: list[int] = prompt
         self.tokens: list[int] = []
@@ -45,15 +55,30 @@ class Generation:
         self._session = session
         self._sampler = sampler
         self._limit = limit
+        self._stop = StopStrings(stop)
 
     def __iter__(self) -> Iterator[str]:
         """Generate, and yield text whenever whole characters of it are known."""
-        text_of = self._generator.tokenizer.stream(self.prompt_tokens)
+        for text in self._pieces():
+            self.text += text
+            yield text
+
+    def _pieces(self) -> Iterator[str]:
+        """Yield text before the first stop string, none of it empty."""
+        # An answer that was cut at its length may have ended within a character.
+        before = (self._session.tokens + self._session.unread)[-_TOKENS_OF_A_CHARACTER:]
+        text_of = self._generator.tokenizer.stream([*before, *self.prompt_tokens])
         for token in self._generate():
-            text = text_of(token)
-            if text is not None:
-                self.text += text
+            text = self._stop.after(text_of(token) or "")
+            if text:
                 yield text
+            if self._stop.found:
+                self._session.unread = [token]
+                self.finished = "stop string"
+                return
+        rest = self._stop.rest()
+        if rest:
+            yield rest
 
     def _generate(self) -> Iterator[int]:
         limit = self._generator.settings.limit
@@ -127,28 +152,38 @@ class TextGenerator:
         sampling: Sampling | None = None,
         *,
         max_new_tokens: int = DEFAULT_TOKENS,
+        stop: str | Sequence[str] | None = None,
         session: DecoderSession | None = None,
     ) -> Generation:
         """Return the continuation of `prompt`, which is generated as it is iterated over.
 
-        Tokens are chosen as `sampling` says, by default as the model's settings do.
+        Tokens are chosen as `sampling` says, and the text ends where `stop`, one string or several, would begin; by default
+        both are as the model's settings say.
         `session` continues a text that was begun before, to whose middle no token belongs that begins a text. Raises
-        OptionError for less than one new token; iterating does so for an empty prompt of a model that has no token to
-        begin with, and for a prompt that is longer than the context.
+        OptionError for less than one new token and for an empty stop string; iterating does so for an empty prompt of a
+        model that has no token to begin with, and for a prompt that is longer than the context.
         """
         session = session or self.new_session()
         tokens = self.tokenizer.encode(prompt, begins=not session.tokens)
         if not tokens and not session.tokens and self.settings.begin is not None:
             tokens = [self.settings.begin]
-        return self.generate_from(tokens, sampling, max_new_tokens=max_new_tokens, session=session)
+        return self.generate_from(tokens, sampling, max_new_tokens=max_new_tokens, stop=stop, session=session)
 
     def generate_from(
-        self, tokens: list[int], sampling: Sampling | None, *, max_new_tokens: int, session: DecoderSession
+        self,
+        tokens: list[int],
+        sampling: Sampling | None,
+        *,
+        max_new_tokens: int,
+        session: DecoderSession,
+        stop: str | Sequence[str] | None = None,
     ) -> Generation:
         """Return the continuation of what `session` has read and `tokens` after it, as `generate` does of a text."""
         if max_new_tokens < 1:
             raise OptionError(f"{max_new_tokens} new tokens are no text; ask for 1 or more")
-        return Generation(self, session, tokens, Sampler(sampling or self.settings.sampling), max_new_tokens)
+        sampler = Sampler(sampling or self.settings.sampling)
+        strings = self.settings.stop_strings if stop is None else stop
+        return Generation(self, session, tokens, sampler, max_new_tokens, strings)
 
 
 def _files(model: CompiledModel, folder: Path | None) -> dict[str, bytes]:
