@@ -157,11 +157,11 @@ class TextGenerator:
     ) -> Generation:
         """Return the continuation of `prompt`, which is generated as it is iterated over.
 
-        Tokens are chosen as `sampling` says, and the text ends where `stop`, one string or several, would begin; by default
-        both are as the model's settings say.
-        `session` continues a text that was begun before, to whose middle no token belongs that begins a text. Raises
-        OptionError for less than one new token and for an empty stop string; iterating does so for an empty prompt of a
-        model that has no token to begin with, and for a prompt that is longer than the context.
+        Tokens are chosen as `sampling` says, and the text ends where `stop`, one string or several, would begin; by
+        default both are as the model's settings say. `session` continues a text that was begun before, to whose middle
+        no token belongs that begins a text. Raises OptionError for less than one new token and for an empty stop
+        string; iterating does so for an empty prompt of a model that has no token to begin with, and for a prompt that
+        is longer than the context.
         """
         session = session or self.new_session()
         tokens = self.tokenizer.encode(prompt, begins=not session.tokens)
