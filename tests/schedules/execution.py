@@ -104,3 +104,8 @@ def sum_tolerance(terms: int, magnitude: float, dtype: str = "float32") -> float
     Rounding errors of a sum grow as a random walk; six deviations leave no room for luck.
     """
     return 6 * float(np.finfo(dtype).eps) * magnitude * max(1.0, terms) ** 0.5 * max(1.0, np.log2(terms + 1))
+
+
+def assembly_of(executable: tvm.runtime.Executable) -> str:
+    """Return the assembly of the code for the CPU that was generated."""
+    return "".join(each.inspect_source("asm") for each in executable.mod.imports if each.kind == "llvm")

@@ -20,7 +20,7 @@ from schedules import attention_pairs, schedule_module
 from schedules.intrin.bf16_pairs import bf16_pairs
 from targets.base import Target
 from targets.host import missing_features
-from tests.schedules.execution import TARGET, normal, scheduled
+from tests.schedules.execution import TARGET, assembly_of, normal, scheduled
 
 LENGTHS = st.sampled_from([1, 2, 7, 16, 17, 31, 32, 33, 49, 67])
 Size = int | tirx.Var
@@ -206,7 +206,7 @@ def test_code_is_generated_for_every_kind_of_register(target: str) -> None:
 def test_a_core_of_two_multiply_adds_a_cycle_asks_for_lines_between_them(name: str, most: int) -> None:
     chosen = targets.get(name)
     module, _ = schedule_module(_module(2, 64, 64, 300), chosen)
-    words = tvm.compile(module, chosen.tvm_target()).mod.imports[0].inspect_source("asm").split()
+    words = assembly_of(tvm.compile(module, chosen.tvm_target())).split()
     steps = [word.startswith("prefetch") for word in words if word.startswith(("prefetch", "vfmadd"))]
     runs = [len(list(run)) for asked, run in itertools.groupby(steps) if asked]
     assert max(runs) == most
@@ -402,7 +402,6 @@ def test_rounded_attention_may_have_a_bias_that_hides_keys(target: Target, queri
 def test_code_of_pairs_has_the_instruction_and_no_call(target: str, instruction: str) -> None:
     chosen = targets.get(target)
     module, _ = schedule_module(RoundAttention(target).run(_module(2, 32, 40, 50)).module, chosen)
-    modules = tvm.compile(module, chosen.tvm_target()).mod.imports
-    assembly = "".join(each.inspect_source("asm") for each in modules if each.kind == "llvm")
+    assembly = assembly_of(tvm.compile(module, chosen.tvm_target()))
     assert instruction in assembly
     assert not [line for line in assembly.splitlines() if "bf16" in line and ("call" in line or "\tbl\t" in line)]

@@ -18,7 +18,7 @@ from optimizer.lowering import build, lower
 from passes.block_channels import BlockChannels
 from schedules.winograd_transforms import transforms
 from targets.base import Target
-from tests.schedules.execution import TARGET, Dimension, module_of, normal, sum_tolerance
+from tests.schedules.execution import TARGET, Dimension, assembly_of, module_of, normal, sum_tolerance
 from tests.schedules.test_convolution import convolve
 
 BLOCK = TARGET.layouts.channel_block
@@ -152,7 +152,7 @@ def test_code_has_the_instructions_and_no_call(target: str, instructions: list[s
 
     executable, families = blocked(layers, [1, 64, 14, 14], targets.get(target), winograd=4)
     assert {"winograd", "direct-convolution"} <= set(families)
-    assembly = "".join(each.inspect_source("asm") for each in executable.mod.imports if each.kind == "llvm")
+    assembly = assembly_of(executable)
     assert all(instruction in assembly for instruction in instructions)
     assert "optimizer_dot_bf16@" not in assembly
     assert not any(f"{call}\toptimizer_" in assembly for call in ("call", "callq", "bl"))

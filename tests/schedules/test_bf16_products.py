@@ -12,7 +12,7 @@ from tvm.relax import op
 import targets
 from optimizer.lowering import build, fuse, lower
 from schedules.intrin.bf16_dot import bf16_dot
-from tests.schedules.execution import TARGET, module_of, normal, sum_tolerance
+from tests.schedules.execution import TARGET, assembly_of, module_of, normal, sum_tolerance
 
 HAS_DOT = bf16_dot(TARGET) is not None
 
@@ -42,8 +42,7 @@ def test_sums_of_pairs_are_those_of_rounded_operands(rows: int, columns: int, de
 def test_code_has_the_instruction_and_no_call(target: str, instruction: str) -> None:
     chosen = targets.get(target)
     lowered = lower(module_of(lambda v: layer(weights_of(32, 64), v), [(16, 32)], ["float32"]), chosen)
-    modules = build(lowered.module, chosen).mod.imports
-    assembly = "".join(each.inspect_source("asm") for each in modules if each.kind == "llvm")
+    assembly = assembly_of(build(lowered.module, chosen))
     assert instruction in assembly
     assert "call\toptimizer_dot_bf16" not in assembly.replace("callq", "call")
     assert "bl\toptimizer_dot_bf16" not in assembly

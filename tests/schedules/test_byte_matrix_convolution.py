@@ -15,7 +15,7 @@ import targets
 from optimizer.lowering import build, lower
 from passes.block_channels import BlockChannels
 from targets.host import missing_features
-from tests.schedules.execution import Dimension, module_of
+from tests.schedules.execution import Dimension, assembly_of, module_of
 from tests.schedules.test_convolution import convolve
 from tests.schedules.test_integer_convolution import conv, drawn, quantize, quantized, run
 
@@ -101,7 +101,7 @@ def test_numbers_that_are_rounded_twice_become_bytes_once(zero: int, other: int)
     want = quantize((inner - other) * np.float32(0.5) + x.astype(np.float32), "uint8", 3)
     np.testing.assert_array_equal(run(executable, x), want)
     assert families.count("matrix-convolution") == 1
-    assembly = "".join(each.inspect_source("asm") for each in executable.mod.imports if each.kind == "llvm")
+    assembly = assembly_of(executable)
     assert "vpmovdb" not in assembly
 
 
@@ -109,7 +109,7 @@ def test_numbers_that_are_rounded_twice_become_bytes_once(zero: int, other: int)
 def test_code_has_the_instruction_and_no_call(inputs: int, kernel: int, stride: int) -> None:
     w = drawn("int8", 64, inputs, kernel, kernel)
     executable, families = compiled(lambda x: conv(x, w, padding=kernel // 2, strides=stride), [1, inputs, 14, 14])
-    assembly = "".join(each.inspect_source("asm") for each in executable.mod.imports if each.kind == "llvm")
+    assembly = assembly_of(executable)
     assert "matrix-convolution" in families
     assert "tdpbusd" in assembly
     assert not any(f"call{end}\toptimizer_tiles_{name}" in assembly for end in ("", "q") for name in ("step", "store"))

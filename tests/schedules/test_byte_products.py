@@ -15,7 +15,7 @@ from optimizer.lowering import build, fuse, lower
 from schedules.intrin.byte_dot import activation_types
 from targets.base import Target
 from targets.host import missing_features
-from tests.schedules.execution import TARGET, module_of
+from tests.schedules.execution import TARGET, assembly_of, module_of
 
 HERE = [
     target for target in map(targets.get, ("x86-avx2", "x86-avx512", "x86-avx512-amx")) if not missing_features(target)
@@ -89,8 +89,7 @@ def test_weights_lie_in_fours_where_the_target_takes_the_data(depth: int) -> Non
 def test_code_has_the_instruction_and_no_call(target: str, data: str, instruction: str) -> None:
     chosen, weights = targets.get(target), byte_values(67, 64, dtype="int8")
     lowered = lower(module_of(lambda v: product(weights, v), [(16, 67)], [data]), chosen)
-    modules = build(lowered.module, chosen).mod.imports
-    assembly = "".join(each.inspect_source("asm") for each in modules if each.kind == "llvm")
+    assembly = assembly_of(build(lowered.module, chosen))
     assert instruction in assembly
     calls = [
         line
@@ -128,7 +127,6 @@ def test_what_follows_is_computed_in_the_kernel() -> None:
 def test_sums_are_rounded_to_codes_in_vectors() -> None:
     weights, chosen = byte_values(64, 40, dtype="int8"), targets.get("x86-avx512")
     lowered = lower(module_of(lambda v: requantized(weights, v), [(16, 64)], ["uint8"]), chosen)
-    modules = build(lowered.module, chosen).mod.imports
-    assembly = "".join(each.inspect_source("asm") for each in modules if each.kind == "llvm")
+    assembly = assembly_of(build(lowered.module, chosen))
     assert "vpmovdb" in assembly
     assert not {"vroundss", "vrndscaless"} & set(assembly.split())

@@ -17,7 +17,7 @@ from optimizer.lowering import build, lower
 from passes.block_channels import BlockChannels
 from schedules.intrin.byte_dot import activation_types, splits_operands
 from targets.base import Target
-from tests.schedules.execution import TARGET, Dimension, module_of
+from tests.schedules.execution import TARGET, Dimension, assembly_of, module_of
 from tests.schedules.test_convolution import convolve
 
 BLOCK = TARGET.layouts.channel_block
@@ -249,6 +249,6 @@ def test_code_has_the_instructions_and_no_call(target: str, instructions: list[s
 
     executable, families = blocked(layers, [1, 64, 14, 14], chosen)
     assert families.count("direct-convolution") == 2
-    assembly = "".join(each.inspect_source("asm") for each in executable.mod.imports if each.kind == "llvm")
+    assembly = assembly_of(executable)
     assert all(instruction in assembly for instruction in instructions)
     assert not any(f"{call}\toptimizer_" in assembly for call in ("call", "callq", "bl"))

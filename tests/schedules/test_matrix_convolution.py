@@ -19,7 +19,7 @@ from passes.block_channels import BlockChannels
 from schedules.report import Decide
 from schedules.schedule import by_default
 from targets.host import missing_features
-from tests.schedules.execution import Dimension, module_of, normal, sum_tolerance
+from tests.schedules.execution import Dimension, assembly_of, module_of, normal, sum_tolerance
 from tests.schedules.test_bf16_convolution import rounded
 from tests.schedules.test_convolution import convolve
 
@@ -199,7 +199,7 @@ def test_sums_are_stored_rounded() -> None:
 def test_code_has_the_instruction_and_no_call(kernel: int, stride: int) -> None:
     w, bias = normal(64, 64, kernel, kernel), normal(1, 64, 1, 1)
     executable, families = compiled(w, bias, [1, 64, 14, 14], stride, kernel // 2)
-    assembly = "".join(each.inspect_source("asm") for each in executable.mod.imports if each.kind == "llvm")
+    assembly = assembly_of(executable)
     assert "matrix-convolution" in families
     assert "tdpbf16ps" in assembly
     assert not any(f"call{end}\toptimizer_tiles_{name}" in assembly for end in ("", "q") for name in ("step", "store"))
@@ -212,7 +212,7 @@ def test_lines_of_results_are_stored_at_once_beside_tiles(target: str, pairs: bo
     machine = targets.get(target)
     blocked = BlockChannels(BLOCK, 0, "bfloat16").run(module).module
     code = build(lower(blocked, machine).module, machine)
-    assembly = "".join(each.inspect_source("asm") for each in code.mod.imports if each.kind == "llvm")
+    assembly = assembly_of(code)
     assert ("vcvtne2ps2bf16" in assembly) == pairs
 
 

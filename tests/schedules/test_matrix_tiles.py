@@ -18,7 +18,7 @@ import targets
 from optimizer.lowering import build, lower
 from optimizer.runtime.tensors import wrap_bytes
 from targets.host import missing_features
-from tests.schedules.execution import module_of, normal, sum_tolerance
+from tests.schedules.execution import assembly_of, module_of, normal, sum_tolerance
 
 AMX = targets.get("x86-avx512-amx")
 HERE = pytest.mark.skipif(bool(missing_features(AMX)), reason="the machine has no AMX")
@@ -63,8 +63,7 @@ def test_weights_that_are_not_numbers_stay_where_they_are() -> None:
 def test_code_describes_the_registers_once_and_has_no_call_in_steps() -> None:
     weights = normal(64, 64).astype(ml_dtypes.bfloat16)
     lowered = lower(module_of(lambda v: layer(weights, v), [(96, 64)], ["float32"]), AMX)
-    modules = build(lowered.module, AMX).mod.imports
-    assembly = "".join(each.inspect_source("asm") for each in modules if each.kind == "llvm")
+    assembly = assembly_of(build(lowered.module, AMX))
     assert "tdpbf16ps" in assembly
     assert "prefetch" in assembly
     calls = [line.split()[-1] for line in assembly.splitlines() if line.split()[:1] in (["call"], ["callq"])]
@@ -144,8 +143,7 @@ def test_sums_of_divided_rows_are_those_of_rounded_operands(rows: int) -> None:
 def test_steps_ask_for_the_lines_that_the_block_writes() -> None:
     weights = normal(64, 64).astype(ml_dtypes.bfloat16)
     lowered = lower(module_of(lambda v: layer(weights, v), [(96, 64)], ["bfloat16"]), AMX)
-    modules = build(lowered.module, AMX).mod.imports
-    assembly = "".join(each.inspect_source("asm") for each in modules if each.kind == "llvm")
+    assembly = assembly_of(build(lowered.module, AMX))
     assert "prefetchw" in assembly
 
 

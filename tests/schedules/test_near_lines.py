@@ -15,7 +15,7 @@ from optimizer.lowering import build, lower
 from schedules.register_tile import register_tile
 from targets.base import Target
 from targets.host import missing_features
-from tests.schedules.execution import module_of, normal, sum_tolerance
+from tests.schedules.execution import assembly_of, module_of, normal, sum_tolerance
 
 TWO_UNITS, ONE_UNIT = targets.get("x86-avx512-amx"), targets.get("x86-avx512")
 HERE = [target for target in (TWO_UNITS, ONE_UNIT) if not missing_features(target)]
@@ -47,8 +47,7 @@ def test_products_of_any_size(target: Target, rows: int, columns: int, depth: in
 
 @pytest.mark.parametrize(("target", "asks"), [(TWO_UNITS, True), (ONE_UNIT, False)], ids=["two units", "one unit"])
 def test_lines_are_asked_for_where_two_multiply_adds_begin_in_a_cycle(target: Target, *, asks: bool) -> None:
-    module = layer(normal(64, 64), normal(64), 96, target).mod
-    assembly = "".join(each.inspect_source("asm") for each in module.imports if each.kind == "llvm")
+    assembly = assembly_of(layer(normal(64, 64), normal(64), 96, target))
     assert ("prefetcht0" in assembly) == asks
 
 

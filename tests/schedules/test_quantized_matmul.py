@@ -16,6 +16,7 @@ from passes.quantization.scheme import PER_CHANNEL, QuantizedMatrix, Scheme
 from passes.quantized_weights import WeightUse, product_with, rows_of
 from targets.base import Target
 from targets.execution import how_executed
+from tests.schedules.execution import assembly_of
 
 NATIVE = [name for name in targets.names() if how_executed(targets.get(name)) == "native"]
 SCHEMES = st.builds(
@@ -149,5 +150,5 @@ def test_one_row_asks_for_weights_into_the_cache_that_the_target_says(name: str,
     matrix = quantize(np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32), Scheme(4, 32))
     use = WeightUse.of(name, "int8", 4)
     module = build(lower(product_module((1, 128), matrix, use), use.target).module, use.target)
-    assembly = "".join(each.inspect_source("asm") for each in module.mod.imports if each.kind == "llvm")
+    assembly = assembly_of(module)
     assert {word for word in assembly.split() if word.startswith("prefetch")} == {hint}

@@ -15,7 +15,7 @@ import targets
 from optimizer.lowering import LoweredModule, build, lower
 from targets.base import Target
 from targets.host import missing_features
-from tests.schedules.execution import module_of, normal, sum_tolerance
+from tests.schedules.execution import assembly_of, module_of, normal, sum_tolerance
 
 AMX = targets.get("x86-avx512-amx")
 HERE = pytest.mark.skipif(bool(missing_features(AMX)), reason="the machine has no AMX")
@@ -74,8 +74,7 @@ def test_one_kernel_rounds_and_multiplies(rows: int, owned: int) -> None:
     lowered = _lowered(_weights(256, 64), (rows, 256))
     (kernel,) = lowered.kernels
     assert (kernel.family, kernel.parameters["owned_rows"]) == ("normalized-product", owned)
-    modules = build(lowered.module, AMX).mod.imports
-    assembly = "".join(each.inspect_source("asm") for each in modules if each.kind == "llvm")
+    assembly = assembly_of(build(lowered.module, AMX))
     assert "vcvtneps2bf16" in assembly
     assert "tdpbf16ps" in assembly
 

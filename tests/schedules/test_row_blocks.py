@@ -16,7 +16,7 @@ import targets
 from optimizer.lowering import build, lower
 from targets.base import Target
 from targets.host import missing_features
-from tests.schedules.execution import Dimension, module_of, normal, sum_tolerance
+from tests.schedules.execution import Dimension, assembly_of, module_of, normal, sum_tolerance
 
 TWO_UNITS, ONE_UNIT = targets.get("x86-avx512-amx"), targets.get("x86-avx512")
 HERE = [target for target in (TWO_UNITS, ONE_UNIT) if not missing_features(target)]
@@ -61,8 +61,7 @@ def test_what_whole_tiles_leave_of_a_symbolic_number_of_rows(target: Target) -> 
 
 @pytest.mark.parametrize(("target", "asks"), [(TWO_UNITS, False), (ONE_UNIT, True)], ids=["two units", "one unit"])
 def test_next_rows_are_asked_for_where_one_multiply_add_begins_in_a_cycle(target: Target, *, asks: bool) -> None:
-    module = build(lower(product(normal(64, 1536), 12000), target).module, target).mod
-    assembly = "".join(each.inspect_source("asm") for each in module.imports if each.kind == "llvm")
+    assembly = assembly_of(build(lower(product(normal(64, 1536), 12000), target).module, target))
     # Requests for columns are two in a row of as many steps as there are tiles, those for rows one for each of a tile.
     assert (re.search(r"(\s+prefetcht1.*\n){4}", assembly) is not None) == asks
 

@@ -15,7 +15,7 @@ from optimizer.lowering import build, lower
 from schedules.register_tile import WIDE_TILE, wide_block, wide_tile
 from targets.base import Target
 from targets.host import missing_features
-from tests.schedules.execution import module_of, normal, sum_tolerance
+from tests.schedules.execution import assembly_of, module_of, normal, sum_tolerance
 
 TWO_UNITS, ONE_UNIT = targets.get("x86-avx512-amx"), targets.get("x86-avx512")
 HERE = [target for target in (TWO_UNITS, ONE_UNIT) if not missing_features(target)]
@@ -30,10 +30,6 @@ def layer(weights: np.ndarray, rows: int | str, target: Target, *, normalized: b
         return op.nn.layer_norm(result, scale, shift, axes=[-1]) if normalized else op.nn.relu(result)
 
     return build(lower(module_of(product, [(rows, weights.shape[0])], ["float32"]), target).module, target)
-
-
-def assembly_of(executable: tvm.relax.VMExecutable) -> str:
-    return "".join(each.inspect_source("asm") for each in executable.mod.imports if each.kind == "llvm")
 
 
 @pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
