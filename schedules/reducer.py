@@ -10,6 +10,7 @@ from tvm import tirx
 from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
+from schedules.intrin.llvm_call import intrinsic
 from schedules.loops import Extent, index, load, local, loop, quotient, remainder, store, vector, with_local
 from schedules.stages import Stage, loads_of, replace_loads, sequence, substitute
 
@@ -132,6 +133,10 @@ def folds(reducer: Reducer, vectors: Sequence[Expr], lanes: int) -> Expr:
     Each step makes one vector of two, so that a fold costs about one step instead of log2(lanes). The lanes of one fold
     lie side by side until they fit the 128 bits within which shuffles are cheapest; from there on folds are paired.
     """
+    if len(vectors) == 1 and lanes > 1 and _sums_integers(reducer, vectors[0]):
+        # LLVM 22 finds sums of products of bytes by their shuffles, takes vpdpbusd for them, and forgets to add that
+        # instruction's own four sums where each shuffle is of half as many lanes as the one before it.
+        return intrinsic(reducer.identity.ty.dtype, "llvm.vector.reduce.add", vectors[0])
     bound: list[tuple[Var, Expr]] = []
 
     def combined(sources: Sequence[Expr], low: Sequence[int], apart: int) -> Expr:
@@ -168,6 +173,12 @@ def folds(reducer: Reducer, vectors: Sequence[Expr], lanes: int) -> Expr:
     for variable, value in reversed(bound):
         result = tirx.Let(variable, value, result)
     return result
+
+
+def _sums_integers(reducer: Reducer, value: Expr) -> bool:
+    """Return whether a reducer of vectors like `value` adds integers."""
+    dtype = str(reducer.identity.ty.dtype)
+    return "int" in dtype and isinstance(reducer.combine(Var("a", value.ty), Var("b", value.ty)), tirx.Add)
 
 
 def load_lanes(buffer: Var, base: Expr, lanes: int) -> Expr:

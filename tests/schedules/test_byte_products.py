@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tvm
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tvm import relax
 from tvm.relax import op
@@ -56,11 +56,27 @@ def packed_shapes(module: tvm.IRModule, target: Target) -> list[tuple[int, ...]]
     data=st.sampled_from(["uint8", "int8"]),
     symbolic=st.booleans(),
 )
+# One register of products, for which LLVM has an instruction of its own.
+@example(rows=1, columns=1, depth=64, data="uint8", symbolic=False)
 def test_sums_are_exact(target: Target, rows: int, columns: int, depth: int, data: str, *, symbolic: bool) -> None:
     weights, x = byte_values(depth, columns, dtype="int8"), byte_values(rows, depth, dtype=data)
     module = module_of(lambda v: product(weights, v), [("m" if symbolic else rows, depth)], [data])
     want = x.astype(np.int64) @ weights.astype(np.int64)
     np.testing.assert_array_equal(result(module, x, target), want)
+
+
+@pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
+@pytest.mark.parametrize("lanes", [8, 16, 32, 64])
+def test_sums_of_products_of_one_register_are_exact(target: Target, lanes: int) -> None:
+    x, y = byte_values(3, lanes, dtype="uint8"), byte_values(3, lanes, dtype="int8", seed=1)
+    module = module_of(
+        lambda a, b: op.sum(op.multiply(op.astype(a, "int32"), op.astype(b, "int32")), axis=-1),
+        [x.shape, y.shape],
+        ["uint8", "int8"],
+    )
+    machine = relax.VirtualMachine(build(lower(module, target).module, target), tvm.cpu())
+    got = machine["main"](tvm.runtime.tensor(x), tvm.runtime.tensor(y)).numpy()
+    np.testing.assert_array_equal(got, (x.astype(np.int64) * y).sum(-1))
 
 
 @pytest.mark.parametrize("depth", [2, 64, 65])
