@@ -135,6 +135,8 @@ def _has_known_sizes(function: tirx.PrimFunc) -> bool:
 
 def _is_worth_compacting(function: tirx.PrimFunc) -> bool:
     """Return whether blocks of a function allocate buffers, or all sizes are known, which makes it quick."""
+    if _has_known_sizes(function):
+        return True
     allocating: list[s_tir.SBlock] = []
 
     def note(block: s_tir.SBlock) -> None:
@@ -142,7 +144,7 @@ def _is_worth_compacting(function: tirx.PrimFunc) -> bool:
             allocating.append(block)
 
     tvm_ffi.structural_walk(function.body, (s_tir.SBlock, note))
-    return _has_known_sizes(function) or bool(allocating)
+    return bool(allocating)
 
 
 def _device_lowering() -> tuple[tvm.transform.Pass, _Finalize, _Finalize]:

@@ -28,13 +28,14 @@ def _case(rows: int, inputs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(SCHEMES, st.integers(1, 7), st.integers(17, 130), st.integers(0, 99))
-def test_fitted_weights_are_never_worse_than_rounded_ones(scheme: Scheme, rows: int, inputs: int, seed: int) -> None:
+@given(SCHEMES, st.integers(12, 20), st.integers(17, 130), st.integers(0, 99))
+def test_fitted_weights_are_better_than_rounded_ones(scheme: Scheme, rows: int, inputs: int, seed: int) -> None:
+    """Of a single short row the nearest codes may be the better ones, since a code is not chosen with all others."""
     matrix, moments = _case(rows, inputs, seed)
     plain, fitted = quantize(matrix, scheme), fit_to_inputs(matrix, moments, scheme, damping=0.01)
     assert fitted.codes.max() < scheme.levels
     errors = [output_error(matrix, each.dequantized(), moments) for each in (plain, fitted)]
-    assert errors[1] <= errors[0]
+    assert errors[1] < errors[0]
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

@@ -67,7 +67,7 @@ def test_more_than_there_can_be_is_refused() -> None:
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(steps=st.lists(st.integers(1, 700), max_size=6), capacity=st.none() | st.integers(3000, 1 << 20))
+@given(steps=st.lists(st.integers(1, 700), max_size=6), capacity=st.none() | st.integers(6 * 700, 1 << 20))
 def test_room_follows_the_tokens_and_not_the_capacity(steps: list[int], capacity: int | None) -> None:
     cache = KeyValueCache(_entry(), tensors.CPU, capacity=capacity)
     written = np.zeros((1, 2, 0, 1024), np.float16)
