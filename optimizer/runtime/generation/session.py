@@ -14,7 +14,8 @@ from optimizer.runtime.generation.roles import DecoderRoles, roles_of
 from optimizer.runtime.generation.step_inputs import TOKENS, VALUES, Step, mask_values
 from optimizer.runtime.generation.token_steps import TokenSteps
 from optimizer.runtime.kv_cache import fixed_room, require_room
-from optimizer.runtime.tensors import host_view
+from optimizer.runtime.tensors import CPU, host_view
+from optimizer.runtime.unused_memory import give_back_unused
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -99,7 +100,11 @@ class DecoderSession:
         *chunks, last = (tokens[start : start + most] for start in range(0, len(tokens), most))
         for chunk in chunks:
             self._read(chunk)
-        return self._read(last)
+        logits = self._read(last)
+        if chunks and self._entry.device == CPU:
+            # Steps need next to nothing of what lay between the kernels of so many rows.
+            give_back_unused()
+        return logits
 
     def _read(self, tokens: Sequence[int]) -> Logits:
         """Read tokens by one call of the code and return the logits that follow the last of them."""
