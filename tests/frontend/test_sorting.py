@@ -73,7 +73,7 @@ def test_first_elements_of_lines_of_several_blocks(largest: int) -> None:
     length=st.sampled_from([131, 2053, 4099, 9001]),
     count=st.sampled_from([65, 127, 601]),
     kind=st.sampled_from(["float32", "float16", "int32", "uint8"]),
-    distinct=st.sampled_from([1, 3, 1000, 10**6]),
+    distinct=st.sampled_from([1, 3, 1000, 60_000]),
     largest=st.integers(0, 1),
     ascending=st.booleans(),
 )
