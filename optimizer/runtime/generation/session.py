@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 MOST_AT_ONCE = 512
 """Tokens of a prompt that one call reads where the cache is appended to in place: enough for products to run at full
 speed, few enough for what lies between them to stay small beside the weights."""
+LONG_TEXT_CALLS = 4
+"""Calls of a text after which the memory between kernels is given back: the next text has to ask for it again, which
+takes 2 % of two calls."""
 
 
 class DecoderSession:
@@ -101,7 +104,7 @@ class DecoderSession:
         for chunk in chunks:
             self._read(chunk)
         logits = self._read(last)
-        if chunks and self._entry.device == CPU:
+        if len(tokens) >= LONG_TEXT_CALLS * most and self._entry.device == CPU:
             # Steps need next to nothing of what lay between the kernels of so many rows.
             give_back_unused()
         return logits
