@@ -18,6 +18,7 @@ from optimizer.kernel_merging import merge_kernels
 from optimizer.kernel_nodes import carry_into_groups, fused_groups, name_kernels, with_calls
 from optimizer.large_pages import ask_for_large_pages
 from optimizer.legalization import LEGALIZATIONS
+from optimizer.overwriting import write_over_terms
 from optimizer.shape_heap import lower_shapes
 from optimizer.shared_bindings import leave_out_tuples, share_sizes, share_views
 from optimizer.step_launches import launch_layers_once
@@ -67,6 +68,7 @@ _FINISH = (
     relax.transform.ToNonDataflow,
     relax.transform.RemovePurityChecking,
     relax.transform.CallTIRRewrite,
+    lambda: write_over_terms,
     relax.transform.StaticPlanBlockMemory,
     relax.transform.LowerAllocTensor,
     relax.transform.CanonicalizeBindings,  # names of one tensor, tuples taken apart

@@ -17,6 +17,7 @@ from schedules.stages import (
     Stage,
     calls_of,
     contains,
+    loads_of,
     replace_loads,
     simplify_indices,
     substitute,
@@ -77,6 +78,20 @@ def keep_reads(epilogue: Epilogue, lane: Axis, moving: Sequence[Axis]) -> tuple[
 
     value = replace_loads(epilogue.value, rewrite)
     return replace(epilogue, value=value), tuple(kept)
+
+
+def overwritable(epilogue: Epilogue) -> tuple[Var, ...]:
+    """Return the buffers of the output's type and shape of which each element is read where it is stored next alone."""
+    output = epilogue.stage.output
+    reads = [read for read in loads_of(epilogue.value) if not read.source.same_as(epilogue.source.output)]
+    elsewhere = [read.source for read in reads if not _equal(tuple(read.indices), epilogue.indices)]
+    elsewhere += [read.source for read in epilogue.source.loads()]
+    found: list[Var] = []
+    for read in reads:
+        alike = read.source.dtype == output.dtype and _equal(tuple(read.source.shape), tuple(output.shape))
+        if alike and not contains([*elsewhere, *found, output], read.source):
+            found.append(read.source)
+    return tuple(found)
 
 
 def plain(source: Stage) -> Epilogue:

@@ -20,6 +20,7 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.direct_convolution import analyse
 from schedules.division import Division, even_parts
+from schedules.epilogue import overwritable
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
 from schedules.intrin.byte_rounding import rounded_in_floats
 from schedules.intrin.matrix_tiles import BLOCK, MatrixTiles, matrix_tiles
@@ -63,6 +64,10 @@ class MatrixConvolution:
         """Return the loop nest."""
         emitter = _Emitter(analysis, parameters, _groups_that_stay(target, analysis) > 1, target.caches)
         return analysis.tiles.imported(emitter.statement())
+
+    def overwritable(self, analysis: MatrixWindows) -> tuple[Var, ...]:
+        """Return what is read only where a result of the same type is written next, which may have its memory."""
+        return overwritable(analysis.windows.epilogue)
 
 
 def _task_shape(target: Target, analysis: MatrixWindows) -> tuple[int, int]:

@@ -13,7 +13,7 @@ us, and 640 so (Granite Rapids).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tvm import tirx
@@ -41,7 +41,8 @@ IMAGE_PARTS = 4
 class PixelBlock:
     """`count` pixels, of one block of channels, from `start` on: the block `number` of the task.
 
-    Of the last one of the channels before there are no more pixels to finish than `present`.
+    Of the last one of the channels before there are no more pixels to finish than `present`. The block before has
+    finished the first `again` of the pixels.
     """
 
     channel: Expr
@@ -49,6 +50,7 @@ class PixelBlock:
     start: Expr
     count: int
     present: Expr | int = BLOCK
+    again: int = 0
 
     @property
     def turn(self) -> Expr:
@@ -59,8 +61,8 @@ class PixelBlock:
     def rows(self) -> Expr | int:
         """How many of its pixels are to be finished."""
         if isinstance(self.present, int):
-            return min(self.count, self.present)
-        return tirx.min(index(self.count), self.present)
+            return min(self.count - self.again, self.present)
+        return tirx.min(index(self.count - self.again), self.present)
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ class MatrixTask:
             self.tiles.begin(upper, lower, self.analysis.bytes_of_step),
             *products,
             self.tiles.end(),
-            loop(last.count, lambda row: self._finished(last, row)),
+            loop(last.rows, lambda row: self._finished(last, row)),
         ]
         if not self.analysis.copies:
             return with_local([self.sums], statements)
@@ -201,7 +203,8 @@ class MatrixTask:
     def _block(self, begin: Expr, channel: Expr, span: int) -> PixelBlock:
         start, size = self._spans[span]
         number = channel + span * self.channels if self._pixels_first else channel * len(self._spans) + span
-        return PixelBlock(begin + channel, number, index(start), size)
+        again = sum(self._spans[span - 1]) - start if span else 0
+        return PixelBlock(begin + channel, number, index(start), size, again=again)
 
     @property
     def _alike(self) -> int:
@@ -234,7 +237,7 @@ class MatrixTask:
     def _channels(self, begin: Expr, channel: Expr) -> Stmt:
         """Return all pixels of one block of channels; the first ones finish the last ones of the channels before."""
         before = self._block(begin, channel - 1, len(self._spans) - 1)
-        before = PixelBlock(before.channel, before.number, before.start, before.count, channel * BLOCK)
+        before = replace(before, present=channel * BLOCK)
         first = self._block(begin, channel, 0)
         alike = self._alike
         statements = [self._products(first, before)]
@@ -309,8 +312,9 @@ class MatrixTask:
         return self.analysis.data_at(self.point, depth, self.first + pixel)
 
     def _finished(self, block: PixelBlock, row: Expr) -> Stmt:
-        """Return what follows the sums of a pixel of a block, where it is none of the border."""
+        """Return what follows the sums of a row's pixel that is to be finished, where it is none of the border."""
         analysis, lane = self.analysis, self.analysis.windows.lane
+        row = row + block.again
         output = analysis.windows.stage.output
 
         def element(v: Expr) -> Stmt:

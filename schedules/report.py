@@ -5,17 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import tvm.ir
 from tvm import tirx
 
 from schedules.family import Parameters, Space
 
 # The attribute by which TVM's own passes, too, know a function that needs no schedule.
 SCHEDULED = "tirx.is_scheduled"
+# The attribute with the places of the arguments that a function reads only where it writes its result next.
+OVERWRITABLE = "optimizer.overwritable"
 
 
 def is_scheduled(function: tirx.PrimFunc) -> bool:
     """Return whether `function` is marked as scheduled."""
     return function.attrs is not None and SCHEDULED in function.attrs and bool(function.attrs[SCHEDULED])
+
+
+def overwritable_of(function: tvm.ir.BaseFunc) -> tuple[int, ...]:
+    """Return the places of the arguments that may have the same memory as a function's result, its last argument."""
+    if not isinstance(function, tirx.PrimFunc) or function.attrs is None or OVERWRITABLE not in function.attrs:
+        return ()
+    return tuple(int(place) for place in function.attrs[OVERWRITABLE])
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import tvm
 from tvm import tirx
+from tvm.ir import Var
 from tvm.tirx.stmt import Stmt
 
 from schedules import (
@@ -29,12 +31,13 @@ from schedules.intrin.bf16_rounding import round_in_vectors
 from schedules.intrin.byte_rounding import round_to_bytes
 from schedules.intrin.byte_stores import store_bytes_in_vectors
 from schedules.kernels import cut
+from schedules.matrix_convolution import MatrixConvolution
 from schedules.product_chain import ProductChain
 from schedules.quotients import truncate_quotients
 from schedules.registry import FAMILIES
-from schedules.report import SCHEDULED, Decide, KernelReport, is_scheduled
+from schedules.report import OVERWRITABLE, SCHEDULED, Decide, KernelReport, is_scheduled
 from schedules.stage_parsing import parse
-from schedules.stages import OpaqueStage, StagedFunction, sequence
+from schedules.stages import OpaqueStage, StagedFunction, contains, sequence
 from schedules.streaming import streamed
 from schedules.workload import identity
 from targets.base import Target
@@ -88,6 +91,7 @@ def schedule_function(
         return decide(replace(known, function=name, workload=workload)) if parameters is None else parameters
 
     statements: list[Stmt] = []
+    overwritable: tuple[Var, ...] = ()
     report = KernelReport(name, "opaque", reason="; ".join(k.reason for k in kernels if isinstance(k, OpaqueStage)))
     for kernel in kernels:
         if isinstance(kernel, OpaqueStage):
@@ -96,6 +100,7 @@ def schedule_function(
         scheduled = _schedule_kernel(kernel, target, choose if kernel is main else by_default)
         statements.append(scheduled.statement)
         if kernel is main:
+            overwritable = scheduled.overwritable
             reason = "; ".join(filter(None, (report.reason, scheduled.report.reason)))
             report = replace(scheduled.report, function=name, workload=workload, reason=reason)
     statements = streamed(statements, staged, target)
@@ -111,7 +116,15 @@ def schedule_function(
         # Not foreseen by any family: the function as it came is slow, but right.
         report = KernelReport(name, "opaque", reason=f"the schedule would use {', '.join(sorted(lost))} undefined")
         rebuilt = function
+    elif len(kernels) == 1:
+        rebuilt = _with_overwritable(rebuilt, overwritable)
     return truncate_quotients(rebuilt).with_attr(SCHEDULED, True), replace(report, regions=len(kernels))
+
+
+def _with_overwritable(function: tirx.PrimFunc, buffers: Sequence[Var]) -> tirx.PrimFunc:
+    """Return the function with the places among its arguments of `buffers` that its result may overwrite, if any."""
+    places = [place for place, each in enumerate(function.params) if contains(buffers, each)]
+    return function.with_attr(OVERWRITABLE, places) if places else function
 
 
 def kernels_of(staged: StagedFunction, target: Target) -> list[Kernel | OpaqueStage]:
@@ -145,6 +158,7 @@ class _ScheduledKernel:
 
     statement: Stmt
     report: KernelReport
+    overwritable: tuple[Var, ...] = ()
 
 
 def _schedule_kernel(kernel: Kernel, target: Target, decide: Decide = by_default) -> _ScheduledKernel:
@@ -163,7 +177,9 @@ def _schedule_kernel(kernel: Kernel, target: Target, decide: Decide = by_default
             if key not in used:
                 raise KeyError(f"{family.name} has no parameter {key!r}; it has {', '.join(used)}")
             used[key] = value
-        return _ScheduledKernel(family.apply(analysis, used, target), replace(report, tuned=chosen is not None))
+        overwritable = family.overwritable(analysis) if isinstance(family, MatrixConvolution) else ()
+        report = replace(report, tuned=chosen is not None)
+        return _ScheduledKernel(family.apply(analysis, used, target), report, overwritable)
     # A stage alone is elementwise or a reduction, which take whatever they are given.
     assert len(kernel.stages) > 1
     parts = [_schedule_kernel(Kernel((stage,)), target).statement for stage in kernel.stages]

@@ -1,0 +1,99 @@
+"""Sums that take the memory of one of their terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import tvm
+import tvm.ir
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tvm import relax
+from tvm.relax import op
+
+import targets
+from optimizer.lowering import LoweredModule, build
+from optimizer.overwriting import write_over_terms
+from targets.host import missing_features
+from tests.schedules.execution import normal, sum_tolerance
+from tests.schedules.test_bf16_convolution import rounded
+from tests.schedules.test_convolution import convolve
+from tests.schedules.test_matrix_convolution import in_blocks, outputs_of
+
+TARGET = targets.get("x86-avx512-amx")
+needs_tiles = pytest.mark.skipif(bool(missing_features(TARGET)), reason="this machine has no tile registers")
+CHANNELS = 64
+FIRST, SECOND, THIRD = (normal(CHANNELS, CHANNELS, 1, 1, seed=seed) / 8 for seed in range(3))
+
+
+def residual(x: relax.Var) -> relax.Expr:
+    """Return a block whose input is added last, and a layer that reads the sum."""
+    y = op.nn.relu(op.nn.conv2d(x, relax.const(FIRST)))
+    z = op.nn.relu(op.add(op.nn.conv2d(y, relax.const(SECOND)), y))
+    return op.nn.conv2d(z, relax.const(THIRD))
+
+
+def two_residuals(x: relax.Var) -> relax.Expr:
+    """Return two blocks, the second of which adds what the first one adds."""
+    y = op.nn.relu(op.nn.conv2d(x, relax.const(FIRST)))
+    a = op.nn.relu(op.nn.conv2d(y, relax.const(SECOND)))
+    z = op.nn.relu(op.add(op.nn.conv2d(a, relax.const(SECOND)), y))
+    b = op.nn.relu(op.nn.conv2d(z, relax.const(THIRD)))
+    c = op.nn.relu(op.add(op.nn.conv2d(b, relax.const(FIRST)), z))
+    return op.nn.conv2d(op.nn.relu(op.add(op.nn.conv2d(c, relax.const(THIRD)), y)), relax.const(THIRD))
+
+
+def expected(x: np.ndarray) -> np.ndarray:
+    """Return what `two_residuals` makes of an input, with results rounded where layers write bfloat16."""
+
+    def layer(data: np.ndarray, weights: np.ndarray, added: np.ndarray | None = None) -> np.ndarray:
+        total = convolve(data, rounded(weights), 1, 0) + (0 if added is None else added)
+        return rounded(np.maximum(total, 0)).astype("float32")
+
+    y = layer(x, FIRST)
+    z = layer(layer(y, SECOND), SECOND, y)
+    c = layer(layer(z, THIRD), FIRST, z)
+    return convolve(layer(c, THIRD, y), rounded(THIRD), 1, 0)
+
+
+def calls_in_place(lowered: LoweredModule) -> list[bool]:
+    """Return of each kernel's call whether it writes into a tensor that one before it wrote."""
+    module = lowered.module
+    for step in (relax.transform.ToNonDataflow, relax.transform.RemovePurityChecking, relax.transform.CallTIRRewrite):
+        module = step()(module)
+    bindings = [each for block in write_over_terms(module)["main"].body.blocks for each in block.bindings]
+    values = [each.value for each in bindings]
+    written = [
+        each.args[-1] for each in values if isinstance(each, tvm.ir.Call) and isinstance(each.op, tvm.ir.GlobalVar)
+    ]
+    return [any(each.same_as(other) for other in written[:number]) for number, each in enumerate(written)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "in_place"),
+    [
+        # The convolution reads what is added.
+        (residual, 0),
+        # What the last block adds the first one does not overwrite; it is read by none of the last one's convolutions.
+        (two_residuals, 2),
+    ],
+)
+def test_a_term_is_overwritten_by_who_reads_it_last(layers: Callable[[relax.Var], relax.Expr], in_place: int) -> None:
+    lowered = in_blocks(layers, [2, CHANNELS, 8, 8])
+    assert sum(calls_in_place(lowered)) == in_place
+
+
+@needs_tiles
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(size=st.tuples(st.integers(1, 23), st.integers(1, 23)), batch=st.sampled_from([1, 2, 8]))
+@example(size=(28, 28), batch=1)
+# Of 49 and of 51 pixels the last tiles begin earlier, and compute some again.
+@example(size=(7, 7), batch=8)
+@example(size=(3, 17), batch=8)
+def test_sums_in_place_are_those_of_terms(size: tuple[int, int], batch: int) -> None:
+    x = rounded(normal(batch, CHANNELS, *size)).astype("float32")
+    got = outputs_of(build(in_blocks(two_residuals, [*x.shape]).module, TARGET), x)
+    want = expected(x)
+    np.testing.assert_allclose(got, want, rtol=2**-6, atol=2**-6 * np.abs(want).max() + sum_tolerance(CHANNELS, 1.0))
