@@ -26,6 +26,9 @@ _SHORTEST_STRIP, _LONGEST_STRIP, _TASKS = 64, 256, 4
 _LARGE_ELEMENTS, _LONGEST_LARGE_STRIP = 4 * 1024 * 1024, 1024
 # A vector of lines is carried through so many rows in registers.
 _LANES, _ROWS = 16, 2
+# Where lines lie one behind the other so many are carried side by side, so many steps at a time: each addition waits
+# for the one before it in its line.
+_LINES_TOGETHER, _STEPS = 4, 4
 _OPERATORS: dict[str, tuple[Combine, int]] = {"CumSum": (lambda x, y: x + y, 0), "CumProd": (lambda x, y: x * y, 1)}
 
 
@@ -83,6 +86,11 @@ class _Scan:
 
         def body(source: tirx.Buffer, target: tirx.Buffer) -> None:
             after = self._after(source)
+            outer = product(source.shape[: self.axis])
+            count = int(outer) if isinstance(outer, int | tirx.IntImm) else 0
+            if self.axis + 1 == len(source.shape) and count >= _TASKS * _LINES_TOGETHER:
+                self._side_by_side(source, target, count)
+                return
             if not isinstance(after, tirx.IntImm):
                 self._strips(source, target, after, 0, 1)
                 return
@@ -122,6 +130,49 @@ class _Scan:
                 rows(block * _ROWS, _ROWS)
             with ir.serial(0, length - blocks * _ROWS) as row:
                 rows(blocks * _ROWS + row, 1)
+
+    def _side_by_side(self, source: tirx.Buffer, target: tirx.Buffer, count: int) -> None:
+        """Emit `count` contiguous lines, some at a time; the last ones begin among the ones before them."""
+        length, dtype = source.shape[self.axis], str(source.dtype)
+        with loops([tirx.const(-(-count // _LINES_TOGETHER), _INT64)], parallel=True) as (task,):
+            first = tirx.min(task * _LINES_TOGETHER, tirx.const(count - _LINES_TOGETHER, _INT64))
+            running = [ir.alloc_buffer((1,), dtype, scope="local") for _ in range(_LINES_TOGETHER)]
+            for each in running:
+                ir.buffer_store(each, tirx.const(self.identity, dtype), [0])
+            blocks = tirx.floordiv(length, _STEPS)
+            with ir.serial(0, blocks) as block:
+                self._steps(source, target, (first, block * _STEPS), running, _STEPS)
+            with ir.serial(0, length - blocks * _STEPS) as number:
+                self._steps(source, target, (first, blocks * _STEPS + number), running, 1)
+
+    def _steps(
+        self,
+        source: tirx.Buffer,
+        target: tirx.Buffer,
+        at: tuple[tvm.ir.Expr, tvm.ir.Expr],
+        running: Sequence[tirx.Buffer],
+        steps: int,
+    ) -> None:
+        """Emit so many steps of neighbouring lines `at` a line and a step; reads before writes, as in `_tile`."""
+        first, step = at
+        values = ir.alloc_buffer((len(running), steps), str(source.dtype), scope="local")
+        start = source.shape[self.axis] - steps - step if self.reverse else step
+
+        def place(buffer: tirx.Buffer, line: int, lane: tvm.ir.Expr) -> list[tvm.ir.Expr]:
+            return self._place(buffer, first + line, start + lane, tirx.const(0, _INT64))
+
+        for line in range(len(running)):
+            with ir.vectorized(0, steps) as lane:
+                ir.buffer_store(values, source[tuple(place(source, line, lane))], [line, lane])
+        for number in reversed(range(steps)) if self.reverse else range(steps):
+            for line, total in enumerate(running):
+                before = ir.alloc_buffer((1,), str(source.dtype), scope="local")
+                ir.buffer_store(before, total[0], [0])
+                ir.buffer_store(total, self.combine(before[0], values[line, number]), [0])
+                ir.buffer_store(values, (before if self.exclusive else total)[0], [line, number])
+        for line in range(len(running)):
+            with ir.vectorized(0, steps) as lane:
+                ir.buffer_store(target, values[line, lane], place(target, line, lane))
 
     def _after(self, lines: tirx.Buffer | te.Tensor) -> tvm.ir.Expr:
         """Return how many lines lie side by side."""
