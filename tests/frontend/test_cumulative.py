@@ -43,15 +43,15 @@ def test_running_sums_of_a_shape_known_at_run_time() -> None:
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    count=st.sampled_from([1, 15, 16, 17, 31, 64]),
+    count=st.sampled_from([(1,), (15,), (16,), (17,), (31,), (64,), (3, 7), (2, 1, 11)]),
     length=st.sampled_from([1, 2, 3, 4, 5, 13, 64]),
     exclusive=st.integers(0, 1),
     reverse=st.integers(0, 1),
 )
-def test_running_sums_of_contiguous_lines(count: int, length: int, exclusive: int, reverse: int) -> None:
-    x = np.random.default_rng(length).integers(-9, 9, (count, length)).astype(np.float32)
-    inputs = {"x": x, "axis": np.array(1)}
+def test_running_sums_of_contiguous_lines(count: tuple[int, ...], length: int, exclusive: int, reverse: int) -> None:
+    x = np.random.default_rng(length).integers(-9, 9, (*count, length)).astype(np.float32)
+    inputs = {"x": x, "axis": np.array(-1)}
     model = node_model("CumSum", inputs, ["y"], domain="", constants=["axis"], exclusive=exclusive, reverse=reverse)
     (got,) = ours(model)({"x": x}).values()
-    sums = np.flip(np.cumsum(np.flip(x, 1), 1), 1) if reverse else np.cumsum(x, 1)
+    sums = np.flip(np.cumsum(np.flip(x, -1), -1), -1) if reverse else np.cumsum(x, -1)
     np.testing.assert_array_equal(got, sums - x if exclusive else sums)
