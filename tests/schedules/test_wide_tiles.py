@@ -12,6 +12,7 @@ from tvm.relax import op
 
 import targets
 from optimizer.lowering import build, lower
+from schedules import matmul
 from schedules.register_tile import WIDE_TILE, wide_block, wide_tile
 from targets.base import Target
 from targets.host import missing_features
@@ -30,6 +31,19 @@ def layer(weights: np.ndarray, rows: int | str, target: Target, *, normalized: b
         return op.nn.layer_norm(result, scale, shift, axes=[-1]) if normalized else op.nn.relu(result)
 
     return build(lower(module_of(product, [(rows, weights.shape[0])], ["float32"]), target).module, target)
+
+
+def loops_of(assembly: str) -> list[list[str]]:
+    """Return the lines of each loop without branches in it."""
+    found, label, body = [], "", []
+    for line in assembly.splitlines():
+        if line.startswith(".LBB"):
+            label, body = line.split(":")[0], []
+        elif label and line.split()[:1] and line.split()[0].startswith("j") and line.split()[-1] == label:
+            found.append(list(body))
+        else:
+            body.append(line)
+    return found
 
 
 @pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
@@ -64,6 +78,18 @@ def test_sums_stay_in_registers() -> None:
     rows, vectors = WIDE_TILE
     assert sum("vfmadd" in line and "zmm" in line for line in lines) >= rows * vectors
     assert not [line for line in lines if "zmm" in line and "rsp" in line]
+
+
+@pytest.mark.parametrize("depth", [2048, 3072])
+@pytest.mark.parametrize("tiles", [7, 8, 11, 14])
+def test_sums_in_parts_stay_in_registers(tiles: int, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a dozen steps follow each other LLVM keeps two of 27 sums on the stack, from one step to the next."""
+    monkeypatch.setattr(matmul, "rows_that_stay", lambda *_: tiles * WIDE_TILE[0])
+    rows, vectors = WIDE_TILE
+    assembly = assembly_of(layer(normal(depth, 768), tiles * rows, TWO_UNITS))
+    whole = [body for body in loops_of(assembly) if sum("vfmadd" in line for line in body) >= rows * vectors]
+    assert any(sum("vfmadd" in line for line in body) > rows * vectors for body in whole)
+    assert not [line for body in whole for line in body if "zmm" in line and "rsp" in line]
 
 
 def test_blocks_are_wide_where_nothing_is_left_of_them() -> None:
