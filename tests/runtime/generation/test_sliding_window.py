@@ -29,9 +29,9 @@ _VOCABULARY = 128
 _POSITIONS = 512
 # Float sums of two layers in another order, of the largest logit.
 _TOLERANCE = 1000 * 2.0**-24
-# Rounded keys and values of one layer or two: half a step of a range, or some units of the type's roundoff (of random
-# texts half differ by more than one, one in a thousand by more than ten).
-_NARROW = {"fp16": 16 * 2.0**-11, "bf16": 16 * 2.0**-8, "int8": 2 / 255, "int4": 2 / 15}
+# Rounded keys and values of one layer or two: some units of the type's roundoff, or steps of a range. Of random texts
+# half differ by more than one unit or three quarters of a step, one in a hundred by 4 or 2.5.
+_NARROW = {"fp16": 16 * 2.0**-11, "bf16": 16 * 2.0**-8, "int8": 5 / 255, "int4": 5 / 15}
 
 
 def _model() -> onnx.ModelProto:
