@@ -63,9 +63,11 @@ def test_sums_are_exact(
 
     executable, families = compiled(layer, [*x.shape])
     padded = np.pad(x, [(0, 0), (0, 0), *[(padding, padding)] * 2], constant_values=border or 0)
-    np.testing.assert_array_equal(run(executable, x), convolve(padded, w, stride, 0))
-    # Where a filter covers an image the convolution is a product of matrices.
-    assert {"matrix-convolution", "matmul"} & set(families)
+    want = convolve(padded, w, stride, 0)
+    np.testing.assert_array_equal(run(executable, x), want)
+    # Of fewer channels than a step takes a single tap, or a single position, may be a product of matrices.
+    is_product = inputs < 32 and (kernel == 1 or want.shape[2:] == (1, 1))
+    assert "matrix-convolution" in families or (is_product and "matmul" in families)
 
 
 @needs_tiles

@@ -99,9 +99,10 @@ def test_sums_are_exact(
 
     executable, families = blocked(layer, [*x.shape], target)
     padded = np.pad(x, [(0, 0), (0, 0), *[(padding, padding)] * 2], constant_values=border or 0)
-    np.testing.assert_array_equal(run(executable, x), convolve(padded, w, stride, 0, dilation))
-    # Where a filter covers an image the convolution is a product of matrices.
-    assert kernel == 1 or {"direct-convolution", "matmul"} & set(families)
+    want = convolve(padded, w, stride, 0, dilation)
+    np.testing.assert_array_equal(run(executable, x), want)
+    # A convolution with one position may be a product of matrices.
+    assert kernel == 1 or "direct-convolution" in families or (want.shape[2:] == (1, 1) and "matmul" in families)
 
 
 @pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)

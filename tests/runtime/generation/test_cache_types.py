@@ -30,7 +30,7 @@ _MODEL = Path(__file__).parents[3] / "examples" / "decoder" / "model.onnx"
 # Of the largest logit. What rounding keys and values does to it goes through three layers: some units of the type's
 # roundoff for floats; for codes, whose largest error is half a step of 1 / 255 or 1 / 15 of a range, less.
 _ROUNDOFF = {"fp16": 2.0**-11, "bf16": 2.0**-8}
-_TOLERANCE = {**{dtype: 8 * roundoff for dtype, roundoff in _ROUNDOFF.items()}, "int8": 2 / 255, "int4": 2 / 15}
+_TOLERANCE = {**{dtype: 8 * roundoff for dtype, roundoff in _ROUNDOFF.items()}, "int8": 2 / 255, "int4": 1 / 15}
 _VOCABULARY = 2048
 _SCHEMES = {
     "fp16": "6 tensors in place as float16",
