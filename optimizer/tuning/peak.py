@@ -25,8 +25,8 @@ from schedules.intrin.matrix_tiles import matrix_tiles
 from schedules.loops import prefetch
 from targets.base import Target
 
-# Independent chains of multiply-adds: more than latency (4 cycles) times two units, fewer than the 32 registers.
-_CHAINS = 24
+# Independent chains of multiply-adds: more than latency (4 cycles) times two units, and fewer than there are registers.
+_CHAINS, _CHAINS_OF_FEW_REGISTERS = 24, 12
 # How far ahead of its use each of several parts is asked for.
 _AHEAD_BYTES = 1024
 
@@ -38,7 +38,7 @@ Work = tuple[tvm.tirx.PrimFunc, list[Array]]
 
 def multiply_add(target: Target, work: int, threads: int) -> Work:
     """Return a function of `work` floating-point operations, two to a multiply-add, in fp32, and its arguments."""
-    lanes, chains = target.vector_lanes(32), _CHAINS
+    lanes, chains = target.vector_lanes(32), _chains(target)
     steps = max(1, work // (2 * lanes * chains * threads))
 
     @T.prim_func(s_tir=True)
@@ -75,7 +75,7 @@ def integer_multiply_add(target: Target, work: int, threads: int) -> Work:
     if dot is None:
         raise LookupError(f"{target.name} has no integer dot product")
     start = dot.start(tvm.tirx.const(0, "int32"))[0]
-    kind, lanes, chains = str(start.ty.dtype).split("x", maxsplit=1)[0], int(start.ty.dtype.lanes), _CHAINS
+    kind, lanes, chains = str(start.ty.dtype).split("x", maxsplit=1)[0], int(start.ty.dtype.lanes), _chains(target)
     steps = max(1, work // (2 * dot.lanes * dot.reduction * chains * threads))
 
     def added(total: tvm.ir.Expr, codes: tvm.ir.Expr, activations: tvm.ir.Expr) -> tvm.ir.Expr:
@@ -118,7 +118,7 @@ def bf16_multiply_add(target: Target, work: int, threads: int) -> Work:
     dot = bf16_dot(target)
     if dot is None:
         raise LookupError(f"{target.name} has no dot product of bfloat16")
-    lanes, chains = dot.lanes, _CHAINS
+    lanes, chains = dot.lanes, _chains(target)
     steps = max(1, work // (2 * lanes * dot.terms * chains * threads))
 
     @T.prim_func(s_tir=True)
@@ -163,7 +163,7 @@ def move(target: Target, read: int, written: int, threads: int) -> Work:
     As much as is both read and written is copied; what more is read is added up, and what more is written is filled.
     What is added up comes from as many parts by turns as the target reads fastest from, asked for where it is several.
     """
-    lanes, chains, streams = target.vector_lanes(32), _CHAINS, target.read_streams
+    lanes, chains, streams = target.vector_lanes(32), _chains(target), target.read_streams
     step = 4 * lanes * threads
     copied, filled = min(read, written) // step, max(0, written - read) // step
     summed = max(0, read - written) // (step * chains)
@@ -206,6 +206,10 @@ def move(target: Target, read: int, written: int, threads: int) -> Work:
 
     arrays = [(source_vectors, lanes), (result_vectors, lanes), (chains, lanes)]
     return move_all, [_filled(threads, *shape) for shape in arrays]
+
+
+def _chains(target: Target) -> int:
+    return _CHAINS if target.vector_registers >= 32 else _CHAINS_OF_FEW_REGISTERS
 
 
 def _filled(*shape: int) -> Array:
