@@ -202,7 +202,7 @@ def test_code_is_generated_for_every_kind_of_register(target: str) -> None:
     assert [report.family for report in reports] == ["attention"]
 
 
-@pytest.mark.parametrize(("name", "most"), [("x86-avx512", 13 * 8), ("x86-avx512-amx", 2)])
+@pytest.mark.parametrize(("name", "most"), [("x86-avx512", 13 * 8), ("x86-avx512-amx", 2), ("x86-avx2", 2)])
 def test_a_core_of_two_multiply_adds_a_cycle_asks_for_lines_between_them(name: str, most: int) -> None:
     chosen = targets.get(name)
     module, _ = schedule_module(_module(2, 64, 64, 300), chosen)
