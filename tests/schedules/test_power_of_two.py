@@ -5,6 +5,7 @@ import pytest
 import tvm
 from tvm import tirx
 
+from schedules.intrin.bf16_pairs import bf16_pairs
 from schedules.intrin.power_of_two import EXP2, EXP2_TO_ROUND, powers_of_two
 from schedules.loops import index, load, loop, store
 from tests.schedules.execution import TARGET
@@ -15,7 +16,9 @@ from tests.schedules.execution import TARGET
 def test_powers_of_two(coefficients: tuple[float, ...], bound: float) -> None:
     powers = powers_of_two(TARGET)
     assert powers is not None
-    special = np.array([0, 1, -1, -126, -127, -150, -3e38, -np.inf, np.inf, np.nan, -1e-9, 127.9], "float32")
+    if coefficients is EXP2_TO_ROUND and bf16_pairs(TARGET) is None:
+        pytest.skip("nothing is rounded to bfloat16 without products of its pairs")
+    special = np.array([0, 1, -1, -126, -127, -150, -3e38, -np.inf, np.nan, -1e-9, 127.9, 127], "float32")
     x = np.concatenate([special, np.linspace(-160, 127, 40004, dtype="float32")])
     source, result = (tirx.decl_buffer((x.size,), "float32", name) for name in ("source", "result"))
 
