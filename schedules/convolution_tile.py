@@ -15,6 +15,10 @@ from schedules.loops import Extent, product
 from targets.base import Target
 
 MOST_BLOCKS, MOST_COLUMNS = 8, 28
+# With so many registers all elements of a row of taps have one.
+MANY_REGISTERS = 32
+# Weights of a row of taps that are worth a register each, where registers are few.
+MOST_WEIGHTS = 8
 # Lane by lane: the columns that a row of taps reaches beyond the tile, and its weights.
 BORDER_OPERANDS = 4
 # Cycles from one fused multiply-add to the next that reads its result, and how many of them start in one cycle.
@@ -165,6 +169,10 @@ def _fits(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -
     last = analysis.data.indices[-1]
     vectors = max(1, analysis.block // target.vector_lanes(32))
     if occurs(last, analysis.lane.variable):
+        if follows_positions(analysis, target):
+            weights = len(analysis.stage.loads()) > 1  # A pooling has none.
+            taps = min(int(analysis.stage.reduction[-1].extent), MOST_WEIGHTS) if weights else 0
+            return columns + taps + 1 <= target.vector_registers
         columns, operands = columns * vectors, vectors * (columns * _stride(analysis) + BORDER_OPERANDS)
         return columns + operands <= target.vector_registers
     blocks *= vectors
@@ -181,6 +189,35 @@ def _fits(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -
         if target.architecture == "aarch64" and taps:
             operands -= blocks
     return blocks * columns + operands <= target.vector_registers
+
+
+def follows_positions(analysis: ChannelWindows, target: Target) -> bool:
+    """Return whether a tile that is read lane by lane takes the taps of a row in the order of the elements.
+
+    In the order of the taps all elements of a row are in registers at once, which leaves too few sums to hide the
+    latency where there are 16 registers.
+    """
+    columns, innermost = analysis.columns, analysis.stage.reduction[-1]
+    if target.vector_registers >= MANY_REGISTERS or analysis.block != target.vector_lanes(32):
+        return False
+    if not occurs(analysis.data.indices[-1], analysis.lane.variable) or columns is None or len(columns.axes) > 1:
+        return False
+    return analysis.terms == 1 and innermost.static and _column_step(analysis, innermost.variable) is not None
+
+
+def steps_of_columns(analysis: ChannelWindows) -> tuple[int, int]:
+    """Return how far apart the elements are that neighbouring columns read, and those of neighbouring taps of a row."""
+    dilation = _column_step(analysis, analysis.stage.reduction[-1].variable)
+    assert dilation is not None
+    return _stride(analysis), dilation
+
+
+def _column_step(analysis: ChannelWindows, tap: Var) -> int | None:
+    """Return the distance of the elements that neighbouring taps read in a column's row; None if they do not."""
+    assert analysis.columns is not None
+    column = analysis.columns.inner.variable
+    position = next((each for each in analysis.data.indices if occurs(each, column) and occurs(each, tap)), None)
+    return None if position is None else linear_coefficient(position, tap)
 
 
 def _is_split(analysis: ChannelWindows, target: Target) -> bool:

@@ -23,7 +23,13 @@ from schedules.access import AxisGroup, as_int, occurs
 from schedules.by_element import multiplies_by_element
 from schedules.channel_windows import ChannelWindows, channel_windows
 from schedules.convolution import split_producer
-from schedules.convolution_tile import column_extent, register_tile, task_shape, tiles_together
+from schedules.convolution_tile import (
+    column_extent,
+    follows_positions,
+    register_tile,
+    task_shape,
+    tiles_together,
+)
 from schedules.direct_convolution_tile import Point, RegisterTile
 from schedules.division import Division
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
@@ -97,7 +103,8 @@ def emitter(analysis: ChannelWindows, parameters: Parameters, target: Target, do
     """Return what emits a convolution's or a pooling's tiles for a target."""
     ahead = STEPS_AHEAD if target.multiply_adds > 1 else 0
     together = tiles_together(analysis, target, parameters["blocks"])
-    return Emitter(analysis, parameters, dot, multiplies_by_element(target), ahead, together)
+    by_position = follows_positions(analysis, target)
+    return Emitter(analysis, parameters, dot, multiplies_by_element(target), ahead, together, by_position)
 
 
 def analyse(kernel: Kernel) -> ChannelWindows | None:
@@ -120,6 +127,7 @@ class Emitter:
     by_element: bool
     ahead: int
     together: int = 1
+    by_position: bool = False
 
     @cached_property
     def stage(self) -> Stage:
@@ -240,5 +248,16 @@ class Emitter:
     ) -> Stmt:
         """Return `count` blocks of channels by `columns` at `start` (`border`: the same where taps may miss)."""
         return RegisterTile(
-            self.analysis, self.dot, self.by_element, point, group, first, count, start, columns, border, self.ahead
+            self.analysis,
+            self.dot,
+            self.by_element,
+            point,
+            group,
+            first,
+            count,
+            start,
+            columns,
+            border,
+            self.ahead,
+            self.by_position,
         ).statement()

@@ -14,6 +14,7 @@ from tvm.tirx.stmt import Stmt
 from schedules.access import Access, Step, as_int, linear_coefficient, occurs
 from schedules.by_element import in_terms, with_elements, with_read
 from schedules.channel_windows import ChannelWindow, ChannelWindows
+from schedules.convolution_tile import steps_of_columns
 from schedules.intrin.byte_dot import FOUR
 from schedules.intrin.byte_rounding import rounding_of
 from schedules.intrin.byte_stores import TOGETHER
@@ -30,7 +31,8 @@ Point = Mapping[Var, Expr]
 class RegisterTile:
     """One register tile: `blocks` from block `first` of group `group` by `columns` from `start`.
 
-    Weights are asked for `ahead` steps before, if that is not 0.
+    Weights are asked for `ahead` steps before, if that is not 0. `by_position` is whether the taps of a row follow the
+    elements that they read (`convolution_tile.follows_positions`).
     """
 
     analysis: ChannelWindows
@@ -44,6 +46,7 @@ class RegisterTile:
     columns: int
     border: int | None
     ahead: int = 0
+    by_position: bool = False
 
     @cached_property
     def dtype(self) -> str:
@@ -183,6 +186,8 @@ class RegisterTile:
             return self._steps(rest, {**values, axis.variable: position}, reached, channels)
 
         window = next((window for window in self.analysis.padded if window.tap is axis), None)
+        if self.by_position and not rest:
+            return self._positions(axis, values, window)
         if window is None or (window is self.analysis.column_window and self.border is None):
             read = self._element_read
             if read is not None and not rest and channels is None and _is_contiguous(read, axis):
@@ -202,6 +207,21 @@ class RegisterTile:
             return unrolled(axis.extent, body)
         terms = self._terms(axis)
         return loop(quotient(axis.extent, terms), lambda i: body(i * terms))
+
+    def _positions(self, axis: Axis, values: Point, window: ChannelWindow | None) -> Stmt:
+        """Return the taps of a row in the order of what they read: each element is in a register for its taps alone."""
+        stride, dilation = steps_of_columns(self.analysis)
+        reached = [
+            (column * stride + tap * dilation, tap, column)
+            for column in range(self.columns)
+            for tap in range(int(axis.extent))
+            if window is None or self.border is None or window.reads_inside(self.border + column, tap)
+        ]
+        steps = [
+            self._step({**values, axis.variable: index(tap)}, (column, column + 1))
+            for _, tap, column in sorted(reached)
+        ]
+        return sequence(steps) if steps else tirx.Evaluate(0)
 
     def _terms(self, axis: Axis) -> int:
         """Return how many positions of an axis one step of the reduction takes."""

@@ -13,17 +13,21 @@ import targets
 from passes.block_channels import BlockChannels
 from schedules.division import Division, with_division
 from schedules.schedule import schedule_module
+from targets.base import Target
 from tests.schedules.execution import TARGET, Dimension, compiled, lower, module_of, normal, sum_tolerance
 from tests.schedules.test_convolution import convolve
 
 BLOCK = TARGET.layouts.channel_block
 
 
-def run_blocked(function, image: np.ndarray, shape: list[Dimension] | None = None) -> tuple[np.ndarray, list[str]]:
+def run_blocked(
+    function, image: np.ndarray, shape: list[Dimension] | None = None, target: Target = TARGET
+) -> tuple[np.ndarray, list[str]]:
     """Return the result of `function` of one image in blocked layout, and the families of its kernels in order."""
     module = module_of(function, [shape or list(image.shape)], ["float32"])
-    module, reports = schedule_module(lower(BlockChannels(BLOCK, winograd=0).run(module).module), TARGET)
-    return compiled(module)(image), sorted(report.family for report in reports)
+    block = target.layouts.channel_block
+    module, reports = schedule_module(lower(BlockChannels(block, winograd=0).run(module).module), target)
+    return compiled(module, target)(image), sorted(report.family for report in reports)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -107,14 +111,18 @@ def test_one_and_three_spatial_dimensions() -> None:
     assert "direct-convolution" in families
 
 
+@pytest.mark.parametrize("name", sorted({TARGET.name, "x86-avx2"}))
 @pytest.mark.parametrize("size", [(13, 15), (7, 7), (28, 5)])
-def test_pooling(size: tuple[int, int]) -> None:
+def test_pooling(size: tuple[int, int], name: str) -> None:
+    target = targets.get(name)
     x, w = normal(2, BLOCK, *size), normal(BLOCK, BLOCK, 1, 1, seed=1)
     product = convolve(x, w)
     atol = sum_tolerance(9 * BLOCK, 1.0)
     padded = np.pad(product, [(0, 0), (0, 0), (1, 1), (1, 1)], constant_values=-np.inf)
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))[:, :, ::2, ::2]
-    got, families = run_blocked(lambda x: op.nn.max_pool2d(op.nn.conv2d(x, relax.const(w)), (3, 3), (2, 2), (1, 1)), x)
+    got, families = run_blocked(
+        lambda x: op.nn.max_pool2d(op.nn.conv2d(x, relax.const(w)), (3, 3), (2, 2), (1, 1)), x, target=target
+    )
     np.testing.assert_allclose(got, windows.max((-1, -2)), rtol=1e-6, atol=atol)
     assert families.count("direct-convolution") == 2
     padded = np.where(np.isinf(padded), 0, padded)
@@ -122,9 +130,49 @@ def test_pooling(size: tuple[int, int]) -> None:
     got, families = run_blocked(
         lambda x: op.nn.avg_pool2d(op.nn.conv2d(x, relax.const(w)), (3, 3), (2, 2), (1, 1), count_include_pad=True),
         x,
+        target=target,
     )
     np.testing.assert_allclose(got, windows.mean((-1, -2)), rtol=1e-6, atol=atol)
     assert families.count("direct-convolution") == 2
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    beyond=st.tuples(st.integers(0, 9), st.integers(3, 40)),
+    kernel=st.tuples(st.integers(1, 5), st.integers(2, 7)),
+    stride=st.sampled_from([1, 2, 3]),
+    padding=st.integers(0, 3),
+    dilation=st.sampled_from([1, 2]),
+)
+def test_depthwise_taps_in_the_order_of_positions(
+    beyond: tuple[int, int], kernel: tuple[int, int], stride: int, padding: int, dilation: int
+) -> None:
+    target = targets.get("x86-avx2")
+    channels = 2 * target.layouts.channel_block + 1
+    reach = [dilation * (taps - 1) + 1 - 2 * padding for taps in kernel]
+    x = normal(2, channels, *(max(1, least) + more for least, more in zip(reach, beyond, strict=True)))
+    w = normal(channels, 1, *kernel, seed=1)
+
+    def layer(x: relax.Var) -> relax.Expr:
+        return op.nn.conv2d(x, relax.const(w), strides=stride, padding=padding, dilation=dilation, groups=channels)
+
+    got, _ = run_blocked(layer, x, target=target)
+    want = convolve(x, w, stride, padding, dilation, channels)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=sum_tolerance(kernel[0] * kernel[1], 1.0))
+
+
+@pytest.mark.parametrize(("kernel", "columns"), [(3, 12), (5, 10), (7, 8)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_tiles_have_sums_enough_to_hide_the_latency(kernel: int, columns: int, stride: int) -> None:
+    target, weights = targets.get("x86-avx2"), relax.const(normal(64, 1, kernel, kernel))
+
+    def layer(x: relax.Var) -> relax.Expr:
+        return op.nn.conv2d(x, weights, strides=stride, padding=kernel // 2, groups=64)
+
+    module = module_of(layer, [(1, 64, 120 * stride, 120 * stride)], ["float32"])
+    reports = schedule_module(lower(BlockChannels(target.layouts.channel_block).run(module).module), target)[1]
+    found = [report.parameters["columns"] for report in reports if report.family == "direct-convolution"]
+    assert found == [columns]
 
 
 @pytest.mark.parametrize("channels", [3, 64])
