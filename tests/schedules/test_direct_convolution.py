@@ -175,6 +175,20 @@ def test_depthwise_tiles_have_sums_enough_to_hide_the_latency(kernel: int, colum
     assert found == [columns]
 
 
+def tiles_of_direct_convolutions(name: str, batch: int, outputs: int, inputs: int, size: int) -> list[tuple[int, int]]:
+    """Return blocks and columns of the register tile of a product of every position of an image."""
+    target, weights = targets.get(name), relax.const(normal(outputs, inputs, 1, 1))
+    module = module_of(lambda x: op.nn.conv2d(x, weights), [(batch, inputs, size, size)], ["float32"])
+    blocked = lower(BlockChannels(target.layouts.channel_block).run(module).module)
+    found = [each.parameters for each in schedule_module(blocked, target)[1] if each.family == "direct-convolution"]
+    return [(each["blocks"], each["columns"]) for each in found]
+
+
+@pytest.mark.parametrize(("size", "tile"), [(7, (2, 5)), (14, (2, 6)), (56, (2, 6))])
+def test_tiles_load_few_elements_where_each_load_is_an_instruction(size: int, tile: tuple[int, int]) -> None:
+    assert tiles_of_direct_convolutions("x86-avx2", 1, 256, 64, size) == [tile]
+
+
 @pytest.mark.parametrize("channels", [3, 64])
 @pytest.mark.parametrize("name", ["x86-avx512", "x86-avx512-amx"])
 def test_weights_are_asked_for_where_a_core_begins_two_multiply_adds(name: str, channels: int) -> None:
