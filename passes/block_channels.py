@@ -47,8 +47,13 @@ from passes.winograd import choose_tile, pack_winograd
 from schedules.intrin.bf16_conversion import BFLOAT16
 from schedules.intrin.bf16_dot import PAIR
 from schedules.intrin.matrix_tiles import BYTES
+from schedules.loops import LINE_BITS
 from schedules.winograd_structure import winograd
 from schedules.winograd_transforms import TAPS
+
+FLOAT_BITS = 32
+# Blocks of output channels from which on a copy of every second position pays: all of them read it, some at once.
+LEAST_READINGS = 8
 
 
 @dataclass(frozen=True)
@@ -222,11 +227,32 @@ class _Blocker(BlockedForms):
             require(groups == 1, "its channels are in groups")
             return self._filtered(call, values, geometry)
         except Refusal as refusal:
+            sampled = self._sampled(data, values, geometry) if groups == 1 else None
+            if sampled is not None:
+                geometry = replace(geometry, strides=(1,) * len(geometry.strides))
             packed = self._packing(per_group)(values, block)
             result = self._computed(
-                call, lambda x, w: blocked_operators.dense(x, w, channels, groups, geometry), packed
+                call, lambda x, w: blocked_operators.dense(x, w, channels, groups, geometry), packed, sampled
             )
             return result, f"directly: {refusal}"
+
+    def _sampled(self, data: relax.Expr, values: np.ndarray, geometry: Geometry) -> relax.Var | None:
+        """Return the positions that a strided filter of one tap reads, copied; None where it reads them in place.
+
+        Where two positions share a cache line, the other one comes with each of them, for all of the output channels.
+        """
+        outputs, _, *kernel = values.shape
+        halves = 2 * self._block * FLOAT_BITS == LINE_BITS
+        one_tap = set(kernel) == {1} and not any((*geometry.pads_begin, *geometry.pads_end))
+        many = outputs >= self._block * LEAST_READINGS
+        if self._dtype == BFLOAT16 or not (halves and one_tap and many and geometry.strides[-1] > 1):
+            return None
+        image = self._as_blocked(data).var
+        return self._emit(
+            self.builder_.call_te(
+                lambda x: blocked_operators.sampled(x, geometry.strides), image, primfunc_name_hint="sampled"
+            )
+        )
 
     def _first(self, call: tvm.ir.Call, values: np.ndarray, geometry: Geometry) -> Blocked:
         """Return a convolution of few channels in plain layout; where pairs are rounded they become a narrow block."""

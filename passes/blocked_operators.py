@@ -63,6 +63,18 @@ def _grouped(packed: np.ndarray, terms: int) -> np.ndarray:
     return np.ascontiguousarray(groups.swapaxes(-1, -2))
 
 
+def sampled(data: te.Tensor, strides: Sequence[int]) -> te.Tensor:
+    """Return every `strides`-th position of an image [N, C/block, spatial..., block]."""
+    batch, channels, *image, lanes = data.shape
+    extents = [(extent + stride - 1) // stride for extent, stride in zip(image, strides, strict=True)]
+
+    def element(*at: tirx.Var) -> tirx.Expr:
+        places = [position * stride for position, stride in zip(at[2:-1], strides, strict=True)]
+        return data(*at[:2], *places, at[-1])
+
+    return te.compute((batch, channels, *extents, lanes), element, name="sampled")
+
+
 def with_whole_steps(weights: np.ndarray, geometry: Geometry, taps: int) -> tuple[np.ndarray, Geometry]:
     """Return [O, I, *K] with zeros for as many more columns as make whole steps of `taps`, and its geometry."""
     more = -weights.shape[-1] % taps

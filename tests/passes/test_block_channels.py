@@ -51,10 +51,10 @@ def kernels(module: tvm.IRModule) -> list[str]:
     return found
 
 
-def blocked(body: Body, shape: Sequence[int | str], image: np.ndarray) -> PassOutcome:
+def blocked(body: Body, shape: Sequence[int | str], image: np.ndarray, block: int = BLOCK) -> PassOutcome:
     """Return the outcome of the pass, whose module is well-formed and gives the same results."""
     before = module_of(body, shape)
-    outcome = BlockChannels(BLOCK).run(before)
+    outcome = BlockChannels(block).run(before)
     relax.analysis.well_formed(outcome.module)
     expected, got = run(before, image), run(outcome.module, image)
     # Sums of at most some hundred products of order 1 in another order, twice in a row.
@@ -104,6 +104,21 @@ def test_groups_of_whole_blocks_and_depthwise() -> None:
         return op.nn.conv2d(grouped, weights(32, 1, 3, 3, seed=1), padding=1, strides=2, groups=32)
 
     assert blocked(body, (1, 16, 7, 5), normal(1, 16, 7, 5)).rewritten == 2
+
+
+@pytest.mark.parametrize(
+    ("outputs", "kernel", "padding", "block", "copies"),
+    [(64, 1, 0, 8, True), (64, 1, 1, 8, False), (64, 3, 0, 8, False), (24, 1, 0, 8, False), (128, 1, 0, 16, False)],
+)
+@pytest.mark.parametrize("strides", [(2, 2), (1, 2), (2, 1)])
+def test_a_strided_filter_of_one_tap_reads_a_copy_where_two_positions_share_a_line(
+    outputs: int, kernel: int, padding: int, block: int, copies: bool, strides: tuple[int, int]
+) -> None:
+    def body(_: Emit, x: relax.Var) -> relax.Expr:
+        return op.nn.conv2d(x, weights(outputs, 16, kernel, kernel), strides=strides, padding=padding)
+
+    outcome = blocked(body, ("n", 16, 7, 6), normal(2, 16, 7, 6), block)
+    assert ("sampled" in kernels(outcome.module)) == (copies and strides[-1] > 1)
 
 
 def test_squeeze_and_excite_stays_blocked() -> None:
