@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from schedules.access import as_int
+from schedules.convolution_tile import MANY_REGISTERS
 from schedules.division import even_parts
 from schedules.intrin.bf16_dot import PAIR
 from schedules.winograd_structure import WinogradAnalysis
@@ -15,6 +16,11 @@ FLOAT_BYTES = 4
 BLOCKS = 2
 # A part of the second-level cache for the transformed image; products and weights need the rest.
 IMAGE_SHARE = 2
+# Where registers are few, tasks of fewer tiles than keep multiply-adds busy take more, even if the transforms leave the
+# second-level cache: three tiles by two blocks ask for 11 bytes of weights a cycle. With 8 images 256 channels at 14x14
+# take 6.4 ms with 3 tiles and 4.9 with 16, 512 at 7x7 28 with one and 5.6 with 16, 128 with stride 2 at 56x56 10.4 with
+# 3 and 9.1 with 13 (Zen 3).
+FEWEST_COLUMNS, FEWEST_TILES = 4, 16
 # Where channels are divided among tasks, each transforms its tiles again: more than this is not worth a core.
 MOST_PARTS = 4
 
@@ -30,9 +36,13 @@ def images_together(target: Target, analysis: WinogradAnalysis) -> int:
     """
     batch, cache = as_int(analysis.data.shape[0]), target.caches.level2
     weights = math.prod(map(int, analysis.weights.shape)) * _element_bytes(analysis)
-    if target.multiply_adds == 1 or batch is None or weights <= cache:
+    few_registers = target.vector_registers < MANY_REGISTERS
+    if (target.multiply_adds == 1 and not few_registers) or batch is None or weights <= cache:
         return 1
-    most = cache * 5 // 8 // (_bytes_of_tile(analysis) * math.prod(analysis.tiles))
+    tiles = math.prod(analysis.tiles)
+    most = cache * 5 // 8 // (_bytes_of_tile(analysis) * tiles)
+    if few_registers:
+        most = max(most, FEWEST_TILES // tiles)
     return even_parts(batch, max(1, min(batch * min(MOST_PARTS, _groups(analysis)) // target.cores, most)))
 
 
@@ -48,6 +58,8 @@ def task_shape(target: Target, analysis: WinogradAnalysis, columns: int) -> tupl
     most = max(1, target.caches.level2 // IMAGE_SHARE // _bytes_of_tile(analysis))
     groups = _groups(analysis)
     wanted = max(1, target.cores // (as_int(analysis.data.shape[0]) or 1))
+    if most < FEWEST_COLUMNS and target.vector_registers < MANY_REGISTERS:
+        most = FEWEST_TILES
     parts = 1
     while total < 3 * columns * wanted // (4 * parts) and parts < min(MOST_PARTS, groups):
         parts *= 2

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from tvm import relax
 from tvm.relax import op
 
+import targets
+from passes.block_channels import BlockChannels
 from passes.winograd import error_growth, pack_winograd
 from schedules.schedule import schedule_module
 from schedules.winograd_structure import winograd
@@ -96,6 +98,17 @@ def test_tasks_have_the_tiles_of_several_small_images(
     caches = replace(TARGET.caches, level2=256 * 1024)
     got = filtered(x, w, tile, stride=stride, target=replace(TARGET, multiply_adds=2, caches=caches))
     np.testing.assert_array_equal(got, filtered(x, w, tile, stride=stride))
+
+
+@pytest.mark.parametrize(("batch", "channels", "size", "tiles"), [(1, 256, 14, 5), (8, 256, 14, 16), (8, 512, 7, 16)])
+def test_tasks_read_weights_for_many_tiles_where_registers_are_few(
+    batch: int, channels: int, size: int, tiles: int
+) -> None:
+    target = targets.get("x86-avx2")
+    weights = relax.const(normal(channels, channels, 3, 3))
+    module = module_of(lambda x: op.nn.conv2d(x, weights, padding=1), [(batch, channels, size, size)], ["float32"])
+    reports = schedule_module(lower(BlockChannels(target.layouts.channel_block).run(module).module), target)[1]
+    assert [report.parameters["tiles"] for report in reports if report.family == "winograd"] == [tiles]
 
 
 def test_symbolic_batch() -> None:
