@@ -62,12 +62,12 @@ class Block:
 
     Where keys are codes, products with them start from `first_sums` [heads][lanes]. Where values are, `scaled`
     [heads][keys] holds the exponentials times their scales, and `offsets` [heads] the sums of those times their minima.
-    The loop over values has all registers for itself where it `frees_registers`.
+    The loop over values has `own_registers` for itself: all that there are, or none.
     """
 
     analysis: AttentionAnalysis
     lanes: int
-    frees_registers: bool
+    own_registers: int
     heads: Heads
     point: Mapping[Var, Expr]
     number: Expr

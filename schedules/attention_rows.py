@@ -55,14 +55,13 @@ from schedules.stages import Axis, sequence
 from targets.base import Target
 
 _MAXIMUM = Reducer(tirx.max, ZERO, tirx.const(LOWEST, FLOAT))
-# Vectors of a value's columns that are summed side by side, and sums of all heads where these get all 32 registers.
+# Vectors of a value's columns that are summed side by side.
 VECTORS_AT_ONCE = 4
-SUMS_OF_ALL_REGISTERS = 16
 
 
 def emit(analysis: AttentionAnalysis, target: Target, key_block: int) -> Stmt:
     """Return the parallel loops over blocks of keys, and over their results."""
-    lanes, alone = target.vector_lanes(32), can_free_registers(target)
+    lanes, own_registers = target.vector_lanes(32), target.vector_registers if can_free_registers(target) else 0
     heads = _shared_heads(analysis)
     axes = [axis for axis in _axes(analysis) if axis is not heads.axis]
     groups = 1 if heads.axis is None else int(heads.axis.extent) // heads.count
@@ -96,7 +95,7 @@ def emit(analysis: AttentionAnalysis, target: Target, key_block: int) -> Stmt:
             buffers["scaled"] = local([heads.count, room], FLOAT, "scaled")
             buffers["offsets"] = local([heads.count], FLOAT, "offsets")
         at = point(values, group)
-        task = Block(analysis, lanes, alone, heads, at, number, base, extent, **buffers, **gathered)
+        task = Block(analysis, lanes, own_registers, heads, at, number, base, extent, **buffers, **gathered)
         return with_local(list(buffers.values()), _block(task))
 
     def row(number: Expr) -> Stmt:
@@ -116,7 +115,7 @@ def emit(analysis: AttentionAnalysis, target: Target, key_block: int) -> Stmt:
             loop(product([*outer, heads.count]), row),
         ],
     )
-    return with_free_registers(statement, target) if alone else statement
+    return with_free_registers(statement, target) if own_registers else statement
 
 
 def _blocks(keys: Extent, room: int, lanes: int, outer: Sequence[Extent]) -> tuple[Extent, Extent]:
@@ -269,9 +268,10 @@ def _weighted(task: Block, first: int, heads: int) -> Stmt:
     """Return the sums of the values, weighted by the exponentials of some heads."""
     analysis = task.analysis
     extent = analysis.column.extent
-    sums_at_once = SUMS_OF_ALL_REGISTERS if task.frees_registers else SUMS_AT_ONCE
+    # Half of all registers, beside values and weights.
+    sums_at_once = task.own_registers // 2 or SUMS_AT_ONCE
     width = min(VECTORS_AT_ONCE, sums_at_once // heads) * task.lanes
-    boundary = [free_registers()] if task.frees_registers else []
+    boundary = [free_registers()] if task.own_registers else []
 
     def columns(start: Expr, count: int) -> Stmt:
         sums = local([heads * count], FLOAT, "weighted")

@@ -21,12 +21,13 @@ define weak_odr i32 @{call}() #0 {{
 }}
 attributes #0 = {{ {attributes} }}
 """
-_BITS = 512
+# What vector registers of so many bits are called.
+_NAMES = {256: "ymm", 512: "zmm"}
 
 
 def can_free_registers(target: Target) -> bool:
-    """Return whether kernels for a target can have such points: whether it has AVX-512."""
-    return target.architecture == "x86_64" and target.vector_bits == _BITS
+    """Return whether kernels for a target can have such points: whether it has AVX2 or AVX-512."""
+    return target.architecture == "x86_64" and target.vector_bits in _NAMES
 
 
 def free_registers() -> Stmt:
@@ -36,5 +37,6 @@ def free_registers() -> Stmt:
 
 def with_free_registers(statement: Stmt, target: Target) -> Stmt:
     """Return a statement that frees registers, with the function that it calls."""
-    registers = ",".join(f"~{{zmm{number}}}" for number in range(target.vector_registers))
+    name = _NAMES[target.vector_bits]
+    registers = ",".join(f"~{{{name}{number}}}" for number in range(target.vector_registers))
     return imported(statement, _SOURCE.format(call=_CALL, registers=registers, attributes=attributes(target)))
