@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from optimizer.certificate.unsigned_weights import saturates, with_unsigned_weights
+
 Array = NDArray[np.generic]
 Runner = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 ReferenceKind = Literal["onnxruntime", "onnx", "unoptimized", "dequantized"]
@@ -22,6 +24,8 @@ _ACCURACY_LEVEL = "accuracy_level"
 _FLOAT_ACTIVATIONS, _INT8_ACTIVATIONS = 0, 4
 # onnxruntime's name (onnxruntime_session_options_config_keys.h) of where a model in memory has its external data.
 _FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
+# And that of `unsigned_weights` where its optimizations turn floats into integers.
+_EXACT_SUMS_OF_BYTES = "session.x64quantprecision"
 
 
 class ReferenceFailedError(Exception):
@@ -117,7 +121,10 @@ def _accuracy_level(node: onnx.NodeProto) -> int:
 def _onnxruntime(
     model: onnx.ModelProto, path: Path | None, *, optimized: bool = False, is_as_stored: bool = True
 ) -> Reference:
-    """Return onnxruntime with a model, of which `path` holds the whole if it `is_as_stored`, else the external data."""
+    """Return onnxruntime with a model, of which `path` holds the whole if it `is_as_stored`, else the external data.
+
+    Its sums of products of bytes are exact.
+    """
     import onnxruntime  # noqa: PLC0415 - an optional dependency
 
     state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
@@ -126,10 +133,14 @@ def _onnxruntime(
     beyond_numpy = _beyond_numpy(model)
     if beyond_numpy:
         raise ReferenceFailedError(f"its Python interface has no arrays of {beyond_numpy}")
+    exact = with_unsigned_weights(model, None if path is None else path.parent) if saturates() else None
+    if exact is not None:
+        model, is_as_stored = exact, False
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     options.log_severity_level = 4
+    options.add_session_config_entry(_EXACT_SUMS_OF_BYTES, "1")
     if path is not None and not is_as_stored:
         options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(path.parent))
     try:

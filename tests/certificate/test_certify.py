@@ -17,6 +17,7 @@ from onnx.parser import parse_model
 from optimizer.certificate import certify, references
 from optimizer.certificate.comparison import MOST_LOOSENED, compare, loosened
 from optimizer.certificate.tolerance import Arithmetic, arithmetic
+from optimizer.certificate.unsigned_weights import with_unsigned_weights
 from optimizer.errors import CertificateError, InputMismatchError
 from optimizer.package.manifest import OutputComparison
 
@@ -346,3 +347,42 @@ def test_a_perturbed_reference_has_the_next_number_for_each_of_fp32() -> None:
 def test_a_reference_that_cannot_compute_in_integers_allows_nothing_more() -> None:
     comparison = compare("y", np.ones(1, np.float32), np.array([2], np.float32), 0.5)
     assert loosened([comparison], []) == (comparison,)
+
+
+EXTREMES = np.where(np.arange(32 * 4).reshape(32, 4) % 3 == 0, -128, 127).astype(np.int8)
+
+
+@pytest.mark.parametrize("zero_point", [None, 3])
+@pytest.mark.parametrize("saturates", [False, True])
+def test_sums_of_bytes_that_saturate_elsewhere_are_certified(
+    monkeypatch: pytest.MonkeyPatch, zero_point: int | None, saturates: bool
+) -> None:
+    """Whether this machine's onnxruntime needs unsigned weights or not: with them it computes the same."""
+    if saturates:
+        monkeypatch.setattr(references, "saturates", lambda: True)
+    given = "" if zero_point is None else ", zero, other"
+    subject = parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> g (uint8[batch, 32] x) => (int32[batch, 4] y)'
+        f"{{ y = MatMulInteger(x, weights{given}) }}"
+    )
+    subject.graph.initializer.append(numpy_helper.from_array(EXTREMES, "weights"))
+    subject.graph.initializer.append(numpy_helper.from_array(np.uint8(200), "zero"))
+    subject.graph.initializer.append(numpy_helper.from_array(np.int8(zero_point or 0), "other"))
+    offset = 0 if zero_point is None else 200
+
+    def exact(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        x = inputs["x"].astype(np.int32) - offset
+        return {"y": x @ (EXTREMES.astype(np.int32) - (zero_point or 0))}
+
+    assert certify(subject, exact).outputs[0].max_absolute_error == 0
+
+
+def test_weights_of_signed_activations_stay_signed(tmp_path: Path) -> None:
+    subject = parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> g (int8[batch, 32] x) => (int32[batch, 4] y)'
+        "{ y = MatMulInteger(x, weights, zero) }"
+    )
+    subject.graph.initializer.append(numpy_helper.from_array(EXTREMES, "weights"))
+    subject.graph.initializer.append(numpy_helper.from_array(np.int8(3), "zero"))
+    subject.graph.node[0].input[:] = ["x", "weights", "zero", "zero"]
+    assert with_unsigned_weights(subject, tmp_path) is None
