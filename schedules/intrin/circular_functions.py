@@ -30,8 +30,9 @@ _SINE = (-1.666665459e-01, 8.332159594e-03, -1.951512140e-04)
 _COSINE = (4.166664565e-02, -1.388731466e-03, 2.443297110e-05)
 # How many quarters of a turn each function is ahead of the sine.
 _QUARTERS = {"tirx.sin": 0, "tirx.cos": 1}
-# pi / 2 in three parts: fp32's 24 bits of it, of what is left, and of what is left then.
-_HALF_PI = (1.5707963705062866, -4.371138828673793e-08, -1.7151245100058819e-15)
+# pi / 2 in three parts: fp32's 24 bits of it, of what is left, and of what is left then. None is negative, so that -0
+# stays what it is.
+_HALF_PI = (1.570796251296997, 7.549789415861596e-08, 5.390302529957765e-15)
 
 
 def guarded(vectors: tirx.For) -> Stmt | None:
