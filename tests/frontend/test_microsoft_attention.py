@@ -133,7 +133,8 @@ def test_attention_with_a_mask_of_rank_4_is_refused():
 def test_quantized_attention(with_past: bool):
     inputs = {
         "input": RANDOM.integers(0, 256, (BATCH, QUERIES, 12)).astype(np.uint8),
-        "weights": RANDOM.integers(-128, 128, (12, 3 * HIDDEN)).astype(np.int8),
+        # Beyond 64 onnxruntime's sums of pairs saturate on x86 without VNNI.
+        "weights": RANDOM.integers(-64, 65, (12, 3 * HIDDEN)).astype(np.int8),
         "bias": draw(3 * HIDDEN),
         "input_scale": np.array(0.02, np.float32),
         "weight_scale": np.array(0.02, np.float32),

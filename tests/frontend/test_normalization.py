@@ -71,7 +71,8 @@ def test_quantized_convolution_per_channel():
         "x": rng.integers(0, 255, (1, 3, 6, 6)).astype(np.uint8),
         "xs": np.array(0.02, np.float32),
         "xz": np.array(121, np.uint8),
-        "w": rng.integers(-127, 127, (4, 3, 3, 3)).astype(np.int8),
+        # Beyond 64 onnxruntime's sums of pairs saturate on x86 without VNNI.
+        "w": rng.integers(-64, 65, (4, 3, 3, 3)).astype(np.int8),
         "ws": np.array([0.01, 0.02, 0.005, 0.03], np.float32),
         "wz": np.zeros(4, np.int8),
         "ys": np.array(0.05, np.float32),
