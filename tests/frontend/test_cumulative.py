@@ -35,6 +35,14 @@ def test_running_sums_along_a_middle_axis(before: int, length: int, after: int, 
     np.testing.assert_array_equal(got, sums - x if exclusive else sums)
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((3, 5), 0), ((5, 3), 0), ((2, 3, 4, 5), 2)])
+def test_running_sums_from_the_end_of_an_axis_that_is_not_the_second(shape: tuple[int, ...], axis: int) -> None:
+    x = np.random.default_rng(axis).integers(-9, 9, shape).astype(np.float32)
+    model = node_model("CumSum", {"x": x, "axis": np.array(axis)}, ["y"], domain="", constants=["axis"], reverse=1)
+    (got,) = ours(model)({"x": x}).values()
+    np.testing.assert_array_equal(got, np.flip(np.cumsum(np.flip(x, axis), axis), axis))
+
+
 def test_running_sums_of_a_shape_known_at_run_time() -> None:
     x = np.arange(2 * 5 * 3, dtype=np.float32).reshape(2, 5, 3)
     inputs = {"x": x, "axis": np.array(1)}

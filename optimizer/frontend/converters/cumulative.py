@@ -203,7 +203,7 @@ class _Scan:
         """
         (outside, step, start), (offset, height, lanes) = at, tile
         dtype, column = str(source.dtype), start + offset
-        rows = [source.shape[1] - 1 - step - each if self.reverse else step + each for each in range(height)]
+        rows = [source.shape[self.axis] - 1 - step - each if self.reverse else step + each for each in range(height)]
         values = ir.alloc_buffer((height + 1, lanes), dtype, scope="local")
         with ir.vectorized(0, lanes) as lane:
             ir.buffer_store(values, running[offset + lane], [0, lane])
