@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import tvm.ir
 from tvm import te, tirx
@@ -26,6 +26,9 @@ _COMBINE: dict[str, Callable[[tvm.ir.Expr, tvm.ir.Expr], tvm.ir.Expr]] = {
 
 # Into how many strips rows are divided where each has a whole number of vectors.
 _STRIPS = (4, 2, 1)
+# Neighbouring lines that a task of ScatterElements takes through the axis together: several lines of a cache of each
+# array, where one alone would read all of these lines for an element of each.
+_LINES_TOGETHER = 64
 
 
 @converter("Scatter", since=9)
@@ -39,10 +42,22 @@ def scatter_elements(node: Node) -> Result:
         copy(data, out)
         extents = list(indices.shape)
         lines = [extent for place, extent in enumerate(extents) if place != axis]
-        with loops(lines, parallel=True) as line, ir.serial(0, extents[axis]) as along:
+
+        def element(line: Sequence[tvm.ir.Expr], along: tvm.ir.Expr) -> None:
             index = [*line[:axis], along, *line[axis:]]
             target = [*line[:axis], clipped_index(indices[tuple(index)], data.shape[axis]), *line[axis:]]
             ir.buffer_store(out, combine(out[tuple(target)], updates[tuple(index)]), target)
+
+        width = lines[-1].value if axis < len(lines) and isinstance(lines[-1], tirx.IntImm) else 0
+        if width < 2 * _LINES_TOGETHER:
+            with loops(lines, parallel=True) as line, ir.serial(0, extents[axis]) as along:
+                element(line, along)
+            return
+        strips = tirx.const(-(-width // _LINES_TOGETHER), "int64")
+        with loops([*lines[:-1], strips], parallel=True) as (*outer, strip), ir.serial(0, extents[axis]) as along:
+            start = strip * _LINES_TOGETHER
+            with ir.serial(0, tirx.min(lines[-1] - start, _LINES_TOGETHER)) as own:
+                element([*outer, start + own], along)
 
     return _scattered(node, body)
 
