@@ -72,10 +72,9 @@ def one_hot(node: Node) -> Result:
     def encoded(tensor: te.Tensor, off_on: te.Tensor, length: tvm.ir.Expr) -> te.Tensor:
         def element(*place: tirx.Var) -> tvm.ir.Expr:
             index = tensor(*place[:axis], *place[axis + 1 :]).astype(_INT64)
-            matches = place[axis] == index
             if counts_from_end:
-                matches = tirx.any(matches, place[axis] == index + length)
-            return tirx.Select(matches, off_on[1], off_on[0])
+                index = tirx.Select(index < 0, index + length, index)
+            return tirx.Select(place[axis] == index, off_on[1], off_on[0])
 
         return te.compute([as_expression(extent) for extent in shape], element, name="one_hot")
 
