@@ -18,6 +18,7 @@ from tvm.tirx.stmt import Stmt
 from schedules.access import AxisGroup, Step
 from schedules.family import work_of
 from schedules.loops import (
+    LINE_BITS,
     SECOND_LEVEL,
     Extent,
     ceiling,
@@ -67,9 +68,13 @@ def applies(analysis: ReductionAnalysis, target: Target) -> bool:
 
 
 def emit(analysis: ReductionAnalysis, lanes: int, target: Target) -> Stmt:
-    """Return the parallel loop over the other axes, parts of the rows, and strips of columns."""
+    """Return the parallel loop over the other axes, parts of the rows, and strips of columns.
+
+    A vector statement spans a line, so that each line is asked for once.
+    """
     columns = analysis.columns
     assert columns is not None
+    lanes *= max(1, LINE_BITS // target.vector_bits)
     extent, rows = int(columns.extent), int(analysis.reduction[0].extent)
     share = -(-extent // (target.cores * lanes)) * lanes
     width = min(extent, max(SHORTEST_STRIP, min(LONGEST_STRIP, share)))
