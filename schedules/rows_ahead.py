@@ -1,4 +1,4 @@
-"""Requests for the lines of the rows after those that are computed."""
+"""Requests for lines that rows read or write later: those of the next rows, and those of a row's results."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.access import AxisGroup, Step, group_axes, occurs
 from schedules.family import work_of
-from schedules.loops import LINE_BITS, ceiling, prefetch
+from schedules.loops import LINE_BITS, ceiling, load, prefetch
 from schedules.matmul import step
 from schedules.reducer import Requests
 from schedules.stages import Stage, bind, contains, substitute
+from schedules.streaming import LAST_CACHE_BYTES
 from targets.base import Target
 
 # Shorter rows the hardware sees coming.
@@ -52,6 +53,38 @@ def lines_ahead(
             for reads in asked.values()
             for read, point, group in reads
             for offset in range(0, width, LINE_BITS // read.source.dtype.bits)
+        ]
+
+    return requests
+
+
+def lines_to_write(
+    stages: Sequence[Stage], private: Sequence[Var], leading: int, position: Sequence[Expr], target: Target
+) -> Requests | None:
+    """Return requests for the lines that the row at `position` writes, where they are far and no store goes past them.
+
+    A store to a line that is elsewhere waits for it: what computes before, such as exponentials, leaves the time.
+    """
+    asked: list[tuple[TensorLoad, AxisGroup, Mapping[Var, Expr]]] = []
+    for stage in stages:
+        work = work_of(stage)
+        size = work * stage.output.dtype.bits // 8 if isinstance(work, int) else 0
+        if stage.is_reduction or contains(private, stage.output):
+            continue
+        point = bind(stage.indices[:leading], position)
+        groups = group_axes([axis for axis in stage.spatial if axis.variable not in point], [stage])
+        written = load(stage.output, list(stage.indices))
+        is_far = target.caches.level2 // 2 < size < LAST_CACHE_BYTES
+        if is_far and len(groups) == 1 and step(written, groups[0]) == Step.UNIT:
+            asked.append((written, groups[0], point))
+    if not asked:
+        return None
+
+    def requests(base: Expr, width: int) -> list[Stmt]:
+        return [
+            prefetch(substitute(written, {**point, **group.point(base + offset)}))
+            for written, group, point in asked
+            for offset in range(0, width, LINE_BITS // written.source.dtype.bits)
         ]
 
     return requests

@@ -32,7 +32,7 @@ from schedules.loops import (
     with_local,
 )
 from schedules.row_steps import Row, RowBuffer, RowCode, in_row, is_along_row
-from schedules.rows_ahead import lines_ahead
+from schedules.rows_ahead import lines_ahead, lines_to_write
 from schedules.softmax import simplified
 from schedules.stages import Axis, Stage, as_extent, bind, sequence
 from schedules.streaming import LAST_CACHE_BYTES
@@ -120,7 +120,7 @@ def consecutive_rows(analysis: RowwiseAnalysis, start: Expr, extent: Extent, vec
     count = product(extents)
     rows = extent if isinstance(extent, int) else _rows_per_task(count, target)
     if isinstance(count, int) and rows >= FEWEST_ROWS and _shares_walks(steps, leading):
-        return _first_steps_early(steps, RowCode(leading, lanes), analysis.private, start, extent, extents)
+        return _first_steps_early(analysis, steps, RowCode(leading, lanes), start, extent, target)
     together = ROWS_TOGETHER if rows >= ROWS_TOGETHER and _waits_for_folds(analysis, target) else 1
     own = [[RowBuffer.of(buffer, leading) for buffer in analysis.private] for _ in range(together)]
     code = RowCode(leading, lanes, together)
@@ -143,19 +143,20 @@ def consecutive_rows(analysis: RowwiseAnalysis, start: Expr, extent: Extent, vec
 
 
 def _first_steps_early(
+    analysis: RowwiseAnalysis,
     steps: Sequence[_RowStep],
     code: RowCode,
-    private: Sequence[Var],
     start: Expr,
     extent: Extent,
-    extents: Sequence[Extent],
+    target: Target,
 ) -> Stmt:
     """Return code for rows of which each takes the first step of the next along, in the walk of its second one.
 
-    The first step waits for memory, and its end for its own last lanes; the second one computes meanwhile. After the
-    last row of all its first step is done again.
+    The first step waits for memory, and its end for its own last lanes; the second one computes meanwhile, and the
+    lines that the row's last step writes are asked for. After the last row of all its first step is done again.
     """
     (_, first), second, *others = steps
+    extents, private = row_extents(analysis), analysis.private
     buffers = [RowBuffer.of(buffer, code.leading) for buffer in private]
     last = index(product(extents)) - 1
     result = in_row(first, buffers).output
@@ -164,7 +165,8 @@ def _first_steps_early(
     def row(number: Expr) -> Stmt:
         own, following = (Row(unflatten(each, extents), buffers) for each in (number, tirx.min(number + 1, last)))
         beside = code.beside(first, following, lambda total: store(coming, total, [index(0)]))
-        walk = code.step(second[1], [own], second[0], beside)
+        results = lines_to_write(analysis.stages, private, code.leading, own.position, target)
+        walk = code.step(second[1], [own], second[0], beside, results)
         rest = [code.step(stage, [own], before) for before, stage in others]
         return sequence([walk, *rest, store(result, load(coming, [index(0)]), [index(0)])])
 
