@@ -14,7 +14,20 @@ from schedules.access import AxisGroup, as_int, branches_on, group_axes
 from schedules.by_turns import row_by_turns
 from schedules.division import TASKS_PER_CORE, Division, even_parts
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, parallel_if_large, vector_width, work_of
-from schedules.loops import Extent, index, loop, parallel, product, quotient, remainder, store, tiles, unflatten, vector
+from schedules.loops import (
+    LINE_BITS,
+    Extent,
+    index,
+    loop,
+    parallel,
+    product,
+    quotient,
+    remainder,
+    store,
+    tiles,
+    unflatten,
+    vector,
+)
 from schedules.segments import Segment, phases, segments
 from schedules.stages import Stage, sequence
 from targets.base import Target
@@ -49,7 +62,7 @@ class Elementwise:
         """Return the vectors' width and the length of a task on a single axis."""
         lanes = vector_width(target, analysis.stage)
         return (
-            Choice("lanes", lanes, (lanes, 2 * lanes, 4 * lanes)),
+            Choice("lanes", _default_lanes(analysis, target), (lanes, 2 * lanes, 4 * lanes)),
             Choice("chunk", 4096, (1024, 4096, 16384)),
         )
 
@@ -72,8 +85,8 @@ class Elementwise:
                 return loop(extent, lambda i: element([*outer, start + i]))
             return overlapping_vectors(extent, lanes, lambda offset: element([*outer, start + offset]))
 
-        is_parted = analysis.conditional and len(groups[-1].axes) == 1
-        places = phases(stage, groups[-1].inner) if is_parted else []
+        is_parted = _is_parted(analysis)
+        places = _places(analysis)
 
         def whole_row(outer: list[Expr]) -> Stmt:
             if places and isinstance(groups[-1].extent, int):
@@ -103,6 +116,28 @@ class Elementwise:
             )
         chunk = parameters["chunk"] if is_large(work) else 0
         return split_row(inner, chunk, lambda start, extent: row([], start, extent))
+
+
+def _default_lanes(analysis: ElementwiseAnalysis, target: Target) -> int:
+    """Return a register's lanes; on x86 a line's, where rows have as many elements.
+
+    Two registers of AVX2 have two chains of arithmetic, and what fills a line may be stored past the caches.
+    """
+    lanes = vector_width(target, analysis.stage)
+    extent = analysis.groups[-1].extent if analysis.groups else 1
+    line = lanes * max(1, LINE_BITS // target.vector_bits)
+    is_wide = target.architecture == "x86_64" and isinstance(extent, int) and extent >= line
+    return line if is_wide and not _places(analysis) else lanes
+
+
+def _is_parted(analysis: ElementwiseAnalysis) -> bool:
+    """Return whether conditions may part the rows."""
+    return analysis.conditional and len(analysis.groups[-1].axes) == 1
+
+
+def _places(analysis: ElementwiseAnalysis) -> list[Stage]:
+    """Return the stage at each place of a period by which elements of a row are computed in different ways."""
+    return phases(analysis.stage, analysis.groups[-1].inner) if _is_parted(analysis) else []
 
 
 def divides_image(analysis: ElementwiseAnalysis) -> bool:
