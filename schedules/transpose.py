@@ -23,6 +23,7 @@ from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_o
 from schedules.intrin.bf16_conversion import BFLOAT16
 from schedules.intrin.matrix_tiles import matrix_tiles
 from schedules.loops import (
+    LINE_BITS,
     SECOND_LEVEL,
     index,
     load,
@@ -40,8 +41,8 @@ from schedules.loops import (
 from schedules.matmul import step
 from schedules.matrix_tile import stride_of
 from schedules.stages import Axis, Stage, replace_loads, sequence, substitute
-from schedules.streaming import LAST_CACHE_BYTES
-from schedules.turn import interleave_rows, turn_rows, turn_short_rows
+from schedules.streaming import LAST_CACHE_BYTES, LINE_BYTES
+from schedules.turn import interleave_rows, turn_by_quarters, turn_rows, turn_short_rows
 from targets.base import Target
 
 # Below this a tile is too narrow for its detour through memory to pay, unless it is of pairs, which one shuffle takes
@@ -50,6 +51,10 @@ SHORTEST_AXIS = 4
 PAIR = 2
 # How many tiles ahead lines are asked for: rows are too far apart for the hardware to see what comes next.
 TILES_AHEAD = 4
+# Lines about so far apart have the same few places in a first-level cache, and each has an address to translate, which
+# so many blocks side by side share: 4096x4096 took 17.8 ms by one block, 15.8 by two, 11.2 by four (Zen 3, one thread).
+PAGE_BYTES = 4096
+BLOCKS_OF_PAGE = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +100,10 @@ class Transpose:
         """Return the side of a tile, and how many of them side by side one task reads on its way along the output."""
         side = _side(analysis.turned, target)
         tiles = 2 if _fills_registers(analysis.turned, side, target) else 1
-        return (Choice("side", side, (side // 2, side, 2 * side)), Choice("tiles", tiles, (1, 2, 4, 8)))
+        candidates = (side // 2, side, 2 * side)
+        if _pays_by_lines(analysis, side, target):
+            return (Choice("side", 2 * side, candidates), Choice("tiles", BLOCKS_OF_PAGE, (1, 2, 4, 8)))
+        return (Choice("side", side, candidates), Choice("tiles", tiles, (1, 2, 4, 8)))
 
     def apply(self, analysis: TransposeAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the loop nest."""
@@ -230,7 +238,9 @@ def _tile(
 
     is_square = rows == columns
     is_shuffled = not any(str(buffer.dtype) == "bool" for buffer in buffers)
-    in_registers = is_shuffled and _is_registers(rows, columns, _side(analysis.turned, target))
+    side = _side(analysis.turned, target)
+    by_quarters = is_square and rows == 2 * side and _has_quarters(analysis.turned, side, target)
+    in_registers = by_quarters or (is_shuffled and _is_registers(rows, columns, side))
 
     def at(r: Expr, c: Expr) -> dict[Var, Expr]:
         return {**point, **analysis.across.point(across[0] + r), **analysis.along.point(along[0] + c)}
@@ -248,7 +258,13 @@ def _tile(
 
     copies = [fill(buffer, read) for buffer, read in zip(buffers, analysis.turned, strict=True)]
     each_row = unrolled if in_registers else loop
-    turned = [_turned(each, rows, columns) for each in buffers] if in_registers else []
+    loaded = list(buffers)
+    if by_quarters:
+        buffers = [local([columns * rows], str(buffer.dtype), "rows") for buffer in loaded]
+        turned = [turn_by_quarters(own, new, side) for own, new in zip(loaded, buffers, strict=True)]
+        loaded += buffers
+    else:
+        turned = [_turned(each, rows, columns) for each in buffers] if in_registers else []
     turns = [turn for each in turned for turn in each]
     # What short rows read lies together, and parts of lines come with the parts before them.
     is_far = in_registers and is_square and _fills_registers(analysis.turned, rows, target)
@@ -269,7 +285,7 @@ def _tile(
         written = unrolled(rows // together, several)
     else:
         written = each_row(rows, lambda r: vector(columns, lambda c: element(r, c)))
-    return with_local(buffers, [*copies, *ahead, *turns, written])
+    return with_local(loaded, [*copies, *ahead, *turns, written])
 
 
 def _rows_of_vector(analysis: TransposeAnalysis, columns: int, target: Target) -> int:
@@ -322,6 +338,33 @@ def _side(reads: Sequence[TensorLoad], target: Target) -> int:
 def _fills_registers(reads: Sequence[TensorLoad], side: int, target: Target) -> bool:
     """Return whether a tile's rows are whole registers: narrower ones are parts of a line."""
     return all(read.source.dtype.bits * side >= target.vector_bits for read in reads)
+
+
+def _has_quarters(reads: Sequence[TensorLoad], side: int, target: Target) -> bool:
+    """Return whether blocks of whole lines are turned by quarters: x86's registers are lines, or halves of them."""
+    halves = all(2 * side * read.source.dtype.bits == LINE_BITS for read in reads)
+    return target.architecture == "x86_64" and halves and _fills_registers(reads, side, target)
+
+
+def _pays_by_lines(analysis: TransposeAnalysis, side: int, target: Target) -> bool:
+    """Return whether lines are better read and written once and whole than by halves.
+
+    That is where a cache has not kept a line when its other half's turn comes: rows that lie pages apart share its few
+    places, and outputs beyond the last cache go past it.
+    """
+    stage = analysis.stage
+    axes = (analysis.across, analysis.along)
+    if not _has_quarters(analysis.turned, side, target) or any(int(axis.extent) < 2 * side for axis in axes):
+        return False
+    strides = [
+        *(stride_of(read, analysis.along) for read in analysis.turned),
+        stride_of(load(stage.output, list(stage.indices)), analysis.across),
+    ]
+    known = [0 if each is None else as_int(each) or 0 for each in strides]
+    elements, size = work_of(stage), LINE_BYTES // (2 * side)
+    beyond = [(each * size + LINE_BYTES) % PAGE_BYTES for each in known if each * size > PAGE_BYTES // 2]
+    is_paged = any(each < 2 * LINE_BYTES for each in beyond)
+    return is_paged or (isinstance(elements, int) and elements * size >= LAST_CACHE_BYTES)
 
 
 def _is_registers(rows: int, columns: int, side: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 from tvm import tirx
@@ -107,6 +108,19 @@ def _swap_blocks(buffer: Var, side: int) -> list[Stmt]:
                 turned = tirx.Shuffle(pair, [tirx.IntImm("int32", lane) for lane in lanes])
                 statements.append(store(buffer, turned, [_row(row + offset, side)]))
         distance //= 2
+    return statements
+
+
+def turn_by_quarters(buffer: Var, result: Var, side: int) -> list[Stmt]:
+    """Return the transposition of a block of twice `side` rows to `result`, a quarter after the other in registers."""
+    statements: list[Stmt] = []
+    for column, row in itertools.product((0, side), (0, side)):
+        quarter = local([side * side], str(buffer.dtype), "quarter")
+        read = [tirx.Ramp(index((row + k) * 2 * side + column), index(1), side) for k in range(side)]
+        written = [tirx.Ramp(index((column + k) * 2 * side + row), index(1), side) for k in range(side)]
+        fill = [store(quarter, load(buffer, [place]), [_row(k, side)]) for k, place in enumerate(read)]
+        move = [store(result, load(quarter, [_row(k, side)]), [place]) for k, place in enumerate(written)]
+        statements.append(with_local([quarter], [*fill, *turn_rows(quarter, side), *move]))
     return statements
 
 

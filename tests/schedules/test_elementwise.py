@@ -172,3 +172,10 @@ def test_types_without_vector_conversions_are_converted_as_without_a_schedule(dt
     plain = compiled(build(lambda x: op.astype(x, dtype), [x.shape], ["float32"]))
     np.testing.assert_array_equal(got.view("uint8"), plain(x).view("uint8"))
     assert families == {"fallback"}
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 1024), (1024, 80), (47, 1023), (1025, 33), (16, 2048), (130, 1024)])
+def test_transposition_of_rows_that_lie_pages_apart(rows: int, columns: int) -> None:
+    x, y = normal(rows, columns), normal(columns, rows, seed=1)
+    got = run(lambda x, y: op.add(op.permute_dims(x, [1, 0]), y), [x, y])[0]
+    np.testing.assert_array_equal(got, x.T + y)
