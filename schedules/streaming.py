@@ -2,8 +2,8 @@
 
 A store to a line that is in no cache reads it first, to write it back later: a copy moves three bytes for every two.
 Non-temporal stores of whole lines only write. What reads such an output finds little of it in a cache either way.
-Only x86 is told so: Arm's cores see for themselves when whole lines are written. Vectors narrower than a line, such as
-AVX2's, are stored as ever, because a line that is written in parts may leave the buffer that joins them too early.
+Only x86 is told so: Arm's cores see for themselves when whole lines are written. Statements of less than a line are
+stored as ever, because a line that is written in parts may leave the buffer that joins them too early.
 (AMD64 Architecture Programmer's Manual, volume 1, section 5.6.4, "Using Streaming Loads and Stores".)
 """
 
