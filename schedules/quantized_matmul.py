@@ -284,7 +284,8 @@ class QuantizedEmitter:
                     x = self.dot.activations(
                         lambda first, count, r=r: self._activations(points[r], group, first, count), k
                     )
-                    statements += write(cell, self.dot.accumulate(read(cell), codes[v][half], x))
+                    added = self.dot.accumulate(read(cell), codes[v][half], x)
+                    statements += write(cell, self.dot.in_steps(added) if len(points) > 1 else added)
         for cell, (r, v) in enumerate(cells):
             exact = self.dot.total(read(cell), offsets[r])
             here = _ramp(index(cell * lanes), lanes)

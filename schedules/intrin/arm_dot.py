@@ -71,6 +71,10 @@ class ArmDot:
         operands = (tirx.reinterpret("int8x16", codes), tirx.reinterpret("int8x16", activations))
         return [intrinsic("int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", accumulator[0], *operands)]
 
+    def in_steps(self, accumulator: Sequence[Expr]) -> list[Expr]:
+        """Return the accumulator: an instruction adds its products itself."""
+        return list(accumulator)
+
     def total(self, accumulator: Sequence[Expr], offset: Expr) -> Expr:
         """Convert the sums."""
         if self.bits == 8:

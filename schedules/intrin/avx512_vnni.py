@@ -35,6 +35,10 @@ class Avx512Vnni:
         operands = (tirx.reinterpret("int8x64", codes), tirx.reinterpret("int8x64", activations))
         return [intrinsic("int32x16", "llvm.x86.avx512.vpdpbusd.512", accumulator[0], *operands)]
 
+    def in_steps(self, accumulator: Sequence[Expr]) -> list[Expr]:
+        """Return the accumulator: an instruction adds its products itself."""
+        return list(accumulator)
+
     def total(self, accumulator: Sequence[Expr], offset: Expr) -> Expr:
         """Return the sums."""
         return tirx.Cast("float32x16", accumulator[0])

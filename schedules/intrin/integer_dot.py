@@ -48,6 +48,10 @@ class IntegerDot(Protocol):
         """Return the accumulator with the products of `codes` and `activations`, both bytes as int32 lanes."""
         ...
 
+    def in_steps(self, accumulator: Sequence[Expr]) -> list[Expr]:
+        """Return the accumulator as one that LLVM has to know before it adds the products of the next step."""
+        ...
+
     def total(self, accumulator: Sequence[Expr], offset: Expr) -> Expr:
         """Return the sums of the lanes as float32, times `unit`."""
         ...

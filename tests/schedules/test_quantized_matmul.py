@@ -145,6 +145,24 @@ def test_a_product_in_floats_uses_the_weights_as_they_are() -> None:
     np.testing.assert_allclose(actual, x @ matrix.dequantized().T, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_largest_codes_and_activations_do_not_saturate(name: str, bits: int) -> None:
+    # Each pair and each sum of a group is as large as it can be, of either sign, where zero points are zero.
+    largest = (1 << bits) - 1
+    codes = np.zeros((24, 64), np.uint8)
+    codes[::3] = largest
+    codes[1::3, ::2] = largest
+    matrix = QuantizedMatrix(bits, 32, 64, codes, np.ones((24, 2), np.float32), np.zeros((24, 2), np.uint8))
+    signs = np.where(np.arange(64) % 2 == 0, 1, -1)
+    x = np.stack([np.ones(64), -np.ones(64), signs, -signs, np.ones(64)]).astype(np.float32)
+    use = WeightUse.of(name, "int8", bits)
+    for rows in (1, 2, 5):
+        actual, families = run(product_module((rows, 64), matrix, use), use.target, x[:rows])
+        assert "quantized-matmul" in families
+        np.testing.assert_allclose(actual, expected(x[:rows], matrix), rtol=2**-21, atol=2**-18 * largest)
+
+
 @pytest.mark.parametrize(("name", "hint"), [("x86-avx512", "prefetcht0"), ("x86-avx512-amx", "prefetcht1")])
 def test_one_row_asks_for_weights_into_the_cache_that_the_target_says(name: str, hint: str) -> None:
     matrix = quantize(np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32), Scheme(4, 32))
