@@ -90,7 +90,19 @@ def task_shape(analysis: ChannelWindows, target: Target, blocks: int, columns: i
     height = even_parts(rows, max(1, min(height - 1, most // width)))
     if width <= most or analysis.column_window is not None:
         return height, width
-    return height, even_parts(column_tiles, max(1, min(width - 1, most)))
+    most = max(1, min(width - 1, most))
+    if target.vector_registers < MANY_REGISTERS:
+        # Narrow tiles are many, and often a prime number of them.
+        return height, -(-column_tiles // -(-column_tiles // most))
+    return height, even_parts(column_tiles, most)
+
+
+def _passes_in_parts(target: Target) -> bool:
+    """Return whether a core may compute some tiles of channels of a part of an image before the next part.
+
+    It was measured on cores that begin two multiply-adds a cycle: with AVX-512 and with AVX2.
+    """
+    return target.multiply_adds > 1 or target.vector_registers < MANY_REGISTERS
 
 
 def _most_positions(analysis: ChannelWindows, target: Target, blocks: int) -> int | None:
@@ -98,11 +110,11 @@ def _most_positions(analysis: ChannelWindows, target: Target, blocks: int) -> in
 
     All tiles read the same part of the image, which is to stay in the second-level cache beside weights: where cores
     divide the image and the weights fit there, and where some tiles are computed together. In ResNet-50 with 8 images
-    256 to 512 channels with stride 2 take 13 % less, 1024 to 512 at 14x14 5 % (Granite Rapids; measured only on cores
-    that begin two multiply-adds a cycle).
+    256 to 512 channels with stride 2 take 13 % less, 1024 to 512 at 14x14 5 % (Granite Rapids), 128 to 512 at 28x28 and
+    64 to 256 at 56x56 with one 22 and 10 % (Zen 3 in AVX2).
     """
     reads_again = analysis.channel is not None and analysis.per_group > blocks and len(analysis.stage.loads()) > 1
-    if target.multiply_adds == 1 or not reads_again:
+    if not _passes_in_parts(target) or not reads_again:
         return None
     output = [*(group.extent for group in analysis.outer), column_extent(analysis)]
     positions = math.prod(extent for extent in output if isinstance(extent, int))
@@ -118,16 +130,19 @@ def tiles_together(analysis: ChannelWindows, target: Target, blocks: int) -> int
 
     Where cores divide channels whose weights exceed the second-level cache, as many tiles as it can keep the weights
     of: all images pass by once for so many, not for each. With 8 images of 7x7 2048 to 512 channels take 13 % less
-    (Granite Rapids).
+    (Granite Rapids). Where registers are few, tiles read an image oftener: there it is enough that the images exceed
+    the cache.
     """
-    channel = analysis.channel
-    if target.multiply_adds == 1 or channel is None or len(analysis.stage.loads()) < 2:
+    channel, cache = analysis.channel, target.caches.level2
+    is_divided = analysis.division is Division.IMAGE
+    if not _passes_in_parts(target) or is_divided or channel is None or len(analysis.stage.loads()) < 2:
         return 1
     weights, tiles = bytes_of(analysis.weights.source), -(-analysis.per_group // blocks)
-    if weights <= target.caches.level2 or analysis.division is Division.IMAGE:
+    images = bytes_of(analysis.data.source) if target.vector_registers < MANY_REGISTERS else 0
+    if max(weights, images) <= cache:
         return 1
     groups = _static(channel.extent) // analysis.per_group
-    most = target.caches.level2 // WEIGHTS_PART * tiles * groups // weights
+    most = cache // WEIGHTS_PART * tiles * groups // weights
     return even_parts(tiles, max(1, most))
 
 

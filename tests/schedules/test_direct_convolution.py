@@ -238,3 +238,14 @@ def test_tiles_of_channels_whose_weights_no_cache_keeps_pass_images_together(mul
     blocked = lower(BlockChannels(target.layouts.channel_block, 0).run(module).module)
     reports = schedule_module(blocked, target)[1]
     assert [r.parameters["rows"] for r in reports if r.family == "direct-convolution"] == [rows]
+
+
+@pytest.mark.parametrize(("name", "column_tiles"), [("x86-avx512", 56), ("x86-avx2", 19)])
+def test_few_registers_compute_parts_of_an_image_that_no_cache_keeps(name: str, column_tiles: int) -> None:
+    """131 tiles of six columns are a prime number: parts are of about one size."""
+    target = replace(targets.get(name), cores=2)
+    weights = relax.const(normal(512, 128, 1, 1))
+    module = module_of(lambda x: op.nn.conv2d(x, weights), [(1, 128, 28, 28)], ["float32"])
+    blocked = lower(BlockChannels(target.layouts.channel_block, 0).run(module).module)
+    reports = schedule_module(blocked, target)[1]
+    assert [r.parameters["column_tiles"] for r in reports if r.family == "direct-convolution"] == [column_tiles]
