@@ -1,8 +1,13 @@
-"""The ONNX backend suite through our compile and runtime: every case is right, or refused for a reason on record."""
+"""The ONNX backend suite through our compile and runtime: every case is right, or refused for a reason on record.
+
+All of its cases take a quarter of an hour on two cores (`python -m tests.backend.report`). Here are all but the largest
+models and most of the operators that ONNX expands to others: a share that is chosen by name.
+"""
 
 from __future__ import annotations
 
 import re
+import zlib
 
 import pytest
 
@@ -12,6 +17,13 @@ from tests.backend.execution import REFUSED, RIGHT, judge
 from tests.backend.report import onnxruntime_passes
 
 _LEAST_SHARE = 0.95  # of the plain node cases that onnxruntime gets right
+_EXPANDED, _ONE_OF = "_expanded", 4
+# Compiling them takes half a minute to one each; `tests/models` has architectures like theirs.
+_LARGE_MODELS = {"light_densenet121", "light_inception_v1", "light_inception_v2"}
+
+
+def _is_chosen(case: BackendCase) -> bool:
+    return _EXPANDED not in case.name or zlib.crc32(case.name.encode()) % _ONE_OF == 0
 
 
 def _check(case: BackendCase) -> None:
@@ -23,7 +35,7 @@ def _check(case: BackendCase) -> None:
         assert outcome.verdict == REFUSED, f"excluded ({exclusion.reason}), but {outcome.verdict} {outcome.reason}"
 
 
-@pytest.mark.parametrize("case", node_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(filter(_is_chosen, node_cases())), ids=lambda case: case.name)
 def test_node_case_is_right_or_refused_on_record(case: BackendCase) -> None:
     _check(case)
 
@@ -33,7 +45,9 @@ def test_small_model_is_right_or_refused_on_record(case: BackendCase) -> None:
     _check(case)
 
 
-@pytest.mark.parametrize("case", light_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in light_cases() if case.name not in _LARGE_MODELS], ids=lambda case: case.name
+)
 def test_light_model_is_right(case: BackendCase) -> None:
     outcome = judge(case)
     assert outcome.verdict == RIGHT, outcome.reason
