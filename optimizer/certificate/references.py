@@ -123,7 +123,7 @@ def _onnxruntime(
 ) -> Reference:
     """Return onnxruntime with a model, of which `path` holds the whole if it `is_as_stored`, else the external data.
 
-    Its sums of products of bytes are exact.
+    Its sums of products of bytes are exact where weights are constants.
     """
     import onnxruntime  # noqa: PLC0415 - an optional dependency
 

@@ -2,7 +2,7 @@
 
 Without VNNI its kernels for unsigned activations and signed weights add pairs of products in 16 bits, which saturates
 (onnxruntime, "Quantize ONNX models", section "When and why do I need to try U8U8?"). Its kernels for unsigned weights
-do not, and a weight of w - 128 with a zero point of z - 128 is the same number as w with z.
+do not, and a weight of w + 128 with a zero point of z + 128 is the same number as w with z.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The ONNX backend suite through our compile and runtime: every case is right, or refused for a reason on record.
 
-All of its cases take a quarter of an hour on two cores (`python -m tests.backend.report`). Here are all but the largest
+All of its cases take about six minutes on two cores (`python -m tests.backend.report`). Here are all but the largest
 models and most of the operators that ONNX expands to others: a share that is chosen by name.
 """
 

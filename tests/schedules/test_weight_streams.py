@@ -20,7 +20,7 @@ from tests.schedules.test_quantized_matmul import NATIVE, product_module, run
 NAME = "x86-avx512" if "x86-avx512" in NATIVE else "host"
 
 
-@settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @example(4, 32, False, 256, 512, 4)
 @example(4, 128, True, 129, 1024, 4)
 @given(
