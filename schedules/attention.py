@@ -84,21 +84,14 @@ class Attention:
         else:
             block, vectors = -(-block // BLOCK) * BLOCK, min(vectors, BLOCK // TILE)
         powers = powers_of_two(target)
-        spreads = target.multiply_adds > 1 or _few_registers(target)
+        # Cores with few registers begin two multiply-adds a cycle as well, and requests at once make them wait as long:
+        # spread, they save 11 % of the time of 1500 keys (Zen 3).
+        spreads = target.multiply_adds > 1 or target.has_few_registers
         blocks = attention_tiles.Blocks(lanes, rows, vectors, block, terms_at_once(target), powers, tiles, spreads)
         many = attention_tiles.emit(analysis, lane, blocks, dot, target)
         if isinstance(lane.extent, int):
             return many
         return tirx.IfThenElse(lane.extent >= least, many, attention_rows.emit(analysis, target, block))
-
-
-def _few_registers(target: Target) -> bool:
-    """Return whether there are 16 registers of vectors, as on cores with AVX2.
-
-    These begin two multiply-adds a cycle as well, and requests at once make them wait as long: spread, they save 11 %
-    of the time of 1500 keys (Zen 3).
-    """
-    return target.vector_registers < 32
 
 
 def _tiles(target: Target, analysis: AttentionAnalysis) -> MatrixTiles | None:
@@ -107,7 +100,7 @@ def _tiles(target: Target, analysis: AttentionAnalysis) -> MatrixTiles | None:
 
 def _register_tile(target: Target, analysis: AttentionAnalysis) -> tuple[int, int]:
     """Return rows of keys and vectors of queries whose scores are in registers at a time."""
-    if _few_registers(target):
+    if target.has_few_registers:
         return 6, 2  # 12 of 16 registers
     queries = 1 if analysis.lane is None else analysis.lane.extent
     many = isinstance(queries, int) and queries >= WIDE_TILE[1] * target.vector_lanes(32)

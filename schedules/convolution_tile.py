@@ -15,8 +15,6 @@ from schedules.loops import Extent, product
 from targets.base import Target
 
 MOST_BLOCKS, MOST_COLUMNS = 8, 28
-# With so many registers all elements of a row of taps have one.
-MANY_REGISTERS = 32
 # Weights of a row of taps that are worth a register each, where registers are few.
 MOST_WEIGHTS = 8
 # Lane by lane: the columns that a row of taps reaches beyond the tile, and its weights.
@@ -62,7 +60,7 @@ def register_tile(analysis: ChannelWindows, target: Target) -> tuple[int, int]:
 def _broadcast_cycles(analysis: ChannelWindows, target: Target) -> float:
     """Return the cycles of a load of the image's element into all lanes, where it is an instruction; 0 elsewhere."""
     by_lane = occurs(analysis.data.indices[-1], analysis.lane.variable)
-    multiplies_memory = target.architecture != "x86_64" or target.vector_registers >= MANY_REGISTERS
+    multiplies_memory = target.architecture != "x86_64" or not target.has_few_registers
     return 0 if multiplies_memory or by_lane or _is_split(analysis, target) else BROADCAST
 
 
@@ -91,7 +89,7 @@ def task_shape(analysis: ChannelWindows, target: Target, blocks: int, columns: i
     if width <= most or analysis.column_window is not None:
         return height, width
     most = max(1, min(width - 1, most))
-    if target.vector_registers < MANY_REGISTERS:
+    if target.has_few_registers:
         # Narrow tiles are many, and often a prime number of them.
         return height, -(-column_tiles // -(-column_tiles // most))
     return height, even_parts(column_tiles, most)
@@ -102,7 +100,7 @@ def _passes_in_parts(target: Target) -> bool:
 
     It was measured on cores that begin two multiply-adds a cycle: with AVX-512 and with AVX2.
     """
-    return target.multiply_adds > 1 or target.vector_registers < MANY_REGISTERS
+    return target.multiply_adds > 1 or target.has_few_registers
 
 
 def _most_positions(analysis: ChannelWindows, target: Target, blocks: int) -> int | None:
@@ -138,7 +136,7 @@ def tiles_together(analysis: ChannelWindows, target: Target, blocks: int) -> int
     if not _passes_in_parts(target) or is_divided or channel is None or len(analysis.stage.loads()) < 2:
         return 1
     weights, tiles = bytes_of(analysis.weights.source), -(-analysis.per_group // blocks)
-    images = bytes_of(analysis.data.source) if target.vector_registers < MANY_REGISTERS else 0
+    images = bytes_of(analysis.data.source) if target.has_few_registers else 0
     if max(weights, images) <= cache:
         return 1
     groups = _static(channel.extent) // analysis.per_group
@@ -225,7 +223,7 @@ def follows_positions(analysis: ChannelWindows, target: Target) -> bool:
     latency where there are 16 registers.
     """
     columns, innermost = analysis.columns, analysis.stage.reduction[-1]
-    if target.vector_registers >= MANY_REGISTERS or analysis.block != target.vector_lanes(32):
+    if not target.has_few_registers or analysis.block != target.vector_lanes(32):
         return False
     if not occurs(analysis.data.indices[-1], analysis.lane.variable) or columns is None or len(columns.axes) > 1:
         return False

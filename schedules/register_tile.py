@@ -13,13 +13,12 @@ SPLIT_TILE = 3, 2
 # Of packed weights in fp32, where a core begins two multiply-adds a cycle: 27 of 32 registers, three vectors and two
 # elements. Of what tiles of 12 by two read, a step reads four fifths a multiply-add, and the core's clock falls less.
 WIDE_TILE = 9, 3
-_REGISTERS_OF_WIDE_TILE = 32
 _ROWS_OF_EVEN_TILE = 8
 
 
 def register_tile(target: Target) -> tuple[int, int]:
     """Return rows and vectors of accumulators that fit the registers beside the operands' (and hide FMA latency)."""
-    if target.vector_registers < 32:
+    if target.has_few_registers:
         return 6, 2  # 12 of 16 registers
     # 16 of 32 registers. A core that begins two multiply-adds a cycle would ask for the vectors of columns twice as
     # often, and the second-level cache not keep up: with 24, in 12 rows, it has as long as with 12.
@@ -31,7 +30,7 @@ def wide_block(target: Target, dtype: str, columns: int) -> int | None:
 
     They are where whole blocks would leave some of the `columns`: tiles of one vector ask for too much a multiply-add.
     """
-    vectors = target.multiply_adds > 1 and target.vector_registers >= _REGISTERS_OF_WIDE_TILE
+    vectors = target.multiply_adds > 1 and not target.has_few_registers
     width = target.vector_lanes(32) * WIDE_TILE[1]
     return width if vectors and dtype == "float32" and columns % width == 0 else None
 

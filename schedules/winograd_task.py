@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from schedules.access import as_int
-from schedules.convolution_tile import MANY_REGISTERS
 from schedules.division import even_parts
 from schedules.intrin.bf16_dot import PAIR
 from schedules.winograd_structure import WinogradAnalysis
@@ -36,12 +35,11 @@ def images_together(target: Target, analysis: WinogradAnalysis) -> int:
     """
     batch, cache = as_int(analysis.data.shape[0]), target.caches.level2
     weights = math.prod(map(int, analysis.weights.shape)) * _element_bytes(analysis)
-    few_registers = target.vector_registers < MANY_REGISTERS
-    if (target.multiply_adds == 1 and not few_registers) or batch is None or weights <= cache:
+    if (target.multiply_adds == 1 and not target.has_few_registers) or batch is None or weights <= cache:
         return 1
     tiles = math.prod(analysis.tiles)
     most = cache * 5 // 8 // (_bytes_of_tile(analysis) * tiles)
-    if few_registers:
+    if target.has_few_registers:
         most = max(most, FEWEST_TILES // tiles)
     return even_parts(batch, max(1, min(batch * min(MOST_PARTS, _groups(analysis)) // target.cores, most)))
 
@@ -58,7 +56,7 @@ def task_shape(target: Target, analysis: WinogradAnalysis, columns: int) -> tupl
     most = max(1, target.caches.level2 // IMAGE_SHARE // _bytes_of_tile(analysis))
     groups = _groups(analysis)
     wanted = max(1, target.cores // (as_int(analysis.data.shape[0]) or 1))
-    if most < FEWEST_COLUMNS and target.vector_registers < MANY_REGISTERS:
+    if most < FEWEST_COLUMNS and target.has_few_registers:
         most = FEWEST_TILES
     parts = 1
     while total < 3 * columns * wanted // (4 * parts) and parts < min(MOST_PARTS, groups):

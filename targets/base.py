@@ -97,6 +97,11 @@ class Target:
         return 16 if self.architecture == "x86_64" and self.vector_bits < 512 else 32
 
     @property
+    def has_few_registers(self) -> bool:
+        """Return whether there are fewer than 32 vector registers, as on x86 with AVX2 alone."""
+        return self.vector_registers < 32
+
+    @property
     def linker_triple(self) -> str:
         """The triple, with the C library's version, that the linker is asked for."""
         return f"{self.architecture}-linux-gnu.{GLIBC_FLOOR}"

@@ -209,7 +209,7 @@ def move(target: Target, read: int, written: int, threads: int) -> Work:
 
 
 def _chains(target: Target) -> int:
-    return _CHAINS if target.vector_registers >= 32 else _CHAINS_OF_FEW_REGISTERS
+    return _CHAINS_OF_FEW_REGISTERS if target.has_few_registers else _CHAINS
 
 
 def _filled(*shape: int) -> Array:

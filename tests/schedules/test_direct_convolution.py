@@ -175,18 +175,19 @@ def test_depthwise_tiles_have_sums_enough_to_hide_the_latency(kernel: int, colum
     assert found == [columns]
 
 
-def tiles_of_direct_convolutions(name: str, batch: int, outputs: int, inputs: int, size: int) -> list[tuple[int, int]]:
-    """Return blocks and columns of the register tile of a product of every position of an image."""
-    target, weights = targets.get(name), relax.const(normal(outputs, inputs, 1, 1))
-    module = module_of(lambda x: op.nn.conv2d(x, weights), [(batch, inputs, size, size)], ["float32"])
+def parameters_of_pointwise(target: Target, outputs: int, image: tuple[int, int, int, int]) -> dict[str, object]:
+    """Return the parameters of a product of every position of an image: a convolution by a kernel of 1x1."""
+    weights = relax.const(normal(outputs, image[1], 1, 1))
+    module = module_of(lambda x: op.nn.conv2d(x, weights), [image], ["float32"])
     blocked = lower(BlockChannels(target.layouts.channel_block).run(module).module)
-    found = [each.parameters for each in schedule_module(blocked, target)[1] if each.family == "direct-convolution"]
-    return [(each["blocks"], each["columns"]) for each in found]
+    (found,) = (each for each in schedule_module(blocked, target)[1] if each.family == "direct-convolution")
+    return dict(found.parameters)
 
 
 @pytest.mark.parametrize(("size", "tile"), [(7, (2, 5)), (14, (2, 6)), (56, (2, 6))])
 def test_tiles_load_few_elements_where_each_load_is_an_instruction(size: int, tile: tuple[int, int]) -> None:
-    assert tiles_of_direct_convolutions("x86-avx2", 1, 256, 64, size) == [tile]
+    found = parameters_of_pointwise(targets.get("x86-avx2"), 256, (1, 64, size, size))
+    assert (found["blocks"], found["columns"]) == tile
 
 
 @pytest.mark.parametrize("channels", [3, 64])
@@ -233,19 +234,11 @@ def test_parts_of_an_image_that_a_small_cache_keeps(
 @pytest.mark.parametrize(("multiply_adds", "rows"), [(1, 8), (2, 1)])
 def test_tiles_of_channels_whose_weights_no_cache_keeps_pass_images_together(multiply_adds: int, rows: int) -> None:
     target = replace(targets.get("x86-avx512"), cores=2, multiply_adds=multiply_adds)
-    weights = relax.const(normal(1024, 2048, 1, 1))
-    module = module_of(lambda x: op.nn.conv2d(x, weights), [(8, 2048, 7, 7)], ["float32"])
-    blocked = lower(BlockChannels(target.layouts.channel_block, 0).run(module).module)
-    reports = schedule_module(blocked, target)[1]
-    assert [r.parameters["rows"] for r in reports if r.family == "direct-convolution"] == [rows]
+    assert parameters_of_pointwise(target, 1024, (8, 2048, 7, 7))["rows"] == rows
 
 
 @pytest.mark.parametrize(("name", "column_tiles"), [("x86-avx512", 56), ("x86-avx2", 19)])
 def test_few_registers_compute_parts_of_an_image_that_no_cache_keeps(name: str, column_tiles: int) -> None:
     """131 tiles of six columns are a prime number: parts are of about one size."""
     target = replace(targets.get(name), cores=2)
-    weights = relax.const(normal(512, 128, 1, 1))
-    module = module_of(lambda x: op.nn.conv2d(x, weights), [(1, 128, 28, 28)], ["float32"])
-    blocked = lower(BlockChannels(target.layouts.channel_block, 0).run(module).module)
-    reports = schedule_module(blocked, target)[1]
-    assert [r.parameters["column_tiles"] for r in reports if r.family == "direct-convolution"] == [column_tiles]
+    assert parameters_of_pointwise(target, 512, (1, 128, 28, 28))["column_tiles"] == column_tiles
