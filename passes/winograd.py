@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from passes.base import Refusal, require
-from passes.blocked_operators import Geometry, blocks
+from passes.blocked_operators import Geometry
 from schedules.intrin.bf16_dot import PAIR
 from schedules.winograd_transforms import SIZES, TAPS, transforms
 
@@ -101,12 +101,12 @@ def pack_winograd(weights: np.ndarray, tile: int, block: int, in_pairs: bool = F
     """
     outputs, inputs = weights.shape[:2]
     matrix = np.array(transforms(tile, stride).weights)
-    columns = np.tensordot(weights.astype(np.float64), matrix, axes=(3, 1))  # [O, I, 3, window]
-    spectrum = np.tensordot(columns, matrix, axes=(2, 1))  # [O, I, window of columns, window of rows]
-    rows_first = spectrum.swapaxes(2, 3).reshape(outputs, inputs, -1).astype(np.float32)
-    padded = np.pad(rows_first, [(0, -outputs % block), (0, 0), (0, 0)])
-    split = padded.reshape(blocks(outputs, block), block, inputs, -1)
-    packed = np.ascontiguousarray(split.transpose(0, 3, 2, 1))
+    of_taps = np.kron(matrix, matrix)  # [(m + 2)^2, 9], rows of the window first, as those of the taps
+    padded = np.pad(weights.reshape(outputs, inputs, -1), [(0, -outputs % block), (0, 0), (0, 0)])
+    taps = padded.reshape(-1, block, inputs, TAPS**2).transpose(0, 3, 2, 1)  # [O/block, 9, I, block]
+    packed = np.empty((len(taps), len(of_taps), inputs, block), np.float32)
+    for spectrum, of_block in zip(packed.reshape(*packed.shape[:2], -1), taps, strict=True):  # one needs little memory
+        spectrum[:] = of_taps @ of_block.reshape(TAPS**2, -1).astype(np.float64)
     if not in_pairs:
         return packed
     pairs = packed.reshape(*packed.shape[:2], inputs // PAIR, PAIR, block)

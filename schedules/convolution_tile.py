@@ -47,7 +47,10 @@ def register_tile(analysis: ChannelWindows, target: Target) -> tuple[int, int]:
     def cycles(tile: tuple[int, int]) -> float:
         blocks, columns = tile
         sizes = itertools.product(_tile_sizes(analysis.per_group, blocks), _tile_sizes(width, columns))
-        return sum(_split_cycles(b, c) if is_split else _step_cycles(b, c, broadcast) for b, c in sizes)
+        return sum(
+            count * of_columns * (_split_cycles(b, c) if is_split else _step_cycles(b, c, broadcast))
+            for (b, count), (c, of_columns) in sizes
+        )
 
     candidates = []
     for blocks in range(1, most_blocks + 1):
@@ -257,8 +260,9 @@ def _stride(analysis: ChannelWindows) -> int:
     return max(1, *(linear_coefficient(position, variable) or 1 for position in analysis.data.indices))
 
 
-def _tile_sizes(extent: int, size: int) -> list[int]:
-    return [size] * (extent // size) + ([extent % size] if extent % size else [])
+def _tile_sizes(extent: int, size: int) -> list[tuple[int, int]]:
+    """Return the sizes of the tiles of an extent, whole ones and what is left, and how many there are of each."""
+    return [(size, extent // size), (extent % size, 1)] if extent % size else [(size, extent // size)]
 
 
 def _step_cycles(blocks: int, columns: int, broadcast: float) -> float:
