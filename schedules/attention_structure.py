@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -45,6 +46,7 @@ class AttentionAnalysis:
     rounded: bool = False
 
 
+@functools.lru_cache(maxsize=1024)
 def whole(staged: StagedFunction) -> Kernel | None:
     """Return the function as one kernel if it is one attention."""
     stages = tuple(stage for stage in staged.stages if isinstance(stage, Stage))

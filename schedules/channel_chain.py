@@ -14,6 +14,7 @@ widened again.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -132,6 +133,7 @@ class ChannelChain:
         return statement if analysis.tiles is None else analysis.tiles.tiles.imported(statement)
 
 
+@functools.lru_cache(maxsize=1024)
 def whole(staged: StagedFunction) -> ChainedKernel | None:
     """Return a function of two reductions, the second of what the first one makes, as one kernel; None otherwise."""
     stages = [stage for stage in staged.stages if isinstance(stage, Stage)]

@@ -7,6 +7,7 @@ matrices, both of floats or both of quantized weights.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -65,6 +66,7 @@ class GatedProductAnalysis:
     second: Product
 
 
+@functools.lru_cache(maxsize=1024)
 def whole(staged: StagedFunction) -> GatedKernel | None:
     """Return a function of two products, the second of which takes in the first one, as one kernel; None if not."""
     stages = [stage for stage in staged.stages if isinstance(stage, Stage)]

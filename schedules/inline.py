@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -52,6 +53,7 @@ CHEAP_CALLS = frozenset(
 MAXIMAL_INLINED_LOADS = 24
 
 
+@functools.lru_cache(maxsize=1024)
 def inline(staged: StagedFunction) -> StagedFunction:
     """Return `staged` with every elementwise or layout stage that costs little computed at its readers."""
     stages = list(staged.stages)

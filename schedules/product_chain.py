@@ -10,6 +10,7 @@ terms, done in less time than memory takes for its result, does not wait for it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from tvm.tirx.stmt import Stmt
@@ -64,6 +65,7 @@ class ProductChainAnalysis:
     products: tuple[MatmulAnalysis, MatmulAnalysis]
 
 
+@functools.lru_cache(maxsize=1024)
 def whole(staged: StagedFunction) -> ProductChainKernel | None:
     """Return a function of two products, the second of the first one's result, as one kernel; None otherwise."""
     stages = [stage for stage in staged.stages if isinstance(stage, Stage)]

@@ -8,6 +8,7 @@ reads row by row.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -30,6 +31,7 @@ class PartedKernel(Kernel):
     product: int = 0
 
 
+@functools.lru_cache(maxsize=1024)
 def whole(staged: StagedFunction) -> PartedKernel | None:
     """Return a function of one product and functions of rows, or what rounds its rows, as one kernel; None otherwise.
 
@@ -73,6 +75,7 @@ def _parted(parts: Sequence[Kernel], product: int) -> PartedKernel:
     return PartedKernel(every, private, parts=tuple(parts), product=product)
 
 
+@functools.lru_cache(maxsize=1024)
 def kind(staged: StagedFunction) -> Literal["product", "rows"] | None:
     """Return whether a function is a product (with what follows it one to one), or one of rows; None if neither."""
     stages = [stage for stage in staged.stages if isinstance(stage, Stage)]

@@ -33,7 +33,8 @@ class NotAStageError(Exception):
     """A loop nest is not of the form of a stage; the message says why."""
 
 
-# Merging kernels, dividing work, prepacking and scheduling ask for the stages of the same functions, nine times each.
+# Merging kernels, dividing work, prepacking and scheduling ask for the stages of the same functions, nine times each,
+# and for what they are as a whole.
 @functools.lru_cache(maxsize=1024)
 def parse(function: tirx.PrimFunc) -> StagedFunction | None:
     """Return the stages of `function`, or None where it has no root block with loop nests below it."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -126,6 +127,7 @@ def _coefficient(matrix: Matrix, row: Expr, column: Expr) -> Expr:
     return value
 
 
+@functools.lru_cache(maxsize=1024)
 def whole(staged: StagedFunction) -> Kernel | None:
     """Return the function as one kernel if it is one such convolution, with what follows it in one stage."""
     stages = inline(staged).stages if len(staged.stages) >= 3 else ()
