@@ -80,7 +80,10 @@ def task_shape(analysis: ChannelWindows, target: Target, blocks: int, columns: i
     rows = analysis.outer[-1].extent if analysis.outer else 1
     assert isinstance(rows, int)
     column_tiles = -(-column_extent(analysis) // columns)
-    if tasks < wanted:
+    if tasks < wanted and target.has_few_registers:
+        # Narrow tiles are many, and often a prime number of them: no part has just what is left over.
+        height, width = 1, -(-column_tiles // min(column_tiles, max(1, wanted // max(1, tasks))))
+    elif tasks < wanted:
         height, width = 1, _even(column_tiles, max(1, column_tiles * tasks // wanted), analysis)
     else:
         height, width = _even(rows, max(1, min(rows, tasks // wanted)), analysis), column_tiles

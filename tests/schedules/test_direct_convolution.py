@@ -242,3 +242,13 @@ def test_few_registers_compute_parts_of_an_image_that_no_cache_keeps(name: str, 
     """131 tiles of six columns are a prime number: parts are of about one size."""
     target = replace(targets.get(name), cores=2)
     assert parameters_of_pointwise(target, 512, (1, 128, 28, 28))["column_tiles"] == column_tiles
+
+
+@pytest.mark.parametrize("outputs", [96, 256, 512])
+@pytest.mark.parametrize("size", [14, 28, 29])
+def test_with_few_registers_no_part_of_an_image_is_a_remainder(outputs: int, size: int) -> None:
+    target = replace(targets.get("x86-avx2"), cores=2)
+    parameters = parameters_of_pointwise(target, outputs, (1, 32, size, size))
+    tiles = -(-(size**2) // parameters["columns"])
+    parts = -(-tiles // parameters["column_tiles"])
+    assert tiles - (parts - 1) * parameters["column_tiles"] > parameters["column_tiles"] - parts
