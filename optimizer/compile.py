@@ -38,7 +38,7 @@ from passes.quantization.scheme import SchemeError
 from passes.quantize_weights import QuantizeWeights
 from schedules.intrin.bf16_conversion import BFLOAT16
 from schedules.intrin.bf16_dot import bf16_dot
-from schedules.intrin.byte_dot import activation_types
+from schedules.intrin.byte_dot import activation_types, splits_operands
 from schedules.intrin.matrix_tiles import matrix_tiles
 from targets.base import Target
 from targets.linking import export_library
@@ -132,6 +132,7 @@ class CompileOptions:
             in_tiles = layouts.rounded_block if in_pairs else 0
             choices = f"block={in_tiles or layouts.channel_block},dtype={dtype},integers={integers}"
             choices += f",byte_block={layouts.byte_block}" if layouts.byte_block else ""
+            choices += ",words=true" if splits_operands(self.target) else ""
             # Tiles of matrices multiply so fast that Winograd's transforms would take longer than what they save.
             steps.append(f"block-channels{{{choices}{',winograd=0' if in_tiles else ''}}}")
         if self.operand_dtype is not None:

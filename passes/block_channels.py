@@ -11,8 +11,9 @@ With `dtype` bfloat16 what a convolution reads is rounded to it, once, where it 
 widened again. Products of its channels with weights of bfloat16, transformed by Winograd's filtering or not, are of
 pairs of neighbouring channels. Fp32 remain the weights of depthwise convolutions, sums, what follows, transforms.
 
-Convolutions of bytes that are summed in int32 read fours of neighbouring channels (`passes.integer_convolutions`). The
-sum of all bytes of a window is one of a single channel, which all lanes hold: it broadcasts to any number of channels.
+Convolutions of bytes that are summed in int32 read fours of neighbouring channels (`passes.integer_convolutions`), or
+pairs of bytes that are widened to words, once, where they are made, and narrowed for others that read them. The sum of
+all bytes of a window is one of a single channel, which all lanes hold: it broadcasts to any number of channels.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from passes.tensor_types import constant_of
 from passes.winograd import choose_tile, pack_winograd
 from schedules.intrin.bf16_conversion import BFLOAT16
 from schedules.intrin.bf16_dot import PAIR
+from schedules.intrin.byte_dot import FOUR, WORD
 from schedules.intrin.matrix_tiles import BYTES
 from schedules.loops import LINE_BITS
 from schedules.winograd_structure import winograd
@@ -63,7 +65,8 @@ class BlockChannels(Pass):
     Where it pays, 3x3 filters are computed by Winograd's F(m, 3) with m up to `winograd`: 2 to 4, or 0 for none.
     `dtype` is what convolutions read: float32, or bfloat16 for targets that have dot products of pairs of it;
     `integers` what dot products of fours of bytes read, uint8 or int8, nothing where there are none. Blocks are of
-    `byte_block` where that is not 0 and all convolutions are of bytes whose channels fill such blocks.
+    `byte_block` where that is not 0 and all convolutions are of bytes whose channels fill such blocks. With `words`
+    dense convolutions read bytes as int16.
     """
 
     name: ClassVar[str] = "block-channels"
@@ -72,6 +75,7 @@ class BlockChannels(Pass):
     dtype: str = "float32"
     integers: str = ""
     byte_block: int = 0
+    words: bool = False
 
     def run(self, module: tvm.IRModule) -> PassOutcome:
         """Rewrite all Relax functions of the module."""
@@ -90,11 +94,11 @@ class _Blocker(BlockedForms):
     """Walks the bindings in order; `_borders` holds what is padded with a constant."""
 
     def __init__(self, module: tvm.IRModule, options: BlockChannels, sites: list[Site]) -> None:
-        super().__init__(module, options.block, options.dtype)
+        super().__init__(module, options.block, options.dtype, options.integers if options.words else "")
         self._largest_tile = options.winograd
         # Bytes of neighbouring taps that one step takes of a first layer's few channels.
         self._row = BYTES if options.block == options.byte_block else 0
-        self._integers = options.integers
+        self._integers, self._words = options.integers, options.words
         self._borders: dict[relax.Var, Border] = {}
         self._sites = sites
 
@@ -178,9 +182,9 @@ class _Blocker(BlockedForms):
             if self._row and not site.sums_windows and self._row % depth == 0:
                 values, geometry = with_whole_steps(values, site.geometry, self._row // depth)
                 site = replace(site, weights=values, geometry=geometry)
-            packed = blocked_operators.pack_fours(values, block, depth)
+            packed = blocked_operators.pack_bytes(values, block, depth, PAIR if self._words else FOUR)
         geometry, border = site.split()
-        data = self._as_blocked(site.source).var if depth == block else self._in_blocks(site.source, depth)
+        data = self._bytes(site, depth)
         if any((*border.pads_begin, *border.pads_end)):
             data = self._bordered(data, border, site.border)
 
@@ -190,6 +194,16 @@ class _Blocker(BlockedForms):
             return blocked_operators.dense(x, w, site.channels, site.groups, geometry)
 
         return replace(self._computed(call, compute, packed, data), spread=site.sums_windows)
+
+    def _bytes(self, site: IntegerConvolution, depth: int) -> relax.Var:
+        """Return the data of a convolution in blocks of `depth`, as it reads them."""
+        if depth != self._block:
+            narrow = self._in_blocks(site.source, depth)
+            return self._emit(relax.op.astype(narrow, WORD)) if self._words else narrow
+        if not site.depthwise:
+            return self._rounded(site.source)
+        known = self._as_blocked(site.source)
+        return known.var if known.rounded is None else known.rounded
 
     def _bordered(self, data: relax.Expr, border: Geometry, value: float) -> relax.Var:
         """Return a blocked image with a border of some value."""

@@ -14,6 +14,7 @@ from passes import blocked_operators
 from passes.convolution_sites import static
 from passes.tensor_types import equal_shapes
 from schedules.intrin.bf16_conversion import BFLOAT16
+from schedules.intrin.byte_dot import WORD
 from schedules.intrin.matrix_tiles import BYTES
 
 # Elements of bfloat16 that a row of a tile of matrices holds: blocks of as many channels are for these.
@@ -51,13 +52,14 @@ class BlockedForms(PyExprMutator):
     """Keeps blocked forms: `_blocked` of values that have one, `_converted` of others, `_plain` converted back.
 
     `_products` holds products of one number, or one at each position, and a constant one of each channel. `dtype` is
-    what convolutions of fp32 read.
+    what convolutions of fp32 read; bytes that are `widened` they read as int16.
     """
 
-    def __init__(self, module: tvm.IRModule, block: int, dtype: str) -> None:
+    def __init__(self, module: tvm.IRModule, block: int, dtype: str, widened: str = "") -> None:
         super().__init__(module)
         self._block = block
         self._dtype = dtype
+        self._read_as = {"float32": dtype, **({widened: WORD} if widened else {})}
         self._name = ""
         self._blocked: dict[relax.Var, Blocked] = {}
         self._plain: dict[relax.Var, relax.Expr] = {}
@@ -90,11 +92,12 @@ class BlockedForms(PyExprMutator):
 
     def _rounded(self, expr: relax.Expr) -> relax.Var:
         """Return a blocked tensor as convolutions read it; from now on others read it so, too."""
-        blocked = self._as_blocked(expr)
-        if self._dtype == "float32" or str(expr.ty.dtype.dtype) != "float32":
+        blocked, own = self._as_blocked(expr), str(expr.ty.dtype.dtype)
+        read_as = self._read_as.get(own, own)
+        if read_as == own:
             return blocked.var
         if blocked.rounded is None:
-            blocked = replace(blocked, rounded=self._emit(relax.op.astype(blocked.var, self._dtype)))
+            blocked = replace(blocked, rounded=self._emit(relax.op.astype(blocked.var, read_as)))
             if isinstance(expr, relax.Var):
                 (self._blocked if expr in self._blocked else self._converted)[expr] = blocked
         assert blocked.rounded is not None

@@ -14,7 +14,7 @@ import numpy as np
 from tvm import te, tirx
 
 from schedules.intrin.bf16_dot import PAIR
-from schedules.intrin.byte_dot import FOUR
+from schedules.intrin.byte_dot import FOUR, WORD
 
 # What products are summed in: those of integers exactly.
 SUM, INTEGER_SUM = "float32", "int32"
@@ -53,9 +53,9 @@ def pack_pairs(weights: np.ndarray, block: int, depth: int | None = None) -> np.
     return _grouped(pack_dense(weights, block, depth), PAIR).astype(ml_dtypes.bfloat16)
 
 
-def pack_fours(weights: np.ndarray, block: int, depth: int | None = None) -> np.ndarray:
-    """Return `pack_dense` of bytes with fours of inputs together: [..., depth of I / 4, block of O, 4]."""
-    return _grouped(pack_dense(weights, block, depth), FOUR)
+def pack_bytes(weights: np.ndarray, block: int, depth: int, terms: int = FOUR) -> np.ndarray:
+    """Return `pack_dense` of bytes with some inputs together: [..., depth of I / terms, block of O, terms]."""
+    return _grouped(pack_dense(weights, block, depth), terms)
 
 
 def _grouped(packed: np.ndarray, terms: int) -> np.ndarray:
@@ -172,7 +172,7 @@ def depthwise(data: te.Tensor, weights: te.Tensor, geometry: Geometry) -> te.Ten
 
 
 def _sum(data: tirx.Expr, weights: tirx.Expr, axes: Sequence[tirx.IterVar]) -> tirx.Expr:
-    wide = INTEGER_SUM if str(data.ty.dtype) in BYTES else SUM
+    wide = INTEGER_SUM if str(data.ty.dtype) in (*BYTES, WORD) else SUM
     return te.sum(data.astype(wide) * weights.astype(wide), axis=axes)
 
 

@@ -10,7 +10,7 @@ from tvm.ir import Var
 from schedules.access import as_int, linear_coefficient, occurs
 from schedules.channel_windows import ChannelWindows
 from schedules.division import TASKS_PER_CORE, Division, even_parts
-from schedules.intrin.byte_dot import FOUR, FOURS, splits_operands
+from schedules.intrin.byte_dot import FOUR, FOURS, WORD
 from schedules.loops import Extent, product
 from targets.base import Target
 
@@ -25,8 +25,11 @@ LATENCY, THROUGHPUT = 4, 2
 # in memory: eight layers of 512 to 2048 channels and back at 7x7 take 5.9 ms with tiles of one block by 13 or 10
 # columns, 4.6 with 2 by 6 or 3 by 4, 4.3 with 2 by 5 (Zen 3).
 BROADCAST = 0.75
-# Registers beside sums and two for each vector of weights where bytes are split: 2 of a column, 2 products, a mask.
-SPLIT_OPERANDS = 5
+# Registers of products of words before they are added to sums, where multiply-adds need none.
+PRODUCTS = 2
+# Instructions of a step with words that take a cycle: tiles of 1 by 8, 2 by 4, 3 by 3, 2 by 5 and 6 by 2 took 6.2, 5.2,
+# 5.8, 6.6 and 8.0 cycles (Zen 3).
+WORD_INSTRUCTIONS = 4.5
 # Loads of the image's elements that take as long as one of weights, as measured on tiles of 28 registers.
 WEIGHT_COST = 5
 # The part of the second-level cache for weights of tiles that read the same part of an image one after the other. A
@@ -42,13 +45,13 @@ def register_tile(analysis: ChannelWindows, target: Target) -> tuple[int, int]:
     """
     width = column_extent(analysis)
     most_blocks = min(MOST_BLOCKS, analysis.per_group) if analysis.channel is not None else 1
-    is_split, broadcast = _is_split(analysis, target), _broadcast_cycles(analysis, target)
+    words, broadcast = _reads_words(analysis), _broadcast_cycles(analysis, target)
 
     def cycles(tile: tuple[int, int]) -> float:
         blocks, columns = tile
         sizes = itertools.product(_tile_sizes(analysis.per_group, blocks), _tile_sizes(width, columns))
         return sum(
-            count * of_columns * (_split_cycles(b, c) if is_split else _step_cycles(b, c, broadcast))
+            count * of_columns * (_word_cycles(b, c) if words else _step_cycles(b, c, broadcast))
             for (b, count), (c, of_columns) in sizes
         )
 
@@ -64,7 +67,7 @@ def _broadcast_cycles(analysis: ChannelWindows, target: Target) -> float:
     """Return the cycles of a load of the image's element into all lanes, where it is an instruction; 0 elsewhere."""
     by_lane = occurs(analysis.data.indices[-1], analysis.lane.variable)
     multiplies_memory = target.architecture != "x86_64" or not target.has_few_registers
-    return 0 if multiplies_memory or by_lane or _is_split(analysis, target) else BROADCAST
+    return 0 if multiplies_memory or by_lane else BROADCAST
 
 
 def task_shape(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -> tuple[int, int]:
@@ -211,8 +214,8 @@ def _fits(analysis: ChannelWindows, target: Target, blocks: int, columns: int) -
         operands = blocks + 2 * columns
     else:
         operands = _operands(target, blocks, columns)
-        if _is_split(analysis, target):
-            operands = SPLIT_OPERANDS + 2 * blocks
+        if _reads_words(analysis):
+            operands += PRODUCTS
         if target.architecture == "aarch64" and analysis.terms == FOUR:
             operands -= columns // FOURS * (FOURS - 1)  # a vector has the fours of several columns
         image = analysis.data.indices[2:-1]
@@ -251,8 +254,9 @@ def _column_step(analysis: ChannelWindows, tap: Var) -> int | None:
     return None if position is None else linear_coefficient(position, tap)
 
 
-def _is_split(analysis: ChannelWindows, target: Target) -> bool:
-    return analysis.terms == FOUR and splits_operands(target)
+def _reads_words(analysis: ChannelWindows) -> bool:
+    """Return whether pairs of bytes that lie as words are multiplied."""
+    return str(analysis.data.source.dtype) == WORD and analysis.terms > 1
 
 
 def _stride(analysis: ChannelWindows) -> int:
@@ -274,6 +278,6 @@ def _step_cycles(blocks: int, columns: int, broadcast: float) -> float:
     return max(blocks * columns / THROUGHPUT, LATENCY, loading) + loads / 4
 
 
-def _split_cycles(blocks: int, columns: int) -> float:
-    """Return the cycles of a step that splits 3 operations' worth of weights and 2 of a column, three in a cycle."""
-    return (4 * blocks * columns + 3 * blocks + 2 * columns) / 3
+def _word_cycles(blocks: int, columns: int) -> float:
+    """Return the cycles of a step that multiplies and adds pairs, widens weights and loads elements."""
+    return (2 * blocks * columns + 2 * blocks + columns) / WORD_INSTRUCTIONS

@@ -33,6 +33,8 @@ from schedules.convolution_tile import (
 from schedules.direct_convolution_tile import Point, RegisterTile
 from schedules.division import Division
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
+from schedules.intrin.byte_dot import WORD
+from schedules.intrin.byte_rounding import rounded_in_floats
 from schedules.intrin.grouped_call import GroupedDot
 from schedules.intrin.grouped_dot import grouped_dot
 from schedules.intrin.load_fence import with_fences
@@ -68,6 +70,9 @@ class DirectConvolution:
         analysis = analyse(kernel)
         if analysis is None or branches_on_any(analysis.stage):
             return None
+        if str(analysis.data.source.dtype) == WORD:
+            value = rounded_in_floats(analysis.epilogue.value)
+            analysis = replace(analysis, epilogue=replace(analysis.epilogue, value=value))
         dtype = analysis.stage.output.dtype
         # Bytes lie in blocks of as many channels as what convolutions make of them.
         bits = 32 if str(dtype) in ("int8", "uint8") else max(8, min(32, dtype.bits))

@@ -15,7 +15,7 @@ from schedules.access import Access, Step, as_int, linear_coefficient, occurs
 from schedules.by_element import in_terms, with_elements, with_read
 from schedules.channel_windows import ChannelWindow, ChannelWindows
 from schedules.convolution_tile import steps_of_columns
-from schedules.intrin.byte_dot import FOUR
+from schedules.intrin.byte_dot import FOUR, WORD
 from schedules.intrin.byte_rounding import rounding_of
 from schedules.intrin.byte_stores import TOGETHER
 from schedules.intrin.grouped_call import GroupedDot
@@ -334,7 +334,8 @@ class RegisterTile:
         if group_of is not None:
             return each(0, end - begin, lambda sums, own, j: dot.accumulate_group(sums, own, group_of(j)))
         if dot.terms != FOUR:
-            return each(0, end - begin, lambda sums, own, j: dot.accumulate(sums, own, read(j), dot.terms))
+            products = each(0, end - begin, lambda sums, own, j: dot.accumulate(sums, own, read(j), dot.terms))
+            return sequence([fence(), products]) if str(data.source.dtype) == WORD else products
         fours = dot.at_once
         together = (end - begin) // fours * fours if self.by_element and self._columns_adjoin(data) else 0
         held = local([max(together, 1)], "int32", "fours")

@@ -9,12 +9,15 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.ir import Expr, TensorLoad
 
+from schedules.intrin.bf16_dot import PAIR
 from schedules.intrin.grouped_call import GroupedDot
 from schedules.intrin.llvm_functions import attributes
 from targets.base import Target
 
 # Neighbours of K that one lane consumes.
 FOUR = 4
+# The type that bytes are widened to where that is multiplied, in pairs.
+WORD = "int16"
 # How many fours are read at once where an instruction takes one of them out of a vector.
 FOURS = 4
 _DOT, _READ = "optimizer_dot_bytes", "optimizer_read_bytes"
@@ -65,6 +68,27 @@ _AVX2 = """
   %float = bitcast <8 x i32> %total to <8 x float>
   %known = call <8 x float> @llvm.arithmetic.fence.v8f32(<8 x float> %float)
   %result = bitcast <8 x float> %known to <8 x i32>"""
+# Bytes that lie as words take one vpmaddwd for a pair; weights are widened by their load. The assembly, no instruction,
+# keeps the sums of a step in order, so that they and what it multiplies fit the registers: LLVM does not know how many
+# a step of a tile leaves, and would compute a sum over some steps after the other with all that they read kept.
+_WORDS = """
+define weak_odr <8 x i32> @{call}(<8 x i32> %sum, ptr %weights, i32 %pair) #0 {{
+  %w = load <16 x i8>, ptr %weights, align 16
+  %words = sext <16 x i8> %w to <16 x i16>
+  %first = insertelement <8 x i32> poison, i32 %pair, i32 0
+  %every = shufflevector <8 x i32> %first, <8 x i32> poison, <8 x i32> zeroinitializer
+  %x = bitcast <8 x i32> %every to <16 x i16>
+  %s = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %x, <16 x i16> %words)
+  %total = add <8 x i32> %sum, %s
+  %result = call <8 x i32> asm sideeffect "", "=x,0"(<8 x i32> %total) nounwind memory(none)
+  ret <8 x i32> %result
+}}
+define weak_odr i32 @{read}_2(ptr %from) #0 {{
+  %pair = load i32, ptr %from, align 2
+  ret i32 %pair
+}}
+attributes #0 = {{ {attributes} }}
+"""
 _AVX2_DECLARED = """declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)
 declare <8 x float> @llvm.arithmetic.fence.v8f32(<8 x float>)"""
 
@@ -105,6 +129,15 @@ def single_instruction(target: Target, activations: str) -> tuple[str, str]:
     return _DECLARED.format(**names), _ONE.format(**names, first=operands[0], second=operands[1])
 
 
+def word_dot(target: Target) -> GroupedDot | None:
+    """Return the dot product of int8 weights in pairs with bytes that lie as int16, None where there is none."""
+    if not splits_operands(target):
+        return None
+    call, read = f"{_DOT}_{WORD}", f"{_READ}_{WORD}"
+    source = _WORDS.format(call=call, read=read, attributes=attributes(target))
+    return GroupedDot(8, PAIR, "int32", call, read, f"{_AVX2_DECLARED}{source}", 1)
+
+
 def splits_operands(target: Target) -> bool:
     """Return whether a target multiplies bytes as numbers of 16 bits, two vectors for each of both operands."""
     return bool(activation_types(target)) and target.architecture == "x86_64" and "avx512_vnni" not in target.features
@@ -115,9 +148,20 @@ def is_product_of_bytes(term: Expr) -> bool:
     return isinstance(term, tirx.Mul) and _widens_byte(term.a) and _widens_byte(term.b)
 
 
+def is_product_of_words(term: Expr) -> bool:
+    """Return whether an expression is a product in int32 of a read of bytes that lie as int16 and one of int8."""
+    if not isinstance(term, tirx.Mul):
+        return False
+    return any(_widens(a, WORD) and _widens(b, "int8") for a, b in ((term.a, term.b), (term.b, term.a)))
+
+
 def _widens_byte(expression: Expr) -> bool:
+    return _widens(expression, "int8", "uint8")
+
+
+def _widens(expression: Expr, *types: str) -> bool:
     is_read = isinstance(expression, tirx.Cast) and isinstance(expression.value, TensorLoad)
-    return is_read and str(expression.ty.dtype) == "int32" and str(expression.value.source.dtype) in ("int8", "uint8")
+    return is_read and str(expression.ty.dtype) == "int32" and str(expression.value.source.dtype) in types
 
 
 def _dot(lanes: int, activations: str, declared: str, body: str, target: Target) -> GroupedDot:

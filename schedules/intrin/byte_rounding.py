@@ -8,12 +8,14 @@ on conversions by addition): as bytes of two's complement they are the result, w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tvm_ffi
 from tvm import ir, tirx
 from tvm.ir import Expr
 from tvm.tirx.stmt import Stmt
+
+from schedules.intrin.byte_dot import WORD
 
 _BYTES = ("int8", "uint8")
 _ROUNDS = ("tirx.round", "tirx.nearbyint")
@@ -24,7 +26,10 @@ _LARGEST = 2.0**20
 
 @dataclass(frozen=True, eq=False)
 class Rounding:
-    """The byte clip(round(value) + zero, low, high) of a number of fp32; all but `value` are whole numbers."""
+    """The byte clip(round(value) + zero, low, high) of a number of fp32; all but `value` are whole numbers.
+
+    `dtype` is that of the byte, or the wider one that it is stored as.
+    """
 
     dtype: str
     value: Expr
@@ -81,6 +86,9 @@ def rounding_of(cast: Expr) -> Rounding | None:
     """Return what a cast of a rounded and limited number to a byte computes, None for any other expression."""
     if not isinstance(cast, tirx.Cast):
         return None
+    if str(cast.ty.dtype) == WORD:
+        found = rounding_of(cast.value)
+        return None if found is None else replace(found, dtype=WORD)
     dtype, limited = str(cast.ty.dtype), cast.value
     if dtype not in _BYTES or str(limited.ty.dtype) != "float32":
         return None

@@ -17,6 +17,7 @@ from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.access import Access, Step, as_int
+from schedules.intrin.byte_dot import WORD
 from schedules.intrin.byte_rounding import Rounding, rounding_of
 from schedules.intrin.llvm_functions import attributes, imported
 from schedules.loops import index, load, local, store, vector, with_local
@@ -26,9 +27,11 @@ from targets.base import Target
 # Vectors of numbers whose bytes fill one vector.
 TOGETHER = 4
 _CALL = "optimizer_store"
+# Bytes are stored as words by targets whose vectors of numbers have so many.
+_WORD_LANES = 8
 # Zero points are added in 16 bits.
 _LARGEST_ZERO = 2**14
-_LIMITS = {"int8": (-128, 127), "uint8": (0, 255)}
+_LIMITS = {"int8": (-128, 127), "uint8": (0, 255), WORD: (-(2**15), 2**15 - 1)}
 _SOURCE = """
 define weak_odr i32 @{call}(ptr %to, {parameters}, i16 %zero, i8 %low, i8 %high) #0 {{
 {whole}
@@ -51,6 +54,26 @@ define weak_odr i32 @{call}(ptr %to, {parameters}, i16 %zero, i8 %low, i8 %high)
   ret i32 0
 }}
 """
+_SOURCE_OF_WORDS = """
+define weak_odr i32 @{call}(ptr %to, {parameters}, i16 %zero, i16 %low, i16 %high) #0 {{
+{splats}
+{whole}
+{stores}
+  ret i32 0
+}}
+"""
+_SPLAT = """
+  %{name}.first = insertelement <{pair} x i16> poison, i16 %{name}, i32 0
+  %{name}.all = shufflevector <{pair} x i16> %{name}.first, <{pair} x i16> poison, <{pair} x i32> zeroinitializer"""
+# A pack takes 64 bits in turns from both vectors.
+_STORE_WORDS_X86 = """
+  %sum.{i} = call <{pair} x i16> @llvm.sadd.sat.v{pair}i16(<{pair} x i16> %pair.{i}, <{pair} x i16> %zero.all)
+  %above.{i} = call <{pair} x i16> @llvm.smax.v{pair}i16(<{pair} x i16> %sum.{i}, <{pair} x i16> %low.all)
+  %limited.{i} = call <{pair} x i16> @llvm.smin.v{pair}i16(<{pair} x i16> %above.{i}, <{pair} x i16> %high.all)
+  %parts.{i} = bitcast <{pair} x i16> %limited.{i} to <4 x i64>
+  %words.{i} = shufflevector <4 x i64> %parts.{i}, <4 x i64> poison, <{count} x i32> <{order}>
+  %to.{i} = getelementptr i64, ptr %to, i64 {place}
+  store <{count} x i64> %words.{i}, ptr %to.{i}, align 2"""
 # A number too large for int32 would become the least one, as is right for negative numbers alone: 2**30 does as well.
 _WHOLE_X86 = """
   %less.{i} = fcmp olt <{lanes} x float> %x.{i}, splat (float 0x41D0000000000000)
@@ -87,6 +110,8 @@ class _Isa:
 
     def function(self, dtype: str, vectors: int) -> str:
         """Return the function that stores the bytes of 1, 2 or 4 vectors."""
+        if dtype == WORD:
+            return self._function_of_words(vectors)
         lanes, sources = self.lanes, [number % vectors for number in range(TOGETHER)]
         joined = {half: _numbers(range(2 * half)) for half in (lanes, 2 * lanes)}
         names = {**self.names, "lanes": lanes, "pair": 2 * lanes, "all": TOGETHER * lanes}
@@ -108,6 +133,24 @@ class _Isa:
             sign="s" if dtype == "int8" else "u",
         )
 
+    def _function_of_words(self, vectors: int) -> str:
+        """Return the same for bytes that are stored as words: two vectors become one."""
+        names = {**self.names, "lanes": self.lanes, "pair": 2 * self.lanes}
+        stores = [
+            self.pair.format(**names, i=i, a=2 * i, b=min(2 * i + 1, vectors - 1))
+            + _STORE_WORDS_X86.format(
+                **names, i=i, place=4 * i, count=min(4, 2 * vectors), order=_numbers((0, 2, 1, 3)[: 2 * vectors])
+            )
+            for i in range(-(-vectors // 2))
+        ]
+        return _SOURCE_OF_WORDS.format(
+            call=_name(WORD, vectors),
+            parameters=", ".join(f"<{self.lanes} x float> %x.{i}" for i in range(vectors)),
+            splats="".join(_SPLAT.format(name=name, **names) for name in ("zero", "low", "high")),
+            whole="".join(self.whole.format(**names, i=i) for i in range(vectors)),
+            stores="".join(stores),
+        )
+
 
 def store_bytes_in_vectors(statement: Stmt, target: Target, parameters: Sequence[Var]) -> Stmt:
     """Return a statement whose loops over lanes that round whole vectors to bytes of `parameters` store them at once.
@@ -121,7 +164,7 @@ def store_bytes_in_vectors(statement: Stmt, target: Target, parameters: Sequence
 
     def stored(vectors: tirx.For, mutator: tvm_ffi.StructuralMutator) -> Stmt:
         rounding = _rounding(vectors, isa.lanes, parameters)
-        if rounding is None:
+        if rounding is None or (rounding.dtype == WORD and isa.lanes != _WORD_LANES):
             return mutator.default_mutate(vectors)
         count = int(vectors.extent) // isa.lanes
         sizes = [TOGETHER] * (count // TOGETHER) + [part for part in (2, 1) if count % TOGETHER & part]

@@ -7,7 +7,7 @@ from tvm.ir import Expr, TensorLoad
 
 from schedules.intrin.bf16_conversion import is_product_of_bf16
 from schedules.intrin.bf16_dot import bf16_dot
-from schedules.intrin.byte_dot import byte_dot, is_product_of_bytes
+from schedules.intrin.byte_dot import byte_dot, is_product_of_bytes, is_product_of_words, word_dot
 from schedules.intrin.grouped_call import GroupedDot
 from targets.base import Target
 
@@ -19,6 +19,8 @@ def grouped_dot(target: Target, weights: TensorLoad, term: Expr) -> GroupedDot |
     """
     if is_product_of_bf16(term):
         return bf16_dot(target)
+    if is_product_of_words(term):
+        return word_dot(target)
     if is_product_of_bytes(term):
         other = next((side.value for side in (term.a, term.b) if not side.value.same_as(weights)), None)
         return None if other is None else byte_dot(target, str(other.source.dtype), str(weights.source.dtype))
@@ -27,4 +29,5 @@ def grouped_dot(target: Target, weights: TensorLoad, term: Expr) -> GroupedDot |
 
 def is_grouped_term(term: Expr) -> bool:
     """Return whether some target has an instruction for a sum of terms like this."""
-    return isinstance(term, tirx.Mul) and (is_product_of_bf16(term) or is_product_of_bytes(term))
+    kinds = (is_product_of_bf16, is_product_of_bytes, is_product_of_words)
+    return isinstance(term, tirx.Mul) and any(is_product(term) for is_product in kinds)

@@ -58,6 +58,34 @@ def test_a_border_is_written_out_only_where_it_is_not_zero(value: int, written: 
     assert found == ["to_blocks", *written, "conv2d", "from_blocks"]
 
 
+def test_bytes_become_words_once_and_are_narrowed_for_others() -> None:
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType([1, 16, 5, 5], "uint8"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            sums = op.nn.conv2d(x, filters("int8"), padding=1, out_dtype="int32")
+            codes = builder.emit(op.astype(op.nn.relu(sums), "uint8"))
+            first, second = (
+                builder.emit(op.nn.conv2d(codes, filters("int8"), padding=1, out_dtype="int32")) for _ in range(2)
+            )
+            output = builder.emit_output(op.add(op.add(first, second), op.astype(codes, "int32")))
+        builder.emit_func_output(output)
+    found = kernels(BlockChannels(integers="uint8", words=True).run(builder.get()).module)
+    words = ["astype", "conv2d"]
+    assert found == [
+        "to_blocks",
+        *words,
+        "nn.relu",
+        "astype",
+        *words,
+        "conv2d",
+        "add",
+        *["astype"] * 2,
+        "add",
+        "from_blocks",
+    ]
+
+
 def test_only_a_constant_around_the_image_is_a_border() -> None:
     builder = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType([1, 16, 5, 5], "uint8"))

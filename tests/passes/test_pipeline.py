@@ -88,6 +88,7 @@ def test_a_pass_is_described_by_its_class() -> None:
         pipeline.OptionDescription("dtype", "str", "float32"),
         pipeline.OptionDescription("integers", "str", ""),
         pipeline.OptionDescription("byte_block", "int", "0"),
+        pipeline.OptionDescription("words", "bool", "False"),
     )
 
 
