@@ -14,6 +14,7 @@ from tvm import tirx
 from tvm.tirx.stmt import Stmt
 
 from schedules import attention_rows, attention_tiles
+from schedules.attention_groups import size_of_group
 from schedules.attention_mask import end_of_seen
 from schedules.attention_structure import AttentionAnalysis, analyse
 from schedules.by_element import terms_at_once
@@ -87,7 +88,11 @@ class Attention:
         # Cores with few registers begin two multiply-adds a cycle as well, and requests at once make them wait as long:
         # spread, they save 11 % of the time of 1500 keys (Zen 3).
         spreads = target.multiply_adds > 1 or target.has_few_registers
-        blocks = attention_tiles.Blocks(lanes, rows, vectors, block, terms_at_once(target), powers, tiles, spreads)
+        together = target.has_few_registers and dot is None
+        group = size_of_group(analysis, lane.extent, lanes * vectors, target) if together else 1
+        blocks = attention_tiles.Blocks(
+            lanes, rows, vectors, block, terms_at_once(target), powers, tiles, spreads, group
+        )
         many = attention_tiles.emit(analysis, lane, blocks, dot, target)
         if isinstance(lane.extent, int):
             return many

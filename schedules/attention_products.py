@@ -37,7 +37,8 @@ class Task:
     holds logits, then exponentials; with `pairs` the latter go to `rounded`, two keys' together. `scale` is what a
     score is multiplied by where that is all that makes it a logit: then both `weights` and `largest` are of scores, and
     `bound` is what is subtracted from exponents. A task that `spreads` its requests for keys and values makes some at
-    each step of a product, not all before it.
+    each step of a product, not all before it. One of several that take each block of keys after each other has a
+    `number` among them: `turned` and `sums` hold the rows of all.
     """
 
     analysis: AttentionAnalysis
@@ -68,6 +69,7 @@ class Task:
     turned_pairs: Var | None = None
     rounded: Var | None = None
     spreads: bool = False
+    number: Expr | None = None
 
     def query(self, lane: Expr) -> Expr:
         """Return the query of a lane."""
@@ -77,6 +79,14 @@ class Task:
     def at(self, expression: Expr, values: Mapping[Var, Expr]) -> Expr:
         """Return `expression` at the task's head and the given values of other axes."""
         return substitute(expression, {**self.point, **values})
+
+    def turned_row(self, d: Expr) -> Expr:
+        """Return the row of `turned` that holds an element of all queries."""
+        return d if self.number is None else self.number * self.depth + d
+
+    def sums_row(self, e: Expr) -> Expr:
+        """Return the row of `sums` that holds a column of all queries' results."""
+        return e if self.number is None else self.number * self.columns + e
 
 
 def scores(task: Task, base: Expr, extent: Extent) -> Stmt:
@@ -99,7 +109,11 @@ def scores(task: Task, base: Expr, extent: Extent) -> Stmt:
         def step(d: Expr, of_row: Callable[[Expr], Expr]) -> Stmt:
             def update(r: Expr, v: Expr) -> Stmt:
                 place = r * task.queries + v
-                return store(registers, load(registers, [place]) + of_row(r) * load(task.turned, [d, v]), [place])
+                return store(
+                    registers,
+                    load(registers, [place]) + of_row(r) * load(task.turned, [task.turned_row(d), v]),
+                    [place],
+                )
 
             lines = _requests_of_step(task, base + first, rows, d) if task.spreads else []
             return sequence([*lines, cells(rows, task.queries, update)])
@@ -122,7 +136,8 @@ def scores(task: Task, base: Expr, extent: Extent) -> Stmt:
             sums = task.pairs.scores(tile, task.turned_pairs, task.point, base + first)
         finish = _where_seen(task, base + first + rows, lambda value: cells(rows, task.queries, partial(logit, value)))
         keep = cells(rows, task.queries, maximum)
-        ahead = [] if task.pairs is not None or task.spreads else [_requests(task, base + first, rows)]
+        asks = task.pairs is None and task.number is None and not task.spreads
+        ahead = [_requests(task, base + first, rows)] if asks else []
         return with_local([registers], [*ahead, cells(rows, task.queries, start), sums, finish, keep])
 
     if isinstance(extent, int):
@@ -222,7 +237,7 @@ def weighted(task: Task, base: Expr, extent: Extent, single: bool) -> Stmt:
         registers = local([rows * task.queries], FLOAT, "partial")
 
         def start(r: Expr, v: Expr) -> Stmt:
-            value = ZERO if single else load(task.sums, [first + r, v]) * load(task.factor, [v])
+            value = ZERO if single else load(task.sums, [task.sums_row(first + r), v]) * load(task.factor, [v])
             return store(registers, value, [r * task.queries + v])
 
         def step(j: Expr) -> Stmt:
@@ -239,7 +254,7 @@ def weighted(task: Task, base: Expr, extent: Extent, single: bool) -> Stmt:
             return over_rows(rows, task.elements if task.values.is_contiguous else 1, element, products)
 
         def finish(r: Expr, v: Expr) -> Stmt:
-            return store(task.sums, load(registers, [r * task.queries + v]), [first + r, v])
+            return store(task.sums, load(registers, [r * task.queries + v]), [task.sums_row(first + r), v])
 
         if task.pairs is None:
             products = loop(extent, step)

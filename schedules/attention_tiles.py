@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from tvm import tirx
 from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.attention_exponentials import exponentials, factor, subtrahend, updated
+from schedules.attention_groups import in_turns
 from schedules.attention_joining import LOWEST, LOWEST_NUMBER
 from schedules.attention_mask import all_seen, any_seen, end_of_seen, hides, hides_only_ends
 from schedules.attention_matrices import TERMS, Matrices, in_tiles, rounded_up
@@ -53,7 +55,7 @@ class Blocks:
 
     `elements` of a key or value are loaded at once. `powers` are those of two by the target's own instructions, and
     `tiles` products of bfloat16 in its tile registers. `spreads` is whether requests for keys and values are made
-    between products.
+    between products. A task takes `group` blocks of queries, each block of keys for all of them.
     """
 
     lanes: int
@@ -64,6 +66,7 @@ class Blocks:
     powers: PowersOfTwo | None
     tiles: MatrixTiles | None = None
     spreads: bool = False
+    group: int = 1
 
 
 def emit(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, dot: Bf16Pairs | None, target: Target) -> Stmt:
@@ -107,6 +110,8 @@ def _tasks(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, pairs: Pairs
     last = _widths(queries, blocks, narrowest) if isinstance(queries, int) else []
     whole = queries // block if isinstance(queries, int) else ceiling(queries, block)
     count = whole + len(last) if isinstance(whole, int) else whole
+    if blocks.group > 1:
+        count = ceiling(ceiling(queries, block), blocks.group)
 
     parts = 1 if pairs is None else pairs.parts
     extents = outer if pairs is None or parts == 1 else [pairs.first_heads, *outer[1:]]
@@ -115,6 +120,8 @@ def _tasks(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, pairs: Pairs
         def of(first: Expr, width: int) -> Stmt:
             return _block_of_queries(analysis, lane, blocks, pairs, point, (first, width), clamped)
 
+        if blocks.group > 1:
+            return of(part * (blocks.group * block), block)
         body = of(part * block, block)
         done = whole * block
         for position, width in enumerate(last):
@@ -205,12 +212,13 @@ def _block_of_queries(
     exact = clamped or (isinstance(queries, int) and queries % block == 0)
     # The last block begins earlier where the queries do not divide; what it has in common is written once.
     start: Expr = first if exact else Var("start", INDEX)
+    group = blocks.group
     keys = Operand(analysis.keys, analysis.key, analysis.depth, key_block)
     values = Operand(analysis.values, analysis.key, analysis.column, key_block)
     buffers = {
-        "turned": local([depth, block], FLOAT, "turned"),
+        "turned": local([group * depth, block], FLOAT, "turned"),
         "weights": local([key_block, block], FLOAT, "weights"),
-        "sums": local([columns, block], FLOAT, "sums"),
+        "sums": local([group * columns, block], FLOAT, "sums"),
         **{name: local([block], FLOAT, name) for name in ("largest", "total", "factor", "bound")},
     }
     operands = [*keys.buffers, *values.buffers]
@@ -220,8 +228,12 @@ def _block_of_queries(
     task = Task(
         analysis, lane, min(blocks.lanes, block), blocks.rows, block, key_block, point, start, first - start, clamped,
         depth, columns, keys, values, blocks.elements, scale=scale_of_score(analysis), powers=blocks.powers,
-        pairs=pairs, spreads=blocks.spreads and pairs is None and isinstance(depth, int), **buffers,
+        pairs=pairs, spreads=blocks.spreads and group == 1 and pairs is None and isinstance(depth, int), **buffers,
     )  # fmt: skip
+    if group > 1:
+        count = tirx.min(index(group), ceiling(queries, block) - tirx.floordiv(first, index(block)))
+        steps = in_turns(task, group, (first, count), partial(_over_keys, task), _part)
+        return with_local([*buffers.values(), *operands], [steps])
     begin = [] if exact else [tirx.Bind(start, tirx.min(first, index(queries) - block))]
     return with_local([*buffers.values(), *operands], [*begin, *_body(task)])
 
@@ -265,22 +277,31 @@ def _body(task: Task) -> list[Stmt]:
         return [*start, *_key_block(task, index(0), keys, True), written(task)]
     start.append(loop(task.columns, lambda e: vector(block, lambda v: store(task.sums, ZERO, [e, v]))))
 
-    def part(base: Expr, extent: Extent) -> Stmt:
-        return _if_seen(task, base, extent, sequence(_key_block(task, base, extent, False)))
-
+    part = partial(_part, task)
     if end is not None:
         return [*start, *_up_to_end(task, end, part), written(task)]
+    return [*start, *_over_keys(task, part), written(task)]
+
+
+def _part(task: Task, base: Expr, extent: Extent) -> Stmt:
+    steps = sequence(_key_block(task, base, extent, False))
+    # What is left of the keys by whole blocks is not looked at.
+    return steps if isinstance(extent, int) and extent < task.key_block else _if_seen(task, base, extent, steps)
+
+
+def _over_keys(task: Task, part: Callable[[Expr, Extent], Stmt]) -> list[Stmt]:
+    """Return the loops over blocks of keys of what `part` does with some from one on."""
+    keys = task.analysis.key.extent
     if not isinstance(keys, int):
 
         def at_most(number: Expr) -> Stmt:
             base = number * task.key_block
             return part(base, tirx.min(index(task.key_block), keys - base))
 
-        return [*start, loop(ceiling(keys, task.key_block), at_most), written(task)]
+        return [loop(ceiling(keys, task.key_block), at_most)]
     full, rest = divmod(keys, task.key_block)
-    last = _key_block(task, index(full * task.key_block), rest, False) if rest else []
-    whole = loop(full, lambda number: part(number * task.key_block, task.key_block))
-    return [*start, whole, *last, written(task)]
+    last = [part(index(full * task.key_block), rest)] if rest else []
+    return [loop(full, lambda number: part(number * task.key_block, task.key_block)), *last]
 
 
 def _up_to_end(task: Task, end: Expr, part: Callable[[Expr, Extent], Stmt]) -> list[Stmt]:

@@ -40,12 +40,15 @@ def turned_queries(task: Task) -> list[Stmt]:
     def columns(base: Expr, width: int) -> Stmt:
         if width != lanes or not contiguous:
             return loop(
-                width, lambda d: vector(task.queries, lambda v: store(task.turned, element(v, base + d), [base + d, v]))
+                width,
+                lambda d: vector(
+                    task.queries, lambda v: store(task.turned, element(v, base + d), [task.turned_row(base + d), v])
+                ),
             )
         return _squares(
             task,
             lambda first, row, column: element(first + row, base + column),
-            lambda first, row, column, value: store(task.turned, value, [base + column, first + row]),
+            lambda first, row, column, value: store(task.turned, value, [task.turned_row(base + column), first + row]),
         )
 
     turning = tiles(task.depth, [lanes] if isinstance(task.depth, int) else [lanes, 1], columns)
@@ -68,7 +71,7 @@ def written(task: Task) -> Stmt:
     rows = local([task.queries, task.columns], FLOAT, "rows")
 
     def element(lane: Expr, e: Expr) -> Expr:
-        return load(task.sums, [e, lane]) * load(task.factor, [lane])
+        return load(task.sums, [task.sums_row(e), lane]) * load(task.factor, [lane])
 
     def columns(base: Expr, width: int) -> Stmt:
         if width != lanes:

@@ -212,6 +212,43 @@ def test_a_core_of_two_multiply_adds_a_cycle_asks_for_lines_between_them(name: s
     assert max(runs) == most
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(197, 300), (192, 263), (205, 512)])
+def test_blocks_of_queries_that_take_keys_together_are_right(queries: int, keys: int) -> None:
+    target = targets.get("x86-avx2")
+    if missing_features(target):
+        pytest.skip("needs AVX2")
+    heads, size = 8, 64
+    arrays = _arrays(heads, size, queries, keys)
+    # Some queries see none of the first block of keys, and one sees no key at all.
+    hidden = np.zeros((heads, queries, keys), bool)
+    hidden[:, 20:90, :200] = True
+    hidden[2, 77] = True
+    bias = np.where(hidden, -np.inf, 0).astype("float32")
+    for biases in ([], [bias]):
+        call, _ = scheduled(_module(heads, size, queries, keys, bias=bool(biases)), target)
+        with np.errstate(all="ignore"):
+            expected = np.nan_to_num(_expected(heads, arrays, *(each.astype("float64") for each in biases)), nan=0.0)
+        np.testing.assert_allclose(call(*arrays, *biases), expected, rtol=0, atol=_tolerance(size))
+
+
+def test_keys_that_the_second_level_cache_does_not_hold_are_taken_by_blocks_of_queries_together() -> None:
+    def size(queries: int, keys: int) -> int:
+        chosen, sizes = targets.get("x86-avx2"), []
+
+        def note(buffer: tirx.AllocBuffer) -> None:
+            if buffer.buffer.name == "kept":
+                sizes.append(int(buffer.buffer.shape[0]) // 3)
+
+        module, _ = schedule_module(_module(8, 64, queries, keys), chosen)
+        for function in module.functions.values():
+            tvm_ffi.structural_walk(function, (tirx.AllocBuffer, note))
+        return max(sizes, default=1)
+
+    assert size(640, 1500) == 8
+    assert size(128, 1500) == 2
+    assert size(640, 200) == 1
+
+
 @pytest.mark.parametrize("queries", [97, 100, 112, 161])
 def test_vectors_of_queries_are_as_wide_as_registers_together_are(queries: int) -> None:
     chosen = targets.get("x86-avx512-amx")
