@@ -12,7 +12,7 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.access import as_int
 from schedules.attention_joining import ZERO
-from schedules.attention_operands import Codes, alike, codes_of, in_stores, requests
+from schedules.attention_operands import Codes, alike, codes_of, in_stores, line_request, lines_of, requests
 from schedules.attention_structure import AttentionAnalysis
 from schedules.loops import (
     INDEX,
@@ -57,12 +57,21 @@ class Heads:
 
 
 @dataclass(frozen=True, eq=False)
+class Following:
+    """The block of keys after another one: the values of the axes of heads and queries, and its first key."""
+
+    point: Mapping[Var, Expr]
+    base: Expr
+
+
+@dataclass(frozen=True, eq=False)
 class Block:
     """A block of keys; `weights` [heads][keys] holds logits, then exponentials; `number` is where its results go.
 
     Where keys are codes, products with them start from `first_sums` [heads][lanes]. Where values are, `scaled`
     [heads][keys] holds the exponentials times their scales, and `offsets` [heads] the sums of those times their minima.
-    The loop over values has `own_registers` for itself: all that there are, or none.
+    The loop over values has `own_registers` for itself: all that there are, or none. `following` is the block that its
+    thread takes next where requests are spread between two, None where a block asks for its own alone.
     """
 
     analysis: AttentionAnalysis
@@ -82,6 +91,7 @@ class Block:
     first_sums: Var | None = None
     scaled: Var | None = None
     offsets: Var | None = None
+    following: Following | None = None
 
     def at(self, expression: Expr, axes: Mapping[Var, Expr], head: Expr | None = None) -> Expr:
         """Return `expression` at the task's query, a head of those that share keys, and given values of other axes."""
@@ -103,7 +113,7 @@ def products(task: Block) -> Stmt:
             first_key = start + base
             requested = [
                 *(each for key in range(keys) for each in _next_keys(own, element, first_key + key)),
-                *_first_values(own, element, first_key, keys),
+                *_values_of(own, element, first_key, keys),
             ]
             sums = [_products_of(own, read, first_key, keys, first, heads) for first, heads in in_heads]
             return sequence([*requested, *sums])
@@ -179,20 +189,52 @@ def _next_keys(task: Block, element: Expr, key: Expr) -> list[Stmt]:
     return _row_requests(task, element, task.analysis.depth, key + KEYS_AHEAD, cache=1)
 
 
-def _first_values(task: Block, element: Expr, key: Expr, keys: int) -> list[Stmt]:
-    """Return requests for the values of some keys, if those are among a block's first ones.
+def _values_of(task: Block, element: Expr, key: Expr, keys: int) -> list[Stmt]:
+    """Return requests for the values of some keys, which are read after all keys of the block.
 
-    They are read after all keys of the block, those behind them as `next_values` asks for them.
+    Where requests are not spread that is for a block's first ones, and those behind them as `while_summing` asks.
     """
     value = alike(element, task.analysis.keys, task.analysis.values)
     rows = [_row_requests(task, value, task.analysis.column, key + number, cache=2) for number in range(keys)]
     asked = [each for row in rows for each in row]
-    return [tirx.IfThenElse(key < KEYS_AHEAD, sequence(asked), None)] if asked else []
+    if task.following is not None or not asked:
+        return asked
+    return [tirx.IfThenElse(key < KEYS_AHEAD, sequence(asked), None)]
 
 
-def next_values(task: Block, element: Expr, key: Expr) -> list[Stmt]:
-    """Return requests for the memory of the value of a key further on."""
-    return _row_requests(task, element, task.analysis.column, key + KEYS_AHEAD, cache=1)
+def while_summing(task: Block, element: Expr, key: Expr, start: Expr, width: int) -> list[Stmt]:
+    """Return what is asked for as the value of a key is read, of which `width` columns from `start` on are summed.
+
+    That is a value further on, with the first of the passes over all values. Where requests are spread it is a part of
+    the next block's keys, as much in each pass: the first alone would wait for memory, and the others leave it idle.
+    """
+    if task.following is None:
+        asked = _row_requests(task, element, task.analysis.column, key + KEYS_AHEAD, cache=1)
+        return [tirx.IfThenElse(start < width, sequence(asked), None)] if asked and _is_part(task, width) else asked
+    analysis, following = task.analysis, task.following
+    keys = alike(element, analysis.values, analysis.keys)
+    lines = lines_of(keys, analysis.depth)
+    if not lines or not isinstance(analysis.column.extent, int):
+        return []
+    passes = -(-analysis.column.extent // width)
+    number = tirx.floordiv(start, index(width)) * index(task.extent) + key
+    first = tirx.floordiv(number * lines, index(passes))
+
+    def request(line: Expr) -> Stmt:
+        values = {**following.point, analysis.key.variable: following.base + tirx.floordiv(line, index(lines))}
+
+        def at(read: Expr, place: Expr) -> Expr:
+            return substitute(read, {**values, analysis.depth.variable: place})
+
+        return line_request(keys, at, tirx.floormod(line, index(lines)), cache=2)
+
+    return [request(first + number) for number in range(-(-lines // passes))]
+
+
+def _is_part(task: Block, width: int) -> bool:
+    """Return whether there are more columns than `width`."""
+    extent = task.analysis.column.extent
+    return not isinstance(extent, int) or width < extent
 
 
 def _row_requests(task: Block, element: Expr, axis: Axis, key: Expr, cache: int) -> list[Stmt]:

@@ -88,13 +88,26 @@ def requests(element: Expr, axis: Axis, at: Callable[[Expr, Expr], Expr], cache:
     What an element is computed of beside its first read, the scales of codes, takes a fraction of the memory. There are
     none where neighbours on the axis are no neighbours in memory.
     """
+    return [line_request(element, at, index(line), cache) for line in range(lines_of(element, axis))]
+
+
+def lines_of(element: Expr, axis: Axis) -> int:
+    """Return how many lines of memory a key or value takes; 0 where neighbours on the axis are none in memory."""
     reads = loads_of(element)
     if not isinstance(axis.extent, int) or not reads:
-        return []
+        return 0
     if Access(reads[0].source, tuple(reads[0].indices)).step(axis) != Step.UNIT:
-        return []
-    in_line = LINE_BITS // int(reads[0].source.dtype.bits)
-    return [prefetch(at(reads[0], index(first)), cache) for first in range(0, axis.extent, in_line)]
+        return 0
+    return -(-axis.extent // _elements_of_line(element))
+
+
+def line_request(element: Expr, at: Callable[[Expr, Expr], Expr], line: Expr, cache: int) -> Stmt:
+    """Return the request for one of the lines of a key or value, counted."""
+    return prefetch(at(loads_of(element)[0], line * _elements_of_line(element)), cache)
+
+
+def _elements_of_line(element: Expr) -> int:
+    return LINE_BITS // int(loads_of(element)[0].source.dtype.bits)
 
 
 class Operand:
@@ -144,28 +157,22 @@ class Operand:
 
     def requests(self, point: Mapping[Var, Expr], key: Expr, cache: int) -> list[Stmt]:
         """Return requests to bring a key's or value's memory to a cache, where it is read in place."""
-
-        def at(read: Expr, place: Expr) -> Expr:
-            return substitute(read, {**point, self._key.variable: key, self._axis.variable: place})
-
-        return [] if self.copy is not None else requests(self._element, self._axis, at, cache)
+        if self.copy is not None:
+            return []
+        return requests(self._element, self._axis, self._at(point, key), cache)
 
     @property
     def lines(self) -> int:
         """Return how many lines of memory a key or value takes, 0 where it is not read in place or not known."""
-        extent = self._axis.extent
-        if self.copy is not None or not self.is_contiguous or not isinstance(extent, int):
-            return 0
-        return -(-extent // self._of_line)
-
-    @property
-    def _of_line(self) -> int:
-        return LINE_BITS // int(loads_of(self._element)[0].source.dtype.bits)
+        return 0 if self.copy is not None else lines_of(self._element, self._axis)
 
     def request(self, point: Mapping[Var, Expr], key: Expr, line: Expr, cache: int) -> Stmt:
         """Return the request for one of the `lines` of a key or value, counted."""
-        values = {**point, self._key.variable: key, self._axis.variable: line * self._of_line}
-        return prefetch(substitute(loads_of(self._element)[0], values), cache)
+        return line_request(self._element, self._at(point, key), line, cache)
+
+    def _at(self, point: Mapping[Var, Expr], key: Expr) -> Callable[[Expr, Expr], Expr]:
+        values = {**point, self._key.variable: key}
+        return lambda read, place: substitute(read, {**values, self._axis.variable: place})
 
     def at(self, point: Mapping[Var, Expr], base: Expr, number: Expr, column: Expr) -> Expr:
         """Return the element of key `base + number` and a place on the axis."""
@@ -175,4 +182,15 @@ class Operand:
         return substitute(self._element, values).astype(FLOAT)
 
 
-__all__ = ["Codes", "Operand", "alike", "codes_of", "in_stores", "is_plain", "narrow_read", "requests"]
+__all__ = [
+    "Codes",
+    "Operand",
+    "alike",
+    "codes_of",
+    "in_stores",
+    "is_plain",
+    "line_request",
+    "lines_of",
+    "narrow_read",
+    "requests",
+]

@@ -10,7 +10,7 @@ import tvm
 import tvm_ffi
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tvm import relax, tirx
+from tvm import relax, sym, tirx
 from tvm.relax import op
 
 import targets
@@ -18,6 +18,8 @@ from passes.fuse_attention import FuseAttention
 from passes.round_attention import RoundAttention
 from schedules import attention_pairs, schedule_module
 from schedules.intrin.bf16_pairs import bf16_pairs
+from schedules.loops import index
+from schedules.stages import substitute
 from targets.base import Target
 from targets.host import missing_features
 from tests.schedules.execution import TARGET, assembly_of, normal, scheduled
@@ -247,6 +249,40 @@ def test_keys_that_the_second_level_cache_does_not_hold_are_taken_by_blocks_of_q
     assert size(640, 1500) == 8
     assert size(128, 1500) == 2
     assert size(640, 200) == 1
+
+
+def _requests(module: tvm.IRModule) -> list[tvm.ir.TensorLoad]:
+    """Return what is asked for, in order."""
+    found: list[tvm.ir.TensorLoad] = []
+
+    def note(call: tvm.ir.Call) -> None:
+        if isinstance(call.op, tvm.ir.Op) and call.op.name == "tirx.prefetch":
+            found.append(call.args[0].args[0])
+
+    for function in module.functions.values():
+        tvm_ffi.structural_walk(function, (tvm.ir.Call, note))
+    return found
+
+
+@pytest.mark.parametrize(("name", "asked"), [("x86-avx2", "x1"), ("x86-avx512", "x2"), ("arm64", "x2")])
+def test_few_registers_ask_for_keys_and_others_for_values_while_values_are_summed(name: str, asked: str) -> None:
+    module, _ = schedule_module(_module(6, 64, 1, 512, groups=2), targets.get(name))
+    assert _requests(module)[-1].source.name == asked
+
+
+@pytest.mark.parametrize("heads", [1, 3, 7])
+def test_passes_over_values_ask_for_each_line_of_the_next_keys(heads: int) -> None:
+    module, _ = schedule_module(_module(2 * heads, 64, 1, 512, groups=2), targets.get("x86-avx2"))
+    passes = 2 if heads == 1 else 4
+    requests = _requests(module)[-2:] if heads == 1 else _requests(module)[-1:]
+    places = [each for request in requests for each in request.indices]
+    (task, start, key) = tirx.analysis.undefined_vars(tirx.Evaluate(tirx.call_extern("int32", "", *places)), [])
+    analyzer, found = sym.Analyzer(), set[tuple[int, ...]]()
+    for number, row in itertools.product(range(passes), range(256)):
+        values = {task: index(0), start: index(number), key: index(row)}
+        for request in requests:
+            found.add(tuple(int(analyzer.simplify(substitute(each, values))) for each in request.indices))
+    assert found == {(0, 256 + row, column) for row in range(256) for column in range(0, 64, 16)}
 
 
 @pytest.mark.parametrize("queries", [97, 100, 112, 161])
