@@ -33,7 +33,7 @@ from passes.base import Dataflow, Pass, PassOutcome, Refusal, Site
 from passes.integer_operands import BYTES, MOVES, Codes, dequantized
 from passes.integer_products import CONVOLUTIONS, IntegerProduct, integer_product
 from passes.tensor_types import constant, constant_of, dtype_of
-from schedules.intrin.byte_dot import activation_types
+from schedules.intrin.byte_dot import WORD, activation_types, splits_operands
 from targets.base import Target
 
 _ATTRIBUTES = ("strides", "padding", "dilation", "groups", "data_layout", "kernel_layout")
@@ -108,7 +108,10 @@ class _Rewriter(PyExprMutator):
         self._dataflow = dataflow
         self._products = products
         self._types = activation_types(target)
+        self._widens = splits_operands(target)
         self._columns = target.layouts.column_block
+        # Codes that products of matrices read, by the variables that hold them, as words.
+        self._words: dict[relax.Expr, relax.Expr] = {}
         # Codes of the type that the target does not multiply, by the variables that hold them, as the other type.
         self._turned: dict[relax.Var, relax.Expr] = {}
         read = (self._source(_read(product).codes) for product in products.values())
@@ -184,6 +187,8 @@ class _Rewriter(PyExprMutator):
         padded = any(pads) and zero != 0
         if padded:
             codes = self._padded(product, codes, zero, pads)
+        if self._widens and not product.is_convolution:
+            codes = self._widened(codes)
 
         def summed(weights: NDArray[np.int8]) -> relax.Expr:
             if not product.is_convolution:
@@ -237,6 +242,12 @@ class _Rewriter(PyExprMutator):
         wide = self._emit(relax.op.astype(codes, "int16"))
         shifted = self._emit(relax.op.add(wide, relax.const(_shift(dtype), "int16")))
         return self._emit(relax.op.astype(shifted, self._other(dtype)))
+
+    def _widened(self, codes: relax.Expr) -> relax.Expr:
+        """Return codes as words, once for all products that read them."""
+        if codes not in self._words:
+            self._words[codes] = self._emit(relax.op.astype(codes, WORD))
+        return self._words[codes]
 
     def _moved(self, codes: Codes, expr: relax.Expr) -> relax.Expr:
         for move in codes.moves:

@@ -31,7 +31,7 @@ from schedules.loops import Extent, ceiling, product
 from schedules.matrix_division import divides_rows, even_block, rows_of_divided_block, sizes_of_blocks
 from schedules.matrix_tile import MatrixOperands, stride_of
 from schedules.reducer import NARROW_FLOATS, accumulator_dtype, reducer_of
-from schedules.register_tile import SPLIT_TILE, WIDENED_TILE, register_tile, wide_block, wide_tile
+from schedules.register_tile import SPLIT_TILE, WIDENED_TILE, WORD_TILE, register_tile, wide_block, wide_tile
 from schedules.row_blocks import rows_that_stay
 from schedules.stages import Stage
 from targets.base import Target
@@ -137,7 +137,9 @@ def _register_tile(analysis: MatmulAnalysis, target: Target) -> tuple[int, int]:
         return WIDENED_TILE
     if _is_wide(analysis, target):
         return wide_tile(target, analysis.rows.extent if analysis.rows is not None else 1)
-    return SPLIT_TILE if analysis.group == FOUR and splits_operands(target) else register_tile(target)
+    if not splits_operands(target) or analysis.group == 1:
+        return register_tile(target)
+    return SPLIT_TILE if analysis.group == FOUR else WORD_TILE
 
 
 def _is_wide(analysis: MatmulAnalysis, target: Target) -> bool:

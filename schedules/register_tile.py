@@ -10,6 +10,8 @@ from targets.base import Target
 WIDENED_TILE = 5, 4
 # Where bytes are split into two vectors of 16 bits: 6 sums, 4 vectors of columns, and 4 registers for a row.
 SPLIT_TILE = 3, 2
+# Of words, in pairs: 10 sums, 2 vectors of columns, one of a row, and a product.
+WORD_TILE = 5, 2
 # Of packed weights in fp32, where a core begins two multiply-adds a cycle: 27 of 32 registers, three vectors and two
 # elements. Of what tiles of 12 by two read, a step reads four fifths a multiply-add, and the core's clock falls less.
 WIDE_TILE = 9, 3

@@ -83,6 +83,11 @@ define weak_odr <8 x i32> @{call}(<8 x i32> %sum, ptr %weights, i32 %pair) #0 {{
   %result = call <8 x i32> asm sideeffect "", "=x,0"(<8 x i32> %total) nounwind memory(none)
   ret <8 x i32> %result
 }}
+define weak_odr i32 @{read}_1(ptr %from) #0 {{
+  %last = load i16, ptr %from, align 2
+  %pair = zext i16 %last to i32
+  ret i32 %pair
+}}
 define weak_odr i32 @{read}_2(ptr %from) #0 {{
   %pair = load i32, ptr %from, align 2
   ret i32 %pair

@@ -12,7 +12,8 @@ from tvm.relax import op
 
 import targets
 from optimizer.lowering import build, fuse, lower
-from schedules.intrin.byte_dot import activation_types
+from schedules.intrin.bf16_dot import PAIR
+from schedules.intrin.byte_dot import WORD, activation_types
 from targets.base import Target
 from targets.host import missing_features
 from tests.schedules.execution import TARGET, assembly_of, module_of
@@ -63,6 +64,26 @@ def test_sums_are_exact(target: Target, rows: int, columns: int, depth: int, dat
     module = module_of(lambda v: product(weights, v), [("m" if symbolic else rows, depth)], [data])
     want = x.astype(np.int64) @ weights.astype(np.int64)
     np.testing.assert_array_equal(result(module, x, target), want)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    rows=st.sampled_from([1, 2, 7, 37, 64]),
+    columns=st.sampled_from([1, 16, 33, 67]),
+    depth=st.sampled_from([1, 2, 3, 31, 64, 131]),
+    data=st.sampled_from(["uint8", "int8"]),
+    symbolic=st.booleans(),
+)
+def test_sums_of_words_are_exact(rows: int, columns: int, depth: int, data: str, *, symbolic: bool) -> None:
+    target = targets.get("x86-avx2")
+    if missing_features(target):
+        pytest.skip("this machine does not have AVX2")
+    weights, x = byte_values(depth, columns, dtype="int8"), byte_values(rows, depth, dtype=data)
+    shape: list[int | str] = ["m" if symbolic else rows, depth]
+    module = module_of(lambda v: product(weights, op.astype(v, WORD)), [shape], [data])
+    want = x.astype(np.int64) @ weights.astype(np.int64)
+    np.testing.assert_array_equal(result(module, x, target), want)
+    assert all(shape[-1] == PAIR for shape in packed_shapes(module, target))
 
 
 @pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
