@@ -242,11 +242,12 @@ def _in_strips(
 
     def both(_: Mapping[Var, Expr], base: Expr, columns: int, number: Expr) -> Stmt:
         pair = GatedProductAnalysis(first, second)
-        scratch, epilogues = _through_scratch(pair, (depth, run), (number * ROW_BLOCK, base))
+        rows = emitter.rows_of(number)
+        scratch, epilogues = _through_scratch(pair, (depth, run), (rows[0], base))
 
         def part(product: QuantizedMatmulAnalysis, own: Epilogue) -> Stmt:
             each = QuantizedEmitter.of(replace(product, epilogue=own), parameters, target)
-            return tiles(columns, [each.width], lambda start, width: each.strip({}, base + start, width, number))
+            return tiles(columns, [each.width], lambda start, width: each.strip({}, base + start, width, rows))
 
         return with_local([scratch], [part(first, epilogues[0]), part(second, epilogues[1])])
 

@@ -4,12 +4,13 @@ A task takes a strip of columns, whose packed weights stay in the first-level ca
 takes a few rows at once, so that the codes are unpacked once for them. One row (a decoder's step) is the tile of one
 row: there the kernel streams the weights once, at the speed of memory. With a symbolic number of rows the tile is
 chosen as the kernel runs, and a row alone has code of its own. Many rows are computed in tile registers where a target
-has them (`schedules/quantized_tiles.py`).
+has them (`schedules/quantized_tiles.py`), and from unpacked codes where registers are few
+(`schedules/panel_strips.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tvm import tirx
@@ -37,16 +38,23 @@ from schedules.loops import (
     with_local,
 )
 from schedules.matmul import follows_as_stage, split_epilogue
+from schedules.panel_strips import PanelStrip
 from schedules.quantized_operators import QuantizedProduct
 from schedules.quantized_structure import Operands, described_by, is_product, operands_of
 from schedules.quantized_tiles import in_tiles, where_many
 from schedules.stages import Axis, Stage, sequence, substitute
 from schedules.tiling import Block
+from schedules.weight_panels import FEWEST_ROWS as FEWEST_ROWS_OF_PANELS
+from schedules.weight_panels import PackedWeights, WeightPanel
 from schedules.weight_streams import WeightStreams, blocks_at_once
 from targets.base import Target
 
-# Rows that one task takes, so that few columns still make work for all cores.
+# Rows that one task takes at most, so that few columns still make work for all cores.
 ROW_BLOCK = 128
+# The first row of a block, and how many there are.
+Rows = tuple[Expr, Extent]
+# Where the sums of a tile are, by row and vector.
+Totals = Callable[[int, int], TensorLoad]
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,28 +155,39 @@ class QuantizedEmitter:
         self.layout = analysis.product.layout
         self.dot = dot
         self.rows = rows
+        self.target = target
         self.vectors = min(vectors, ceiling_int(analysis.columns.extent, dot.lanes))
-        columns, one = int(analysis.columns.extent), analysis.rows is None or _is_one(analysis.rows)
+        few = isinstance(self.all_rows, int) and self.all_rows < FEWEST_ROWS_OF_PANELS
+        self.panel_tile = None if few else dot.panel_tile
+        columns, one = int(analysis.columns.extent), self._is_of_one_row
         blocks = blocks_at_once(columns, self.layout.columns, target.read_streams) if one else 1
         self.streams = WeightStreams(self.product, self.operands, analysis.groups, blocks, target.streamed_to)
 
     @property
     def width(self) -> int:
         """How many columns a task computes."""
-        return max(self.vectors * self.dot.lanes, self.layout.columns * self.streams.blocks)
+        vectors = max(self.vectors, self.panel_tile[1] if self.panel_tile is not None else 0)
+        return max(vectors * self.dot.lanes, self.layout.columns * self.streams.blocks)
 
     def statement(self, strip_of: Block | None = None, width: int | None = None) -> Stmt:
         """Return the parallel loop over strips of `width` columns and blocks of rows, which `strip_of` computes.
 
         If they are not given, a task computes a strip of its own width.
         """
-        analysis, width, compute = self.analysis, width or self.width, strip_of or self.strip
-        outer = [group.extent for group in analysis.outer]
-        rows: Extent = analysis.rows.extent if analysis.rows is not None else 1
-        strips, blocks = ceiling_int(analysis.columns.extent, width), ceiling(rows, ROW_BLOCK)
+        analysis, width = self.analysis, width or self.width
+        outer, strips = [group.extent for group in analysis.outer], ceiling_int(analysis.columns.extent, width)
+        blocks = ceiling(self.all_rows, ROW_BLOCK)
+
+        def own(point: Mapping[Var, Expr], base: Expr, count: int, block: Expr) -> Stmt:
+            return self.strip(point, base, count, self.rows_of(block))
+
+        compute = strip_of or own
 
         def task(number: Expr) -> Stmt:
-            *outside, strip, block = unflatten(number, [*outer, strips, blocks])
+            if self.panel_tile is None:
+                *outside, strip, block = unflatten(number, [*outer, strips, blocks])
+            else:  # Rows stay in the second-level cache from one panel to the next.
+                *outside, block, strip = unflatten(number, [*outer, blocks, strips])
             point: dict[Var, Expr] = {}
             for group, position in zip(analysis.outer, outside, strict=True):
                 point.update(group.point(position))
@@ -176,12 +195,34 @@ class QuantizedEmitter:
                 strip, int(analysis.columns.extent), width, lambda base, count: compute(point, base, count, block)
             )
 
-        work = product([*outer, rows, analysis.columns.extent, analysis.stage.reduction[0].extent])
-        return parallel(product([*outer, strips, blocks]), task, is_large(work))
+        work = product([*outer, self.all_rows, analysis.columns.extent, analysis.stage.reduction[0].extent])
+        tasks = parallel(product([*outer, strips, blocks]), task, is_large(work))
+        return tasks if self._is_of_one_row else self.dot.with_steps(tasks, self.target)
 
-    def strip(self, point: Mapping[Var, Expr], base: Expr, count: int, block: Expr) -> Stmt:
+    @property
+    def all_rows(self) -> Extent:
+        """How many rows there are."""
+        return self.analysis.rows.extent if self.analysis.rows is not None else 1
+
+    @property
+    def _is_of_one_row(self) -> bool:
+        rows = self.analysis.rows
+        return rows is None or (rows.static and rows.extent == 1)
+
+    def rows_of(self, block: Expr) -> Rows:
+        """Return the first row of a block, and how many there are."""
+        rows, size = self.all_rows, index(ROW_BLOCK)
+        if isinstance(rows, int) and rows <= ROW_BLOCK:
+            return index(0), rows
+        if self.panel_tile is not None:  # Equal blocks: a core computes all of one, or half.
+            parts = tirx.max(index(ceiling(rows, ROW_BLOCK)), index(1)) * self.panel_tile[0]
+            size = tirx.floordiv(index(rows) + parts - 1, parts) * self.panel_tile[0]
+        first = block * size
+        return first, tirx.min(size, index(rows) - first)
+
+    def strip(self, point: Mapping[Var, Expr], base: Expr, count: int, rows: Rows) -> Stmt:
         """Return the code for `count` columns from `base` on and the rows of a block."""
-        rows: Extent = self.analysis.rows.extent if self.analysis.rows is not None else 1
+        first, rest = rows
         sizes = [size for size in (self.rows, 4, 2, 1) if size <= self.rows]
 
         def tile(row: Expr, height: int) -> Stmt:
@@ -193,66 +234,83 @@ class QuantizedEmitter:
             ]
             return sequence(parts)
 
-        if isinstance(rows, int) and rows <= ROW_BLOCK:
-            return tiles(rows, sizes, tile)
-        first = block * ROW_BLOCK
-        rest = tirx.min(index(ROW_BLOCK), index(rows) - first)
-        return tiles(rest, sizes, lambda row, height: tile(first + row, height))
+        few = tiles(rest, sizes, lambda row, height: tile(first + row, height))
+        if self.panel_tile is None:
+            return few
+        many = PanelStrip(self, self.panel_tile[0], point, base, count).statement(rows, ROW_BLOCK)
+        return many if isinstance(rest, int) else tirx.IfThenElse(rest >= index(FEWEST_ROWS_OF_PANELS), many, few)
 
     def _tile(self, point: Mapping[Var, Expr], row: Expr, height: int, base: Expr, count: int) -> Stmt:
         """Return the code of a register tile."""
         vectors = ceiling_int(count, self.dot.lanes)
         lanes, cells = self.dot.lanes, height * ceiling_int(count, self.dot.lanes)
         totals = local([cells * lanes], "float32", "totals")
-        points = [self._point(point, row + number) for number in range(height)]
+        points = [self.point_of(point, row + number) for number in range(height)]
+
+        def total_of(r: int, v: int) -> TensorLoad:
+            return load(totals, [_ramp(index((r * vectors + v) * lanes), lanes)])
 
         def finish(number: int) -> Stmt:
             r, v = divmod(number, vectors)
-            width = min(lanes, count - v * lanes)
-
-            def element(lane: Expr) -> Stmt:
-                column = base + v * lanes + lane
-                here = {**points[r], self.analysis.columns.variable: column}
-                total = load(totals, [index(number * lanes) + lane])
-                return self.analysis.epilogue.store(_times(total, 1 / self.dot.unit), here)
-
-            return vector(width, element)
+            return self.finished(
+                points[r],
+                base + v * lanes,
+                min(lanes, count - v * lanes),
+                lambda lane: load(totals, [index(number * lanes) + lane]),
+            )
 
         zero = tirx.Broadcast(tirx.const(0.0, "float32"), lanes)
         return with_local(
             [totals],
             [
                 *(store(totals, zero, [_ramp(index(cell * lanes), lanes)]) for cell in range(cells)),
-                *self._groups(points, base, vectors, totals),
+                *self._groups(points, base, (vectors, total_of)),
                 *(finish(cell) for cell in range(cells)),
             ],
         )
 
-    def _point(self, point: Mapping[Var, Expr], row: Expr) -> dict[Var, Expr]:
+    def finished(
+        self, point: Mapping[Var, Expr], column: Expr, width: int, total: Callable[[Expr], TensorLoad]
+    ) -> Stmt:
+        """Return the epilogue of `width` columns from one on, whose sums are where `total` says of each."""
+
+        def element(lane: Expr) -> Stmt:
+            here = {**point, self.analysis.columns.variable: column + lane}
+            return self.analysis.epilogue.store(_times(total(lane), 1 / self.dot.unit), here)
+
+        return vector(width, element)
+
+    def point_of(self, point: Mapping[Var, Expr], row: Expr) -> dict[Var, Expr]:
+        """Return the point of a row at one of the other axes."""
         return {**point, **(self.analysis.rows.point(row) if self.analysis.rows is not None else {})}
 
-    def _groups(self, points: Sequence[Mapping[Var, Expr]], base: Expr, vectors: int, totals: Var) -> list[Stmt]:
+    def _groups(self, points: Sequence[Mapping[Var, Expr]], base: Expr, sums_of: tuple[int, Totals]) -> list[Stmt]:
         """Return the loops over all groups of K."""
+        weights = PackedWeights(self.product, self.operands, self.dot, base)
 
         def group_of(group: Expr, requests: list[Stmt]) -> Stmt:
-            return self._group(group, points, base, (vectors, totals), requests)
+            return self.group((group, group), points, weights, sums_of, requests)
 
         if len(points) == 1:
-            blocks = ceiling_int(vectors * self.dot.lanes, self.layout.columns)
+            blocks = ceiling_int(sums_of[0] * self.dot.lanes, self.layout.columns)
             return self.streams.over_groups(base, blocks, group_of)
         return [loop(self.analysis.groups, lambda group: group_of(group, []))]
 
-    def _group(
+    def group(
         self,
-        group: Expr,
+        groups: tuple[Expr, Expr],
         points: Sequence[Mapping[Var, Expr]],
-        base: Expr,
-        sums_of: tuple[int, Var],
+        weights: PackedWeights | WeightPanel,
+        sums_of: tuple[int, Totals],
         requests: Sequence[Stmt],
     ) -> Stmt:
-        """Return the code that adds one group of K to the tile's sums: its vectors, and where these lie."""
-        vectors, totals = sums_of
-        lanes, bits = self.dot.lanes, self.layout.bits
+        """Return the code that adds one group of K, of activations and of weights, to the tile's sums.
+
+        `sums_of` are the tile's vectors, and where their sums are.
+        """
+        group, of_weights = groups
+        vectors, total_of = sums_of
+        bits = self.layout.bits
         middle = self.dot.center - (0 if self.operands.zero_points is not None else 1 << (bits - 1))
         sums = [self._activation(self.operands.sums, point, [group]) for point in points]
         offsets = [total * tirx.const(middle, "int32") if middle else tirx.const(0, "int32") for total in sums]
@@ -276,8 +334,7 @@ class QuantizedEmitter:
             statements += write(cell, starts[r])
         size = self.product.activation_group
         for step in range(size // self.layout.step):
-            number = group * (size // self.layout.step) + step
-            codes = [self._codes(number, base + v * lanes) for v in range(vectors)]
+            codes = [weights.codes(of_weights, step, v) for v in range(vectors)]
             for half in range(len(codes[0])):
                 k = step * self.layout.step + half * self.layout.reduction
                 for cell, (r, v) in enumerate(cells):
@@ -288,19 +345,11 @@ class QuantizedEmitter:
                     statements += write(cell, self.dot.in_steps(added) if len(points) > 1 else added)
         for cell, (r, v) in enumerate(cells):
             exact = self.dot.total(read(cell), offsets[r])
-            here = _ramp(index(cell * lanes), lanes)
-            value = load(totals, [here]) + self._scaled(exact, group, base + v * lanes, points[r], sums[r])
-            statements.append(store(totals, value, [here]))
+            parameters = (weights.scales(of_weights, v), weights.zero_points(of_weights, v))
+            total = total_of(r, v)
+            value = total + self._scaled(exact, parameters, (points[r], group), sums[r])
+            statements.append(store(total.source, value, list(total.indices)))
         return with_local([partial], statements)
-
-    def _codes(self, step: Expr, column: Expr) -> list[Expr]:
-        """Return the codes of one step for a vector of columns: bytes, as int32 lanes, in the order of K."""
-        layout, lanes = self.layout, self.dot.lanes
-        columns = index(layout.columns)
-        first = tirx.floormod(column, columns) * layout.reduction
-        source = self.operands.packed.source
-        packed = load(source, [tirx.floordiv(column, columns), step, _ramp(first, lanes * layout.reduction)])
-        return self.dot.unpack(packed, layout.bits)
 
     def _activation(self, read: TensorLoad, point: Mapping[Var, Expr], last: Sequence[Expr]) -> Expr:
         """Return an element of the activations of one row."""
@@ -311,27 +360,17 @@ class QuantizedEmitter:
         """Return neighbouring activations of one row as a vector of int8."""
         return self._activation(self.operands.codes, point, [group, _ramp(index(first), count)])
 
-    def _scaled(self, exact: Expr, group: Expr, column: Expr, point: Mapping[Var, Expr], total: Expr) -> Expr:
+    def _scaled(
+        self, exact: Expr, parameters: tuple[Expr, Expr | None], at: tuple[Mapping[Var, Expr], Expr], total: Expr
+    ) -> Expr:
         """Return (sum of products - zero point * sum of activations) * the product of both scales, in units."""
-        lanes = self.dot.lanes
-        scale = self._activation(self.operands.scales, point, [group])
-        factor = self._parameters(self.operands.weight_scales, group, column) * tirx.Broadcast(scale, lanes)
-        if self.operands.zero_points is None:
+        lanes, (scales, zeros) = self.dot.lanes, parameters
+        scale = self._activation(self.operands.scales, at[0], [at[1]])
+        factor = scales * tirx.Broadcast(scale, lanes)
+        if zeros is None:
             return exact * factor
-        zeros = self._parameters(self.operands.zero_points, group, column)
         of_activations = _times(tirx.Cast("float32", total), self.dot.unit)
         return (exact - zeros * tirx.Broadcast(of_activations, lanes)) * factor
-
-    def _parameters(self, read: TensorLoad, group: Expr, column: Expr) -> Expr:
-        """Return scales or zero points of a vector of columns as float32."""
-        columns = index(self.layout.columns)
-        weight_group = tirx.floordiv(group, index(self.product.group // self.product.activation_group))
-        place = [tirx.floordiv(column, columns), weight_group, _ramp(tirx.floormod(column, columns), self.dot.lanes)]
-        values = load(read.source, place)
-        lanes = self.dot.lanes
-        if str(read.source.dtype) == "uint8":
-            values = tirx.Cast(f"int32x{lanes}", values)
-        return tirx.Cast(f"float32x{lanes}", values)
 
 
 def ceiling_int(extent: int | Expr, size: int) -> int:
@@ -346,7 +385,3 @@ def _times(value: Expr, factor: float) -> Expr:
 
 def _ramp(base: Expr, lanes: int) -> Expr:
     return tirx.Ramp(base, tirx.const(1, "int64"), lanes)
-
-
-def _is_one(rows: AxisGroup) -> bool:
-    return rows.static and rows.extent == 1

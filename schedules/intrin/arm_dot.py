@@ -17,8 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
+from tvm.tirx.stmt import Stmt
 
 from schedules.intrin.llvm_call import intrinsic, splat
+from targets.base import Target
 
 # Bytes of a vector: activations are loaded whole, and sdot takes four of them by their place.
 _BYTES = 16
@@ -35,6 +37,7 @@ class ArmDot:
     bits: int
     lanes = 4
     reduction = 4
+    panel_tile = None
 
     @property
     def center(self) -> int:
@@ -74,6 +77,10 @@ class ArmDot:
     def in_steps(self, accumulator: Sequence[Expr]) -> list[Expr]:
         """Return the accumulator: an instruction adds its products itself."""
         return list(accumulator)
+
+    def with_steps(self, statement: Stmt, target: Target) -> Stmt:
+        """Return the statement: nothing is needed."""
+        return statement
 
     def total(self, accumulator: Sequence[Expr], offset: Expr) -> Expr:
         """Convert the sums."""

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
+from tvm.tirx.stmt import Stmt
 
+from schedules.intrin.fixed_order import in_order, with_fixed_order
 from schedules.intrin.llvm_call import broadcast_bytes, intrinsic, splat, unpacked
+from targets.base import Target
 
 _NIBBLES = 0x0F0F0F0F
 
@@ -27,12 +30,24 @@ class Avx2Dot:
     unit = 1.0
     center = 0
 
+    @property
+    def panel_tile(self) -> tuple[int, int] | None:
+        """Eight sums of 16 bits, four vectors of codes, and activations fit the registers; codes of 8 bits do not."""
+        return (2, 4) if self.bits == 4 else None
+
     def unpack(self, packed: Expr, bits: int) -> list[Expr]:
         """Take the codes as they are."""
         return unpacked(packed, bits, self.lanes)
 
     def start(self, offset: Expr) -> list[Expr]:
-        """Start from zero: the offset may not fit into 16 bits."""
+        """Start from the offset modulo 2 ** 16, in the first pair of each lane.
+
+        Sums of a group are then less than 2 ** 15: 16 * 8 * 127 of the pair, and as much of the other one's offset.
+        Those of codes of 8 bits would not be, which start from zero.
+        """
+        if self.bits == 4:
+            low = tirx.bitwise_and(offset, tirx.const(0xFFFF, "int32"))
+            return [tirx.reinterpret("int16x16", splat(low, self.lanes))]
         return [tirx.Broadcast(tirx.const(0, "int16"), 16)] * (self.bits // 4)
 
     def activations(self, read: Callable[[int, int], Expr], k: int) -> Expr:
@@ -52,18 +67,17 @@ class Avx2Dot:
         ]
 
     def in_steps(self, accumulator: Sequence[Expr]) -> list[Expr]:
-        """Fence the sums: as a tree of eight steps' products for each cell they would take the registers of codes."""
-        return [tirx.reinterpret("int16x16", _fenced(tirx.reinterpret("float32x8", total))) for total in accumulator]
+        """Fix the order of sums: eight steps of one cell after the other would take the registers of codes."""
+        return [in_order(total) for total in accumulator]
+
+    def with_steps(self, statement: Stmt, target: Target) -> Stmt:
+        """Return the statement with what fixes the order."""
+        return with_fixed_order(statement, target)
 
     def total(self, accumulator: Sequence[Expr], offset: Expr) -> Expr:
-        """Return the pairs' sums, the higher half weighted by 16, and the offset."""
-        result = splat(offset, self.lanes)
+        """Return the pairs' sums, the higher half weighted by 16, and the offset where they lack it."""
+        result = splat(0 if self.bits == 4 else offset, self.lanes)
         for number, pairs in enumerate(accumulator):
             weights = tirx.Broadcast(tirx.const(16**number, "int16"), 16)
             result = result + intrinsic("int32x8", "llvm.x86.avx2.pmadd.wd", pairs, weights)
         return tirx.Cast("float32x8", result)
-
-
-def _fenced(value: Expr) -> Expr:
-    """Return a value that LLVM knows nothing about, without an instruction."""
-    return intrinsic("float32x8", "llvm.arithmetic.fence", value)

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 from tvm import tirx
 from tvm.ir import Expr
+from tvm.tirx.stmt import Stmt
 
 from schedules.intrin.llvm_call import broadcast_bytes, intrinsic, splat, unpacked
+from targets.base import Target
 
 
 class Avx512Vnni:
@@ -17,6 +19,7 @@ class Avx512Vnni:
     reduction = 4
     unit = 1.0
     center = 0
+    panel_tile = None
 
     def unpack(self, packed: Expr, bits: int) -> list[Expr]:
         """Take the codes as they are."""
@@ -38,6 +41,10 @@ class Avx512Vnni:
     def in_steps(self, accumulator: Sequence[Expr]) -> list[Expr]:
         """Return the accumulator: an instruction adds its products itself."""
         return list(accumulator)
+
+    def with_steps(self, statement: Stmt, target: Target) -> Stmt:
+        """Return the statement: nothing is needed."""
+        return statement
 
     def total(self, accumulator: Sequence[Expr], offset: Expr) -> Expr:
         """Return the sums."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from tvm.ir import Expr
+from tvm.tirx.stmt import Stmt
 
 from schedules.intrin.arm_dot import ArmDot
 from schedules.intrin.avx2_dot import Avx2Dot
@@ -16,12 +17,17 @@ from targets.base import Target
 class IntegerDot(Protocol):
     """Sums of products of codes with signed bytes, for `lanes` outputs at a time.
 
-    An accumulator is a list of vectors. `reduction` is how many neighbours of K a lane takes at once. `center` is what
-    is taken from each code before it is multiplied. `unit`, a power of two, is what `total` makes of a sum of one.
+    An accumulator is a list of vectors. `reduction` is how many neighbours of K a lane takes at once. `panel_tile` is
+    the rows and vectors of a tile that reads unpacked codes from memory, None where each tile unpacks them itself.
+    `center` is what is taken from each code before it is multiplied. `unit`, a power of two, is what `total` makes of
+    a sum of one.
     """
 
     lanes: int
     reduction: int
+
+    @property
+    def panel_tile(self) -> tuple[int, int] | None: ...
 
     @property
     def center(self) -> int: ...
@@ -50,6 +56,10 @@ class IntegerDot(Protocol):
 
     def in_steps(self, accumulator: Sequence[Expr]) -> list[Expr]:
         """Return the accumulator as one that LLVM has to know before it adds the products of the next step."""
+        ...
+
+    def with_steps(self, statement: Stmt, target: Target) -> Stmt:
+        """Return a statement that calls `in_steps`, with what that needs."""
         ...
 
     def total(self, accumulator: Sequence[Expr], offset: Expr) -> Expr:

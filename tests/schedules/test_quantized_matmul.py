@@ -93,6 +93,27 @@ def _tie(x: np.ndarray, matrix: QuantizedMatrix) -> float:
     return float(near_tie) * np.abs(x).max() / 127 * np.abs(matrix.dequantized()).max()
 
 
+@pytest.mark.skipif("x86-avx2" not in NATIVE, reason="tiles that read panels are for AVX2")
+@settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@given(SCHEMES, st.integers(16, 300), st.integers(2, 150), st.integers(1, 1300))
+def test_many_rows_equal_exact_sums_part_by_part(scheme: Scheme, rows: int, outputs: int, inputs: int) -> None:
+    rng = np.random.default_rng(5)
+    matrix = quantize(rng.standard_normal((outputs, inputs)).astype(np.float32), scheme)
+    use = WeightUse.of("x86-avx2", "int8", scheme.bits)
+    module = product_module((tirx.Var("rows", "int64"), inputs), matrix, use, residual=True)
+    lowered = lower(module, use.target)
+    machine = relax.VirtualMachine(build(lowered.module, use.target), tvm.cpu())
+    for count in (rows, 15, 16, 129):
+        x = rng.standard_normal((count, inputs)).astype(np.float32)
+        actual = machine["main"](tvm.runtime.tensor(x)).numpy()
+        product = expected(x, matrix)
+        # One activation in some thousands is a tie of its rounding.
+        bound = np.abs(product).max() + np.abs(x).max() * np.abs(matrix.dequantized()).max() / 127
+        wanted = product + np.arange(outputs) + x[:, :1]
+        exact = 2.0**-23 * (8 + inputs / 16) * (bound + outputs)
+        assert np.abs(actual - wanted).max() <= exact + _tie(x, matrix)
+
+
 @pytest.mark.parametrize("scheme", [Scheme(), Scheme(bits=8, group=64, symmetric=False)], ids=str)
 def test_symbolic_rows_share_one_kernel(scheme: Scheme) -> None:
     rng = np.random.default_rng(1)
@@ -147,17 +168,20 @@ def test_a_product_in_floats_uses_the_weights_as_they_are() -> None:
 
 @pytest.mark.parametrize("name", NATIVE)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_largest_codes_and_activations_do_not_saturate(name: str, bits: int) -> None:
-    # Each pair and each sum of a group is as large as it can be, of either sign, where zero points are zero.
+@pytest.mark.parametrize("centered", [False, True])
+def test_the_largest_codes_and_activations_do_not_saturate(name: str, bits: int, centered: bool) -> None:
+    # Each pair and each sum of a group is as large as it can be, of either sign, where zero points are zero; where they
+    # are the middle of the codes, so is each sum less its part of that.
     largest = (1 << bits) - 1
     codes = np.zeros((24, 64), np.uint8)
     codes[::3] = largest
     codes[1::3, ::2] = largest
-    matrix = QuantizedMatrix(bits, 32, 64, codes, np.ones((24, 2), np.float32), np.zeros((24, 2), np.uint8))
+    zeros = None if centered else np.zeros((24, 2), np.uint8)
+    matrix = QuantizedMatrix(bits, 32, 64, codes, np.ones((24, 2), np.float32), zeros)
     signs = np.where(np.arange(64) % 2 == 0, 1, -1)
-    x = np.stack([np.ones(64), -np.ones(64), signs, -signs, np.ones(64)]).astype(np.float32)
+    x = np.resize([np.ones(64), -np.ones(64), signs, -signs, np.ones(64)], (17, 64)).astype(np.float32)
     use = WeightUse.of(name, "int8", bits)
-    for rows in (1, 2, 5):
+    for rows in (1, 2, 5, 17):
         actual, families = run(product_module((rows, 64), matrix, use), use.target, x[:rows])
         assert "quantized-matmul" in families
         np.testing.assert_allclose(actual, expected(x[:rows], matrix), rtol=2**-21, atol=2**-18 * largest)
