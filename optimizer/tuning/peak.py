@@ -27,6 +27,8 @@ from targets.base import Target
 
 # Independent chains of multiply-adds: more than latency (4 cycles) times two units, and fewer than there are registers.
 _CHAINS, _CHAINS_OF_FEW_REGISTERS = 24, 12
+# Steps of dot products after which elements are read again.
+_ELEMENTS = 64
 # How far ahead of its use each of several parts is asked for.
 _AHEAD_BYTES = 1024
 
@@ -77,6 +79,8 @@ def integer_multiply_add(target: Target, work: int, threads: int) -> Work:
     start = dot.start(tvm.tirx.const(0, "int32"))[0]
     kind, lanes, chains = str(start.ty.dtype).split("x", maxsplit=1)[0], int(start.ty.dtype.lanes), _chains(target)
     steps = max(1, work // (2 * dot.lanes * dot.reduction * chains * threads))
+    # Where products are instructions apart from sums, each is of an element of its own: LLVM makes equal ones once.
+    each, elements = (1, _ELEMENTS) if kind == "int16" else (0, 1)
 
     def added(total: tvm.ir.Expr, codes: tvm.ir.Expr, activations: tvm.ir.Expr) -> tvm.ir.Expr:
         return dot.accumulate([total], codes, splat(activations, dot.lanes))[0]
@@ -84,7 +88,7 @@ def integer_multiply_add(target: Target, work: int, threads: int) -> Work:
     @T.prim_func(s_tir=True)
     def spin(
         codes: T.Buffer((dot.lanes,), "int32"),
-        activations: T.Buffer((1,), "int32"),
+        activations: T.Buffer((elements * chains,), "int32"),
         sums: T.Buffer((threads, chains, lanes), kind),
     ) -> None:
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
@@ -95,15 +99,17 @@ def integer_multiply_add(target: Target, work: int, threads: int) -> Work:
                     total = T.sblock_alloc_buffer((chains, lanes), kind, scope="local")
                     for chain in T.unroll(chains):
                         total[chain, T.ramp(0, 1, lanes)] = start
-                    for _ in range(steps):
+                    for step in range(steps):
                         for chain in T.unroll(chains):
                             total[chain, T.ramp(0, 1, lanes)] = added(
-                                total[chain, T.ramp(0, 1, lanes)], codes[T.ramp(0, 1, dot.lanes)], activations[0]
+                                total[chain, T.ramp(0, 1, lanes)],
+                                codes[T.ramp(0, 1, dot.lanes)],
+                                activations[each * (step % elements * chains + chain)],
                             )
                     for chain in T.unroll(chains):
                         sums[owner, chain, T.ramp(0, 1, lanes)] = total[chain, T.ramp(0, 1, lanes)]
 
-    ones = [np.full(size, 0x01010101, np.int32) for size in (dot.lanes, 1)]
+    ones = [np.full(size, 0x01010101, np.int32) for size in (dot.lanes, elements * chains)]
     return spin, [*ones, np.zeros((threads, chains, lanes), kind)]
 
 

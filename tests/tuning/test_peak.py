@@ -8,7 +8,7 @@ import tvm
 
 import targets
 from optimizer.tuning.machines import ThisMachine, measured_peaks
-from optimizer.tuning.peak import Peaks, read
+from optimizer.tuning.peak import Peaks, integer_multiply_add, read
 from targets.host import missing_features
 from tests.tuning.examples import TARGET
 
@@ -38,6 +38,14 @@ def test_a_read_adds_up_each_element_once(streams: int) -> None:
     source, *others = (tvm.runtime.tensor(array) for array in (elements.astype(np.float32), *arrays[1:]))
     tvm.compile(function, target=target.tvm_target())["main"](source, *others)
     np.testing.assert_array_equal(others[-1].numpy().sum((1, 2)), elements.sum((1, 2)))
+
+
+def test_the_peak_of_integers_on_avx2_is_of_as_many_products_as_sums() -> None:
+    """Products of equal operands were computed once, and the peak was that of additions."""
+    target = targets.get("x86-avx2")
+    function, _ = integer_multiply_add(target, 10**9, 1)
+    assembly = tvm.compile(function, target=target.tvm_target()).mod.inspect_source("asm")
+    assert assembly.count("vpmaddubsw") == assembly.count("vpaddw") > 0
 
 
 def test_every_peak_of_this_machine_is_measured() -> None:
