@@ -17,7 +17,7 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.attention_joining import LOWEST
 from schedules.attention_mask import end_of_seen
-from schedules.attention_products import FLOAT, ZERO, Task
+from schedules.attention_products import FLOAT, Task, cleared
 from schedules.attention_structure import AttentionAnalysis
 from schedules.attention_turning import turned_queries, written
 from schedules.loops import INDEX, Extent, index, load, local, loop, product, store, vector, with_local
@@ -67,20 +67,23 @@ def in_turns(task: Task, size: int, part: tuple[Expr, Expr], over_keys: OverKeys
 
         return loop(count, one)
 
-    def keep(own: Task, state: int, value: Callable[[Expr], Expr]) -> Stmt:
+    def row_of(own: Task, state: int) -> Expr:
         assert own.number is not None
-        row = own.number * len(states) + state
-        return vector(own.queries, lambda v: store(kept, value(v), [row, v]))
+        return own.number * len(states) + state
+
+    def keep(own: Task, state: int, value: Callable[[Expr], Expr]) -> Stmt:
+        return vector(own.queries, lambda v: store(kept, value(v), [row_of(own, state), v]))
 
     def take_up(own: Task, state: int, buffer: Var) -> Stmt:
-        assert own.number is not None
-        row = own.number * len(states) + state
-        return vector(own.queries, lambda v: store(buffer, load(kept, [row, v]), [v]))
+        return vector(own.queries, lambda v: store(buffer, load(kept, [row_of(own, state), v]), [v]))
 
     def begin(own: Task) -> list[Stmt]:
-        clear = loop(own.columns, lambda e: vector(own.queries, lambda v: store(own.sums, ZERO, [own.sums_row(e), v])))
         values = [tirx.const(value, FLOAT) for value in states.values()]
-        return [*turned_queries(own), clear, *(keep(own, n, lambda _, x=value: x) for n, value in enumerate(values))]
+        return [
+            *turned_queries(own),
+            cleared(own),
+            *(keep(own, n, lambda _, x=value: x) for n, value in enumerate(values)),
+        ]
 
     def taken_up(own: Task) -> list[Stmt]:
         return [take_up(own, number, buffer) for number, buffer in enumerate(states)]

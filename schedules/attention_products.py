@@ -89,6 +89,14 @@ class Task:
         return e if self.number is None else self.number * self.columns + e
 
 
+def cleared(task: Task) -> Stmt:
+    """Return the code that sets all sums of a task to zero."""
+    return loop(
+        task.columns,
+        lambda e: vector(task.queries, lambda v: store(task.sums, ZERO, [task.sums_row(e), v])),
+    )
+
+
 def scores(task: Task, base: Expr, extent: Extent) -> Stmt:
     """Return the logits of a block of keys, kept in `weights`, and their running maximum."""
     analysis = task.analysis

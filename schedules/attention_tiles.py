@@ -17,7 +17,7 @@ from schedules.attention_mask import all_seen, any_seen, end_of_seen, hides, hid
 from schedules.attention_matrices import TERMS, Matrices, in_tiles, rounded_up
 from schedules.attention_operands import Operand
 from schedules.attention_pairs import Pairs, packed
-from schedules.attention_products import FLOAT, ZERO, Task, scores, weighted
+from schedules.attention_products import FLOAT, ZERO, Task, cleared, scores, weighted
 from schedules.attention_structure import AttentionAnalysis, scale_of_score
 from schedules.attention_turning import turned_queries, written
 from schedules.family import is_large
@@ -275,7 +275,7 @@ def _body(task: Task) -> list[Stmt]:
     start = [*turned_queries(task), largest, fill(task.bound, LOWEST), fill(task.total, 0.0 if sink is None else 1.0)]
     if single:
         return [*start, *_key_block(task, index(0), keys, True), written(task)]
-    start.append(loop(task.columns, lambda e: vector(block, lambda v: store(task.sums, ZERO, [e, v]))))
+    start.append(cleared(task))
 
     part = partial(_part, task)
     if end is not None:

@@ -25,6 +25,11 @@ def index(value: Extent) -> Expr:
     return tirx.IntImm(INDEX, value) if isinstance(value, int) else value
 
 
+def ramp(first: Extent, lanes: int) -> Expr:
+    """Return `lanes` neighbouring indices from `first` on."""
+    return tirx.Ramp(index(first), tirx.const(1, INDEX), lanes)
+
+
 def loop(
     extent: Extent, body: Callable[[Expr], Stmt], kind: tirx.ForKind = tirx.ForKind.SERIAL, name: str = "i"
 ) -> Stmt:

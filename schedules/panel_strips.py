@@ -16,7 +16,7 @@ from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.intrin.fixed_order import in_memory
-from schedules.loops import Extent, index, load, local, loop, store, tiles, with_local
+from schedules.loops import Extent, index, load, local, loop, ramp, store, tiles, with_local
 from schedules.stages import sequence
 from schedules.weight_panels import PackedWeights, WeightPanel, groups_of_panel
 
@@ -46,7 +46,7 @@ class PanelStrip:
         zero = tirx.Broadcast(tirx.const(0.0, "float32"), lanes)
 
         def cleared(row: Expr) -> Stmt:
-            return sequence([store(sums, zero, [row, _ramp(v * lanes, lanes)]) for v in range(vectors)])
+            return sequence([store(sums, zero, [row, ramp(v * lanes, lanes)]) for v in range(vectors)])
 
         def part(number: Expr) -> Stmt:
             start = number * each
@@ -78,11 +78,7 @@ class PanelStrip:
         (sums, row), lanes = at, self.emitter.dot.lanes
 
         def total(r: int, v: int) -> TensorLoad:
-            return load(sums, [row + r, _ramp(v * lanes, lanes)])
+            return load(sums, [row + r, ramp(v * lanes, lanes)])
 
         added = self.emitter.group(groups, points, panel, (panel.vectors, total), [])
         return sequence([in_memory(load(sums, [row, index(0)])), added])
-
-
-def _ramp(base: int, lanes: int) -> Expr:
-    return tirx.Ramp(index(base), tirx.const(1, "int64"), lanes)

@@ -30,6 +30,7 @@ from schedules.loops import (
     loop,
     parallel,
     product,
+    ramp,
     store,
     tile_choice,
     tiles,
@@ -248,7 +249,7 @@ class QuantizedEmitter:
         points = [self.point_of(point, row + number) for number in range(height)]
 
         def total_of(r: int, v: int) -> TensorLoad:
-            return load(totals, [_ramp(index((r * vectors + v) * lanes), lanes)])
+            return load(totals, [ramp((r * vectors + v) * lanes, lanes)])
 
         def finish(number: int) -> Stmt:
             r, v = divmod(number, vectors)
@@ -263,7 +264,7 @@ class QuantizedEmitter:
         return with_local(
             [totals],
             [
-                *(store(totals, zero, [_ramp(index(cell * lanes), lanes)]) for cell in range(cells)),
+                *(store(totals, zero, [ramp(cell * lanes, lanes)]) for cell in range(cells)),
                 *self._groups(points, base, (vectors, total_of)),
                 *(finish(cell) for cell in range(cells)),
             ],
@@ -321,7 +322,7 @@ class QuantizedEmitter:
         partial = local([len(cells) * len(starts[0]) * elements], str(dtype).split("x", maxsplit=1)[0], "partial")
 
         def place(cell: int, part: int) -> Expr:
-            return _ramp(index((cell * len(starts[0]) + part) * elements), elements)
+            return ramp((cell * len(starts[0]) + part) * elements, elements)
 
         def read(cell: int) -> list[Expr]:
             return [load(partial, [place(cell, part)]) for part in range(len(starts[0]))]
@@ -358,7 +359,7 @@ class QuantizedEmitter:
 
     def _activations(self, point: Mapping[Var, Expr], group: Expr, first: int, count: int) -> Expr:
         """Return neighbouring activations of one row as a vector of int8."""
-        return self._activation(self.operands.codes, point, [group, _ramp(index(first), count)])
+        return self._activation(self.operands.codes, point, [group, ramp(first, count)])
 
     def _scaled(
         self, exact: Expr, parameters: tuple[Expr, Expr | None], at: tuple[Mapping[Var, Expr], Expr], total: Expr
@@ -381,7 +382,3 @@ def ceiling_int(extent: int | Expr, size: int) -> int:
 def _times(value: Expr, factor: float) -> Expr:
     """Return a float times a constant; no code where it is one."""
     return value if factor == 1 else value * tirx.const(factor, "float32")
-
-
-def _ramp(base: Expr, lanes: int) -> Expr:
-    return tirx.Ramp(base, tirx.const(1, "int64"), lanes)

@@ -29,6 +29,7 @@ from schedules.loops import (
     local,
     loop,
     parallel,
+    ramp,
     region,
     store,
     then_wait,
@@ -129,10 +130,10 @@ class _Emitter:
             scale = tirx.Broadcast(_of_row(operands.scales, point, [number]), TILE)
 
             def part(first: int) -> Stmt:
-                codes = _of_row(operands.codes, point, [number, _ramp(index(first))])
+                codes = _of_row(operands.codes, point, [number, ramp(first, TILE)])
                 value = tirx.Cast(f"float32x{TILE}", tirx.Cast(f"int32x{TILE}", codes)) * scale
                 bits = tirx.Cast(f"uint16x{TILE}", tirx.shift_right(_half_up(value), _splat(16)))
-                return store(rounded, bits, [row, _ramp(number * size + first)])
+                return store(rounded, bits, [row, ramp(number * size + first, TILE)])
 
             return sequence([part(first) for first in range(0, size, TILE)])
 
@@ -169,7 +170,7 @@ class _Emitter:
                 block = tirx.floordiv(base + start + (part if part < width else 0), index(TILE))
                 for pair, value in enumerate(_pairs(analysis, block, number)):
                     at = first + number * (layout.step // 2) + pair
-                    statements.append(store(panel, value, [at, index(0), _ramp(index(part))]))
+                    statements.append(store(panel, value, [at, index(0), ramp(part, TILE)]))
             return sequence(statements)
 
         return loop(self.depth // layout.step, step)
@@ -228,7 +229,7 @@ def _pairs(analysis: QuantizedMatmulAnalysis, block: Expr, step: Expr) -> list[E
 
 
 def _parameters(read: TensorLoad, block: Expr, group: Expr) -> Expr:
-    values = load(read.source, [block, group, _ramp(index(0))])
+    values = load(read.source, [block, group, ramp(0, TILE)])
     if str(read.source.dtype) == "uint8":
         values = tirx.Cast(f"int32x{TILE}", values)
     return tirx.Cast(f"float32x{TILE}", values)
@@ -246,7 +247,3 @@ def _of_row(read: TensorLoad, point: Mapping[Var, Expr], last: Sequence[Expr]) -
 
 def _splat(value: int) -> Expr:
     return tirx.Broadcast(tirx.const(value, "uint32"), TILE)
-
-
-def _ramp(base: Expr) -> Expr:
-    return tirx.Ramp(base, tirx.const(1, "int64"), TILE)

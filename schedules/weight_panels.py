@@ -14,7 +14,7 @@ from tvm.ir import Expr, TensorLoad, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.intrin.integer_dot import IntegerDot
-from schedules.loops import index, load, local, loop, store
+from schedules.loops import index, load, local, loop, ramp, store
 from schedules.quantized_operators import QuantizedProduct
 from schedules.quantized_structure import Operands
 from schedules.stages import sequence
@@ -42,7 +42,7 @@ class PackedWeights:
         column, columns = self.base + vector * lanes, index(layout.columns)
         first = tirx.floormod(column, columns) * layout.reduction
         source = self.operands.packed.source
-        packed = load(source, [tirx.floordiv(column, columns), number, _ramp(first, lanes * layout.reduction)])
+        packed = load(source, [tirx.floordiv(column, columns), number, ramp(first, lanes * layout.reduction)])
         return self.dot.unpack(packed, layout.bits)
 
     def scales(self, group: Expr, vector: int) -> Expr:
@@ -57,7 +57,7 @@ class PackedWeights:
     def _parameters(self, read: TensorLoad, group: Expr, vector: int) -> Expr:
         column, columns, lanes = self.base + vector * self.dot.lanes, index(self.product.layout.columns), self.dot.lanes
         weight_group = tirx.floordiv(group, index(self.product.group // self.product.activation_group))
-        place = [tirx.floordiv(column, columns), weight_group, _ramp(tirx.floormod(column, columns), lanes)]
+        place = [tirx.floordiv(column, columns), weight_group, ramp(tirx.floormod(column, columns), lanes)]
         values = load(read.source, place)
         if str(read.source.dtype) == "uint8":
             values = tirx.Cast(f"int32x{lanes}", values)
@@ -84,46 +84,49 @@ class WeightPanel:
 
     def filled(self, start: Expr, count: Expr) -> Stmt:
         """Return the code that unpacks `count` groups from `start` on."""
-        product, lanes = self.packed.product, self.packed.dot.lanes
-        each = product.layout.step // product.layout.reduction
+        product = self.packed.product
 
         def group(number: Expr) -> Stmt:
             statements: list[Stmt] = []
             for v in range(self.vectors):
-                here = _ramp(index(v * lanes), lanes)
                 for step in range(product.activation_group // product.layout.step):
-                    for half, codes in enumerate(self.packed.codes(start + number, step, v)):
-                        statements.append(store(self.memory[0], codes, [number, index(step * each + half), here]))
+                    packed = self.packed.codes(start + number, step, v)
+                    places = self._codes(number, step, v)
+                    statements += [store(self.memory[0], *each) for each in zip(packed, places, strict=True)]
                 values = (self.packed.scales(start + number, v), self.packed.zero_points(start + number, v))
                 for memory, value in zip(self.memory[1:], values, strict=False):
                     assert value is not None
-                    statements.append(store(memory, value, [number, here]))
+                    statements.append(store(memory, value, [number, self._columns(v)]))
             return sequence(statements)
 
         return loop(count, group)
 
     def codes(self, group: Expr, step: int, vector: int) -> list[Expr]:
         """Return the codes of one step of a group of the panel, as `PackedWeights` does."""
-        each = self.packed.product.layout.step // self.packed.product.layout.reduction
-        here = _ramp(index(vector * self.packed.dot.lanes), self.packed.dot.lanes)
-        return [load(self.memory[0], [group, index(step * each + half), here]) for half in range(each)]
+        return [load(self.memory[0], place) for place in self._codes(group, step, vector)]
 
     def scales(self, group: Expr, vector: int) -> Expr:
         """Return the scales of a group of the panel."""
-        return load(self.memory[1], [group, _ramp(index(vector * self.packed.dot.lanes), self.packed.dot.lanes)])
+        return load(self.memory[1], [group, self._columns(vector)])
 
     def zero_points(self, group: Expr, vector: int) -> Expr | None:
         """Return the zero points of a group of the panel; None where they are the middle of the codes."""
         if self.packed.operands.zero_points is None:
             return None
-        return load(self.memory[2], [group, _ramp(index(vector * self.packed.dot.lanes), self.packed.dot.lanes)])
+        return load(self.memory[2], [group, self._columns(vector)])
+
+    def _codes(self, group: Expr, step: int, vector: int) -> list[list[Expr]]:
+        """Return where the codes of one step lie."""
+        layout = self.packed.product.layout
+        each = layout.step // layout.reduction
+        return [[group, index(step * each + half), self._columns(vector)] for half in range(each)]
+
+    def _columns(self, vector: int) -> Expr:
+        lanes = self.packed.dot.lanes
+        return ramp(vector * lanes, lanes)
 
 
 def groups_of_panel(groups: int, activation_group: int, columns: int, target: Target) -> int:
     """Return how many groups of activations a panel of so many columns holds: equal parts of all, where that goes."""
     most = max(1, target.caches.level1 // _PART // (activation_group * columns))
     return -(-groups // -(-groups // most))
-
-
-def _ramp(base: Expr, lanes: int) -> Expr:
-    return tirx.Ramp(base, tirx.const(1, "int64"), lanes)

@@ -28,7 +28,7 @@ define weak_odr <{lanes} x float> @{call}(<{lanes} x float> %sum, ptr %weights, 
 {readers}attributes #0 = {{ {attributes} }}
 """
 # Rows of an odd number of elements begin at any of them, and end with half a pair.
-_READER = """define weak_odr i32 @{call}_1(ptr %from) #0 {{
+PAIR_READER = """define weak_odr i32 @{call}_1(ptr %from) #0 {{
   %last = load i16, ptr %from, align 2
   %pair = zext i16 %last to i32
   ret i32 %pair
@@ -88,4 +88,4 @@ def _readers(most: int) -> str:
         return _VECTOR_READER.format(call=_READ, count=count, elements=elements, whole=whole, own=own)
 
     vectors = [vector(count) for count in range(2, most + 1)]
-    return "".join([_READER.format(call=_READ), *([_FENCE] if vectors else []), *vectors])
+    return "".join([PAIR_READER.format(call=_READ), *([_FENCE] if vectors else []), *vectors])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.ir import Expr, TensorLoad
 
-from schedules.intrin.bf16_dot import PAIR
+from schedules.intrin.bf16_dot import PAIR, PAIR_READER
 from schedules.intrin.grouped_call import GroupedDot
 from schedules.intrin.llvm_functions import attributes
 from targets.base import Target
@@ -83,16 +83,7 @@ define weak_odr <8 x i32> @{call}(<8 x i32> %sum, ptr %weights, i32 %pair) #0 {{
   %result = call <8 x i32> asm sideeffect "", "=x,0"(<8 x i32> %total) nounwind memory(none)
   ret <8 x i32> %result
 }}
-define weak_odr i32 @{read}_1(ptr %from) #0 {{
-  %last = load i16, ptr %from, align 2
-  %pair = zext i16 %last to i32
-  ret i32 %pair
-}}
-define weak_odr i32 @{read}_2(ptr %from) #0 {{
-  %pair = load i32, ptr %from, align 2
-  ret i32 %pair
-}}
-attributes #0 = {{ {attributes} }}
+{readers}attributes #0 = {{ {attributes} }}
 """
 _AVX2_DECLARED = """declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)
 declare <8 x float> @llvm.arithmetic.fence.v8f32(<8 x float>)"""
@@ -139,7 +130,7 @@ def word_dot(target: Target) -> GroupedDot | None:
     if not splits_operands(target):
         return None
     call, read = f"{_DOT}_{WORD}", f"{_READ}_{WORD}"
-    source = _WORDS.format(call=call, read=read, attributes=attributes(target))
+    source = _WORDS.format(call=call, readers=PAIR_READER.format(call=read), attributes=attributes(target))
     return GroupedDot(8, PAIR, "int32", call, read, f"{_AVX2_DECLARED}{source}", 1)
 
 
