@@ -11,13 +11,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 import click
 import numpy as np
 
-from benchmarks.kernels import KernelCase, attention, convolution, matmul, rows, transpose
+from benchmarks.integer_convolutions import byte_convolutions
+from benchmarks.integer_products import byte_product
+from benchmarks.kernels import KernelCase, any_rows, attention, convolution, matmul, quantized, rows, transpose
+from benchmarks.row_kernels import grouped_decode
 from benchmarks.tables import random_inputs
 from optimizer.compile import CompileOptions, compile_model, find_target
 from optimizer.package.alignment import aligned_copy
@@ -34,6 +38,29 @@ _SECONDS = 0.02
 _REPEATS = 3
 
 Scan = Callable[[int], KernelCase]
+
+
+def _bytes_by_bytes(m: int, n: int, k: int) -> KernelCase:
+    return KernelCase(f"gemm_int8_{m}x{n}x{k}", byte_product(m, n, k), "integer", 2 * m * n * k)
+
+
+def _byte_layers(inputs: int, outputs: int, size: int, kernel: int, *, depthwise: bool = False) -> KernelCase:
+    """Return two layers between codes, there and back: codes between them may lie in any layout."""
+    model = byte_convolutions(2, [inputs, outputs], size, kernel, depthwise=depthwise)
+    multiplied = inputs * (1 if depthwise else outputs) * kernel**2 * size**2
+    return KernelCase(f"conv_int8_{inputs}_{outputs}_{size}", model, "integer", 2 * 2 * multiplied)
+
+
+def _by_multiplications(case: KernelCase, work: int) -> KernelCase:
+    """Return a kernel whose work is its multiply-adds for few rows, too, whose time their reads bound."""
+    return replace(case, bound="integer", work=work)
+
+
+def _decode(keys: int, size: int) -> KernelCase:
+    cached = 2 * 4 * 8 * keys * size
+    return KernelCase(f"decode_{keys}x{size}", grouped_decode(32, 8, keys, size), "read", cached)
+
+
 SCANS: Mapping[str, Scan] = {
     "gemm_m": lambda size: matmul(size, 256, 256),
     "gemm_n": lambda size: matmul(256, size, 256),
@@ -52,6 +79,39 @@ SCANS: Mapping[str, Scan] = {
     "conv3x3_inputs": lambda size: convolution("conv", size, 64, _IMAGE, 3),
     "conv3x3_outputs": lambda size: convolution("conv", 64, size, _IMAGE, 3),
     "depthwise3x3_channels": lambda size: convolution("conv", size, size, _IMAGE, 3, groups=size),
+    "depthwise3x3_image": lambda size: convolution("conv", 32, 32, (size, size), 3, groups=32),
+    "depthwise3x3_s2_image": lambda size: convolution("conv", 32, 32, (2 * size - 1, 2 * size - 1), 3, 2, groups=32),
+    "depthwise5x5_channels": lambda size: convolution("conv", size, size, _IMAGE, 5, groups=size),
+    "depthwise7x7_image": lambda size: convolution("conv", 32, 32, (size, size), 7, groups=32),
+    # Channels of each of eight groups, and groups of eight channels.
+    "grouped3x3_width": lambda size: convolution("conv", 8 * size, 8 * size, (14, 14), 3, groups=8),
+    "grouped3x3_groups": lambda size: convolution("conv", 8 * size, 8 * size, (14, 14), 3, groups=size),
+    "conv1d3_length": lambda size: convolution("conv", 64, 64, (size,), 3),
+    "conv1d3_inputs": lambda size: convolution("conv", size, 64, (500,), 3),
+    "conv1d3_outputs": lambda size: convolution("conv", 64, size, (500,), 3),
+    "conv3d3x3x3_image": lambda size: convolution("conv", 16, 16, (4, size, size), 3),
+    "conv3d3x3x3_outputs": lambda size: convolution("conv", 16, size, (4, 14, 14), 3),
+    "transposed2x2_image": lambda size: convolution("conv", 32, 32, (size, size), 2, 2, 0, transposed=True),
+    "transposed2x2_inputs": lambda size: convolution("conv", size, 64, _IMAGE, 2, 2, 0, transposed=True),
+    "transposed2x2_outputs": lambda size: convolution("conv", 64, size, _IMAGE, 2, 2, 0, transposed=True),
+    "transposed4x4_outputs": lambda size: convolution("conv", 64, size, (14, 14), 4, 2, 1, transposed=True),
+    "conv3x3_int8_image": lambda size: _byte_layers(32, 32, size, 3),
+    "conv3x3_int8_channels": lambda size: _byte_layers(64, size, 28, 3),
+    "conv1x1_int8_channels": lambda size: _byte_layers(64, size, 28, 1),
+    "depthwise3x3_int8_channels": lambda size: _byte_layers(size, size, 28, 3, depthwise=True),
+    "depthwise3x3_int8_image": lambda size: _byte_layers(32, 32, size, 3, depthwise=True),
+    "gemm_int8_m": lambda size: _bytes_by_bytes(size, 256, 256),
+    "gemm_int8_n": lambda size: _bytes_by_bytes(256, size, 256),
+    "gemm_int8_k": lambda size: _bytes_by_bytes(256, 256, size),
+    "gemm_any_m": lambda size: any_rows(matmul(size, 256, 256)),
+    # Products with weights of 4 bits: of one row by its results and by its groups of 32, and of more rows.
+    "int4_n": lambda size: quantized(1, 512 + size, 512),
+    "int4_k": lambda size: quantized(1, 1024, 32 * size),
+    "int4_m": lambda size: _by_multiplications(quantized(size, 512, 512), 2 * size * 512 * 512),
+    "int4_any_m": lambda size: any_rows(_by_multiplications(quantized(size, 512, 512), 2 * size * 512 * 512)),
+    "attention_decode_keys": lambda size: _decode(256 + size, 64),
+    "attention_decode_size": lambda size: _decode(512, size),
+    "log_softmax_width": lambda size: rows("log_softmax", "LogSoftmax", _ELEMENTS // size, size),
 }
 """The scans by name: the kernel of each size."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -62,10 +62,10 @@ def cases() -> Iterator[KernelCase]:
         yield KernelCase(f"activations_int8_{images}x{m}x{n}x{k}", model, "integer", 2 * images * m * n * k)
     yield _gemv(4096, 4096)
     for n, k in ((1536, 576), (49152, 576), (4864, 896), (896, 4864), (8192, 2048), (2048, 8192), (128256, 2048)):
-        yield _quantized(1, n, k)
+        yield quantized(1, n, k)
     for m in (2, 4, 8, 512):
         for n, k in ((1536, 576), (4864, 896), (8192, 2048), (2048, 8192)):
-            yield _quantized(m, n, k)
+            yield quantized(m, n, k)
     for channels, size in ((64, 56), (128, 28), (256, 14), (512, 7)):
         yield _convolutions(f"conv3x3_{channels}_{size}", [channels, channels], size, 3)
         yield _convolutions(f"conv1x1_{channels}_{4 * channels}_{size}", [channels, 4 * channels], size, 1)
@@ -100,14 +100,25 @@ def matmul(m: int, n: int, k: int) -> KernelCase:
     return KernelCase(f"gemm_{m}x{n}x{k}", model, "compute", 2 * m * n * k)
 
 
+def any_rows(case: KernelCase) -> KernelCase:
+    """Return a product whose number of rows only its inputs say: as many as before, by the model's metadata."""
+    model = onnx.ModelProto()
+    model.CopyFrom(case.model)
+    dimensions = [value.type.tensor_type.shape.dim[0] for value in (*model.graph.input, *model.graph.output)]
+    helper.set_model_props(model, {"size rows": str(dimensions[0].dim_value)})
+    for dimension in dimensions:
+        dimension.dim_param = "rows"
+    return replace(case, name=f"{case.name}_any_rows", model=model)
+
+
 def _gemv(n: int, k: int) -> KernelCase:
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
     model = _model(nodes, {"x": (1, k)}, {"y": (1, n)}, {"w": _weights((k, n), k)})
     return KernelCase(f"gemv_{n}x{k}", model, "read", _FLOAT_BYTES * n * k)
 
 
-def _quantized(m: int, n: int, k: int) -> KernelCase:
-    """A product with weights of 4 bits in blocks of 32, with int8 activations, of a decoder's layers or its head."""
+def quantized(m: int, n: int, k: int) -> KernelCase:
+    """Return a product with weights of 4 bits in blocks of 32, with int8 activations, of a decoder's layers or head."""
     generator = np.random.default_rng(0)
     blocks = k // _WEIGHT_BLOCK
     node = helper.make_node(

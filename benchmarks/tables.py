@@ -114,16 +114,17 @@ def _size_of(dimension: str | int, sizes: Mapping[str, int]) -> int:
 
 
 def random_inputs(model: Path) -> dict[str, np.ndarray]:
-    """Return normal values for the inputs, all static, of a model, and any codes or truth values for those of them.
+    """Return normal values for the inputs of a model, and any codes or truth values for those of them.
 
-    Integers are positions, below what the model's metadata says.
+    Integers are positions, below what the model's metadata says, as it says how large symbolic dimensions are.
     """
     generator = np.random.default_rng(_SEED)
     loaded = onnx.load(model, load_external_data=False)
     metadata = {entry.key: entry.value for entry in loaded.metadata_props}
     inputs: dict[str, np.ndarray] = {}
     for value in loaded.graph.input:
-        shape = [size.dim_value for size in value.type.tensor_type.shape.dim]
+        dimensions = value.type.tensor_type.shape.dim
+        shape = [int(metadata[f"size {each.dim_param}"]) if each.dim_param else each.dim_value for each in dimensions]
         kind = value.type.tensor_type.elem_type
         if kind == onnx.TensorProto.UINT8:
             inputs[value.name] = generator.integers(0, 256, shape, np.uint8)
