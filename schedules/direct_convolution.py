@@ -26,6 +26,7 @@ from schedules.convolution import split_producer
 from schedules.convolution_tile import (
     column_extent,
     follows_positions,
+    parts_rows_of_taps,
     register_tile,
     task_shape,
     tiles_together,
@@ -96,7 +97,9 @@ class DirectConvolution:
         """Return the loop nest."""
         dot = _dot(analysis, target)
         statement = emitter(analysis, parameters, target, dot).statement()
-        return statement if dot is None else with_fences(dot.imported(statement), target)
+        if dot is not None:
+            statement = dot.imported(statement)
+        return with_fences(statement, target) if dot is not None or parts_rows_of_taps(analysis, target) else statement
 
 
 def _dot(analysis: ChannelWindows, target: Target) -> GroupedDot | None:
@@ -109,7 +112,8 @@ def emitter(analysis: ChannelWindows, parameters: Parameters, target: Target, do
     ahead = STEPS_AHEAD if target.multiply_adds > 1 else 0
     together = tiles_together(analysis, target, parameters["blocks"])
     by_position = follows_positions(analysis, target)
-    return Emitter(analysis, parameters, dot, multiplies_by_element(target), ahead, together, by_position)
+    by_rows = parts_rows_of_taps(analysis, target)
+    return Emitter(analysis, parameters, dot, multiplies_by_element(target), ahead, together, by_position, by_rows)
 
 
 def analyse(kernel: Kernel) -> ChannelWindows | None:
@@ -133,6 +137,7 @@ class Emitter:
     ahead: int
     together: int = 1
     by_position: bool = False
+    rows_apart: bool = False
 
     @cached_property
     def stage(self) -> Stage:
@@ -265,4 +270,5 @@ class Emitter:
             border,
             self.ahead,
             self.by_position,
+            self.rows_apart,
         ).statement()

@@ -32,7 +32,8 @@ class RegisterTile:
     """One register tile: `blocks` from block `first` of group `group` by `columns` from `start`.
 
     Weights are asked for `ahead` steps before, if that is not 0. `by_position` is whether the taps of a row follow the
-    elements that they read (`convolution_tile.follows_positions`).
+    elements that they read (`convolution_tile.follows_positions`), `rows_apart` whether a fence stands before each row
+    of taps (`convolution_tile.parts_rows_of_taps`).
     """
 
     analysis: ChannelWindows
@@ -47,6 +48,7 @@ class RegisterTile:
     border: int | None
     ahead: int = 0
     by_position: bool = False
+    rows_apart: bool = False
 
     @cached_property
     def dtype(self) -> str:
@@ -206,7 +208,8 @@ class RegisterTile:
             # Lane by lane, neighbouring taps read the same vectors.
             return unrolled(axis.extent, body)
         terms = self._terms(axis)
-        return loop(quotient(axis.extent, terms), lambda i: body(i * terms))
+        taps = loop(quotient(axis.extent, terms), lambda i: body(i * terms))
+        return sequence([fence(), taps]) if innermost and self.rows_apart else taps
 
     def _positions(self, axis: Axis, values: Point, window: ChannelWindow | None) -> Stmt:
         """Return the taps of a row in the order of what they read: each element is in a register for its taps alone."""

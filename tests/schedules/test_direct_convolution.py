@@ -252,3 +252,19 @@ def test_with_few_registers_no_part_of_an_image_is_a_remainder(outputs: int, siz
     tiles = -(-(size**2) // parameters["columns"])
     parts = -(-tiles // parameters["column_tiles"])
     assert tiles - (parts - 1) * parameters["column_tiles"] > parameters["column_tiles"] - parts
+
+
+@pytest.mark.parametrize(("kernel", "tile"), [(4, (2, 5)), (16, (2, 5)), (7, (4, 2))])
+def test_columns_that_read_no_element_together_need_no_registers_for_them(kernel: int, tile: tuple[int, int]) -> None:
+    target, stride = targets.get("x86-avx2"), 2 if kernel == 7 else kernel
+    x, w = normal(1, 3, 14 * kernel, 14 * kernel), normal(96, 3, kernel, kernel, seed=1)
+
+    def layer(x: relax.Var) -> relax.Expr:
+        return op.nn.conv2d(x, relax.const(w), strides=stride, padding=(kernel - stride) // 2)
+
+    module = lower(BlockChannels(target.layouts.channel_block).run(module_of(layer, [x.shape], ["float32"])).module)
+    module, reports = schedule_module(module, target)
+    (found,) = (each.parameters for each in reports if each.family == "direct-convolution")
+    assert (found["blocks"], found["columns"]) == tile
+    want = convolve(x, w, stride, (kernel - stride) // 2)
+    np.testing.assert_allclose(compiled(module, target)(x), want, rtol=1e-6, atol=sum_tolerance(w[0].size, 1.0))
