@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.tirx.stmt import Stmt
 
 from schedules import attention_rows, attention_tiles
-from schedules.attention_groups import size_of_group
+from schedules.attention_groups import groups_of
 from schedules.attention_mask import end_of_seen
 from schedules.attention_structure import AttentionAnalysis, analyse
 from schedules.by_element import terms_at_once
@@ -89,9 +89,9 @@ class Attention:
         # spread, they save 11 % of the time of 1500 keys (Zen 3).
         spreads = target.multiply_adds > 1 or target.has_few_registers
         together = target.has_few_registers and dot is None
-        group = size_of_group(analysis, lane.extent, lanes * vectors, target) if together else 1
+        groups = groups_of(analysis, lane.extent, lanes * vectors, target) if together else None
         blocks = attention_tiles.Blocks(
-            lanes, rows, vectors, block, terms_at_once(target), powers, tiles, spreads, group
+            lanes, rows, vectors, block, terms_at_once(target), powers, tiles, spreads, groups
         )
         many = attention_tiles.emit(analysis, lane, blocks, dot, target)
         if isinstance(lane.extent, int):

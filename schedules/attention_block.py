@@ -302,6 +302,21 @@ def _kept(task: Block, sums: Var, lanes: int, start: Expr, keys: int, heads: ran
     return kept
 
 
+def shared_heads(analysis: AttentionAnalysis, axes: Sequence[Axis]) -> Heads:
+    """Return that of `axes` which keys and values depend on only by its quotient by some number, and that number.
+
+    The heads of a group may also be an axis of their own, on which keys and values do not depend at all.
+    """
+    for axis in axes:
+        if not isinstance(axis.extent, int):
+            continue
+        counts = {quotient_of(expression, axis) for expression in (analysis.keys, analysis.values)}
+        count = counts.pop()
+        if not counts and count is not None and count > 1 and axis.extent % count == 0:
+            return Heads(axis, count)
+    return Heads(None, 1)
+
+
 def quotient_of(expression: Expr, axis: Axis) -> int | None:
     """Return n where `expression` depends on `axis` through axis // n alone, at most the axis's extent."""
     divisors: list[int] = []

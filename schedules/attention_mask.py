@@ -42,18 +42,34 @@ def end_of_seen(analysis: AttentionAnalysis) -> Expr | None:
     return None if condition is None else _end(condition, analysis)
 
 
-def hides_only_ends(analysis: AttentionAnalysis) -> bool:
-    """Return whether the mask hides no other keys than those from `end_of_seen` on."""
+def hides_only_ends(analysis: AttentionAnalysis, *, several: bool = False) -> bool:
+    """Return whether the mask hides no other keys than those from `end_of_seen` on.
+
+    Its end may be the least of `several`, such as that of a causal mask and that of the keys there are.
+    """
     condition = hides(analysis)
-    if condition is not None and isinstance(condition, tirx.Not):
+    if condition is None:
+        return False
+    if several:
+        return all(_end(part, analysis) is not None for part in _alternatives(condition))
+    if isinstance(condition, tirx.Not):
         condition = condition.a
     return isinstance(condition, _COMPARISONS) and end_of_seen(analysis) is not None
 
 
-def seen_logit(analysis: AttentionAnalysis) -> Expr | None:
+def _alternatives(hidden: Expr) -> list[Expr]:
+    """Return the conditions of which each hides a key."""
+    if isinstance(hidden, tirx.Or):
+        return [*_alternatives(hidden.a), *_alternatives(hidden.b)]
+    if isinstance(hidden, tirx.Not) and isinstance(hidden.a, tirx.And):
+        return [*_alternatives(tirx.Not(hidden.a.a)), *_alternatives(tirx.Not(hidden.a.b))]
+    return [hidden]
+
+
+def seen_logit(analysis: AttentionAnalysis, *, several: bool = False) -> Expr | None:
     """Return the logit of a key that a mask which hides only ends does not hide; None for any other mask."""
     condition = hides(analysis)
-    if condition is None or not hides_only_ends(analysis):
+    if condition is None or not hides_only_ends(analysis, several=several):
         return None
     negated = isinstance(condition, tirx.Not)
     comparison = condition.a if negated else condition

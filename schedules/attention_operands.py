@@ -113,13 +113,16 @@ def _elements_of_line(element: Expr) -> int:
 class Operand:
     """Keys or values in the tiles of a task: `element` at the task's point, or a block of copies of it in fp32."""
 
-    def __init__(self, element: Expr, key: Axis, axis: Axis, keys: int) -> None:
-        """Make room for `keys` keys by all of `axis`, where the element is not read in place."""
+    def __init__(self, element: Expr, key: Axis, axis: Axis, keys: int, *, between: int = 0) -> None:
+        """Make room for `keys` keys by all of `axis`, where the element is not read in place.
+
+        `between` numbers are left free behind each key.
+        """
         self._element = element
         self._key, self._axis = key, axis
         self.copy: Var | None = None
         if not is_plain(element) and isinstance(axis.extent, int):
-            self.copy = local([keys, axis.extent], FLOAT, "widened")
+            self.copy = local([keys, axis.extent + between], FLOAT, "widened")
 
     @property
     def is_contiguous(self) -> bool:

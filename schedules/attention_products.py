@@ -214,7 +214,7 @@ def _where_seen(task: Task, end: Expr, logits: Callable[[Expr], Stmt]) -> Stmt:
     analysis = task.analysis
     if task.scale is not None:
         return logits(analysis.score)
-    visible, bound = seen_logit(analysis), end_of_seen(analysis)
+    visible, bound = seen_logit(analysis, several=task.number is not None), end_of_seen(analysis)
     if visible is None or bound is None:
         return logits(analysis.logit)
     seen = end <= task.at(bound, {task.lane.variable: task.query(index(0))})

@@ -22,9 +22,8 @@ from schedules.attention_block import (
     SUMS_AT_ONCE,
     Block,
     Following,
-    Heads,
     products,
-    quotient_of,
+    shared_heads,
     while_summing,
 )
 from schedules.attention_joining import LOWEST, ZERO, Row, joined
@@ -63,7 +62,7 @@ VECTORS_AT_ONCE = 4
 def emit(analysis: AttentionAnalysis, target: Target, key_block: int) -> Stmt:
     """Return the parallel loops over blocks of keys, and over their results."""
     lanes, own_registers = target.vector_lanes(32), target.vector_registers if can_free_registers(target) else 0
-    heads = _shared_heads(analysis)
+    heads = shared_heads(analysis, _axes(analysis))
     axes = [axis for axis in _axes(analysis) if axis is not heads.axis]
     groups = 1 if heads.axis is None else int(heads.axis.extent) // heads.count
     outer = [*(axis.extent for axis in axes), groups]
@@ -153,21 +152,6 @@ def _blocks(keys: Extent, room: int, lanes: int, outer: Sequence[Extent]) -> tup
 def _axes(analysis: AttentionAnalysis) -> list[Axis]:
     """Return the axes of heads and queries."""
     return [*analysis.outer, *([] if analysis.lane is None else [analysis.lane])]
-
-
-def _shared_heads(analysis: AttentionAnalysis) -> Heads:
-    """Return the axis that keys and values depend on only by its quotient by some number of heads, and that number.
-
-    The heads of a group may also be an axis of their own, on which keys and values do not depend at all.
-    """
-    for axis in _axes(analysis):
-        if not isinstance(axis.extent, int):
-            continue
-        counts = {quotient_of(expression, axis) for expression in (analysis.keys, analysis.values)}
-        count = counts.pop()
-        if not counts and count is not None and count > 1 and axis.extent % count == 0:
-            return Heads(axis, count)
-    return Heads(None, 1)
 
 
 def _block(task: Block) -> list[Stmt]:

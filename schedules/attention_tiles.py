@@ -11,13 +11,14 @@ from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
 from schedules.attention_exponentials import exponentials, factor, subtrahend, updated
-from schedules.attention_groups import in_turns
+from schedules.attention_groups import Groups, first_query, in_turns, sees_first
 from schedules.attention_joining import LOWEST, LOWEST_NUMBER
-from schedules.attention_mask import all_seen, any_seen, end_of_seen, hides, hides_only_ends
+from schedules.attention_key_blocks import if_seen, over_keys, up_to_end
+from schedules.attention_mask import all_seen, end_of_seen
 from schedules.attention_matrices import TERMS, Matrices, in_tiles, rounded_up
 from schedules.attention_operands import Operand
 from schedules.attention_pairs import Pairs, packed
-from schedules.attention_products import FLOAT, ZERO, Task, cleared, scores, weighted
+from schedules.attention_products import FLOAT, Task, cleared, scores, weighted
 from schedules.attention_structure import AttentionAnalysis, scale_of_score
 from schedules.attention_turning import turned_queries, written
 from schedules.family import is_large
@@ -37,7 +38,6 @@ from schedules.loops import (
     region,
     store,
     then_wait,
-    tiles,
     unflatten,
     vector,
     with_local,
@@ -55,7 +55,7 @@ class Blocks:
 
     `elements` of a key or value are loaded at once. `powers` are those of two by the target's own instructions, and
     `tiles` products of bfloat16 in its tile registers. `spreads` is whether requests for keys and values are made
-    between products. A task takes `group` blocks of queries, each block of keys for all of them.
+    between products. Tasks take `groups` of blocks of queries, each block of keys for all of one.
     """
 
     lanes: int
@@ -66,7 +66,7 @@ class Blocks:
     powers: PowersOfTwo | None
     tiles: MatrixTiles | None = None
     spreads: bool = False
-    group: int = 1
+    groups: Groups | None = None
 
 
 def emit(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, dot: Bf16Pairs | None, target: Target) -> Stmt:
@@ -103,6 +103,8 @@ def _widths(queries: int, blocks: Blocks, narrowest: int) -> list[int]:
 
 
 def _tasks(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, pairs: Pairs | None, clamped: bool) -> Stmt:
+    if blocks.groups is not None and not clamped:
+        return _tasks_of_groups(analysis, lane, blocks, blocks.groups)
     outer = [axis.extent for axis in analysis.outer]
     queries, block = lane.extent, blocks.lanes * blocks.vectors
     # Vectors of half the size cost half as much, as far as there are instructions on them.
@@ -110,8 +112,6 @@ def _tasks(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, pairs: Pairs
     last = _widths(queries, blocks, narrowest) if isinstance(queries, int) else []
     whole = queries // block if isinstance(queries, int) else ceiling(queries, block)
     count = whole + len(last) if isinstance(whole, int) else whole
-    if blocks.group > 1:
-        count = ceiling(ceiling(queries, block), blocks.group)
 
     parts = 1 if pairs is None else pairs.parts
     extents = outer if pairs is None or parts == 1 else [pairs.first_heads, *outer[1:]]
@@ -120,8 +120,6 @@ def _tasks(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, pairs: Pairs
         def of(first: Expr, width: int) -> Stmt:
             return _block_of_queries(analysis, lane, blocks, pairs, point, (first, width), clamped)
 
-        if blocks.group > 1:
-            return of(part * (blocks.group * block), block)
         body = of(part * block, block)
         done = whole * block
         for position, width in enumerate(last):
@@ -138,7 +136,7 @@ def _tasks(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, pairs: Pairs
         part = Var("part", INDEX)
         return sequence([tirx.Bind(part, _in_turn(analysis, turn, count)), blocks_at(point, part)])
 
-    large = is_large(product([*outer, queries, analysis.key.extent, analysis.depth.extent]))
+    large = is_large(product([*outer, queries, *_terms(analysis)]))
     if pairs is not None and pairs.owned:
         return pairs.imported(_by_heads(analysis, pairs, count, large, blocks_at))
 
@@ -156,6 +154,47 @@ def _tasks(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, pairs: Pairs
 
     shares = [*pairs.begin(), loop(parts, both), *pairs.end()]
     return pairs.imported(with_local(pairs.buffers, [region(shares) if large else sequence(shares)]))
+
+
+def _tasks_of_groups(analysis: AttentionAnalysis, lane: Axis, blocks: Blocks, groups: Groups) -> Stmt:
+    """Return the parallel loop over groups of blocks of queries of the heads that share keys and values."""
+    shared, block = groups.heads, blocks.lanes * blocks.vectors
+    extents = [axis.extent // shared.count if axis is shared.axis else axis.extent for axis in analysis.outer]
+    own = product([shared.count, ceiling(lane.extent, block)])
+    size, count = Var("size", INDEX), Var("count", INDEX)
+
+    def task(number: Expr) -> Stmt:
+        *outside, turn = unflatten(number, [*extents, count])
+        point = {axis.variable: value for axis, value in zip(analysis.outer, outside, strict=True)}
+        if shared.axis is not None:
+            point[shared.axis.variable] = point[shared.axis.variable] * shared.count
+        first = Var("first", INDEX)
+        part = first, tirx.min(size, index(own) - first)
+        return sequence([tirx.Bind(first, _in_turn(analysis, turn, count) * size), of_group(point, part)])
+
+    def of_group(point: Mapping[Var, Expr], part: tuple[Expr, Expr]) -> Stmt:
+        task, buffers = _new_task(analysis, lane, blocks, None, (point, index(0), index(0)), block, False, groups.most)
+        end = end_of_seen(analysis)
+
+        def in_blocks(of_block: Callable[[Expr, Extent], Stmt]) -> list[Stmt]:
+            if end is None:
+                return over_keys(task, of_block)
+            first, last = (first_query(task, groups, number) for number in (part[0], part[0] + part[1] - 1))
+            stop = task.at(end, {lane.variable: last + (task.queries - 1)})
+            return up_to_end(task, stop, sees_first(task, first), of_block)
+
+        def of_keys(own: Task, base: Expr, extent: Extent) -> Stmt:
+            return _part(own, base, extent) if end is None else sequence(_key_block(own, base, extent, False))
+
+        return with_local(buffers, [in_turns(task, groups, part, in_blocks, of_keys)])
+
+    large = is_large(product([*(axis.extent for axis in analysis.outer), lane.extent, *_terms(analysis)]))
+    begin = [tirx.Bind(size, index(groups.size)), tirx.Bind(count, tirx.floordiv(index(own) + size - 1, size))]
+    return sequence([*begin, parallel(product([*extents, count]), task, large)])
+
+
+def _terms(analysis: AttentionAnalysis) -> tuple[Extent, Extent]:
+    return analysis.key.extent, analysis.depth.extent
 
 
 def _by_heads(
@@ -207,18 +246,38 @@ def _block_of_queries(
 ) -> Stmt:
     """Return the attention of the queries from `part[0]` on, `part[1]` of them."""
     first, block = part
-    queries, key_block = lane.extent, blocks.keys
-    depth, columns = analysis.depth.extent, analysis.column.extent
-    exact = clamped or (isinstance(queries, int) and queries % block == 0)
     # The last block begins earlier where the queries do not divide; what it has in common is written once.
+    exact = clamped or (isinstance(lane.extent, int) and lane.extent % block == 0)
     start: Expr = first if exact else Var("start", INDEX)
-    group = blocks.group
-    keys = Operand(analysis.keys, analysis.key, analysis.depth, key_block)
-    values = Operand(analysis.values, analysis.key, analysis.column, key_block)
+    task, buffers = _new_task(analysis, lane, blocks, pairs, (point, start, first - start), block, clamped)
+    begin = [] if exact else [tirx.Bind(start, tirx.min(first, index(lane.extent) - block))]
+    return with_local(buffers, [*begin, *_body(task)])
+
+
+def _new_task(
+    analysis: AttentionAnalysis,
+    lane: Axis,
+    blocks: Blocks,
+    pairs: Pairs | None,
+    place: tuple[Mapping[Var, Expr], Expr, Expr],
+    block: int,
+    clamped: bool,
+    together: int = 1,
+) -> tuple[Task, list[Var]]:
+    """Return a task for `block` queries at a head, a first query and the first that is written, and its buffers.
+
+    They have room for as many blocks as are taken `together`.
+    """
+    (point, start, first), key_block = place, blocks.keys
+    depth, columns = analysis.depth.extent, analysis.column.extent
+    # Rows of whole lines, an even number of them, would lie in few sets of the first-level cache.
+    between = 0 if blocks.groups is None else blocks.lanes * blocks.vectors
+    keys = Operand(analysis.keys, analysis.key, analysis.depth, key_block, between=between)
+    values = Operand(analysis.values, analysis.key, analysis.column, key_block, between=between)
     buffers = {
-        "turned": local([group * depth, block], FLOAT, "turned"),
+        "turned": local([together * depth, block], FLOAT, "turned"),
         "weights": local([key_block, block], FLOAT, "weights"),
-        "sums": local([group * columns, block], FLOAT, "sums"),
+        "sums": local([together * columns, block], FLOAT, "sums"),
         **{name: local([block], FLOAT, name) for name in ("largest", "total", "factor", "bound")},
     }
     operands = [*keys.buffers, *values.buffers]
@@ -226,16 +285,12 @@ def _block_of_queries(
         buffers |= _buffers_of_pairs(analysis, pairs, key_block, block)
         operands = []
     task = Task(
-        analysis, lane, min(blocks.lanes, block), blocks.rows, block, key_block, point, start, first - start, clamped,
+        analysis, lane, min(blocks.lanes, block), blocks.rows, block, key_block, point, start, first, clamped,
         depth, columns, keys, values, blocks.elements, scale=scale_of_score(analysis), powers=blocks.powers,
-        pairs=pairs, spreads=blocks.spreads and group == 1 and pairs is None and isinstance(depth, int), **buffers,
+        pairs=pairs, spreads=blocks.spreads and blocks.groups is None and pairs is None and isinstance(depth, int),
+        **buffers,
     )  # fmt: skip
-    if group > 1:
-        count = tirx.min(index(group), ceiling(queries, block) - tirx.floordiv(first, index(block)))
-        steps = in_turns(task, group, (first, count), partial(_over_keys, task), _part)
-        return with_local([*buffers.values(), *operands], [steps])
-    begin = [] if exact else [tirx.Bind(start, tirx.min(first, index(queries) - block))]
-    return with_local([*buffers.values(), *operands], [*begin, *_body(task)])
+    return task, [*buffers.values(), *operands]
 
 
 def _buffers_of_pairs(analysis: AttentionAnalysis, pairs: Pairs, keys: int, queries: int) -> dict[str, Var]:
@@ -279,85 +334,16 @@ def _body(task: Task) -> list[Stmt]:
 
     part = partial(_part, task)
     if end is not None:
-        return [*start, *_up_to_end(task, end, part), written(task)]
-    return [*start, *_over_keys(task, part), written(task)]
+        last = task.at(end, {task.lane.variable: task.query(index(task.queries - 1))})
+        met = all_seen(task.largest, task.queries)
+        return [*start, *up_to_end(task, last, met, part), written(task)]
+    return [*start, *over_keys(task, part), written(task)]
 
 
 def _part(task: Task, base: Expr, extent: Extent) -> Stmt:
     steps = sequence(_key_block(task, base, extent, False))
     # What is left of the keys by whole blocks is not looked at.
-    return steps if isinstance(extent, int) and extent < task.key_block else _if_seen(task, base, extent, steps)
-
-
-def _over_keys(task: Task, part: Callable[[Expr, Extent], Stmt]) -> list[Stmt]:
-    """Return the loops over blocks of keys of what `part` does with some from one on."""
-    keys = task.analysis.key.extent
-    if not isinstance(keys, int):
-
-        def at_most(number: Expr) -> Stmt:
-            base = number * task.key_block
-            return part(base, tirx.min(index(task.key_block), keys - base))
-
-        return [loop(ceiling(keys, task.key_block), at_most)]
-    full, rest = divmod(keys, task.key_block)
-    last = [part(index(full * task.key_block), rest)] if rest else []
-    return [loop(full, lambda number: part(number * task.key_block, task.key_block)), *last]
-
-
-def _up_to_end(task: Task, end: Expr, part: Callable[[Expr, Extent], Stmt]) -> list[Stmt]:
-    """Return the blocks of keys before the first that the mask hides from all queries, and where needed those behind.
-
-    A query that has met no key that it sees by then sees none at all: its result comes from all that are hidden.
-    """
-    keys = index(task.analysis.key.extent)
-    last = task.at(end, {task.lane.variable: task.query(index(task.queries - 1))})
-    at_once = BLOCK if isinstance(task.pairs, Matrices) else PAIR
-    last = tirx.floordiv(tirx.max(last, index(0)) + (at_once - 1), index(at_once)) * at_once
-    # In memory: TVM takes seconds to bound what depends on bindings of such values.
-    bounds = local([3], INDEX, "bounds")
-    begin, stop, extent = (load(bounds, [index(place)]) for place in range(3))
-
-    def block(number: Expr) -> Stmt:
-        base = begin + number * task.key_block
-        count = store(bounds, tirx.min(index(task.key_block), stop - base), [index(2)])
-        return sequence([count, part(base, extent)])
-
-    def phase(_: Expr) -> Stmt:
-        behind = tirx.Select(all_seen(task.largest, task.queries), stop, keys)
-        blocks = loop(ceiling(stop - begin, task.key_block), block)
-        return sequence([blocks, store(bounds, stop, [index(0)]), store(bounds, behind, [index(1)])])
-
-    start = [store(bounds, index(0), [index(0)]), store(bounds, tirx.min(keys, last), [index(1)])]
-    return [with_local([bounds], [*start, loop(2, phase)])]
-
-
-def _if_seen(task: Task, base: Expr, extent: Extent, steps: Stmt) -> Stmt:
-    """Return the steps of a block of keys, left out where the mask hides all of them from all queries."""
-    hidden = hides(task.analysis)
-    if hidden is None or hides_only_ends(task.analysis):
-        return steps
-    seen = local([task.lanes], FLOAT, "seen")
-    none = ZERO
-
-    def sees(query: Expr, key: Expr) -> Expr:
-        values = {task.analysis.key.variable: key, task.lane.variable: task.query(query)}
-        return tirx.Select(task.at(hidden, values), none, tirx.const(1.0, FLOAT))
-
-    def look(query: Expr) -> Stmt:
-        def keys(first: Expr, width: int) -> Stmt:
-            return vector(
-                width,
-                lambda lane: store(seen, tirx.max(load(seen, [lane]), sees(query, base + first + lane)), [lane]),
-            )
-
-        return tiles(extent, [task.lanes, 1], keys)
-
-    # Where a mask is causal, the last query sees the first key of every block that is seen at all.
-    probe = store(seen, sees(index(task.queries - 1), base), [index(0)])
-    search = tirx.IfThenElse(load(seen, [index(0)]) <= none, loop(task.queries, look), None)
-    clear = vector(task.lanes, lambda lane: store(seen, none, [lane]))
-    condition = any_seen(seen, task.lanes, task.largest, task.queries)
-    return with_local([seen], [clear, probe, search, tirx.IfThenElse(condition, steps, None)])
+    return steps if isinstance(extent, int) and extent < task.key_block else if_seen(task, base, extent, steps)
 
 
 def _key_block(task: Task, base: Expr, extent: Extent, single: bool) -> list[Stmt]:
@@ -375,7 +361,7 @@ def _key_block(task: Task, base: Expr, extent: Extent, single: bool) -> list[Stm
         return store(task.total, load(task.total, [v]) * load(task.factor, [v]), [v])
 
     copies: list[Stmt] = []
-    if task.pairs is None:
+    if task.pairs is None and task.number is None:
         copies += task.keys.fill(task.point, base, extent, task.lanes)
         copies += task.values.fill(task.point, base, extent, task.lanes)
     logits = sequence([scores(task, base, extent), *updated(task)])

@@ -16,7 +16,7 @@ from tvm.relax import op
 import targets
 from passes.fuse_attention import FuseAttention
 from passes.round_attention import RoundAttention
-from schedules import attention_pairs, schedule_module
+from schedules import attention_groups, attention_pairs, schedule_module
 from schedules.intrin.bf16_pairs import bf16_pairs
 from schedules.loops import index
 from schedules.stages import substitute
@@ -247,8 +247,26 @@ def test_keys_that_the_second_level_cache_does_not_hold_are_taken_by_blocks_of_q
         return max(sizes, default=1)
 
     assert size(640, 1500) == 8
-    assert size(128, 1500) == 2
+    assert size(128, 1500) == 4
     assert size(640, 200) == 1
+
+
+@pytest.mark.parametrize("low", [-np.inf, float(np.finfo("float32").min)], ids=["infinite", "lowest"])
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (3, 3), (5, 1)])
+def test_causal_queries_of_heads_that_share_keys_take_them_together(
+    heads: int, groups: int, low: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = targets.get("x86-avx2")
+    if missing_features(target):
+        pytest.skip("needs AVX2")
+    # So few queries are groups of several blocks then.
+    monkeypatch.setattr(attention_groups, "GROUPS_OF_CORE", 1)
+    call, _ = scheduled(_module(heads, 16, "s", "t", groups=groups, hidden=low), target)
+    for queries, keys in [(131, 131), (64, 500), (75, 40), (16, 1), (200, 193)]:
+        arrays = _arrays(heads, 16, queries, keys, groups)
+        with np.errstate(all="ignore"):
+            want = np.nan_to_num(_expected(heads, arrays, _causal(queries, keys, low)), nan=0.0)
+        np.testing.assert_allclose(call(*arrays), want, rtol=0, atol=_tolerance(16))
 
 
 def _requests(module: tvm.IRModule) -> list[tvm.ir.TensorLoad]:
