@@ -44,7 +44,7 @@ from passes.integer_convolutions import (
 )
 from passes.provenance import nodes_of
 from passes.tensor_types import constant_of
-from passes.winograd import choose_tile, pack_winograd
+from passes.winograd import bound_of_results, choose_tile, pack_winograd
 from schedules.intrin.bf16_conversion import BFLOAT16
 from schedules.intrin.bf16_dot import PAIR
 from schedules.intrin.byte_dot import FOUR, WORD
@@ -66,7 +66,7 @@ class BlockChannels(Pass):
     `dtype` is what convolutions read: float32, or bfloat16 for targets that have dot products of pairs of it;
     `integers` what dot products of fours of bytes read, uint8 or int8, nothing where there are none. Blocks are of
     `byte_block` where that is not 0 and all convolutions are of bytes whose channels fill such blocks. With `words`
-    dense convolutions read bytes as int16.
+    dense convolutions read bytes as int16, and Winograd's filtering of these is exact.
     """
 
     name: ClassVar[str] = "block-channels"
@@ -165,10 +165,10 @@ class _Blocker(BlockedForms):
         if not is_integer(call):
             return self._convolution(call)
         border = self._borders.get(call.args[0]) if isinstance(call.args[0], relax.Var) else None
-        return self._integer(call, integer_convolution(call, border, self._integers)), "in integers"
+        return self._integer(call, integer_convolution(call, border, self._integers))
 
-    def _integer(self, call: tvm.ir.Call, site: IntegerConvolution) -> Blocked:
-        """Return a convolution of bytes in blocked form; raises Refusal."""
+    def _integer(self, call: tvm.ir.Call, site: IntegerConvolution) -> tuple[Blocked, str]:
+        """Return a convolution of bytes in blocked form, and how it is computed; raises Refusal."""
         values, block, is_blocked = site.weights, self._block, self._is_blocked(site.source)
         if site.depthwise:
             several = len(values) // site.groups
@@ -187,13 +187,35 @@ class _Blocker(BlockedForms):
         data = self._bytes(site, depth)
         if any((*border.pads_begin, *border.pads_end)):
             data = self._bordered(data, border, site.border)
+        choice = "in integers"
+        try:
+            tile = self._tile_of_words(site, data, geometry)
+            packed = pack_winograd(values, tile, block, stride=geometry.strides[0])
+            return self._filtered_by(tile, call, geometry, packed, data)
+        except Refusal as refusal:
+            if self._words:
+                choice = f"in integers, directly: {refusal}"
 
         def compute(x: te.Tensor, w: te.Tensor) -> te.Tensor:
             if site.depthwise:
                 return blocked_operators.depthwise(x, w, geometry)
             return blocked_operators.dense(x, w, site.channels, site.groups, geometry)
 
-        return replace(self._computed(call, compute, packed, data), spread=site.sums_windows)
+        return replace(self._computed(call, compute, packed, data), spread=site.sums_windows), choice
+
+    def _tile_of_words(self, site: IntegerConvolution, data: relax.Var, geometry: Geometry) -> int:
+        """Return m of Winograd's filtering of blocked bytes, which lie as words; raises Refusal."""
+        require(self._words and self._largest_tile > 0, "Winograd's filtering is of words")
+        require(not site.sums_windows, "it sums what windows read")
+        require(site.groups == 1, "its channels are in groups")
+        batch, _, *image, lanes = data.ty.shape.values
+        require(len(image) == 2, "it has not two spatial dimensions")
+        require(int(lanes) == self._block and site.weights.shape[1] % PAIR == 0, "its channels are no whole pairs")
+        height, width = map(static, image)
+        if height is None or width is None:
+            raise Refusal("the size of its image is unknown")
+        shape, bound = site.weights.shape, bound_of_results(site.weights)
+        return choose_tile(shape, (height, width), static(batch) or 1, geometry, self._largest_tile, bound=bound)
 
     def _bytes(self, site: IntegerConvolution, depth: int) -> relax.Var:
         """Return the data of a convolution in blocks of `depth`, as it reads them."""
@@ -317,10 +339,16 @@ class _Blocker(BlockedForms):
         height, width = (int(extent) for extent in image)
         in_pairs = self._in_pairs(values.shape[1])
         tile = choose_tile(values.shape, (height, width), static(batch) or 1, geometry, self._largest_tile, in_pairs)
+        packed = pack_winograd(values, tile, self._block, in_pairs, geometry.strides[0])
+        return self._filtered_by(tile, call, geometry, packed)
+
+    def _filtered_by(
+        self, tile: int, call: tvm.ir.Call, geometry: Geometry, packed: np.ndarray, data: relax.Expr | None = None
+    ) -> tuple[Blocked, str]:
+        """Return a convolution by F(`tile`, 3), and what it is, as `_computed` does."""
         before, stride = (geometry.pads_begin[0], geometry.pads_begin[1]), geometry.strides[0]
         size = int(call.ty.shape.values[2]), int(call.ty.shape.values[3])
-        packed = pack_winograd(values, tile, self._block, in_pairs, stride)
-        result = self._computed(call, lambda x, w: winograd(x, w, tile, before, size, stride), packed)
+        result = self._computed(call, lambda x, w: winograd(x, w, tile, before, size, stride), packed, data)
         return result, f"by Winograd's F({tile}, {TAPS})"
 
     def _computed(

@@ -178,11 +178,13 @@ def column_extent(analysis: ChannelWindows) -> int:
     return extent
 
 
-def most_columns(target: Target, blocks: int) -> int:
-    """Return the most columns of a tile of `blocks` that multiplies vectors of weights by single elements."""
-    return next(
-        c for c in range(MOST_COLUMNS, 0, -1) if blocks * c + _operands(target, blocks, c) <= target.vector_registers
-    )
+def most_columns(target: Target, blocks: int, *, words: bool = False) -> int:
+    """Return the most columns of a tile of `blocks` that multiplies vectors of weights by single elements.
+
+    With `words` by pairs of them.
+    """
+    registers = target.vector_registers - (PRODUCTS if words else 0)
+    return next(c for c in range(MOST_COLUMNS, 0, -1) if blocks * c + _operands(target, blocks, c) <= registers)
 
 
 def _operands(target: Target, blocks: int, columns: int) -> int:

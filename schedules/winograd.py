@@ -4,14 +4,15 @@ A task transforms all channels of its tiles of the image into (m + 2)^2 matrices
 with the weights of some blocks of output channels, and computes what follows on the tiles transformed back: nothing
 but the result leaves the core's second-level cache. The products are register tiles of blocks of output channels by
 tiles of the image, one vector register each, as in `direct_convolution`; with weights of bfloat16 the transformed image
-is rounded to pairs of channels, which a dot product adds up in one instruction.
+is rounded to pairs of channels, which a dot product adds up in one instruction. Of words all is exact
+(`winograd_structure`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tvm import tirx
@@ -23,7 +24,9 @@ from schedules.by_element import terms_at_once
 from schedules.convolution_tile import most_columns
 from schedules.family import Choice, Kernel, Parameters, Space, is_large
 from schedules.intrin.bf16_dot import PAIR, bf16_dot
-from schedules.intrin.bf16_pairs import bf16_pairs
+from schedules.intrin.bf16_pairs import Bf16Pairs, bf16_pairs
+from schedules.intrin.byte_dot import WORD, word_dot
+from schedules.intrin.byte_rounding import rounded_in_floats
 from schedules.intrin.load_fence import fence, with_fences
 from schedules.loops import (
     Extent,
@@ -63,7 +66,12 @@ class Winograd:
         analysis = analyse(kernel)
         if analysis is None or analysis.block != target.vector_lanes(32):
             return None
-        if analysis.in_pairs and bf16_pairs(target) is None:
+        if analysis.in_words:
+            if word_dot(target) is None:
+                return None
+            value = rounded_in_floats(analysis.epilogue.value)
+            analysis = replace(analysis, epilogue=replace(analysis.epilogue, value=value))
+        elif analysis.in_pairs and bf16_pairs(target) is None:
             return None
         lane = next((a for a in analysis.epilogue.source.spatial if a.variable.same_as(analysis.axes[-1])), None)
         written = Access(analysis.epilogue.stage.output, analysis.epilogue.indices)
@@ -72,7 +80,7 @@ class Winograd:
     def space(self, target: Target, analysis: WinogradAnalysis) -> Space:
         """Return the register tile, and the tiles of the image and blocks of channels of one task."""
         blocks = min(BLOCKS, int(analysis.weights.shape[0]))
-        most = most_columns(target, blocks)
+        most = most_columns(target, blocks, words=analysis.in_words)
         count, parts = task_shape(target, analysis, most)
         groups = -(-int(analysis.weights.shape[0]) // blocks)
         return (
@@ -87,13 +95,20 @@ class Winograd:
         terms, together = terms_at_once(target), images_together(target, analysis)
         if parameters["tiles"] < together * math.prod(analysis.tiles):
             together = 1
-        pairs, dot = bf16_pairs(target), bf16_dot(target)
-        if not analysis.in_pairs or pairs is None or dot is None:
-            statement = _Emitter(analysis, parameters, terms, None, together).statement()
-        else:
-            products = NarrowProducts(pairs, dot)
-            statement = pairs.imported(_Emitter(analysis, parameters, terms, products, together).statement())
+        products = _narrow(analysis, target)
+        statement = _Emitter(analysis, parameters, terms, products, together).statement()
+        if products is not None:
+            statement = products.imported(statement)
         return with_fences(statement, target) if terms > 1 else statement
+
+
+def _narrow(analysis: WinogradAnalysis, target: Target) -> NarrowProducts | None:
+    """Return how a target multiplies pairs, where the weights are in pairs."""
+    if analysis.in_words:
+        words = word_dot(target, WORD)
+        return None if words is None else NarrowProducts(words)
+    pairs, dot = bf16_pairs(target), bf16_dot(target)
+    return NarrowProducts(dot, pairs) if analysis.in_pairs and pairs is not None and dot is not None else None
 
 
 @dataclass(frozen=True)
@@ -166,16 +181,21 @@ class _Task:
 
     @cached_property
     def spectrum(self) -> Var:
-        """The transformed image: [window^2, tiles, channels], or pairs of channels."""
+        """The transformed image: [window^2, tiles, channels], or pairs of channels in bfloat16."""
         channels = int(self.analysis.data.shape[1]) * self.lanes
-        if self.emitter.rounded is not None:
+        if self.pairs is not None:
             return local([self.window**2, self.width, channels // PAIR], "int32", "spectrum")
-        return local([self.window**2, self.width, channels], "float32", "spectrum")
+        return local([self.window**2, self.width, channels], self.analysis.element, "spectrum")
+
+    @property
+    def pairs(self) -> Bf16Pairs | None:
+        """How the transformed image is rounded, if it is."""
+        return None if self.emitter.rounded is None else self.emitter.rounded.pairs
 
     def statement(self) -> Stmt:
         """Return the transform of all channels, and products and transform back for one group of blocks at a time."""
         together = min(self.emitter.parameters["blocks"], self.blocks)
-        products = local([self.window**2, together, self.width, self.lanes], "float32", "products")
+        products = local([self.window**2, together, self.width, self.lanes], self.analysis.total, "products")
         factors = Factors(
             self.analysis,
             self.spectrum,
@@ -216,14 +236,14 @@ class _Task:
 
             def element(row: Expr, column: Expr, v: Expr) -> Expr:
                 position = [self._image_of(tile), channels, corner[0] + row, corner[1] + column, v]
-                return load(self.analysis.data, position).astype("float32")
+                return load(self.analysis.data, position).astype(self.analysis.element)
 
-            patch = local([window, window, self.lanes], "float32", "patch")
+            patch = local([window, window, self.lanes], self.analysis.element, "patch")
 
             def copied(row: Expr, column: Expr) -> Stmt:
                 at = zip((corner[0] + row, corner[1] + column), image, strict=True)
                 inside = tirx.all(*[bound for a, extent in at for bound in (a >= 0, a < extent)])
-                zero = tirx.const(0, "float32")
+                zero = tirx.const(0, self.analysis.element)
                 return tirx.IfThenElse(
                     inside,
                     vector(self.lanes, lambda v: store(patch, element(row, column, v), [row, column, v])),
@@ -260,8 +280,8 @@ class _Task:
         self, rows: range, tile: Expr, channels: Expr, element: Callable[[Expr, Expr, Expr], Expr]
     ) -> Stmt:
         window, matrix = self.window, self.analysis.transforms.data
-        half = local([len(rows), window, self.lanes], "float32", "half")
-        rounded = self.emitter.rounded
+        dtype = self.analysis.element
+        half = local([len(rows), window, self.lanes], dtype, "half")
 
         def of_column(column: Expr) -> Stmt:
             return combined(
@@ -270,6 +290,7 @@ class _Task:
                 lambda row, v: element(index(row), column, v),
                 lambda row, value, v: store(half, value, [index(row - rows.start), column, v]),
                 rows,
+                dtype,
             )
 
         def of_row(row: Expr) -> Stmt:
@@ -278,15 +299,13 @@ class _Task:
             def put(column: int, value: Expr, v: Expr) -> Stmt:
                 return store(self.spectrum, value, [first + column, tile, channels * self.lanes + v])
 
-            if rounded is not None:
-                return self._rounded_row(rounded, half, row, first, tile, channels)
-            return combined(matrix, self.lanes, lambda column, v: load(half, [row, index(column), v]), put)
+            if self.pairs is not None:
+                return self._rounded_row(self.pairs, half, row, first, tile, channels)
+            return combined(matrix, self.lanes, lambda column, v: load(half, [row, index(column), v]), put, dtype=dtype)
 
         return with_local([half], [loop(window, of_column), loop(len(rows), of_row)])
 
-    def _rounded_row(
-        self, rounded: NarrowProducts, half: Var, row: Expr, first: Expr, tile: Expr, channels: Expr
-    ) -> Stmt:
+    def _rounded_row(self, pairs: Bf16Pairs, half: Var, row: Expr, first: Expr, tile: Expr, channels: Expr) -> Stmt:
         """Return the transform of row `row` of `half` into the spectrum from frequency `first` on, rounded."""
         window, lanes = self.window, self.lanes
         values = local([window, lanes], "float32", "values")
@@ -297,7 +316,7 @@ class _Task:
         def finish(column: int) -> Stmt:
             every = load(values, [index(column), tirx.Ramp(index(0), index(1), lanes)])
             place = tirx.Ramp(channels * (lanes // PAIR), index(1), lanes // PAIR)
-            return store(self.spectrum, rounded.pairs.neighbours(every), [first + column, tile, place])
+            return store(self.spectrum, pairs.neighbours(every), [first + column, tile, place])
 
         matrix = self.analysis.transforms.data
         compute = combined(matrix, self.lanes, lambda column, v: load(half, [row, index(column), v]), put)
@@ -306,7 +325,12 @@ class _Task:
     def _transform_back(self, products: Var, block: Expr, count: int) -> Stmt:
         """Return the transform of the products into tiles of the result, and what follows."""
         window, size, matrix = self.window, self.analysis.transforms.tile, self.analysis.transforms.outputs
-        half = local([size, window, self.lanes], "float32", "half")
+        dtype = self.analysis.wrapping
+        half = local([size, window, self.lanes], dtype, "half")
+
+        def product(*position: Expr) -> Expr:
+            value = load(products, position)
+            return tirx.reinterpret(dtype, value) if self.analysis.in_words else value
 
         def each(tile: Expr, o: Expr) -> Stmt:
             corner = self._corner(tile)
@@ -315,8 +339,9 @@ class _Task:
                 return combined(
                     matrix,
                     self.lanes,
-                    lambda row, v: load(products, [index(row * window) + column, o, tile, v]),
+                    lambda row, v: product(index(row * window) + column, o, tile, v),
                     lambda row, value, v: store(half, value, [index(row), column, v]),
+                    dtype=dtype,
                 )
 
             def rows(row: Expr) -> Stmt:
@@ -330,12 +355,14 @@ class _Task:
         """Return a row of a tile of the result, as far as it lies inside; `corner` has its image, row and column."""
         image, result_row, first_column = corner
         size, matrix = self.analysis.transforms.tile, self.analysis.transforms.outputs
-        result = local([size, self.lanes], "float32", "result")
+        dtype = self.analysis.wrapping
+        result = local([size, self.lanes], dtype, "result")
         compute = combined(
             matrix,
             self.lanes,
             lambda column, v: load(half, [row, index(column), v]),
             lambda column, value, v: store(result, value, [index(column), v]),
+            dtype=dtype,
         )
 
         def finish(column: int) -> Stmt:

@@ -19,9 +19,10 @@ def combined(
     element: Callable[[int, Expr], Expr],
     put: Callable[[int, Expr, Expr], Stmt],
     rows: range | None = None,
+    dtype: str = "float32",
 ) -> Stmt:
     """Return `put` of each of the `rows` of `matrix`, or of all, times the vectors of `element`, loaded once."""
-    inputs = local([len(matrix[0]), lanes], "float32", "inputs")
+    inputs = local([len(matrix[0]), lanes], dtype, "inputs")
     wanted = range(len(matrix)) if rows is None else rows
 
     def fetch(number: int) -> Stmt:
@@ -78,7 +79,7 @@ def _pairs(lines: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
 def _weighted(terms: Sequence[tuple[float, Expr]]) -> Expr:
     total: Expr | None = None
     for coefficient, value in terms:
-        term = value if abs(coefficient) == 1 else value * tirx.const(abs(coefficient), "float32")
+        term = value if abs(coefficient) == 1 else value * tirx.const(abs(coefficient), str(value.ty.dtype))
         if total is None:
             total = term if coefficient > 0 else -term
         else:

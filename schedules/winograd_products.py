@@ -23,15 +23,19 @@ LINES_AHEAD = 48
 
 @dataclass(frozen=True)
 class NarrowProducts:
-    """Products of pairs of bfloat16: how a target rounds to them, and its dot product of them."""
+    """Products of pairs: a target's dot product of them, and how it rounds to those of bfloat16; words are exact."""
 
-    pairs: Bf16Pairs
     dot: GroupedDot
+    pairs: Bf16Pairs | None = None
+
+    def imported(self, statement: Stmt) -> Stmt:
+        """Return a statement that calls the functions, with the functions."""
+        return self.dot.imported(statement) if self.pairs is None else self.pairs.imported(statement)
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The `spectrum` of `width` tiles of the image, [window^2, width, channels] or pairs of them, and the weights.
+    """The `spectrum` of `width` tiles of the image, [window^2, width, channels] or pairs of bfloat16, and the weights.
 
     Register tiles have `columns` tiles; `terms_at_once` elements of a tile's channels are loaded together.
     """
@@ -55,7 +59,7 @@ class Factors:
 
     def _register_tile(self, products: Var, block: Expr, count: int, frequency: Expr, tile: Expr, columns: int) -> Stmt:
         lanes = self.analysis.block
-        sums = local([columns * count * lanes], "float32", "accumulators")
+        sums = local([columns * count * lanes], self.analysis.total, "accumulators")
 
         def cells(element: Callable[[Expr, Expr, Expr], Stmt]) -> Stmt:
             return unrolled(columns, lambda t: unrolled(count, lambda o: vector(lanes, lambda v: element(t, o, v))))
@@ -63,10 +67,10 @@ class Factors:
         def at(t: Expr, o: Expr, v: Expr) -> Expr:
             return (t * count + o) * lanes + v
 
-        rounded = self.rounded
+        rounded, apart = self.rounded, PAIR if self.analysis.in_words else 1
 
-        def image(t: Expr, channel: Expr) -> Expr:
-            return load(self.spectrum, [frequency, tile + t, channel])
+        def image(t: Expr, step: Expr) -> Expr:
+            return load(self.spectrum, [frequency, tile + t, step * apart])
 
         def step(channel: Expr, image_of: Callable[[Expr], Expr]) -> Stmt:
             if rounded is not None:
@@ -87,7 +91,7 @@ class Factors:
         return with_local(
             [sums],
             [
-                cells(lambda t, o, v: store(sums, tirx.const(0, "float32"), [at(t, o, v)])),
+                cells(lambda t, o, v: store(sums, tirx.const(0, self.analysis.total), [at(t, o, v)])),
                 over_terms(depth, at_once, columns, image, ahead, groups),
                 cells(lambda t, o, v: store(products, load(sums, [at(t, o, v)]), [frequency, o, tile + t, v])),
             ],

@@ -7,6 +7,8 @@ Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Netw
 
 With a stride of 2 the first and the last tap filter the inputs at even places, which takes m + 1 multiplications by
 F(m, 2), and the one between them those at odd places, which takes m: 2 m + 1, as many as there are inputs.
+
+Of integers all three matrices are of integers, and what they give is a multiple of the result, exactly (`scale`).
 """
 
 from __future__ import annotations
@@ -35,17 +37,25 @@ _POINTS: dict[int, dict[int, tuple[Fraction, ...]]] = {
         4: (Fraction(3, 8), Fraction(-3, 8), Fraction(5, 4), Fraction(-5, 4)),
     },
 }
+# Those of integers, in whose order F(m, 3) takes as many as it needs, and F(m, 2).
+_INTEGERS = tuple(map(Fraction, (0, 1, -1, 2, -2)))
+# The sum of a row's magnitudes in the weights' transform, whose square times 128 words hold.
+_LARGEST_SUM = 15
 
 
 @dataclass(frozen=True)
 class Transforms:
-    """B (`data`), G (`weights`) and A (`outputs`) of F(`tile`, 3); those of data and outputs are exact in fp32."""
+    """B (`data`), G (`weights`) and A (`outputs`) of F(`tile`, 3); those of data and outputs are exact in fp32.
+
+    Each axis makes the result `scale` times as large.
+    """
 
     tile: int
     stride: int
     data: Matrix
     weights: Matrix
     outputs: Matrix
+    scale: int = 1
 
     @property
     def window(self) -> int:
@@ -75,19 +85,44 @@ SIZES = {stride: tuple(sorted(points)) for stride, points in _POINTS.items()}
 @cache
 def transforms(tile: int, stride: int = 1) -> Transforms:
     """Return the transforms of F(`tile`, 3), one of `SIZES` of the stride."""
-    points = _POINTS[stride][tile]
+    data, weights, outputs = _matrices(_POINTS[stride][tile], tile, stride)
+    return Transforms(tile, stride, _floats(data), _floats(weights), _floats(outputs))
+
+
+@cache
+def integer_transforms(tile: int, stride: int = 1) -> Transforms:
+    """Return the transforms of F(`tile`, 3) whose matrices are of integers, so small that words hold what they give.
+
+    Words hold the transforms of bytes: the magnitudes of a row of B add up to 10 at most, those of one of G to 15. The
+    weights' transform takes what it can of the factors, so that the outputs' transform seldom multiplies.
+    """
+    data, weights, outputs = _matrices(_INTEGERS[: tile + (stride == 1)], tile, stride)
+    denominators = [math.lcm(*(value.denominator for value in row)) for row in weights]
+    scale = math.lcm(*denominators)
+    factors = [
+        max(
+            factor
+            for factor in range(denominator, scale + 1, denominator)
+            if scale % factor == 0 and factor * sum(map(abs, row)) <= _LARGEST_SUM
+        )
+        for row, denominator in zip(weights, denominators, strict=True)
+    ]
+    weights = [[value * factor for value in row] for row, factor in zip(weights, factors, strict=True)]
+    outputs = [[value * scale / factor for value, factor in zip(row, factors, strict=True)] for row in outputs]
+    return Transforms(tile, stride, _floats(data), _floats(weights), _floats(outputs), scale)
+
+
+def _matrices(points: Sequence[Fraction], tile: int, stride: int) -> tuple[Rows, Rows, Rows]:
+    """Return B, G and A of F(`tile`, 3) with a stride of 1 or 2."""
     if stride == 1:
-        data, weights, outputs = _toom_cook(points, tile, TAPS)
-        return Transforms(tile, stride, _floats(data), _floats(weights), _floats(outputs))
+        return _toom_cook(points, tile, TAPS)
     data, weights, outputs = _toom_cook(points, tile, TAPS - 1)
     inputs, one = 2 * tile + 1, Fraction(1)
     odd = [_spread([one], [place], inputs) for place in range(1, inputs, 2)]
-    return Transforms(
-        tile,
-        stride,
-        _floats([_spread(row, range(0, inputs, 2), inputs) for row in data] + odd),
-        _floats([_spread(row, (0, 2), TAPS) for row in weights] + [_spread([one], [1], TAPS)] * tile),
-        _floats([[*row, *_spread([one], [number], tile)] for number, row in enumerate(outputs)]),
+    return (
+        [_spread(row, range(0, inputs, 2), inputs) for row in data] + odd,
+        [_spread(row, (0, 2), TAPS) for row in weights] + [_spread([one], [1], TAPS)] * tile,
+        [[*row, *_spread([one], [number], tile)] for number, row in enumerate(outputs)],
     )
 
 

@@ -68,13 +68,13 @@ _AVX2 = """
   %float = bitcast <8 x i32> %total to <8 x float>
   %known = call <8 x float> @llvm.arithmetic.fence.v8f32(<8 x float> %float)
   %result = bitcast <8 x float> %known to <8 x i32>"""
-# Bytes that lie as words take one vpmaddwd for a pair; weights are widened by their load. The assembly, no instruction,
-# keeps the sums of a step in order, so that they and what it multiplies fit the registers: LLVM does not know how many
-# a step of a tile leaves, and would compute a sum over some steps after the other with all that they read kept.
+# Bytes that lie as words take one vpmaddwd for a pair; weights of bytes are widened by their load. The assembly, no
+# instruction, keeps the sums of a step in order, so that they and what it multiplies fit the registers: LLVM does not
+# know how many a step of a tile leaves, and would compute a sum over some steps after the other with all that they
+# read kept.
 _WORDS = """
 define weak_odr <8 x i32> @{call}(<8 x i32> %sum, ptr %weights, i32 %pair) #0 {{
-  %w = load <16 x i8>, ptr %weights, align 16
-  %words = sext <16 x i8> %w to <16 x i16>
+  {weights}
   %first = insertelement <8 x i32> poison, i32 %pair, i32 0
   %every = shufflevector <8 x i32> %first, <8 x i32> poison, <8 x i32> zeroinitializer
   %x = bitcast <8 x i32> %every to <16 x i16>
@@ -85,6 +85,11 @@ define weak_odr <8 x i32> @{call}(<8 x i32> %sum, ptr %weights, i32 %pair) #0 {{
 }}
 {readers}attributes #0 = {{ {attributes} }}
 """
+_WEIGHTS = {
+    "int8": """%w = load <16 x i8>, ptr %weights, align 16
+  %words = sext <16 x i8> %w to <16 x i16>""",
+    WORD: "%words = load <16 x i16>, ptr %weights, align 32",
+}
 _AVX2_DECLARED = """declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)
 declare <8 x float> @llvm.arithmetic.fence.v8f32(<8 x float>)"""
 
@@ -125,12 +130,13 @@ def single_instruction(target: Target, activations: str) -> tuple[str, str]:
     return _DECLARED.format(**names), _ONE.format(**names, first=operands[0], second=operands[1])
 
 
-def word_dot(target: Target) -> GroupedDot | None:
-    """Return the dot product of int8 weights in pairs with bytes that lie as int16, None where there is none."""
+def word_dot(target: Target, weights: str = "int8") -> GroupedDot | None:
+    """Return the dot product of weights of int8 or int16 in pairs with numbers of int16, None where there is none."""
     if not splits_operands(target):
         return None
-    call, read = f"{_DOT}_{WORD}", f"{_READ}_{WORD}"
-    source = _WORDS.format(call=call, readers=PAIR_READER.format(call=read), attributes=attributes(target))
+    call, read = f"{_DOT}_{WORD}" + ("" if weights == "int8" else f"_{weights}"), f"{_READ}_{WORD}"
+    readers = PAIR_READER.format(call=read)
+    source = _WORDS.format(call=call, weights=_WEIGHTS[weights], readers=readers, attributes=attributes(target))
     return GroupedDot(8, PAIR, "int32", call, read, f"{_AVX2_DECLARED}{source}", 1)
 
 

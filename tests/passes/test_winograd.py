@@ -9,8 +9,9 @@ from onnx import helper
 from optimizer.certificate.tolerance import arithmetic
 from passes.base import Refusal
 from passes.blocked_operators import Geometry
-from passes.winograd import ALLOWANCE, choose_tile, error_growth, pack_winograd
-from schedules.winograd_transforms import SIZES, transforms
+from passes.winograd import ALLOWANCE, bound_of_results, choose_tile, error_growth, pack_winograd
+from schedules.winograd_structure import largest_result
+from schedules.winograd_transforms import SIZES, integer_transforms, transforms
 
 PLAIN = Geometry((1, 1), (1, 1), (1, 1), (1, 1))
 STRIDED = Geometry((2, 2), (1, 1), (1, 1), (1, 1))
@@ -95,3 +96,31 @@ def test_packed_pairs_are_neighbouring_inputs_rounded() -> None:
     assert (pairs.shape, pairs.dtype) == ((1, 16, 3, 8, 2), ml_dtypes.bfloat16)
     plain = pack_winograd(weights, 2, 8).astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(pairs[:, :, 2, :, 1], plain[:, :, 5])
+
+
+@pytest.mark.parametrize(("channels", "size", "tile"), [(64, 56, 4), (128, 28, 4), (256, 14, 3)])
+def test_tile_of_words_follows_from_the_number_of_tiles(channels: int, size: int, tile: int) -> None:
+    assert choose_tile((channels, channels, 3, 3), (size, size), 1, PLAIN, 4, bound=0) == tile
+
+
+def test_no_tile_is_one_whose_multiples_could_exceed_32_bits() -> None:
+    shape, image = (64, 64, 3, 3), (56, 56)
+    assert choose_tile(shape, image, 1, PLAIN, 4, bound=largest_result(4, 1) - 1) == 4
+    assert choose_tile(shape, image, 1, PLAIN, 4, bound=largest_result(4, 1)) == 3
+    with pytest.raises(Refusal, match=r"multiples of F\(2, 3\) could exceed 32 bits"):
+        choose_tile(shape, image, 1, PLAIN, 4, bound=largest_result(2, 1))
+
+
+def test_bound_of_results_is_what_the_largest_data_reach() -> None:
+    weights = np.random.default_rng(0).integers(-128, 128, (5, 6, 3, 3)).astype(np.int8)
+    flat = weights.reshape(5, -1).astype(np.int64)
+    reached = max(int(np.abs(flat @ (255 * (row > 0))).max()) for row in (*flat, *-flat))
+    assert bound_of_results(weights) == reached
+
+
+def test_packed_words_are_neighbouring_inputs() -> None:
+    weights = np.random.default_rng(0).integers(-128, 128, (5, 6, 3, 3)).astype(np.int8)
+    packed = pack_winograd(weights, 4, 8)
+    assert (packed.shape, packed.dtype) == ((1, 36, 3, 8, 2), np.int16)
+    last = weights[:, :, 2, 2].reshape(5, 3, 2).swapaxes(0, 1)
+    np.testing.assert_array_equal(packed[0, 35, :, :5], integer_transforms(4).weights[-1][-1] ** 2 * last)

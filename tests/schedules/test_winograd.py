@@ -13,8 +13,8 @@ import targets
 from passes.block_channels import BlockChannels
 from passes.winograd import error_growth, pack_winograd
 from schedules.schedule import schedule_module
-from schedules.winograd_structure import winograd
-from schedules.winograd_transforms import SIZES, transforms
+from schedules.winograd_structure import largest_result, winograd
+from schedules.winograd_transforms import SIZES, integer_transforms, transforms
 from targets.base import Target
 from tests.schedules.execution import TARGET, Dimension, compiled, lower, module_of, normal
 from tests.schedules.test_convolution import convolve
@@ -23,11 +23,11 @@ BLOCK = TARGET.layouts.channel_block
 FORMS = [(tile, stride) for stride, tiles in SIZES.items() for tile in tiles]
 
 
-def in_blocks(image: np.ndarray, filler: float = 0.0) -> np.ndarray:
+def in_blocks(image: np.ndarray, filler: float = 0.0, block: int = BLOCK) -> np.ndarray:
     """Return [N, C, H, W] as [N, C/block, H, W, block], `filler` past the last channel."""
     batch, channels, *size = image.shape
-    padded = np.pad(image, [(0, 0), (0, -channels % BLOCK), (0, 0), (0, 0)], constant_values=filler)
-    return np.ascontiguousarray(np.moveaxis(padded.reshape(batch, -1, BLOCK, *size), 2, -1))
+    padded = np.pad(image, [(0, 0), (0, -channels % block), (0, 0), (0, 0)], constant_values=filler)
+    return np.ascontiguousarray(np.moveaxis(padded.reshape(batch, -1, block, *size), 2, -1))
 
 
 def filtered(
@@ -135,6 +135,82 @@ def test_transforms_filter_exactly(tile: int, stride: int) -> None:
     products = (np.array(chosen.weights) @ taps) * (np.array(chosen.data) @ data)
     want = np.convolve(data, taps[::-1], mode="valid")[::stride]
     np.testing.assert_allclose(np.array(chosen.outputs) @ products, want, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(("tile", "stride"), FORMS)
+def test_transforms_of_integers_give_a_multiple_of_what_filters_give(tile: int, stride: int) -> None:
+    chosen = integer_transforms(tile, stride)
+    generator = np.random.default_rng(0)
+    data, taps = generator.integers(0, 256, chosen.window), generator.integers(-128, 128, 3)
+    products = (np.array(chosen.weights) @ taps) * (np.array(chosen.data) @ data)
+    want = np.convolve(data, taps[::-1], mode="valid")[::stride]
+    np.testing.assert_array_equal(np.array(chosen.outputs) @ products, chosen.scale * want)
+
+
+@pytest.mark.parametrize(("tile", "stride"), FORMS)
+def test_words_hold_transformed_bytes(tile: int, stride: int) -> None:
+    for matrix, largest in (
+        (integer_transforms(tile, stride).data, 255),
+        (integer_transforms(tile, stride).weights, 128),
+    ):
+        assert np.abs(matrix).sum(1).max() ** 2 * largest < 2**15
+
+
+@pytest.mark.parametrize(("tile", "stride"), FORMS)
+def test_multiples_of_the_largest_results_are_numbers_of_32_bits(tile: int, stride: int) -> None:
+    scale = integer_transforms(tile, stride).scale ** 2
+    power = scale & -scale
+    assert largest_result(tile, stride) * power == 2**31
+
+
+@pytest.mark.skipif(TARGET.architecture != "x86_64", reason="words are multiplied by AVX2")
+@settings(max_examples=16, deadline=None, derandomize=True)
+@given(
+    form=st.sampled_from(FORMS),
+    size=st.tuples(st.integers(1, 19), st.integers(1, 23)),
+    channels=st.sampled_from([(2, 1), (16, 16), (18, 31), (24, 80), (40, 8), (6, 37)]),
+    before=st.tuples(st.integers(0, 3), st.integers(0, 2)),
+    after=st.tuples(st.integers(0, 2), st.integers(0, 3)),
+    batch=st.sampled_from([1, 2]),
+    extreme=st.sampled_from([None, 127, -128]),
+    narrow=st.booleans(),
+)
+def test_filtering_of_bytes_is_exact(
+    form: tuple[int, int],
+    size: tuple[int, int],
+    channels: tuple[int, int],
+    before: tuple[int, int],
+    after: tuple[int, int],
+    batch: int,
+    extreme: int | None,
+    narrow: bool,
+) -> None:
+    target, (tile, stride), (inputs, outputs) = targets.get("x86-avx2"), form, channels
+    size = (max(size[0], 3 - before[0] - after[0]), max(size[1], 3 - before[1] - after[1]))
+    generator = np.random.default_rng(0)
+    x = generator.integers(0, 256, (batch, inputs, *size)).astype(np.int16)
+    w = generator.integers(-128, 128, (outputs, inputs, 3, 3)).astype(np.int8)
+    if extreme is not None:
+        x[:], w[:] = 255, extreme
+    size = tuple((n + b + a - 3) // stride + 1 for n, b, a in zip(size, before, after, strict=True))
+    block = target.layouts.channel_block
+    weights = relax.const(pack_winograd(w, tile, block, stride=stride))
+
+    def layer(image: relax.Var) -> relax.Expr:
+        builder = relax.BlockBuilder.current()
+        sums = builder.call_te(lambda x, w: winograd(x, w, tile, before, size, stride), image, weights)
+        scaled = op.multiply(op.astype(sums, "float32"), relax.const(np.float32(2**-16)))
+        return op.astype(op.astype(op.clip(op.round(scaled), 0, 255), "uint8"), "int16") if narrow else sums
+
+    image = in_blocks(x, 7, block)
+    module, reports = schedule_module(lower(module_of(layer, [image.shape], ["int16"])), target)
+    assert [report.family for report in reports] == ["winograd"]
+    got = np.moveaxis(compiled(module, target)(image), -1, 2).reshape(batch, -1, *size)[:, :outputs]
+    padded = np.pad(x, [(0, 0), (0, 0), *zip(before, after, strict=True)])
+    want = convolve(padded.astype(np.int64), w.astype(np.int64), stride)
+    if narrow:
+        want = np.clip(np.rint(want.astype(np.float32) * np.float32(2**-16)), 0, 255)
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize(("tile", "stride"), FORMS)
