@@ -22,6 +22,8 @@ FUNCTIONS: dict[str, Function] = {
     "tirx.sigmoid": vector_math.sigmoid,
 }
 SCALED: dict[Function, Function] = {vector_math.exp: vector_math.exp_with_scaling}
+# Shorter chains of more arithmetic, where few registers leave few chains beside each other.
+PAIRED: dict[Function, Function] = {vector_math.log1p_of_unit: vector_math.log1p_of_unit_in_pairs}
 COEFFICIENTS = {NONPOSITIVE: EXP_SHORT, TO_ROUND: EXP_TO_ROUND}
 # Those of whole vectors, for a target that has tables.
 LOOKED_UP: dict[str, Function] = {
@@ -31,6 +33,13 @@ LOOKED_UP: dict[str, Function] = {
 }
 LARGEST_EXPANDED_POWER = 4
 _EXTERN = "tirx.call_pure_extern"
+
+
+def calls_functions(expression: Expr) -> bool:
+    """Return whether an expression calls an elementary function that becomes arithmetic."""
+    found: list[str] = []
+    tvm_ffi.structural_walk(expression, (ir.Call, lambda call: found.append(_name_of(call))))
+    return any(name in FUNCTIONS or name in COEFFICIENTS for name in found)
 
 
 def expand(expression: ir.Node, buffers: Bf16Buffers, target: Target) -> ir.Node:
@@ -117,6 +126,8 @@ def _expand_call(rewritten: Expr, target: Target) -> Expr:
         return rewritten
     if vector_math.scales(target):
         function = SCALED.get(function, function)
+    if target.has_few_registers:
+        function = PAIRED.get(function, function)
     if dtype == "float32":
         return function(argument)
     return function(argument.astype("float32")).astype(dtype)

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from tvm import relax, te
 from tvm.relax import op
 
+import targets
 from passes.blocked_operators import from_blocks
+from schedules import schedule_module
 from tests.schedules.execution import build, compiled, integers, normal, run
 
 SIZES = st.sampled_from([1, 2, 3, 7, 16, 17, 33, 65])
@@ -179,3 +181,20 @@ def test_transposition_of_rows_that_lie_pages_apart(rows: int, columns: int) -> 
     x, y = normal(rows, columns), normal(columns, rows, seed=1)
     got = run(lambda x, y: op.add(op.permute_dims(x, [1, 0]), y), [x, y])[0]
     np.testing.assert_array_equal(got, x.T + y)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "lanes"), [("exp", 64, 32), ("exp", 31, 16), ("exp", 15, 8), ("abs", 64, 16)]
+)
+def test_chains_of_elementary_functions_where_registers_are_few(name: str, columns: int, lanes: int) -> None:
+    module = build(getattr(op, name), [(columns,)], ["float32"])
+    (report,) = schedule_module(module, targets.get("x86-avx2"))[1]
+    assert report.parameters["lanes"] == lanes
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(shape=st.tuples(st.integers(1, 9), st.integers(30, 140)))
+def test_rows_of_chains_of_elementary_functions(shape: tuple[int, int]) -> None:
+    x = normal(*shape)
+    module, _ = schedule_module(build(op.exp, [shape], ["float32"]), targets.get("x86-avx2"))
+    np.testing.assert_allclose(compiled(module, targets.get("x86-avx2"))(x), np.exp(x), rtol=1e-6)

@@ -53,9 +53,15 @@ COMPOSED = {
 }
 
 
+@pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("name", COMPOSED)
-def test_error_of_functions_without_an_operator(name: str) -> None:
+def test_error_of_functions_without_an_operator(name: str, paired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     function, reference, bound, besides = COMPOSED[name]
+    if paired:
+        in_pairs = elementary_calls.PAIRED[vector_math.log1p_of_unit]
+        monkeypatch.setitem(elementary_calls.FUNCTIONS, elementary_calls.OF_UNIT, in_pairs)
+    else:
+        monkeypatch.setattr(elementary_calls, "PAIRED", {})
     x = inputs()
     got = computed(function, x)
     with np.errstate(all="ignore"):
