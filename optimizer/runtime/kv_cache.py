@@ -31,6 +31,9 @@ class Steps:
     quantized: int
 
 
+_NO_CODES = Steps(0, 0)
+
+
 @dataclass(frozen=True)
 class CacheTensors:
     """What the code takes of all caches: tensors in the places of inputs, and the `others`.
@@ -95,6 +98,8 @@ class KeyValueCache:
 
         Raises OptionError where that is more than the capacity.
         """
+        if self._pages is None and self._holds(total):
+            return _NO_CODES
         require_room(self.capacity, self.length, total - self.length)
         before = self.quantized
         quantized = before if self._pages is None else cache_pages.settled(self.length, before, self._pages)
@@ -106,6 +111,13 @@ class KeyValueCache:
             room = replace(room, step=total - self.length)
         self._change(room, total)
         return Steps(before, quantized)
+
+    def _holds(self, total: int) -> bool:
+        """Return whether the buffers stay as they are for so many tokens: most steps of one token ask for no more."""
+        room, memory = self._room, self._memory
+        if total > room.tokens or total - self.length > room.step:
+            return False
+        return memory is None or memory.is_large or 2 * total < room.tokens
 
     def commit(self, total: int, steps: Steps) -> None:
         """Take note of a step that was done."""

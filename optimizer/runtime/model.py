@@ -246,20 +246,30 @@ class Entry:
 
     def invoke(self, arguments: Sequence[object]) -> list[Tensor]:
         """Call the code with its arguments and return what it returns."""
-        with self._model.lock:
-            use_threads(self._model.threads)
-            try:
-                returned = self._function(*arguments)
-            except RuntimeError as error:
-                explained = self._explained(error)
-                if explained is None:
-                    raise
-                raise explained from error
+        returned = self._returned(arguments)
         results = [returned] if isinstance(returned, tensors.TVM_TENSOR) else tensors.elements(returned)
         count = len(self.returned_names)
         if len(results) != count or not all(isinstance(result, tensors.TVM_TENSOR) for result in results):
             raise PackageError(f"'{self.signature.name}' did not return {count} tensors; build the package again")
         return cast("list[Tensor]", results)
+
+    def invoke_for(self, arguments: Sequence[object], place: int) -> Tensor:
+        """Call code that `invoke` has called before, and return the one of its results at `place` alone."""
+        returned = self._returned(arguments)
+        return cast(
+            "Tensor", returned if isinstance(returned, tensors.TVM_TENSOR) else tensors.element(returned, place)
+        )
+
+    def _returned(self, arguments: Sequence[object]) -> object:
+        with self._model.lock:
+            use_threads(self._model.threads)
+            try:
+                return self._function(*arguments)
+            except RuntimeError as error:
+                explained = self._explained(error)
+                if explained is None:
+                    raise
+                raise explained from error
 
     def _explained(self, error: RuntimeError) -> OptimizerError | None:
         """Return what an error of the code means to who called it, None where that is not known."""

@@ -96,8 +96,12 @@ def shape_of(numbers: Sequence[int]) -> object:
 
 def elements(array: object) -> list[object]:
     """Return what an array holds that compiled code returned; iterating over it does the same by several calls each."""
-    item = runtime_function("ffi.ArrayGetItem")
-    return [item(array, number) for number in range(cast("int", runtime_function("ffi.ArraySize")(array)))]
+    return [element(array, number) for number in range(cast("int", runtime_function("ffi.ArraySize")(array)))]
+
+
+def element(array: object, place: int) -> object:
+    """Return one of the objects in an array that compiled code returned."""
+    return runtime_function("ffi.ArrayGetItem")(array, place)
 
 
 def on_device(tensor: Tensor, device: Device) -> Tensor:
@@ -117,7 +121,7 @@ def host_view(tensor: Tensor, dtype: str) -> Array:
     """Return a tensor's values as an array: on the CPU its memory itself, which the array keeps alive, else a copy."""
     kind = numpy_dtype(device_dtype(dtype))
     if _is_viewed(tensor, kind):
-        return cast("Callable[[object], Array]", np.from_dlpack)(tensor)
+        return viewed(tensor)
     size = math.prod(tensor.shape) * kind.itemsize
     if not size or not is_on_cpu(tensor):
         copy = np.empty(tensor.shape, kind)
@@ -126,6 +130,11 @@ def host_view(tensor: Tensor, dtype: str) -> Array:
     memory = (ctypes.c_uint8 * size).from_address(tensor.data_ptr())
     vars(memory)["tensor"] = tensor
     return np.ctypeslib.as_array(memory).view(kind).reshape(tensor.shape)
+
+
+def viewed(tensor: Tensor) -> Array:
+    """Return the memory of a tensor on the CPU, of a type that NumPy has itself, as an array that keeps it alive."""
+    return cast("Callable[[object], Array]", np.from_dlpack)(tensor)
 
 
 def _is_viewed(tensor: Tensor, kind: np.dtype[np.generic]) -> bool:

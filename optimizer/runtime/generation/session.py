@@ -116,7 +116,7 @@ class DecoderSession:
             result = self._steps.append(tokens[0], past)
             if result is not None:
                 self.tokens += tokens
-                return self._logits(result)
+                return result
         room = self._cache.capacity if self._roles.has_mask_over_room else None
         step = Step(tokens, past, room or past + count)
         inputs: dict[str, Input] = {name: VALUES[name](step) for name in self._roles.inputs}
