@@ -16,6 +16,7 @@ from optimizer.grouped_activations import activate_groups
 from optimizer.ir_dump import ignore
 from optimizer.kernel_merging import merge_kernels
 from optimizer.kernel_nodes import carry_into_groups, fused_groups, name_kernels, with_calls
+from optimizer.kernel_sharing import share_kernels
 from optimizer.large_pages import ask_for_large_pages
 from optimizer.legalization import LEGALIZATIONS
 from optimizer.overwriting import write_over_terms
@@ -61,6 +62,7 @@ _FUSE_TIR: _Transforms = {
     "eliminate-dead-kernels": relax.transform.DeadCodeElimination,
     # It knows a reshape by its loop nest, so it has to see it before the schedule.
     "rewrite-reshapes": relax.transform.RewriteDataflowReshape,
+    "share-kernels": lambda: share_kernels,
 }
 
 # What remains between scheduled TIR and the bytecode of Relax's virtual machine.

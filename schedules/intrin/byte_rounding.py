@@ -22,35 +22,40 @@ _ROUNDS = ("tirx.round", "tirx.nearbyint")
 _MAGIC = 1.5 * 2.0**23
 # Far below the numbers whose sums with it have no bit left for the units.
 _LARGEST = 2.0**20
+# Zero points may be added in 16 bits.
+_LARGEST_ZERO = 2**14
 
 
 @dataclass(frozen=True, eq=False)
 class Rounding:
     """The byte clip(round(value) + zero, low, high) of a number of fp32; all but `value` are whole numbers.
 
-    `dtype` is that of the byte, or the wider one that it is stored as.
+    `dtype` is that of the byte, or the wider one that it is stored as. `zero` is of int32, and no larger than
+    _LARGEST_ZERO: a constant, or a zero point that is read.
     """
 
     dtype: str
     value: Expr
-    zero: int
+    zero: Expr
     low: int
     high: int
 
     @property
     def _limited(self) -> Expr:
-        low, high = (_float(float(limit - self.zero)) for limit in (self.low, self.high))
+        low, high = ((tirx.const(limit, "int32") - self.zero).astype("float32") for limit in (self.low, self.high))
         return tirx.max(tirx.min(self.value, high), low)
 
     def by_addition(self) -> Expr:
         """Return the byte."""
         integer = tirx.reinterpret("int32", self._limited + _float(_MAGIC))
-        return (integer + tirx.const(self.zero, "int32") if self.zero else integer).astype(self.dtype)
+        return (integer + self.zero).astype(self.dtype)
 
-    def as_float(self, shift: int) -> Expr:
-        """Return the byte less a whole number as a number of fp32."""
+    def as_float(self, shift: Expr) -> Expr:
+        """Return the byte less a whole number, of int32, as a number of fp32."""
         whole = tirx.nearbyint(self._limited)
-        return whole - _float(float(shift - self.zero)) if shift != self.zero else whole
+        if tvm_ffi.structural_equal(shift, self.zero):
+            return whole
+        return whole - (shift - self.zero).astype("float32")
 
 
 def round_to_bytes(statement: Stmt) -> Stmt:
@@ -73,9 +78,9 @@ def rounded_in_floats(value: Expr) -> Expr:
         whole = cast.value
         if str(cast.ty.dtype) != "float32" or str(whole.ty.dtype) != "int32":
             return cast
-        shift = 0
-        if isinstance(whole, tirx.Sub) and isinstance(whole.b, tirx.IntImm):
-            whole, shift = whole.a, int(whole.b)
+        shift: Expr = tirx.const(0, "int32")
+        if isinstance(whole, tirx.Sub) and (isinstance(whole.b, tirx.IntImm) or _is_zero_point(whole.b)):
+            whole, shift = whole.a, whole.b
         found = rounding_of(whole.value) if isinstance(whole, tirx.Cast) else None
         return cast if found is None else found.as_float(shift)
 
@@ -95,14 +100,32 @@ def rounding_of(cast: Expr) -> Rounding | None:
     if not isinstance(limited, tirx.Max) or not isinstance(limited.a, tirx.Min):
         return None
     low, high, value = _whole(limited.b), _whole(limited.a.b), limited.a.a
-    zero: int | None = 0
+    zero: Expr | None = tirx.const(0, "int32")
     if isinstance(value, tirx.Add) and not isinstance(value.b, ir.Call):
-        value, zero = value.a, _whole(value.b)
+        value, zero = value.a, _zero_point(value.b)
     if low is None or high is None or zero is None or not isinstance(value, ir.Call):
         return None
-    if not isinstance(value.op, ir.Op) or value.op.name not in _ROUNDS or max(-low, high, abs(zero)) > _LARGEST:
+    if not isinstance(value.op, ir.Op) or value.op.name not in _ROUNDS or max(-low, high) > _LARGEST:
         return None
     return Rounding(dtype, value.args[0], zero, low, high)
+
+
+def _zero_point(value: Expr) -> Expr | None:
+    """Return what is added to a rounded number as an integer."""
+    constant = _whole(value)
+    if constant is not None:
+        return tirx.const(constant, "int32") if abs(constant) <= _LARGEST_ZERO else None
+    if isinstance(value, tirx.Cast) and _is_zero_point(value.value):
+        return value.value
+    return None
+
+
+def _is_zero_point(value: Expr) -> bool:
+    """Return whether a value is the byte of a tensor without axes as int32, as shared kernels read it."""
+    if not isinstance(value, tirx.Cast) or str(value.ty.dtype) != "int32":
+        return False
+    read = value.value
+    return isinstance(read, ir.TensorLoad) and not read.indices and str(read.source.dtype) in _BYTES
 
 
 def _whole(value: Expr) -> int | None:

@@ -29,8 +29,6 @@ TOGETHER = 4
 _CALL = "optimizer_store"
 # Bytes are stored as words by targets whose vectors of numbers have so many.
 _WORD_LANES = 8
-# Zero points are added in 16 bits.
-_LARGEST_ZERO = 2**14
 _LIMITS = {"int8": (-128, 127), "uint8": (0, 255), WORD: (-(2**15), 2**15 - 1)}
 _SOURCE = """
 define weak_odr i32 @{call}(ptr %to, {parameters}, i16 %zero, i8 %low, i8 %high) #0 {{
@@ -193,8 +191,7 @@ def _rounding(vectors: tirx.For, lanes: int, parameters: Sequence[Var]) -> Round
     if found is None or Access(written.buffer, tuple(written.indices)).step(axis) != Step.UNIT:
         return None
     low, high = _LIMITS[found.dtype]
-    fits = low <= found.low <= found.high <= high and abs(found.zero) <= _LARGEST_ZERO
-    return found if fits else None
+    return found if low <= found.low <= found.high <= high else None
 
 
 def _stored(vectors: tirx.For, rounding: Rounding, start: int, count: int, lanes: int) -> Stmt:
@@ -214,7 +211,7 @@ def _stored(vectors: tirx.For, rounding: Rounding, start: int, count: int, lanes
     numbers = [load(values, [tirx.Ramp(index(number * lanes), index(1), lanes)]) for number in range(count)]
     limits = [tirx.const(limit, rounding.dtype) for limit in (rounding.low, rounding.high)]
     name = _name(rounding.dtype, count)
-    call = tirx.call_extern("int32", name, tirx.address_of(to), *numbers, tirx.const(rounding.zero, "int16"), *limits)
+    call = tirx.call_extern("int32", name, tirx.address_of(to), *numbers, rounding.zero.astype("int16"), *limits)
     return with_local([values], [*map(computed, range(count)), tirx.Evaluate(call)])
 
 
