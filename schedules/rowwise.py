@@ -16,8 +16,11 @@ from tvm import tirx
 from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
+from schedules import streaming
 from schedules.access import as_int, same_extent
 from schedules.family import Choice, Kernel, Parameters, Space, parallel_if_large, vector_width, work_of
+from schedules.intrin.elementary_calls import calls_functions
+from schedules.intrin.vector_math import NONPOSITIVE
 from schedules.loops import (
     Extent,
     ceiling,
@@ -35,7 +38,6 @@ from schedules.row_steps import Row, RowBuffer, RowCode, in_row, is_along_row
 from schedules.rows_ahead import lines_ahead, lines_to_write
 from schedules.softmax import simplified
 from schedules.stages import Axis, Stage, as_extent, bind, sequence
-from schedules.streaming import LAST_CACHE_BYTES
 from targets.base import Target
 
 TASKS_PER_CORE = 4
@@ -78,11 +80,22 @@ class Rowwise:
 
     def space(self, target: Target, analysis: RowwiseAnalysis) -> Space:
         """Return how many registers one vector statement spans."""
-        return (Choice("vectors", 2, (1, 2, 4)),)
+        return (Choice("vectors", _default_vectors(analysis, target), (1, 2, 4)),)
 
     def apply(self, analysis: RowwiseAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the parallel loop over rows."""
         return all_rows(analysis, parameters["vectors"], target, _most_work(analysis.stages))
+
+
+def _default_vectors(analysis: RowwiseAnalysis, target: Target) -> int:
+    """Return two registers, or one where a softmax's exponentials leave none for a second among few.
+
+    The walk of exponentials takes the maximum of the next row along, and LLVM keeps its constants on the stack for two
+    registers of AVX2: rows of 197 took 526 us and take 464, of 1024 888 and 805 (a Zen 3's thread). Beyond the caches
+    statements of whole lines count for more.
+    """
+    softmax = any(calls_functions(stage.value, {NONPOSITIVE}) for stage in analysis.stages)
+    return 1 if target.has_few_registers and softmax and not _exceeds_caches(analysis) else 2
 
 
 def row_extents(analysis: RowwiseAnalysis) -> list[Extent]:
@@ -190,12 +203,20 @@ def _waits_for_folds(analysis: RowwiseAnalysis, target: Target) -> bool:
     stages, leading = analysis.stages, analysis.leading
     if not any(is_along_row(stage, leading) for stage in stages):
         return False
-    widest = max(read.source.dtype.bits // 8 for stage in stages for read in stage.loads())
-    row = max(_row_work(stage, leading) for stage in stages) * widest
+    # As much again is written, or kept between steps.
+    return not _exceeds_caches(analysis) and ROWS_TOGETHER * _row_bytes(analysis) <= target.caches.level1 // 2
+
+
+def _row_bytes(analysis: RowwiseAnalysis) -> float:
+    """Return the bytes of the longest row that a stage walks, infinite where it is symbolic."""
+    widest = max(read.source.dtype.bits // 8 for stage in analysis.stages for read in stage.loads())
+    return max(_row_work(stage, analysis.leading) for stage in analysis.stages) * widest
+
+
+def _exceeds_caches(analysis: RowwiseAnalysis) -> bool:
+    """Return whether all rows, if it is known how many there are, are more than the last cache holds."""
     rows = product(row_extents(analysis))
-    if isinstance(rows, int) and rows * row >= LAST_CACHE_BYTES:
-        return False
-    return ROWS_TOGETHER * row <= target.caches.level1 // 2  # as much again is written, or kept between steps
+    return isinstance(rows, int) and rows * _row_bytes(analysis) >= streaming.LAST_CACHE_BYTES
 
 
 def _long_rows(stages: Sequence[Stage], leading: int) -> int:

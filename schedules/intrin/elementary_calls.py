@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import tvm_ffi
 from tvm import ir, tirx
 from tvm.ir import Expr, TensorLoad
@@ -35,11 +37,11 @@ LARGEST_EXPANDED_POWER = 4
 _EXTERN = "tirx.call_pure_extern"
 
 
-def calls_functions(expression: Expr) -> bool:
-    """Return whether an expression calls an elementary function that becomes arithmetic."""
+def calls_functions(expression: Expr, names: Collection[str] = (*FUNCTIONS, *COEFFICIENTS)) -> bool:
+    """Return whether an expression calls an elementary function that becomes arithmetic, one of `names`."""
     found: list[str] = []
     tvm_ffi.structural_walk(expression, (ir.Call, lambda call: found.append(_name_of(call))))
-    return any(name in FUNCTIONS or name in COEFFICIENTS for name in found)
+    return any(name in names for name in found)
 
 
 def expand(expression: ir.Node, buffers: Bf16Buffers, target: Target) -> ir.Node:

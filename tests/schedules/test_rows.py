@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tvm import relax
 from tvm.relax import op
 
-from schedules import column_strips, narrow_rows, turned_rows
-from tests.schedules.execution import TARGET, integers, normal, run, sum_tolerance
+import targets
+from schedules import column_strips, narrow_rows, schedule_module, turned_rows
+from tests.schedules.execution import TARGET, build, integers, normal, run, sum_tolerance
 
 SIZES = st.sampled_from([1, 2, 3, 7, 16, 17, 33, 64, 65, 131])
 
@@ -284,3 +285,12 @@ def test_steps_between_rows_and_columns_have_two_sources(width: int, lanes: int)
         assert sorted(where) == list(range(width * lanes))
         assert all(len({where[element] for element in held}) <= 2 for held in after)
     assert steps[-1] == tuple(tuple(row * width + column for row in range(lanes)) for column in range(width))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "vectors"), [("x86-avx2", 512, 1), ("x86-avx2", 16384, 2), ("x86-avx512", 512, 2)]
+)
+def test_vectors_of_exponentials_where_registers_are_few(name: str, rows: int, vectors: int) -> None:
+    module = build(lambda x: op.nn.softmax(x, -1), [(rows, 1024)], ["float32"])
+    (report,) = schedule_module(module, targets.get(name))[1]
+    assert report.parameters["vectors"] == vectors
