@@ -71,7 +71,8 @@ class Block:
     Where keys are codes, products with them start from `first_sums` [heads][lanes]. Where values are, `scaled`
     [heads][keys] holds the exponentials times their scales, and `offsets` [heads] the sums of those times their minima.
     The loop over values has `own_registers` for itself: all that there are, or none. `following` is the block that its
-    thread takes next where requests are spread between two, None where a block asks for its own alone.
+    thread takes next where requests are spread between two, None where a block asks for its own alone. `seen` is the
+    logit of a key that the mask does not hide, and the key from which on it hides all, None where each key is compared.
     """
 
     analysis: AttentionAnalysis
@@ -92,6 +93,7 @@ class Block:
     scaled: Var | None = None
     offsets: Var | None = None
     following: Following | None = None
+    seen: tuple[Expr, Expr] | None = None
 
     def at(self, expression: Expr, axes: Mapping[Var, Expr], head: Expr | None = None) -> Expr:
         """Return `expression` at the task's query, a head of those that share keys, and given values of other axes."""

@@ -27,7 +27,7 @@ from schedules.attention_block import (
     while_summing,
 )
 from schedules.attention_joining import LOWEST, ZERO, Row, joined
-from schedules.attention_mask import choice_of
+from schedules.attention_mask import choice_of, end_of_seen, seen_logit
 from schedules.attention_operands import Codes, codes_of, in_stores
 from schedules.attention_structure import AttentionAnalysis
 from schedules.family import is_large
@@ -77,6 +77,8 @@ def emit(analysis: AttentionAnalysis, target: Target, key_block: int) -> Stmt:
         "sums": local([results, heads.count, columns], FLOAT, "block_sums"),
     }
 
+    seen = _seen(analysis) if target.has_few_registers else None
+
     def point(values: Sequence[Expr], group: Expr) -> dict[Var, Expr]:
         found = {axis.variable: value for axis, value in zip(axes, values, strict=True)}
         return found if heads.axis is None else {**found, heads.axis.variable: group * heads.count}
@@ -100,8 +102,9 @@ def emit(analysis: AttentionAnalysis, target: Target, key_block: int) -> Stmt:
             following = Following(point(values_after, group_after), part_after * size)
         at = point(values, group)
         task = Block(
-            analysis, lanes, own_registers, heads, at, number, base, extent, **buffers, **gathered, following=following
-        )
+            analysis, lanes, own_registers, heads, at, number, base, extent, **buffers, **gathered,
+            following=following, seen=seen,
+        )  # fmt: skip
         return with_local(list(buffers.values()), _block(task))
 
     def row(number: Expr) -> Stmt:
@@ -132,6 +135,15 @@ def _spreads_requests(target: Target) -> bool:
     it was not measured.
     """
     return target.has_few_registers
+
+
+def _seen(analysis: AttentionAnalysis) -> tuple[Expr, Expr] | None:
+    """Return the logit of a key that the mask does not hide, and the key from which on it hides all, as `Block.seen`.
+
+    The mask compares keys in 64 bits, of which a vector of AVX2 holds half as many as of logits.
+    """
+    logit, end = seen_logit(analysis, several=True), end_of_seen(analysis)
+    return None if logit is None or end is None else (logit, end)
 
 
 def _blocks(keys: Extent, room: int, lanes: int, outer: Sequence[Extent]) -> tuple[Extent, Extent]:
@@ -181,17 +193,25 @@ def _exponentials(task: Block, head: Expr) -> Stmt:
     analysis = task.analysis
     here = [task.number, head]
 
-    def logit(j: Expr) -> Stmt:
-        values = {analysis.key.variable: task.base + j, analysis.score: load(task.weights, [head, j])}
-        return store(task.weights, task.at(analysis.logit, values, head), [head, j])
+    def logits(value: Expr) -> Stmt:
+        def logit(j: Expr) -> Stmt:
+            values = {analysis.key.variable: task.base + j, analysis.score: load(task.weights, [head, j])}
+            return store(task.weights, task.at(value, values, head), [head, j])
+
+        return in_vectors(task.lanes, task.extent, logit)
 
     def exponential(j: Expr) -> Stmt:
         difference = load(task.weights, [head, j]) - load(task.largest, here)
         return store(task.weights, exp_of_nonpositive(difference), [head, j])
 
+    all_logits = logits(analysis.logit)
+    if task.seen is not None:
+        visible, end = task.seen
+        are_seen = task.base + index(task.extent) <= task.at(end, {}, head)
+        all_logits = tirx.IfThenElse(are_seen, logits(visible), all_logits)
     return sequence(
         [
-            in_vectors(task.lanes, task.extent, logit),
+            all_logits,
             *_reduced(task, head, _MAXIMUM),
             store(task.largest, _folded(task, _MAXIMUM), here),
             in_vectors(task.lanes, task.extent, exponential),

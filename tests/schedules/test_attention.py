@@ -353,6 +353,14 @@ def test_causal_attention_of_any_length(low: float) -> None:
         _check_causal(call, queries, keys, low)
 
 
+@pytest.mark.parametrize("low", [-np.inf, float(np.finfo("float32").min)], ids=["infinite", "lowest"])
+def test_few_causal_queries_of_any_length(low: float) -> None:
+    call, _ = scheduled(_module(1, 16, "s", "t", hidden=low))
+    # Some blocks of keys all queries see, some the later queries alone, and of the last ones a part is hidden.
+    for queries, keys in [(1, 1), (1, 517), (7, 517), (5, 390), (7, 200), (6, 9)]:
+        _check_causal(call, queries, keys, low)
+
+
 def test_causal_attention_of_constant_length() -> None:
     call, _ = scheduled(_module(1, 16, 131, 131, hidden=-np.inf))
     _check_causal(call, 131, 131, -np.inf)
