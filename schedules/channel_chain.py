@@ -148,9 +148,10 @@ def whole(staged: StagedFunction) -> ChainedKernel | None:
         between = before[-1].output
         if not contains(staged.intermediate, between) or not _reads_alone(after, before, between):
             continue
-        parts = [row_parts.kernel_of(staged, piece) for piece in (before, after)]
-        if parts[0] is not None and parts[1] is not None:
-            return ChainedKernel((*parts[0].stages, *parts[1].stages), (between,), parts=(parts[0], parts[1]))
+        one = row_parts.kernel_of(staged, before)
+        other = None if one is None else row_parts.kernel_of(staged, after)
+        if one is not None and other is not None:
+            return ChainedKernel((*one.stages, *other.stages), (between,), parts=(one, other))
     return None
 
 

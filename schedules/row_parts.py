@@ -88,6 +88,8 @@ def kind(staged: StagedFunction) -> Literal["product", "rows"] | None:
 def _parts(staged: StagedFunction, stages: Sequence[Stage], first: int, last: int) -> list[Kernel] | None:
     """Return the rows before stage `first`, the product from there to `last`, and the rows after it; None where not."""
     pieces = [stages[:first], stages[first:last], stages[last:]]
+    if pieces[2] and not any(stage.is_reduction for stage in pieces[2]):
+        return None  # as functions of rows are, which is told without computing anything where it is read
     parts: list[Kernel] = []
     for number, piece in enumerate(pieces):
         if not piece:
