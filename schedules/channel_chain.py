@@ -27,11 +27,12 @@ from tvm.tirx.stmt import Stmt
 from schedules import row_parts
 from schedules.access import Axis, AxisGroup, as_int
 from schedules.channel_windows import ChannelWindow, ChannelWindows, windows_of
-from schedules.convolution_tile import column_extent, register_tile
+from schedules.convolution_tile import column_extent, parts_rows_of_taps, register_tile
 from schedules.direct_convolution import DirectConvolution, Emitter, emitter
 from schedules.division import even_parts
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
 from schedules.intrin.bf16_conversion import BFLOAT16
+from schedules.intrin.load_fence import with_fences
 from schedules.loops import index, load, local, loop, parallel, product, tile_choice, unflatten, with_local
 from schedules.matrix_convolution import MatrixConvolution
 from schedules.matrix_task import MatrixTask
@@ -130,7 +131,9 @@ class ChannelChain:
     def apply(self, analysis: ChannelChainAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the parallel loop over images, blocks of channels and runs of rows."""
         statement = _Chain(analysis, parameters, target).statement()
-        return statement if analysis.tiles is None else analysis.tiles.tiles.imported(statement)
+        if analysis.tiles is not None:
+            return analysis.tiles.tiles.imported(statement)
+        return with_fences(statement, target) if parts_rows_of_taps(analysis.first, target) else statement
 
 
 @functools.lru_cache(maxsize=1024)
