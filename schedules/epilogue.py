@@ -117,7 +117,7 @@ def match(source: Stage, stage: Stage) -> Epilogue | None:
 
 
 def _equal(left: Sequence[Expr], right: Sequence[Expr]) -> bool:
-    return all(tvm_ffi.structural_equal(a, b) for a, b in zip(left, right, strict=True))
+    return len(left) == len(right) and all(map(tvm_ffi.structural_equal, left, right))
 
 
 def _invert(source: Stage, stage: Stage, indices: Sequence[Expr]) -> dict[Var, Expr] | None:

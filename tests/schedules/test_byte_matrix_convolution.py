@@ -89,6 +89,25 @@ def test_what_follows_is_rounded_to_bytes(rows: int) -> None:
 
 
 @needs_tiles
+def test_layers_that_differ_in_scales_are_one_kernel() -> None:
+    """Numbers that a kernel takes as tensors without axes lie nowhere in its result."""
+    x, w = drawn("uint8", 1, 64, 5, 7), drawn("int8", 64, 64, 1, 1, seed=1)
+    scales = np.float32(1e-4), np.float32(3e-4)
+
+    def layers(x: relax.Var) -> relax.Expr:
+        for scale in scales:
+            x = quantized(op.multiply(op.astype(conv(x, w), "float32"), relax.const(scale)), "uint8", 0)
+        return x
+
+    executable, families = compiled(layers, [*x.shape])
+    want = x
+    for scale in scales:
+        want = quantize(convolve(want, w, 1, 0).astype(np.float32) * scale, "uint8", 0)
+    np.testing.assert_array_equal(run(executable, x), want)
+    assert families.count("matrix-convolution") == 1
+
+
+@needs_tiles
 @pytest.mark.parametrize(("zero", "other"), [(0, 0), (118, 118), (7, 130)])
 def test_numbers_that_are_rounded_twice_become_bytes_once(zero: int, other: int) -> None:
     x, w = drawn("uint8", 1, 64, 9, 13), drawn("int8", 64, 64, 1, 1, seed=1)
