@@ -60,6 +60,7 @@ def test_error_of_functions_without_an_operator(name: str, paired: bool, monkeyp
     if paired:
         in_pairs = elementary_calls.PAIRED[vector_math.log1p_of_unit]
         monkeypatch.setitem(elementary_calls.FUNCTIONS, elementary_calls.OF_UNIT, in_pairs)
+        monkeypatch.setattr(register_tables, "has_tables", lambda _: False)  # targets with few registers have none
     else:
         monkeypatch.setattr(elementary_calls, "PAIRED", {})
     x = inputs()
