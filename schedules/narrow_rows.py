@@ -19,6 +19,7 @@ from schedules.access import as_int, branches_on, free_variables, occurs
 from schedules.family import Kernel, Parameters, Space, work_of
 from schedules.loops import Extent, flatten, index, load, local, loop, store, vector, with_local
 from schedules.reducer import accumulate, reducer_of
+from schedules.row_folds import FEWEST_LANES
 from schedules.rowwise import in_tasks, shared_leading
 from schedules.softmax import simplified
 from schedules.stages import Axis, Stage, calls_of, contains, replace_loads, sequence, substitute
@@ -31,7 +32,7 @@ FEWEST_BLOCKS = 2
 WIDTH_BITS = 32
 # How many sums of a row run side by side: one waits for the one before it.
 CHAINS = 4
-# What of rows of more than a register takes longer than to turn them.
+# What of rows of more than a register takes longer than to turn them, where `row_folds` leaves them.
 LONG_CALLS = ("tirx.exp", "tirx.log")
 
 
@@ -73,7 +74,8 @@ class NarrowRows:
             return None
         rows, width = math.prod(extent or 0 for extent in next(iter(shapes))), max(widths)
         calls = any(call.op.name in LONG_CALLS for stage in kernel.stages for call in _operators(stage))
-        is_narrow = 1 < width < lanes or (calls and width < 2 * lanes)
+        most = lanes if lanes >= FEWEST_LANES else 2 * lanes - 1
+        is_narrow = 1 < width < lanes or (calls and width <= most)
         if not is_narrow or rows < FEWEST_BLOCKS * lanes:
             return None
         return NarrowAnalysis(stages, leading, private, read, rows, width, lanes)

@@ -23,11 +23,16 @@ from schedules.stages import Axis, Stage, as_extent, bind, replace_loads, sequen
 
 @dataclass(frozen=True, eq=False)
 class RowBuffer:
-    """The one-row stand-in of an intermediate buffer."""
+    """The stand-in of an intermediate buffer: of one row, or of several, of which it is row `number`.
+
+    Elements of several rows lie so many places behind their own as `shift` says.
+    """
 
     buffer: Var
     local: Var
     leading: int
+    number: Expr | None = None
+    shift: int = 0
 
     @staticmethod
     def of(buffer: Var, leading: int) -> RowBuffer:
@@ -35,9 +40,26 @@ class RowBuffer:
         shape = [as_extent(extent) for extent in buffer.shape[leading:]] or [1]
         return RowBuffer(buffer, local(shape, str(buffer.dtype), f"{buffer.name}_row"), leading)
 
+    @staticmethod
+    def of_rows(buffer: Var, leading: int, rows: int, width: int) -> RowBuffer:
+        """Return the stand-in for several rows of one axis, which has room for `width` elements, or of one element."""
+        shape = [rows] if has_one_element(buffer, leading) else [rows, width]
+        return RowBuffer(buffer, local(shape, str(buffer.dtype), f"{buffer.name}_rows"), leading)
+
+    def of_row(self, number: Expr, shift: int) -> RowBuffer:
+        """Return the stand-in of one of several rows."""
+        return replace(self, number=number, shift=shift)
+
     def at(self, indices: Sequence[Expr]) -> list[Expr]:
         """Return the place in a row of an element of the buffer."""
-        return list(indices[self.leading :]) or [index(0)]
+        own = list(indices[self.leading :])
+        if self.number is None:
+            return own or [index(0)]
+        return [self.number, *(each + self.shift for each in own[: len(self.local.shape) - 1])]
+
+
+# A stage of a row, and one that is computed in its walk.
+RowStep = tuple[Stage | None, Stage]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +68,11 @@ class Row:
 
     position: Sequence[Expr]
     buffers: Sequence[RowBuffer]
+
+
+def has_one_element(buffer: Var, leading: int) -> bool:
+    """Return whether a buffer has a single element for each row."""
+    return all(as_extent(extent) == 1 for extent in buffer.shape[leading:])
 
 
 def is_along_row(stage: Stage, leading: int) -> bool:

@@ -34,7 +34,8 @@ from schedules.loops import (
     unflatten,
     with_local,
 )
-from schedules.row_steps import Row, RowBuffer, RowCode, in_row, is_along_row
+from schedules.row_folds import RowBlock, folds_together
+from schedules.row_steps import Row, RowBuffer, RowCode, RowStep, in_row, is_along_row
 from schedules.rows_ahead import lines_ahead, lines_to_write
 from schedules.softmax import simplified
 from schedules.stages import Axis, Stage, as_extent, bind, sequence
@@ -60,10 +61,6 @@ class RowwiseAnalysis:
     private: tuple[Var, ...]
 
 
-# A stage of a row, and one that is computed in its walk.
-_RowStep = tuple[Stage | None, Stage]
-
-
 class Rowwise:
     """Rows in parallel, every step of a row in one task, vectors along the row."""
 
@@ -84,6 +81,8 @@ class Rowwise:
 
     def apply(self, analysis: RowwiseAnalysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the parallel loop over rows."""
+        if folds_together(analysis.stages, analysis.leading, analysis.private, target):
+            return _in_blocks(analysis, target)
         return all_rows(analysis, parameters["vectors"], target, _most_work(analysis.stages))
 
 
@@ -107,6 +106,24 @@ def all_rows(analysis: RowwiseAnalysis, vectors: int, target: Target, work: Exte
     """Return the loop over all rows, parallel where `work` is large."""
     count = product(row_extents(analysis))
     return in_tasks(count, work, target, lambda start, rows: consecutive_rows(analysis, start, rows, vectors, target))
+
+
+def _in_blocks(analysis: RowwiseAnalysis, target: Target) -> Stmt:
+    """Return the loop over blocks of rows whose sums are folded together; the last one begins in the one before it."""
+    extents = row_extents(analysis)
+    rows, lanes = product(extents), target.vector_lanes(32)
+    assert isinstance(rows, int)
+    steps = tuple(_in_one_walk(analysis.stages, analysis.leading))
+    width = next(int(stage.reduction[0].extent) for stage in analysis.stages if stage.is_reduction)
+    block = RowBlock(steps, analysis.private, tuple(extents), width, lanes, target)
+
+    def code(number: Expr) -> Stmt:
+        return block.code(tirx.min(number * lanes, index(rows - lanes)))
+
+    def task(start: Expr, count: Extent) -> Stmt:
+        return loop(count, lambda i: code(start + i))
+
+    return in_tasks(-(-rows // lanes), _most_work(analysis.stages), target, task)
 
 
 def in_tasks(count: Extent, work: Extent, target: Target, rows: Callable[[Expr, Extent], Stmt]) -> Stmt:
@@ -157,7 +174,7 @@ def consecutive_rows(analysis: RowwiseAnalysis, start: Expr, extent: Extent, vec
 
 def _first_steps_early(
     analysis: RowwiseAnalysis,
-    steps: Sequence[_RowStep],
+    steps: Sequence[RowStep],
     code: RowCode,
     start: Expr,
     extent: Extent,
@@ -266,9 +283,9 @@ def _common_prefix(left: Sequence[Expr], right: Sequence[Expr], most: int) -> in
     return count
 
 
-def _in_one_walk(stages: Sequence[Stage], leading: int) -> list[_RowStep]:
+def _in_one_walk(stages: Sequence[Stage], leading: int) -> list[RowStep]:
     """Return the stages, each reduction with the one before it where both can walk along the row together."""
-    steps: list[_RowStep] = []
+    steps: list[RowStep] = []
     for stage in stages:
         before = steps[-1] if steps else None
         if before is not None and before[0] is None and _walks_with(before[1], stage, leading):
@@ -290,7 +307,7 @@ def _walks_with(first: Stage, stage: Stage, leading: int) -> bool:
     return bool(reads) and all(read.indices[-1].same_as(axis.variable) for read in reads)
 
 
-def _shares_walks(steps: Sequence[_RowStep], leading: int) -> bool:
+def _shares_walks(steps: Sequence[RowStep], leading: int) -> bool:
     """Return whether the second step can take the next row's first one along: both reduce, and it computes enough."""
     if len(steps) < 2:
         return False

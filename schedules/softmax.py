@@ -1,12 +1,12 @@
-"""The stages of a softmax, exp(x - max x) / sum of it, with what is known of their values made use of.
+"""The stages of a softmax, exp(x - max x) / sum of it, or of its logarithm, with what is known of their values used.
 
 The difference is never positive, so half the arithmetic of an exponential suffices, and the sum, of which 1 is a term,
-has an inverse to multiply by.
+has an inverse to multiply by. The inverse and the logarithm of a sum are computed once, not for each element.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import tvm_ffi
@@ -17,24 +17,26 @@ from schedules.access import same_extent
 from schedules.intrin.vector_math import exp_of_nonpositive
 from schedules.loops import index, load
 from schedules.reducer import reducer_of
-from schedules.stages import Stage, bind, contains, substitute
+from schedules.stages import Stage, bind, calls_of, contains, substitute
 
 FLOAT = "float32"
 
 
 def simplified(stages: Sequence[Stage], private: Sequence[Var]) -> tuple[tuple[Stage, ...], tuple[Var, ...]]:
-    """Return fp32 stages with the exponentials and quotients of softmaxes simplified, and their `private` buffers."""
+    """Return fp32 stages with the parts of softmaxes and their logarithms simplified, and their `private` buffers."""
     result: list[Stage] = []
     buffers = list(private)
     exponentials: list[Var] = []
     inverses: list[tuple[Var, Var]] = []
     for stage in stages:
-        if contains(private, stage.output) and _is_of_nonpositive(stage, result):
+        if contains(private, stage.output) and _is_of_nonpositive(stage, stage.value, result):
             exponentials.append(stage.output)
-            assert isinstance(stage.value, ir.Call)
-            result.append(replace(stage, value=exp_of_nonpositive(stage.value.args[0])))
+            result.append(replace(stage, value=_of_nonpositive(stage.value)))
             continue
-        result.append(_multiplied(stage, inverses))
+        logarithms = _logarithms(stage, result, private)
+        result += logarithms.values()
+        buffers += [each.output for each in logarithms.values()]
+        result.append(_multiplied(_with_logarithms(_with_exponential(stage, result), logarithms), inverses))
         if _sums(stage, exponentials) and contains(private, stage.output):
             inverse = tirx.decl_buffer(list(stage.output.shape), FLOAT, f"{stage.output.name}_inverse")
             inverses.append((stage.output, inverse))
@@ -43,9 +45,8 @@ def simplified(stages: Sequence[Stage], private: Sequence[Var]) -> tuple[tuple[S
     return tuple(result), tuple(buffers)
 
 
-def _is_of_nonpositive(stage: Stage, before: Sequence[Stage]) -> bool:
-    """Return whether the stage is exp(x - m) with m the maximum over all that x is."""
-    value = stage.value
+def _is_of_nonpositive(stage: Stage, value: Expr, before: Sequence[Stage]) -> bool:
+    """Return whether a value of the stage is exp(x - m) with m the maximum over all that x is."""
     if not isinstance(value, ir.Call) or not isinstance(value.op, ir.Op) or value.op.name != "tirx.exp":
         return False
     difference = value.args[0]
@@ -58,10 +59,55 @@ def _is_of_nonpositive(stage: Stage, before: Sequence[Stage]) -> bool:
     return any(_is_maximum(maximum, largest, stage, difference.a) for maximum in maxima)
 
 
+def _of_nonpositive(value: Expr) -> Expr:
+    assert isinstance(value, ir.Call)
+    return exp_of_nonpositive(value.args[0])
+
+
+def _with_exponential(stage: Stage, before: Sequence[Stage]) -> Stage:
+    """Return a sum of exponentials of what is never positive with these simplified, any other stage as it is."""
+    reducer = reducer_of(stage)
+    if reducer is None or not isinstance(stage.value, tirx.Add) or not _is_of_nonpositive(stage, reducer.term, before):
+        return stage
+    return replace(stage, value=reducer.combine(load(stage.output, stage.indices), _of_nonpositive(reducer.term)))
+
+
+def _logarithms(stage: Stage, before: Sequence[Stage], private: Sequence[Var]) -> dict[Var, Stage]:
+    """Return stages for the logarithms of private sums that a stage of more elements reads, by the sums' buffers."""
+    found: dict[Var, Stage] = {}
+    for call in calls_of(stage.value):
+        total = _logarithm_of(call)
+        own = None if total is None else next((each for each in before if each.output.same_as(total.source)), None)
+        if total is None or own is None or not own.is_reduction or not contains(private, own.output):
+            continue
+        if len(stage.spatial) > len(own.spatial) and str(own.output.dtype) == FLOAT:
+            output = tirx.decl_buffer(list(own.output.shape), FLOAT, f"{own.output.name}_logarithm")
+            value = tirx.log(load(own.output, own.indices))
+            found[own.output] = Stage(output, own.indices, own.spatial, (), None, value)
+    return found
+
+
+def _logarithm_of(call: Expr) -> TensorLoad | None:
+    """Return the element of which an expression is the logarithm."""
+    is_call = isinstance(call, ir.Call) and isinstance(call.op, ir.Op) and call.op.name == "tirx.log"
+    return call.args[0] if is_call and isinstance(call.args[0], TensorLoad) else None
+
+
+def _with_logarithms(stage: Stage, logarithms: Mapping[Var, Stage]) -> Stage:
+    """Return `stage` with elements of what was computed before in place of logarithms."""
+
+    def visit(call: ir.Call, mutator: tvm_ffi.StructuralMutator) -> Expr:
+        total = _logarithm_of(call)
+        own = None if total is None else logarithms.get(total.source)
+        return mutator.default_mutate(call) if total is None or own is None else load(own.output, list(total.indices))
+
+    return replace(stage, value=tvm_ffi.structural_mutate(stage.value, (ir.Call, visit))) if logarithms else stage
+
+
 def _is_maximum(maximum: Stage, largest: TensorLoad, stage: Stage, x: Expr) -> bool:
     """Return whether `largest`, an element of `maximum`, is the maximum of `x` over the axes that it does not have."""
     reducer = reducer_of(maximum)
-    free = [axis for axis in stage.spatial if not any(axis.variable.same_as(i) for i in largest.indices)]
+    free = [axis for axis in stage.axes if not any(axis.variable.same_as(i) for i in largest.indices)]
     if reducer is None or len(free) != len(maximum.reduction):
         return False
     point = bind(maximum.indices, largest.indices)

@@ -13,7 +13,7 @@ from tvm import relax
 from tvm.relax import op
 
 import targets
-from schedules import column_strips, narrow_rows, schedule_module, turned_rows
+from schedules import column_strips, narrow_rows, row_folds, schedule_module, turned_rows
 from tests.schedules.execution import TARGET, build, integers, normal, run, sum_tolerance
 
 SIZES = st.sampled_from([1, 2, 3, 7, 16, 17, 33, 64, 65, 131])
@@ -238,7 +238,41 @@ def test_softmax_of_narrow_rows(rows: int, width: int) -> None:
 
 def _in_lanes(width: int) -> bool:
     lanes = TARGET.vector_lanes(32)
-    return lanes in narrow_rows.LANES and width < 2 * lanes
+    return lanes in narrow_rows.LANES and width < (2 * lanes if lanes < row_folds.FEWEST_LANES else lanes + 1)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    rows=st.sampled_from([(32,), (33,), (3, 37), (1000,)]),
+    width=st.sampled_from([17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 128, 129]),
+    masked=st.booleans(),
+)
+def test_functions_of_rows_whose_sums_are_folded_together(rows: tuple[int, ...], width: int, masked: bool) -> None:
+    x, scale, shift = normal(*rows, width) * 10, normal(width, seed=1), normal(width, seed=2)
+    mask = np.where(integers(width) > 0, 0, -200).astype("float32") if masked else np.zeros(width, "float32")
+    wide = (x + mask).astype("float64")
+    shifted = wide - wide.max(-1, keepdims=True)
+    total = np.exp(shifted).sum(-1, keepdims=True)
+    got, families = run(lambda x: op.nn.softmax(op.add(x, relax.const(mask)), axis=-1), [x])
+    np.testing.assert_allclose(got, np.exp(shifted) / total, rtol=2e-5, atol=float(np.finfo("float32").tiny))
+    assert "rowwise" in families or _in_lanes(width)
+    got, _ = run(lambda x: op.nn.log_softmax(op.add(x, relax.const(mask)), axis=-1), [x])
+    np.testing.assert_allclose(got, shifted - np.log(total), rtol=1e-5, atol=2e-5)
+    got, _ = run(lambda x: op.nn.layer_norm(x, relax.const(scale), relax.const(shift), axes=[-1]), [x])
+    centered = x.astype("float64") - x.astype("float64").mean(-1, keepdims=True)
+    want = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5) * scale + shift
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
+
+
+def test_rows_folded_together_keep_infinities_and_not_a_numbers() -> None:
+    x = normal(40, 37)
+    x[0, -1], x[1], x[2, 0], x[3, -1], x[4, 0] = -np.inf, -np.inf, np.nan, np.inf, -200
+    got, _ = run(lambda x: op.nn.softmax(x, axis=-1), [x])
+    with np.errstate(invalid="ignore"):
+        shifted = x.astype("float64") - np.maximum(x.max(-1, keepdims=True), np.finfo("float32").min)
+        want = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
+    np.testing.assert_allclose(got[[0, *range(4, 40)]], want[[0, *range(4, 40)]], rtol=1e-5, atol=1e-37)
+    assert np.isnan(got[1:4]).all()
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
