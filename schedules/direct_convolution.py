@@ -33,6 +33,7 @@ from schedules.convolution_tile import (
 )
 from schedules.direct_convolution_tile import Point, RegisterTile
 from schedules.division import Division
+from schedules.epilogue import overwritable
 from schedules.family import Choice, Kernel, Parameters, Space, is_large, work_of
 from schedules.intrin.byte_dot import WORD
 from schedules.intrin.byte_rounding import rounded_in_floats
@@ -100,6 +101,10 @@ class DirectConvolution:
         if dot is not None:
             statement = dot.imported(statement)
         return with_fences(statement, target) if dot is not None or parts_rows_of_taps(analysis, target) else statement
+
+    def overwritable(self, analysis: ChannelWindows) -> tuple[Var, ...]:
+        """Return what is read only where a result of the same type is written next, which may have its memory."""
+        return overwritable(analysis.epilogue)
 
 
 def _dot(analysis: ChannelWindows, target: Target) -> GroupedDot | None:

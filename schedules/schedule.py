@@ -21,6 +21,7 @@ from schedules import (
     winograd_structure,
 )
 from schedules.channel_chain import ChannelChain
+from schedules.direct_convolution import DirectConvolution
 from schedules.division import division_of
 from schedules.family import Kernel, Parameters, defaults, work_of
 from schedules.gated_product import GatedProduct
@@ -177,7 +178,9 @@ def _schedule_kernel(kernel: Kernel, target: Target, decide: Decide = by_default
             if key not in used:
                 raise KeyError(f"{family.name} has no parameter {key!r}; it has {', '.join(used)}")
             used[key] = value
-        overwritable = family.overwritable(analysis) if isinstance(family, MatrixConvolution) else ()
+        overwritable = (
+            family.overwritable(analysis) if isinstance(family, MatrixConvolution | DirectConvolution) else ()
+        )
         report = replace(report, tuned=chosen is not None)
         return _ScheduledKernel(family.apply(analysis, used, target), report, overwritable)
     # A stage alone is elementwise or a reduction, which take whatever they are given.

@@ -14,10 +14,13 @@ from tvm import relax
 from tvm.relax import op
 
 import targets
-from optimizer.lowering import LoweredModule, build
+from optimizer.lowering import LoweredModule, build, lower
 from optimizer.overwriting import write_over_terms
+from passes.block_channels import BlockChannels
+from targets.base import Target
 from targets.host import missing_features
-from tests.schedules.execution import normal, sum_tolerance
+from tests.schedules.execution import TARGET as HOST
+from tests.schedules.execution import module_of, normal, sum_tolerance
 from tests.schedules.test_bf16_convolution import rounded
 from tests.schedules.test_convolution import convolve
 from tests.schedules.test_matrix_convolution import in_blocks, outputs_of
@@ -45,17 +48,22 @@ def two_residuals(x: relax.Var) -> relax.Expr:
     return op.nn.conv2d(op.nn.relu(op.add(op.nn.conv2d(c, relax.const(THIRD)), y)), relax.const(THIRD))
 
 
-def expected(x: np.ndarray) -> np.ndarray:
-    """Return what `two_residuals` makes of an input, with results rounded where layers write bfloat16."""
+def exact(x: np.ndarray) -> np.ndarray:
+    """Return numbers as layers in fp32 store them."""
+    return x
+
+
+def expected(x: np.ndarray, stored: Callable[[np.ndarray], np.ndarray] = rounded) -> np.ndarray:
+    """Return what `two_residuals` makes of an input, with weights and results as they are `stored`."""
 
     def layer(data: np.ndarray, weights: np.ndarray, added: np.ndarray | None = None) -> np.ndarray:
-        total = convolve(data, rounded(weights), 1, 0) + (0 if added is None else added)
-        return rounded(np.maximum(total, 0)).astype("float32")
+        total = convolve(data, stored(weights), 1, 0) + (0 if added is None else added)
+        return stored(np.maximum(total, 0)).astype("float32")
 
     y = layer(x, FIRST)
     z = layer(layer(y, SECOND), SECOND, y)
     c = layer(layer(z, THIRD), FIRST, z)
-    return convolve(layer(c, THIRD, y), rounded(THIRD), 1, 0)
+    return convolve(layer(c, THIRD, y), stored(THIRD), 1, 0)
 
 
 def calls_in_place(lowered: LoweredModule) -> list[bool]:
@@ -97,3 +105,23 @@ def test_sums_in_place_are_those_of_terms(size: tuple[int, int], batch: int) -> 
     got = outputs_of(build(in_blocks(two_residuals, [*x.shape]).module, TARGET), x)
     want = expected(x)
     np.testing.assert_allclose(got, want, rtol=2**-6, atol=2**-6 * np.abs(want).max() + sum_tolerance(CHANNELS, 1.0))
+
+
+def in_blocks_of_floats(target: Target, shape: list[int]) -> LoweredModule:
+    """Return the kernels of `two_residuals` in fp32."""
+    blocked = BlockChannels(target.layouts.channel_block, 0).run(module_of(two_residuals, [shape], ["float32"]))
+    return lower(blocked.module, target)
+
+
+@pytest.mark.parametrize("name", ["x86-avx2", "x86-avx512", "x86-avx512-amx", "arm64"])
+def test_register_tiles_overwrite_terms(name: str) -> None:
+    assert sum(calls_in_place(in_blocks_of_floats(targets.get(name), [2, CHANNELS, 8, 8]))) == 2
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(size=st.tuples(st.integers(1, 23), st.integers(1, 23)), batch=st.sampled_from([1, 2, 8]))
+@example(size=(7, 7), batch=8)
+def test_sums_of_register_tiles_in_place_are_those_of_terms(size: tuple[int, int], batch: int) -> None:
+    x = normal(batch, CHANNELS, *size)
+    got = outputs_of(build(in_blocks_of_floats(HOST, [*x.shape]).module, HOST), x)
+    np.testing.assert_allclose(got, expected(x, exact), rtol=1e-6, atol=sum_tolerance(CHANNELS, 8.0))
