@@ -32,6 +32,9 @@ PRODUCTS = 2
 WORD_INSTRUCTIONS = 4.5
 # Loads of the image's elements that take as long as one of weights, as measured on tiles of 28 registers.
 WEIGHT_COST = 5
+# The same where weights are asked for ahead: of those that the second-level cache holds, and of others. A line of them
+# takes so many cycles at least.
+AHEAD_COST, FAR_COST, LINE_CYCLES = 1.5, 2.5, 3
 # The part of the second-level cache for weights of tiles that read the same part of an image one after the other. A
 # quarter is for their results, the rest for that part of the image.
 WEIGHTS_PART = 2
@@ -46,12 +49,13 @@ def register_tile(analysis: ChannelWindows, target: Target) -> tuple[int, int]:
     width = column_extent(analysis)
     most_blocks = min(MOST_BLOCKS, analysis.per_group) if analysis.channel is not None else 1
     words, broadcast = _reads_words(analysis), _broadcast_cycles(analysis, target)
+    weights = _weight_loads(analysis, target)
 
     def cycles(tile: tuple[int, int]) -> float:
         blocks, columns = tile
         sizes = itertools.product(_tile_sizes(analysis.per_group, blocks), _tile_sizes(width, columns))
         return sum(
-            count * of_columns * (_word_cycles(b, c) if words else _step_cycles(b, c, broadcast))
+            count * of_columns * (_word_cycles(b, c) if words else _step_cycles(b, c, broadcast, weights))
             for (b, count), (c, of_columns) in sizes
         )
 
@@ -61,6 +65,30 @@ def register_tile(analysis: ChannelWindows, target: Target) -> tuple[int, int]:
         least = max(1, most // 2) if broadcast else most
         candidates.extend((blocks, -(-width // -(-width // columns))) for columns in range(most, least - 1, -1))
     return min(candidates, key=cycles)
+
+
+def _weight_loads(analysis: ChannelWindows, target: Target) -> tuple[float, float]:
+    """Return how many loads one of weights counts for, and the cycles that it takes at least.
+
+    With 8 images tiles of 4 blocks by 6 columns, which load 10 times for 24 multiply-adds where those of 2 by 14 load
+    16 times for 28, take 4 to 14 % less with 64 to 256 channels and 2 to 3 % less with 512 and 1024. Of 7x7 pixels they
+    leave one, and take 4 to 5 % more with weights of 4 MiB (a core with two units of 512 bits).
+    """
+    if not asks_ahead(analysis, target):
+        return WEIGHT_COST, 0
+    return AHEAD_COST if bytes_of(analysis.weights.source) <= target.caches.level2 else FAR_COST, LINE_CYCLES
+
+
+def asks_ahead(analysis: ChannelWindows, target: Target) -> bool:
+    """Return whether a tile asks for the weights of later steps: where a core goes through one every few cycles.
+
+    They lie in memory in the order of the channels of a block, each of which is loaded into all lanes.
+    """
+    data, lane = analysis.data, analysis.lane.variable
+    by_channel = as_int(data.source.shape[-1]) == analysis.block
+    by_channel &= not any(occurs(position, lane) for position in data.indices)
+    is_product = len(analysis.stage.loads()) > 1 and analysis.terms == 1
+    return target.multiply_adds > 1 and by_channel and is_product
 
 
 def _broadcast_cycles(analysis: ChannelWindows, target: Target) -> float:
@@ -83,7 +111,8 @@ def task_shape(analysis: ChannelWindows, target: Target, blocks: int, columns: i
     rows = analysis.outer[-1].extent if analysis.outer else 1
     assert isinstance(rows, int)
     column_tiles = -(-column_extent(analysis) // columns)
-    if tasks < wanted and target.has_few_registers:
+    is_narrow = target.has_few_registers or (blocks > 2 and asks_ahead(analysis, target))
+    if tasks < wanted and is_narrow:
         # Narrow tiles are many, and often a prime number of them: no part has just what is left over.
         height, width = 1, -(-column_tiles // min(column_tiles, max(1, wanted // max(1, tasks))))
     elif tasks < wanted:
@@ -98,7 +127,7 @@ def task_shape(analysis: ChannelWindows, target: Target, blocks: int, columns: i
     if width <= most or analysis.column_window is not None:
         return height, width
     most = max(1, min(width - 1, most))
-    if target.has_few_registers:
+    if is_narrow:
         # Narrow tiles are many, and often a prime number of them.
         return height, -(-column_tiles // -(-column_tiles // most))
     return height, even_parts(column_tiles, most)
@@ -294,10 +323,11 @@ def _tile_sizes(extent: int, size: int) -> list[tuple[int, int]]:
     return [(size, extent // size), (extent % size, 1)] if extent % size else [(size, extent // size)]
 
 
-def _step_cycles(blocks: int, columns: int, broadcast: float) -> float:
-    loads = WEIGHT_COST * blocks + columns
+def _step_cycles(blocks: int, columns: int, broadcast: float, weights: tuple[float, float]) -> float:
+    """Return the cycles of a step; `weights` says how many loads one of weights counts for, and its cycles at least."""
+    cost, line = weights
     loading = (broadcast * columns + blocks / THROUGHPUT) if broadcast else 0
-    return max(blocks * columns / THROUGHPUT, LATENCY, loading) + loads / 4
+    return max(blocks * columns / THROUGHPUT, LATENCY, loading, line * blocks) + (cost * blocks + columns) / 4
 
 
 def _word_cycles(blocks: int, columns: int) -> float:

@@ -24,6 +24,7 @@ from schedules.by_element import multiplies_by_element
 from schedules.channel_windows import ChannelWindows, channel_windows
 from schedules.convolution import split_producer
 from schedules.convolution_tile import (
+    asks_ahead,
     column_extent,
     follows_positions,
     parts_rows_of_taps,
@@ -114,7 +115,7 @@ def _dot(analysis: ChannelWindows, target: Target) -> GroupedDot | None:
 
 def emitter(analysis: ChannelWindows, parameters: Parameters, target: Target, dot: GroupedDot | None = None) -> Emitter:
     """Return what emits a convolution's or a pooling's tiles for a target."""
-    ahead = STEPS_AHEAD if target.multiply_adds > 1 else 0
+    ahead = STEPS_AHEAD if asks_ahead(analysis, target) else 0
     together = tiles_together(analysis, target, parameters["blocks"])
     by_position = follows_positions(analysis, target)
     by_rows = parts_rows_of_taps(analysis, target)

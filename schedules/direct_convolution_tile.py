@@ -252,9 +252,7 @@ class RegisterTile:
 
     def _lines_ahead(self, values: Point) -> list[Stmt]:
         """Return what asks for the weights of a later step, of one channel, in whose order they lie in memory."""
-        data, lane = self.analysis.data, self.analysis.lane.variable
-        by_channel = as_int(data.source.shape[-1]) == self.analysis.block and len(self.stage.loads()) > 1
-        if not self.ahead or not by_channel or any(occurs(position, lane) for position in data.indices):
+        if not self.ahead:
             return []
 
         def request(block: int) -> Stmt:

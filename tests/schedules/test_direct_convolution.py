@@ -200,6 +200,31 @@ def test_weights_are_asked_for_where_a_core_begins_two_multiply_adds(name: str, 
     assert ("prefetch" in schedule_module(blocked, target)[0].script()) == asks
 
 
+@pytest.mark.parametrize(
+    ("name", "channels", "size", "tile"),
+    [
+        ("x86-avx512", (64, 256), 56, (2, 14)),
+        ("x86-avx512-amx", (64, 256), 56, (4, 6)),
+        ("x86-avx512-amx", (256, 64), 56, (4, 6)),
+        # A tile of six columns leaves one of 49, whose weights come from the last cache.
+        ("x86-avx512-amx", (2048, 512), 7, (2, 13)),
+    ],
+)
+def test_tiles_of_many_blocks_load_little_where_weights_are_asked_for(
+    name: str, channels: tuple[int, int], size: int, tile: tuple[int, int]
+) -> None:
+    found = parameters_of_pointwise(targets.get(name), channels[1], (1, channels[0], size, size))
+    assert (found["blocks"], found["columns"]) == tile
+
+
+@pytest.mark.parametrize("size", [14, 28, 29, 56])
+def test_with_narrow_tiles_no_part_of_an_image_is_a_remainder(size: int) -> None:
+    parameters = parameters_of_pointwise(targets.get("x86-avx512-amx"), 64, (1, 64, size, size))
+    tiles = -(-(size**2) // parameters["columns"])
+    parts = -(-tiles // parameters["column_tiles"])
+    assert tiles - (parts - 1) * parameters["column_tiles"] > parameters["column_tiles"] - parts
+
+
 @pytest.mark.parametrize("division", list(Division))
 @pytest.mark.parametrize(
     ("channels", "kernel", "stride", "size", "batch"),
