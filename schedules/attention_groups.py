@@ -59,7 +59,7 @@ def groups_of(analysis: AttentionAnalysis, queries: Extent, block: int, target: 
     end = end_of_seen(analysis)
     if analysis.sink is not None or (isinstance(queries, int) and queries < block):
         return None
-    if end is not None and not hides_only_ends(analysis, several=True):
+    if end is not None and not hides_only_ends(analysis):
         return None
     shared = shared_heads(analysis, analysis.outer)
     if shared.axis is not None and end is not None and occurs(end, shared.axis.variable):

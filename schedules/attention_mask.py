@@ -7,6 +7,8 @@ sees. What is hidden is not read, then: infinities among hidden values do not tu
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from functools import reduce
 
 import tvm_ffi
@@ -14,7 +16,7 @@ from tvm import ir, sym, tirx
 from tvm.ir import Expr, Var
 
 from schedules.access import occurs
-from schedules.attention_structure import AttentionAnalysis
+from schedules.attention_structure import AttentionAnalysis, scale_of_score
 from schedules.loops import index, load
 from schedules.stages import CONDITIONAL
 
@@ -23,6 +25,51 @@ FLOAT = "float32"
 HIDDEN = -1e30
 # A query whose largest logit is greater has met a key that it sees.
 SEEN = -1e29
+# What is kept of a score that a mask hides: any multiple of it is exact, so that a query which sees no key weighs all
+# the same.
+HIDDEN_SCORE = -(2.0**100)
+# Scales of scores, or one by them, with which HIDDEN_SCORE becomes a number that weighs nothing beside any other.
+LEAST_SCALE = 2.0**-20
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What is kept of a score until its exponential is taken: `value`, and `visible` where no mask hides the key.
+
+    Both are in terms of the analysis's score. `visible` is None where a mask hides other keys than those from
+    `end_of_seen` on. `scale` is what makes a logit of what is kept, None where that is the logit itself.
+    """
+
+    value: Expr
+    visible: Expr | None
+    scale: float | None
+
+
+def kept(analysis: AttentionAnalysis) -> Kept:
+    """Return what is kept of scores: themselves where a positive scale, alone or beside a mask, makes them logits."""
+    scale, seen = scale_of_score(analysis, analysis.logit), seen_logit(analysis)
+    if scale is not None:
+        return Kept(analysis.score, None, scale)
+    scale, low = (None, None) if seen is None else (scale_of_score(analysis, seen), _hidden_score(analysis))
+    if scale is None or low is None or not LEAST_SCALE <= scale <= 1 / LEAST_SCALE:
+        return Kept(analysis.logit, seen, None)
+    hidden = hides(analysis)
+    assert hidden is not None
+    return Kept(tirx.Select(hidden, low, analysis.score), analysis.score, scale)
+
+
+def _hidden_score(analysis: AttentionAnalysis) -> Expr | None:
+    """Return what stands for a score that a mask hides, whose logits all are minus infinity or all are numbers."""
+    lows: list[bool] = []
+
+    def note(number: tirx.FloatImm) -> None:
+        if _is_low(number):
+            lows.append(math.isinf(number.value))
+
+    tvm_ffi.structural_walk(analysis.logit, [(tirx.FloatImm, note)])
+    if len(set(lows)) != 1:
+        return None
+    return tirx.const(-math.inf if lows[0] else HIDDEN_SCORE, FLOAT)
 
 
 def hides(analysis: AttentionAnalysis) -> Expr | None:
@@ -42,19 +89,13 @@ def end_of_seen(analysis: AttentionAnalysis) -> Expr | None:
     return None if condition is None else _end(condition, analysis)
 
 
-def hides_only_ends(analysis: AttentionAnalysis, *, several: bool = False) -> bool:
+def hides_only_ends(analysis: AttentionAnalysis) -> bool:
     """Return whether the mask hides no other keys than those from `end_of_seen` on.
 
-    Its end may be the least of `several`, such as that of a causal mask and that of the keys there are.
+    Its end may be the least of several, such as that of a causal mask and that of the keys there are.
     """
     condition = hides(analysis)
-    if condition is None:
-        return False
-    if several:
-        return all(_end(part, analysis) is not None for part in _alternatives(condition))
-    if isinstance(condition, tirx.Not):
-        condition = condition.a
-    return isinstance(condition, _COMPARISONS) and end_of_seen(analysis) is not None
+    return condition is not None and all(_end(part, analysis) is not None for part in _alternatives(condition))
 
 
 def _alternatives(hidden: Expr) -> list[Expr]:
@@ -66,10 +107,10 @@ def _alternatives(hidden: Expr) -> list[Expr]:
     return [hidden]
 
 
-def seen_logit(analysis: AttentionAnalysis, *, several: bool = False) -> Expr | None:
+def seen_logit(analysis: AttentionAnalysis) -> Expr | None:
     """Return the logit of a key that a mask which hides only ends does not hide; None for any other mask."""
     condition = hides(analysis)
-    if condition is None or not hides_only_ends(analysis, several=several):
+    if condition is None or not hides_only_ends(analysis):
         return None
     negated = isinstance(condition, tirx.Not)
     comparison = condition.a if negated else condition

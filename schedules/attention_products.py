@@ -13,7 +13,7 @@ from tvm import tirx
 from tvm.ir import Expr, Var
 from tvm.tirx.stmt import Stmt
 
-from schedules.attention_mask import end_of_seen, seen_logit
+from schedules.attention_mask import Kept, end_of_seen
 from schedules.attention_matrices import Matrices
 from schedules.attention_operands import Operand
 from schedules.attention_pairs import Pairs
@@ -34,11 +34,10 @@ class Task:
     """One block of queries of one head: `start` is the first query, `first` the first one that is written.
 
     `clamped` says that lanes may stand for queries past the last one, which they then repeat. `weights` [keys][queries]
-    holds logits, then exponentials; with `pairs` the latter go to `rounded`, two keys' together. `scale` is what a
-    score is multiplied by where that is all that makes it a logit: then both `weights` and `largest` are of scores, and
-    `bound` is what is subtracted from exponents. A task that `spreads` its requests for keys and values makes some at
-    each step of a product, not all before it. One of several that take each block of keys after each other has a
-    `number` among them: `turned` and `sums` hold the rows of all.
+    holds what is `kept` of scores, then exponentials; with `pairs` the latter go to `rounded`, two keys' together.
+    `largest` is of what is kept, and `bound` what is subtracted from exponents where that has a scale. A task that
+    `spreads` its requests for keys and values makes some at each step of a product, not all before it. One of several
+    that take each block of keys after each other has a `number` among them: `turned` and `sums` hold the rows of all.
     """
 
     analysis: AttentionAnalysis
@@ -63,13 +62,18 @@ class Task:
     total: Var
     factor: Var
     bound: Var
-    scale: float | None
+    kept: Kept
     powers: PowersOfTwo | None
     pairs: Pairs | None = None
     turned_pairs: Var | None = None
     rounded: Var | None = None
     spreads: bool = False
     number: Expr | None = None
+
+    @property
+    def scale(self) -> float | None:
+        """Return what makes a logit of what is kept, None where that is the logit itself."""
+        return self.kept.scale
 
     def query(self, lane: Expr) -> Expr:
         """Return the query of a lane."""
@@ -169,11 +173,12 @@ def _logits(task: Task, base: Expr, extent: Extent) -> Stmt:
         def maximum(r: Expr, v: Expr) -> Stmt:
             return store(task.largest, tirx.max(load(task.largest, [v]), load(task.weights, [first + r, v])), [v])
 
-        keep = cells(rows, task.queries, maximum)
-        if task.scale is not None:
-            return keep
-        finish = _where_seen(task, base + first + rows, lambda value: cells(rows, task.queries, partial(logit, value)))
-        return sequence([finish, keep])
+        def finish(value: Expr) -> Stmt:
+            if value.same_as(analysis.score):
+                return tirx.Evaluate(0)
+            return cells(rows, task.queries, partial(logit, value))
+
+        return sequence([_where_seen(task, base + first + rows, finish), cells(rows, task.queries, maximum)])
 
     return tiles(extent, [ROWS_OF_LOGITS, 1], some)
 
@@ -210,15 +215,12 @@ def _requests_of_step(task: Task, key: Expr, rows: int, step: Expr) -> list[Stmt
 
 
 def _where_seen(task: Task, end: Expr, logits: Callable[[Expr], Stmt]) -> Stmt:
-    """Return `logits` of the logit's value: without its mask where all queries see all keys before `end`."""
-    analysis = task.analysis
-    if task.scale is not None:
-        return logits(analysis.score)
-    visible, bound = seen_logit(analysis, several=task.number is not None), end_of_seen(analysis)
-    if visible is None or bound is None:
-        return logits(analysis.logit)
+    """Return `logits` of what is kept of scores: without the mask where all queries see all keys before `end`."""
+    bound = end_of_seen(task.analysis)
+    if task.kept.visible is None or bound is None:
+        return logits(task.kept.value)
     seen = end <= task.at(bound, {task.lane.variable: task.query(index(0))})
-    return tirx.IfThenElse(seen, logits(visible), logits(analysis.logit))
+    return tirx.IfThenElse(seen, logits(task.kept.visible), logits(task.kept.value))
 
 
 def _in_equal_tiles(extent: int, most: int, tile: Callable[[Expr, int], Stmt]) -> Stmt:

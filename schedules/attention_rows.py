@@ -142,7 +142,7 @@ def _seen(analysis: AttentionAnalysis) -> tuple[Expr, Expr] | None:
 
     The mask compares keys in 64 bits, of which a vector of AVX2 holds half as many as of logits.
     """
-    logit, end = seen_logit(analysis, several=True), end_of_seen(analysis)
+    logit, end = seen_logit(analysis), end_of_seen(analysis)
     return None if logit is None or end is None else (logit, end)
 
 

@@ -62,9 +62,8 @@ def analyse(stages: Sequence[Stage]) -> AttentionAnalysis | None:
     return _Matcher(stages).match()
 
 
-def scale_of_score(analysis: AttentionAnalysis) -> float | None:
+def scale_of_score(analysis: AttentionAnalysis, logit: Expr) -> float | None:
     """Return the positive constant that makes a score a logit; None where more is done to it, or there is a sink."""
-    logit = analysis.logit
     if analysis.sink is not None:
         return None
     if logit.same_as(analysis.score):

@@ -14,12 +14,12 @@ from schedules.attention_exponentials import exponentials, factor, subtrahend, u
 from schedules.attention_groups import Groups, first_query, in_turns, sees_first
 from schedules.attention_joining import LOWEST, LOWEST_NUMBER
 from schedules.attention_key_blocks import if_seen, over_keys, up_to_end
-from schedules.attention_mask import all_seen, end_of_seen
+from schedules.attention_mask import all_seen, end_of_seen, kept
 from schedules.attention_matrices import TERMS, Matrices, in_tiles, rounded_up
 from schedules.attention_operands import Operand
 from schedules.attention_pairs import Pairs, packed
 from schedules.attention_products import FLOAT, Task, cleared, scores, weighted
-from schedules.attention_structure import AttentionAnalysis, scale_of_score
+from schedules.attention_structure import AttentionAnalysis
 from schedules.attention_turning import turned_queries, written
 from schedules.family import is_large
 from schedules.intrin.bf16_pairs import PAIR, Bf16Pairs
@@ -286,7 +286,7 @@ def _new_task(
         operands = []
     task = Task(
         analysis, lane, min(blocks.lanes, block), blocks.rows, block, key_block, point, start, first, clamped,
-        depth, columns, keys, values, blocks.elements, scale=scale_of_score(analysis), powers=blocks.powers,
+        depth, columns, keys, values, blocks.elements, kept=kept(analysis), powers=blocks.powers,
         pairs=pairs, spreads=blocks.spreads and blocks.groups is None and pairs is None and isinstance(depth, int),
         **buffers,
     )  # fmt: skip

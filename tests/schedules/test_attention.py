@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -11,15 +12,17 @@ import tvm_ffi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm import relax, sym, tirx
+from tvm.ir import Expr
 from tvm.relax import op
 
 import targets
 from passes.fuse_attention import FuseAttention
 from passes.round_attention import RoundAttention
-from schedules import attention_groups, attention_pairs, schedule_module
+from schedules import attention_groups, attention_mask, attention_pairs, schedule_module
+from schedules.attention_structure import AttentionAnalysis
 from schedules.intrin.bf16_pairs import bf16_pairs
 from schedules.loops import index
-from schedules.stages import substitute
+from schedules.stages import Axis, substitute
 from targets.base import Target
 from targets.host import missing_features
 from tests.schedules.execution import TARGET, assembly_of, normal, scheduled
@@ -234,8 +237,8 @@ def test_blocks_of_queries_that_take_keys_together_are_right(queries: int, keys:
 
 
 def test_keys_that_the_second_level_cache_does_not_hold_are_taken_by_blocks_of_queries_together() -> None:
-    def size(queries: int, keys: int) -> int:
-        chosen, sizes = targets.get("x86-avx2"), []
+    def size(queries: int, keys: int, name: str = "x86-avx2") -> int:
+        chosen, sizes = targets.get(name), []
 
         def note(buffer: tirx.AllocBuffer) -> None:
             if buffer.buffer.name == "kept":
@@ -249,16 +252,18 @@ def test_keys_that_the_second_level_cache_does_not_hold_are_taken_by_blocks_of_q
     assert size(640, 1500) == 8
     assert size(128, 1500) == 4
     assert size(640, 200) == 1
+    assert size(640, 1500, "x86-avx512") == 1
 
 
 @pytest.mark.parametrize("low", [-np.inf, float(np.finfo("float32").min)], ids=["infinite", "lowest"])
 @pytest.mark.parametrize(("heads", "groups"), [(6, 2), (3, 3), (5, 1)])
+@pytest.mark.parametrize("name", ["x86-avx2", "x86-avx512"])
 def test_causal_queries_of_heads_that_share_keys_take_them_together(
-    heads: int, groups: int, low: float, monkeypatch: pytest.MonkeyPatch
+    name: str, heads: int, groups: int, low: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = targets.get("x86-avx2")
+    target = targets.get(name)
     if missing_features(target):
-        pytest.skip("needs AVX2")
+        pytest.skip(f"needs {name}")
     # So few queries are groups of several blocks then.
     monkeypatch.setattr(attention_groups, "GROUPS_OF_CORE", 1)
     call, _ = scheduled(_module(heads, 16, "s", "t", groups=groups, hidden=low), target)
@@ -373,6 +378,28 @@ def _check_causal(call: Callable[..., np.ndarray], queries: int, keys: int, low:
     np.testing.assert_allclose(call(*arrays), want, rtol=0, atol=_tolerance(16))
 
 
+@pytest.mark.parametrize("low", [-np.inf, float(np.finfo("float32").min)], ids=["infinite", "lowest"])
+def test_scores_are_kept_where_masks_hide_only_ends(low: float) -> None:
+    query, key, score = tirx.Var("query", "int64"), tirx.Var("key", "int64"), tirx.Var("score", "float32")
+    bound, scaled = tirx.Var("bound", "int64"), score * tirx.const(0.5, "float32")
+    causal, ends = key <= query + 3, key < bound
+    depth, column = (Axis(tirx.Var(name, "int64"), 16) for name in ("depth", "column"))
+    some = AttentionAnalysis(
+        (), Axis(query, 16), Axis(key, 16), depth, column, score, score, score, score, scaled, False, score, ()
+    )
+
+    def scale(logit: Expr) -> float | None:
+        return attention_mask.kept(replace(some, logit=logit)).scale
+
+    zero, hidden = tirx.const(0.0, "float32"), tirx.const(low, "float32")
+    assert scale(scaled) == 0.5
+    assert scale(tirx.Select(tirx.And(causal, ends), scaled, hidden)) == 0.5
+    assert scale(scaled + tirx.Select(tirx.And(causal, ends), zero, hidden)) == 0.5
+    assert scale(scaled + tirx.Select(tirx.And(causal, key >= bound), zero, hidden)) is None
+    assert scale(scaled + tirx.const(1.0, "float32") + tirx.Select(causal, zero, hidden)) is None
+    assert scale(score * tirx.const(1e-9, "float32") + tirx.Select(causal, zero, hidden)) is None
+
+
 def test_keys_behind_the_last_query_are_not_read() -> None:
     call, _ = scheduled(_module(1, 16, 64, 1024, hidden=-np.inf))
     arrays = _arrays(1, 16, 64, 1024)
@@ -471,11 +498,12 @@ def test_few_queries_are_not_rounded_where_their_number_is_symbolic(target: Targ
 
 
 @rounding
-def test_rounded_attention_may_be_causal(target: Target) -> None:
-    call, _ = scheduled(RoundAttention(target.name).run(_module(1, 32, "s", "t", hidden=-np.inf)).module, target)
+@pytest.mark.parametrize("low", [-np.inf, float(np.finfo("float32").min)], ids=["infinite", "lowest"])
+def test_rounded_attention_may_be_causal(target: Target, low: float) -> None:
+    call, _ = scheduled(RoundAttention(target.name).run(_module(1, 32, "s", "t", hidden=low)).module, target)
     for queries, keys in [(131, 131), (40, 333), (40, 21)]:
         arrays = _arrays(1, 32, queries, keys)
-        bias = _causal(queries, keys, -np.inf)
+        bias = _causal(queries, keys, low)
         with np.errstate(all="ignore"):
             want = np.nan_to_num(_expected(1, [_rounded(array) for array in arrays], bias), nan=0.0)
         np.testing.assert_allclose(call(*arrays), want, rtol=0, atol=2.0**-9 * 5)
