@@ -37,9 +37,10 @@ FLOAT = "float32"
 # Products of keys with queries that are summed side by side and folded together. Reading more keys at once is slower
 # where they come from memory.
 KEYS_AT_ONCE = 4
+# Heads whose values are summed side by side.
 HEADS_AT_ONCE = 4
-# Vectors of sums in a loop: enough to hide the latency of a sum. With what is added to them they have to fit 16
-# registers: around the loops the compiler keeps the constants of the exponential in the others.
+# Vectors of sums where a loop has no registers of its own: enough to hide the latency of a sum. With what is added to
+# them they have to fit 16 registers: around the loops the compiler keeps the exponential's constants in the others.
 SUMS_AT_ONCE = 8
 # How many keys ahead of their use are asked for. A step of a decoder reads its weights between two uses of a layer's
 # keys and values, which come from memory, and too few at a time for the hardware to foresee much.
@@ -95,6 +96,11 @@ class Block:
     following: Following | None = None
     seen: tuple[Expr, Expr] | None = None
 
+    @property
+    def sums_at_once(self) -> int:
+        """Return how many vectors of sums a loop has: half of all registers, beside what is added to them."""
+        return self.own_registers // 2 or SUMS_AT_ONCE
+
     def at(self, expression: Expr, axes: Mapping[Var, Expr], head: Expr | None = None) -> Expr:
         """Return `expression` at the task's query, a head of those that share keys, and given values of other axes."""
         values = {**self.point, **axes}
@@ -107,8 +113,9 @@ class Block:
 def products(task: Block) -> Stmt:
     """Return the products of all heads' queries with the keys: lanes along the depth, some keys at a time."""
     analysis, count = task.analysis, task.heads.count
-    in_heads = [(first, min(HEADS_AT_ONCE, count - first)) for first in range(0, count, HEADS_AT_ONCE)]
-    at_once = min(KEYS_AT_ONCE, SUMS_AT_ONCE // min(count, HEADS_AT_ONCE))
+    most = task.sums_at_once // 2  # so that there are two keys, for which a head's query is read once
+    in_heads = [(first, min(most, count - first)) for first in range(0, count, most)]
+    at_once = min(KEYS_AT_ONCE, task.sums_at_once // min(count, most))
 
     def run(own: Block, element: Expr, read: Expr, start: Expr, extent: Extent) -> Stmt:
         def some(base: Expr, keys: int) -> Stmt:

@@ -19,7 +19,6 @@ from schedules.attention_block import (
     FLOAT,
     HEADS_AT_ONCE,
     SUM,
-    SUMS_AT_ONCE,
     Block,
     Following,
     products,
@@ -289,9 +288,7 @@ def _weighted(task: Block, first: int, heads: int) -> Stmt:
     """Return the sums of the values, weighted by the exponentials of some heads."""
     analysis = task.analysis
     extent = analysis.column.extent
-    # Half of all registers, beside values and weights.
-    sums_at_once = task.own_registers // 2 or SUMS_AT_ONCE
-    width = min(VECTORS_AT_ONCE, sums_at_once // heads) * task.lanes
+    width = min(VECTORS_AT_ONCE, task.sums_at_once // heads) * task.lanes
     boundary = [free_registers()] if task.own_registers else []
 
     def columns(start: Expr, count: int) -> Stmt:
