@@ -37,8 +37,6 @@ FLOAT = "float32"
 # Products of keys with queries that are summed side by side and folded together. Reading more keys at once is slower
 # where they come from memory.
 KEYS_AT_ONCE = 4
-# Heads whose values are summed side by side.
-HEADS_AT_ONCE = 4
 # Vectors of sums where a loop has no registers of its own: enough to hide the latency of a sum. With what is added to
 # them they have to fit 16 registers: around the loops the compiler keeps the exponential's constants in the others.
 SUMS_AT_ONCE = 8

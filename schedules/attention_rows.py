@@ -17,7 +17,6 @@ from tvm.tirx.stmt import Stmt
 from schedules.access import occurs
 from schedules.attention_block import (
     FLOAT,
-    HEADS_AT_ONCE,
     SUM,
     Block,
     Following,
@@ -54,6 +53,8 @@ from schedules.stages import Axis, sequence
 from targets.base import Target
 
 _MAXIMUM = Reducer(tirx.max, ZERO, tirx.const(LOWEST, FLOAT))
+# Heads whose values are summed side by side.
+HEADS_AT_ONCE = 4
 # Vectors of a value's columns that are summed side by side.
 VECTORS_AT_ONCE = 4
 

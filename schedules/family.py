@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from tvm import tirx
 from tvm.ir import Expr, Var
@@ -17,6 +17,7 @@ from targets.base import Target
 
 Parameters = Mapping[str, int]
 Analysis = TypeVar("Analysis")
+_Analysis_contra = TypeVar("_Analysis_contra", contravariant=True)
 
 # Below this many element operations waking the other threads (about 1 us) costs more than they save.
 PARALLEL_THRESHOLD = 32 * 1024
@@ -65,6 +66,15 @@ class Family(Protocol, Generic[Analysis]):
 
     def apply(self, analysis: Analysis, parameters: Parameters, target: Target) -> Stmt:
         """Return the kernel's code under the given parameters."""
+        ...
+
+
+@runtime_checkable
+class Overwriting(Protocol, Generic[_Analysis_contra]):
+    """A family whose kernels may store their result over a term that they add."""
+
+    def overwritable(self, analysis: _Analysis_contra) -> tuple[Var, ...]:
+        """Return what is read only where a result of the same type is written next, which may have its memory."""
         ...
 
 

@@ -21,9 +21,8 @@ from schedules import (
     winograd_structure,
 )
 from schedules.channel_chain import ChannelChain
-from schedules.direct_convolution import DirectConvolution
 from schedules.division import division_of
-from schedules.family import Kernel, Parameters, defaults, work_of
+from schedules.family import Kernel, Overwriting, Parameters, defaults, work_of
 from schedules.gated_product import GatedProduct
 from schedules.inline import inline
 from schedules.intrin import elementary_calls
@@ -32,7 +31,6 @@ from schedules.intrin.bf16_rounding import round_in_vectors
 from schedules.intrin.byte_rounding import round_to_bytes
 from schedules.intrin.byte_stores import store_bytes_in_vectors
 from schedules.kernels import cut
-from schedules.matrix_convolution import MatrixConvolution
 from schedules.product_chain import ProductChain
 from schedules.quotients import truncate_quotients
 from schedules.registry import FAMILIES
@@ -178,9 +176,7 @@ def _schedule_kernel(kernel: Kernel, target: Target, decide: Decide = by_default
             if key not in used:
                 raise KeyError(f"{family.name} has no parameter {key!r}; it has {', '.join(used)}")
             used[key] = value
-        overwritable = (
-            family.overwritable(analysis) if isinstance(family, MatrixConvolution | DirectConvolution) else ()
-        )
+        overwritable = family.overwritable(analysis) if isinstance(family, Overwriting) else ()
         report = replace(report, tuned=chosen is not None)
         return _ScheduledKernel(family.apply(analysis, used, target), report, overwritable)
     # A stage alone is elementwise or a reduction, which take whatever they are given.

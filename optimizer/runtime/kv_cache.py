@@ -31,7 +31,7 @@ class Steps:
     quantized: int
 
 
-_NO_CODES = Steps(0, 0)
+NO_CODES = Steps(0, 0)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class KeyValueCache:
         Raises OptionError where that is more than the capacity.
         """
         if self._pages is None and self._holds(total):
-            return _NO_CODES
+            return NO_CODES
         require_room(self.capacity, self.length, total - self.length)
         before = self.quantized
         quantized = before if self._pages is None else cache_pages.settled(self.length, before, self._pages)

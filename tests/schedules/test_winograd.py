@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,38 @@ BLOCK = TARGET.layouts.channel_block
 FORMS = [(tile, stride) for stride, tiles in SIZES.items() for tile in tiles]
 
 
+@dataclass(frozen=True)
+class Layer:
+    """F(m, 3) with a stride, of images of a size, with zeros `before` and `after` them."""
+
+    form: tuple[int, int]
+    image: tuple[int, int]
+    before: tuple[int, int]
+    after: tuple[int, int]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The size of the images, at least one that the filter fits into."""
+        height, width = (max(n, 3 - b - a) for n, b, a in zip(self.image, self.before, self.after, strict=True))
+        return height, width
+
+    def padded(self, images: np.ndarray) -> np.ndarray:
+        return np.pad(images, [(0, 0), (0, 0), *zip(self.before, self.after, strict=True)])
+
+
+LAYERS = st.builds(
+    Layer,
+    form=st.sampled_from(FORMS),
+    image=st.tuples(st.integers(1, 19), st.integers(1, 23)),
+    before=st.tuples(st.integers(0, 3), st.integers(0, 2)),
+    after=st.tuples(st.integers(0, 2), st.integers(0, 3)),
+)
+
+
+def size_of_results(image: Sequence[int], before: Sequence[int], after: Sequence[int], stride: int) -> tuple[int, ...]:
+    return tuple((n + b + a - 3) // stride + 1 for n, b, a in zip(image, before, after, strict=True))
+
+
 def in_blocks(image: np.ndarray, filler: float = 0.0, block: int = BLOCK) -> np.ndarray:
     """Return [N, C, H, W] as [N, C/block, H, W, block], `filler` past the last channel."""
     batch, channels, *size = image.shape
@@ -41,7 +74,7 @@ def filtered(
     target: Target = TARGET,
 ) -> np.ndarray:
     """Return relu(conv(x, w) + residual of ones) by F(tile, 3)."""
-    size = tuple((n + b + a - 3) // stride + 1 for n, b, a in zip(x.shape[2:], before, after, strict=True))
+    size = size_of_results(x.shape[2:], before, after, stride)
     image = in_blocks(x, filler=np.nan)
     weights = relax.const(pack_winograd(w, tile, BLOCK, stride=stride))
 
@@ -59,27 +92,15 @@ def filtered(
 
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
-    form=st.sampled_from(FORMS),
-    size=st.tuples(st.integers(1, 19), st.integers(1, 23)),
+    layer=LAYERS,
     channels=st.sampled_from([(2, 1), (16, 16), (17, 31), (24, 80), (40, 8), (3, 37)]),
-    before=st.tuples(st.integers(0, 3), st.integers(0, 2)),
-    after=st.tuples(st.integers(0, 2), st.integers(0, 3)),
     batch=st.sampled_from([1, 2]),
 )
-def test_filtering_of_any_size_stride_and_padding(
-    form: tuple[int, int],
-    size: tuple[int, int],
-    channels: tuple[int, int],
-    before: tuple[int, int],
-    after: tuple[int, int],
-    batch: int,
-) -> None:
-    size = (max(size[0], 3 - before[0] - after[0]), max(size[1], 3 - before[1] - after[1]))
-    x, w = normal(batch, channels[0], *size), normal(channels[1], channels[0], 3, 3, seed=1)
-    tile, stride = form
-    got = filtered(x, w, tile, before, after, stride=stride)
-    padded = np.pad(x, [(0, 0), (0, 0), *zip(before, after, strict=True)])
-    want = np.maximum(convolve(padded, w, stride) + 1, 0)
+def test_filtering_of_any_size_stride_and_padding(layer: Layer, channels: tuple[int, int], batch: int) -> None:
+    x, w = normal(batch, channels[0], *layer.size), normal(channels[1], channels[0], 3, 3, seed=1)
+    tile, stride = layer.form
+    got = filtered(x, w, tile, layer.before, layer.after, stride=stride)
+    want = np.maximum(convolve(layer.padded(x), w, stride) + 1, 0)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=6 * 2.0**-24 * 3 * error_growth(tile, channels[0], stride))
 
 
@@ -166,48 +187,36 @@ def test_multiples_of_the_largest_results_are_numbers_of_32_bits(tile: int, stri
 @pytest.mark.skipif(TARGET.architecture != "x86_64", reason="words are multiplied by AVX2")
 @settings(max_examples=16, deadline=None, derandomize=True)
 @given(
-    form=st.sampled_from(FORMS),
-    size=st.tuples(st.integers(1, 19), st.integers(1, 23)),
+    layer=LAYERS,
     channels=st.sampled_from([(2, 1), (16, 16), (18, 31), (24, 80), (40, 8), (6, 37)]),
-    before=st.tuples(st.integers(0, 3), st.integers(0, 2)),
-    after=st.tuples(st.integers(0, 2), st.integers(0, 3)),
     batch=st.sampled_from([1, 2]),
     extreme=st.sampled_from([None, 127, -128]),
     narrow=st.booleans(),
 )
 def test_filtering_of_bytes_is_exact(
-    form: tuple[int, int],
-    size: tuple[int, int],
-    channels: tuple[int, int],
-    before: tuple[int, int],
-    after: tuple[int, int],
-    batch: int,
-    extreme: int | None,
-    narrow: bool,
+    layer: Layer, channels: tuple[int, int], batch: int, extreme: int | None, narrow: bool
 ) -> None:
-    target, (tile, stride), (inputs, outputs) = targets.get("x86-avx2"), form, channels
-    size = (max(size[0], 3 - before[0] - after[0]), max(size[1], 3 - before[1] - after[1]))
+    target, (tile, stride), (inputs, outputs) = targets.get("x86-avx2"), layer.form, channels
     generator = np.random.default_rng(0)
-    x = generator.integers(0, 256, (batch, inputs, *size)).astype(np.int16)
+    x = generator.integers(0, 256, (batch, inputs, *layer.size)).astype(np.int16)
     w = generator.integers(-128, 128, (outputs, inputs, 3, 3)).astype(np.int8)
     if extreme is not None:
         x[:], w[:] = 255, extreme
-    size = tuple((n + b + a - 3) // stride + 1 for n, b, a in zip(size, before, after, strict=True))
+    size = size_of_results(layer.size, layer.before, layer.after, stride)
     block = target.layouts.channel_block
     weights = relax.const(pack_winograd(w, tile, block, stride=stride))
 
-    def layer(image: relax.Var) -> relax.Expr:
+    def codes(image: relax.Var) -> relax.Expr:
         builder = relax.BlockBuilder.current()
-        sums = builder.call_te(lambda x, w: winograd(x, w, tile, before, size, stride), image, weights)
+        sums = builder.call_te(lambda x, w: winograd(x, w, tile, layer.before, size, stride), image, weights)
         scaled = op.multiply(op.astype(sums, "float32"), relax.const(np.float32(2**-16)))
         return op.astype(op.astype(op.clip(op.round(scaled), 0, 255), "uint8"), "int16") if narrow else sums
 
     image = in_blocks(x, 7, block)
-    module, reports = schedule_module(lower(module_of(layer, [image.shape], ["int16"])), target)
+    module, reports = schedule_module(lower(module_of(codes, [image.shape], ["int16"])), target)
     assert [report.family for report in reports] == ["winograd"]
     got = np.moveaxis(compiled(module, target)(image), -1, 2).reshape(batch, -1, *size)[:, :outputs]
-    padded = np.pad(x, [(0, 0), (0, 0), *zip(before, after, strict=True)])
-    want = convolve(padded.astype(np.int64), w.astype(np.int64), stride)
+    want = convolve(layer.padded(x).astype(np.int64), w.astype(np.int64), stride)
     if narrow:
         want = np.clip(np.rint(want.astype(np.float32) * np.float32(2**-16)), 0, 255)
     np.testing.assert_array_equal(got, want)

@@ -15,7 +15,7 @@ import numpy as np
 from optimizer.errors import InputMismatchError
 from optimizer.package.alignment import aligned_copy
 from optimizer.runtime.generation.step_inputs import MASK, TOKENS, VALUES, Step, mask_values
-from optimizer.runtime.kv_cache import Steps, argument_count, counts_of, total_tokens
+from optimizer.runtime.kv_cache import NO_CODES, argument_count, counts_of, total_tokens
 from optimizer.runtime.tensors import CPU, host_view, tensor_over, viewed
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from optimizer.runtime.generation.roles import DecoderRoles
     from optimizer.runtime.generation.step_inputs import Mask
-    from optimizer.runtime.kv_cache import CacheTensors, KeyValueCache
+    from optimizer.runtime.kv_cache import CacheTensors, KeyValueCache, Steps
     from optimizer.runtime.model import Entry
     from optimizer.runtime.tensors import Tensor
 
@@ -116,7 +116,7 @@ class TokenSteps:
         step = Step((0,), past, 1)
         values = [int(VALUES[name](step).item()) for name in self._views]
         mask = None if self._mask is None else self._mask_of(past)
-        return _Made(values, mask, None if self._entry.signature.paged_symbols else self._counts(past, Steps(0, 0)))
+        return _Made(values, mask, None if self._entry.signature.paged_symbols else self._counts(past, NO_CODES))
 
     def _mask_of(self, past: int) -> Tensor:
         assert self._mask is not None
