@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
-import tvm_ffi
-
 from optimizer.errors import IncompatibleMachineError, OptionError
 from optimizer.package.manifest import Requirements
 from optimizer.runtime import machine
+from optimizer.runtime.ffi import tvm_ffi
 from optimizer.runtime.library import load_library, runtime_function, tvm_version
 from optimizer.runtime.tensors import Device
 

@@ -14,10 +14,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import tvm_ffi
-from tvm_ffi.libinfo import load_lib_ctypes
-
 from optimizer.errors import IncompatibleMachineError
+from optimizer.runtime.ffi import tvm_ffi
 
 _loaded: dict[str, ctypes.CDLL] = {}
 
@@ -31,7 +29,7 @@ def load_library(name: str, *, shared: bool = False) -> None:
         return
     try:
         mode = "RTLD_GLOBAL" if shared else "RTLD_LOCAL"
-        _loaded[name] = load_lib_ctypes("tvm", name, mode, extra_lib_paths=_folders())
+        _loaded[name] = tvm_ffi.libinfo.load_lib_ctypes("tvm", name, mode, extra_lib_paths=_folders())
     except (OSError, RuntimeError) as error:
         raise IncompatibleMachineError(f"lib{name}.so cannot be loaded ({error}); install it and its driver") from error
 

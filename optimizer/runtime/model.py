@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
-import tvm_ffi
 
 from optimizer.errors import InsufficientMemoryError, OptimizerError, OptionError, PackageError
 from optimizer.package.dtypes import ITEM_BYTES, device_dtype, numpy_dtype
@@ -20,6 +19,7 @@ from optimizer.package.manifest import Manifest
 from optimizer.package.reader import Package
 from optimizer.runtime import kv_cache, tensors
 from optimizer.runtime.devices import open_device
+from optimizer.runtime.ffi import tvm_ffi
 from optimizer.runtime.kv_cache import KeyValueCache
 from optimizer.runtime.machine import resolve_thread_count
 from optimizer.runtime.signature import bind_symbols, check_names, check_range, mismatch, wrong_dtype

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
-import tvm_ffi
 
 from optimizer.errors import InsufficientMemoryError
 from optimizer.package.alignment import aligned_copy
 from optimizer.package.dtypes import ITEM_BYTES, device_dtype, numpy_dtype
 from optimizer.package.manifest import INPUT_ALIGNMENT, WEIGHT_ALIGNMENT
+from optimizer.runtime.ffi import tvm_ffi
 from optimizer.runtime.library import load_library, runtime_function
 
 if TYPE_CHECKING:
