@@ -63,6 +63,11 @@ class Row:
         return float(np.median(self.seconds)) if self.seconds else float("nan")
 
     @property
+    def least(self) -> float:
+        """Return the seconds of the fastest call."""
+        return min(self.seconds, default=float("nan"))
+
+    @property
     def spread(self) -> float:
         """Return half the distance between the 10th and 90th percentile, relative to the median."""
         if not self.seconds:
