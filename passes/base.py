@@ -159,7 +159,10 @@ class PatternPass(Pass, Generic[Match]):
         return self.run_first(module, None)
 
     def run_first(self, module: tvm.IRModule, most: int | None) -> PassOutcome:
-        """Rewrite the first `most` sites that may be rewritten, or all for None; none after them is recorded."""
+        """Rewrite the first `most` sites that may be rewritten, or all for None; none after them is recorded.
+
+        Where there are none the module is the one that was given.
+        """
         sites: list[Site] = []
         rewritten = tvm.IRModule(dict(module.functions), attrs=module.attrs)
         for variable, function in module.functions_items():
@@ -168,6 +171,8 @@ class PatternPass(Pass, Generic[Match]):
                 rewriter = _Rewriter(self, module, function, left)
                 rewritten.update_func(variable, rewriter.visit_expr(function))
                 sites.extend(rewriter.sites)
+        if all(site.refusal is not None for site in sites):
+            return PassOutcome(module, tuple(sites))
         return PassOutcome(relax.transform.DeadCodeElimination()(rewritten), tuple(sites))
 
 

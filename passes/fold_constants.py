@@ -33,15 +33,17 @@ class FoldConstants(Pass):
     def run(self, module: tvm.IRModule) -> PassOutcome:
         """Fold by TVM's evaluator, which runs each operator on this machine's CPU."""
         sites: list[Site] = []
-        folded = tvm.IRModule(dict(module.functions), attrs=module.attrs)
+        folded, anything = tvm.IRModule(dict(module.functions), attrs=module.attrs), False
         for variable, function in module.functions_items():
             if isinstance(function, relax.Function):
                 finder = _ConstantBindings()
                 finder.visit_expr(function)
                 values = _evaluated(finder.bindings, module)
                 sites.extend(site for var, site in finder.sites if site.refusal is not None or var in values)
-                folded.update_func(variable, _Inserter(module, values).visit_expr(function))
-        return PassOutcome(relax.transform.DeadCodeElimination()(folded), tuple(sites))
+                if values:
+                    folded.update_func(variable, _Inserter(module, values).visit_expr(function))
+                    anything = True
+        return PassOutcome(relax.transform.DeadCodeElimination()(folded) if anything else module, tuple(sites))
 
 
 def _evaluated(bindings: Sequence[relax.VarBinding], module: tvm.IRModule) -> dict[relax.Var, tvm.ir.GenericConst]:

@@ -28,10 +28,10 @@ class RepeatedPass(PatternPass[Match], Generic[Match]):
         sites: list[Site] = []
         for _ in range(MOST_ROUNDS):
             outcome = super().run(module)
-            # An output that became a constant leaves a binding that nobody reads.
-            module = relax.transform.DeadCodeElimination()(relax.transform.CanonicalizeBindings()(outcome.module))
             if not outcome.rewritten:
                 return PassOutcome(module, (*sites, *outcome.sites))
+            # An output that became a constant leaves a binding that nobody reads.
+            module = relax.transform.DeadCodeElimination()(relax.transform.CanonicalizeBindings()(outcome.module))
             sites.extend(site for site in outcome.sites if site.refusal is None)
         raise RuntimeError(f"the rules of {self.name} still fire after {MOST_ROUNDS} rounds")
 

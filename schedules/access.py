@@ -11,7 +11,17 @@ from tvm import tirx
 from tvm.ir import Expr, Var
 
 from schedules.loops import Extent, product, unflatten
-from schedules.stages import CONDITIONAL, Axis, Stage, calls_of, replace_loads, variables_of
+from schedules.stages import (
+    CONDITIONAL,
+    Axis,
+    Stage,
+    calls_of,
+    contains,
+    is_number,
+    operands,
+    replace_loads,
+    variables_of,
+)
 
 
 class Step(Enum):
@@ -81,7 +91,10 @@ def linear_coefficient(expression: Expr, variable: Var) -> int | None:
 
 def occurs(expression: Expr, variable: Var) -> bool:
     """Return whether `variable` occurs in `expression`."""
-    return any(variable.same_as(other) for other in variables_of(expression))
+    return any(
+        part.same_as(variable) or (not is_number(part) and contains(variables_of(part), variable))
+        for part in operands(expression)
+    )
 
 
 def run_length(expression: Expr, variable: Var) -> int:

@@ -10,6 +10,7 @@ SC 2018.)
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -122,6 +123,7 @@ def emitter(analysis: ChannelWindows, parameters: Parameters, target: Target, do
     return Emitter(analysis, parameters, dot, multiplies_by_element(target), ahead, together, by_position, by_rows)
 
 
+@functools.lru_cache(maxsize=1024)
 def analyse(kernel: Kernel) -> ChannelWindows | None:
     """Return the analysis of a kernel of one sliding reduction over blocked channels, for any target."""
     producer, rest = split_producer(kernel)

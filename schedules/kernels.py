@@ -21,8 +21,9 @@ FEW_ROWS = 8
 LONG_ROW = 64 * 1024
 
 
-def cut(staged: StagedFunction) -> list[Kernel | OpaqueStage]:
-    """Return the kernels of `staged` in an order of execution.
+@lru_cache(maxsize=1024)
+def cut(staged: StagedFunction) -> tuple[Kernel | OpaqueStage, ...]:
+    """Return the kernels of `staged` in an order of execution, the same ones each time.
 
     Consecutive stages over the same rows become one kernel, and of the others each reduction one with what follows it.
     """
@@ -37,7 +38,7 @@ def cut(staged: StagedFunction) -> list[Kernel | OpaqueStage]:
         kernels.extend(_cut(loose, staged))
         loose = []
         kernels.append(Kernel(stages, private))
-    return _with_producers([*kernels, *_cut(loose, staged)], staged)
+    return tuple(_with_producers([*kernels, *_cut(loose, staged)], staged))
 
 
 def row_runs(staged: StagedFunction) -> list[list[Stage | OpaqueStage]]:
@@ -89,6 +90,7 @@ def reuses_operands(stage: Stage) -> bool:
     return len(sets) > 1
 
 
+@lru_cache(maxsize=1024)
 def is_of_matrices(stage: Stage) -> bool:
     """Return whether a reduction is no convolution or pooling: one whose operands are read without windows."""
     return sliding(stage) is None and channel_windows(None, stage, epilogue.plain(stage)) is None

@@ -81,7 +81,10 @@ def schedule_function(
     if staged is None:
         return function.with_attr(SCHEDULED, True), KernelReport(name, "opaque", reason="no loop nests at the top")
     division = division_of(function)
-    kernels = [replace(k, division=division) if isinstance(k, Kernel) else k for k in kernels_of(staged, target)]
+    kernels = [
+        kernel if isinstance(kernel, OpaqueStage) or kernel.division is division else replace(kernel, division=division)
+        for kernel in kernels_of(staged, target)
+    ]
     candidates = [kernel for kernel in kernels if isinstance(kernel, Kernel)]
     main = max(candidates, key=_weight, default=None)
     workload = identity(function)
@@ -126,7 +129,7 @@ def _with_overwritable(function: tirx.PrimFunc, buffers: Sequence[Var]) -> tirx.
     return function.with_attr(OVERWRITABLE, places) if places else function
 
 
-def kernels_of(staged: StagedFunction, target: Target) -> list[Kernel | OpaqueStage]:
+def kernels_of(staged: StagedFunction, target: Target) -> Sequence[Kernel | OpaqueStage]:
     """Return the kernels of a function; one that is whole in its family's eyes is not taken apart."""
     whole = attention_structure.whole(staged) or winograd_structure.whole(staged) or row_parts.whole(staged)
     gate = gated_product.whole(staged) if whole is None else None

@@ -9,7 +9,7 @@ What does not have that form (sorting, scans, scatters, calls with side effects)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -184,19 +184,23 @@ def as_extent(extent: Expr) -> int | Expr:
     return int(extent) if isinstance(extent, tirx.IntImm) else extent
 
 
-def _operands(node: Expr | Stmt) -> Iterator[Expr | Stmt]:
-    """Yield the operands of arithmetic, however deep, that are no constants; anything else as it is.
+def operands(node: Expr | Stmt) -> list[Expr | Stmt]:
+    """Return the operands of arithmetic, however deep, that are no constants; anything else as it is.
 
     Analyses ask of every index what occurs in it: reading attributes takes a tenth of the time of a general walk.
     """
-    if isinstance(node, BinaryOpExpr | CmpExpr):
-        yield from _operands(node.a)
-        yield from _operands(node.b)
-    elif not isinstance(node, tirx.IntImm | tirx.FloatImm):
-        yield node
+    found: list[Expr | Stmt] = []
+    pending = [node]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, BinaryOpExpr | CmpExpr):
+            pending += (part.b, part.a)
+        elif not isinstance(part, tirx.IntImm | tirx.FloatImm):
+            found.append(part)
+    return found
 
 
-def _is_number(node: Expr | Stmt) -> bool:
+def is_number(node: Expr | Stmt) -> bool:
     """Return whether a node is a variable that is no buffer."""
     return isinstance(node, Var) and isinstance(node.ty, ir.PrimType)
 
@@ -204,8 +208,8 @@ def _is_number(node: Expr | Stmt) -> bool:
 def loads_of(node: Expr | Stmt) -> list[TensorLoad]:
     """Return every buffer read below `node`."""
     found: list[TensorLoad] = []
-    for part in _operands(node):
-        if not _is_number(part):
+    for part in operands(node):
+        if not is_number(part):
             tvm_ffi.structural_walk(part, (TensorLoad, found.append))
     return found
 
@@ -218,8 +222,8 @@ def variables_of(node: Expr | Stmt) -> list[Var]:
         if not contains(found, variable):
             found.append(variable)
 
-    for part in _operands(node):
-        if isinstance(part, Var) and _is_number(part):
+    for part in operands(node):
+        if isinstance(part, Var) and is_number(part):
             note(part)
         else:
             tvm_ffi.structural_walk(part, (Var, note))
