@@ -8,7 +8,7 @@ from tvm import relax
 
 
 def run(module: tvm.IRModule, *arrays: np.ndarray) -> np.ndarray:
-    executable = relax.build(module, tvm.target.Target({"kind": "llvm"}))
+    executable = relax.build(module, tvm.target.Target({"kind": "llvm", "opt-level": 1}))
     machine = relax.VirtualMachine(executable, tvm.cpu())
     return machine["main"](*(tvm.runtime.tensor(array) for array in arrays)).numpy()
 

@@ -17,6 +17,7 @@ from passes.convert_precision import ConvertPrecision
 from passes.fold_constants import FoldConstants
 from passes.quantize_weights import QuantizeWeights
 from tests.passes.graph import graph
+from tests.passes.relax_modules import operators
 
 
 def test_every_registered_pass_can_be_made_by_its_name() -> None:
@@ -102,6 +103,25 @@ def test_a_run_records_each_pass_and_calls_back() -> None:
     assert [record.outcome.rewritten for record in records] == [1, 0]
     assert all(0 <= record.seconds < 60 for record in records)
     assert after.same_as(records[-1].outcome.module)
+
+
+@pytest.mark.parametrize("name", ["fold-constants", "simplify-algebra", "simplify-casts", "recognize-activations"])
+def test_a_pass_that_rewrites_nothing_returns_the_module_it_was_given(name: str) -> None:
+    module = graph(op.exp, (2,))
+    assert pipeline.instance(name, {}).run(module).module.same_as(module)
+
+
+def test_what_nobody_reads_is_no_reader() -> None:
+    """Transposes meet over an operator whose result they alone read."""
+
+    def body(x: relax.Expr) -> relax.Expr:
+        moved = relax.BlockBuilder.current().emit(op.exp(op.permute_dims(x, [1, 0])))
+        relax.BlockBuilder.current().emit(op.sin(moved))
+        return op.permute_dims(moved, [1, 0])
+
+    module = graph(body, (2, 3))
+    assert operators(module).count("relax.permute_dims") == 2
+    assert operators(pipeline.run(module, pipeline.parse("cancel-transposes"))[0]) == ["relax.exp"]
 
 
 def test_an_ill_formed_result_of_a_pass_is_found_at_once() -> None:
