@@ -48,7 +48,7 @@ from schedules.loops import (
     vector,
     with_local,
 )
-from schedules.reducer import Reducer, fold, load_lanes
+from schedules.reducer import NARROW_FLOATS, Reducer, fold, load_lanes
 from schedules.stages import Axis, sequence
 from targets.base import Target
 
@@ -341,5 +341,11 @@ def _weighted(task: Block, first: int, heads: int) -> Stmt:
             ],
         )
 
-    sizes = [width, task.lanes] if isinstance(extent, int) else [width, task.lanes, 1]
-    return tiles(extent, sizes, columns)
+    if not isinstance(extent, int):
+        return tiles(extent, [width, task.lanes, 1], columns)
+    rest = extent % task.lanes
+    if rest and extent > task.lanes and str(analysis.values.source.dtype) in ("float32", *NARROW_FLOATS):
+        # A vector more, some of whose columns are computed twice: what is left of one takes its lanes one by one.
+        last = columns(index(extent - task.lanes), task.lanes)
+        return sequence([tiles(extent - rest, [width, task.lanes], columns), last])
+    return tiles(extent, [width, task.lanes], columns)

@@ -165,6 +165,13 @@ def test_heads_that_share_keys_and_values(heads: int, groups: int, size: int) ->
 _BESIDE_SINKS = [(1, 400), (5, 210), (35, 40), (33, 300)]
 
 
+@pytest.mark.parametrize("size", [17, 31, 47, 72])
+def test_one_query_of_heads_that_leave_part_of_a_vector(size: int) -> None:
+    call, _ = scheduled(_module(6, size, 1, 130, groups=2))
+    arrays = _arrays(6, size, 1, 130, 2)
+    np.testing.assert_allclose(call(*arrays), _expected(6, arrays), rtol=0, atol=_tolerance(size))
+
+
 @pytest.mark.parametrize("sizes", [[("s", "t")], _BESIDE_SINKS], ids=["symbolic", "static"])
 def test_a_sink_is_one_more_term_of_the_sum(sizes: list[tuple[int | str, int | str]]) -> None:
     for compiled in sizes:
