@@ -79,6 +79,11 @@ def require(condition: bool, otherwise: str) -> None:
         raise Refusal(otherwise)
 
 
+def canonical(module: tvm.IRModule) -> tvm.IRModule:
+    """Return the module without names that stand for others, and without what nobody reads."""
+    return relax.transform.DeadCodeElimination()(relax.transform.CanonicalizeBindings()(module))
+
+
 class Dataflow:
     """Who produces and who reads each variable of a function."""
 
@@ -171,9 +176,10 @@ class PatternPass(Pass, Generic[Match]):
                 rewriter = _Rewriter(self, module, function, left)
                 rewritten.update_func(variable, rewriter.visit_expr(function))
                 sites.extend(rewriter.sites)
-        if all(site.refusal is not None for site in sites):
-            return PassOutcome(module, tuple(sites))
-        return PassOutcome(relax.transform.DeadCodeElimination()(rewritten), tuple(sites))
+        outcome = PassOutcome(module, tuple(sites))
+        if not outcome.rewritten:
+            return outcome
+        return dataclasses.replace(outcome, module=relax.transform.DeadCodeElimination()(rewritten))
 
 
 @mutator

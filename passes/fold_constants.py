@@ -33,7 +33,7 @@ class FoldConstants(Pass):
     def run(self, module: tvm.IRModule) -> PassOutcome:
         """Fold by TVM's evaluator, which runs each operator on this machine's CPU."""
         sites: list[Site] = []
-        folded, anything = tvm.IRModule(dict(module.functions), attrs=module.attrs), False
+        folded: dict[tvm.ir.GlobalVar, relax.Expr] = {}
         for variable, function in module.functions_items():
             if isinstance(function, relax.Function):
                 finder = _ConstantBindings()
@@ -41,9 +41,11 @@ class FoldConstants(Pass):
                 values = _evaluated(finder.bindings, module)
                 sites.extend(site for var, site in finder.sites if site.refusal is not None or var in values)
                 if values:
-                    folded.update_func(variable, _Inserter(module, values).visit_expr(function))
-                    anything = True
-        return PassOutcome(relax.transform.DeadCodeElimination()(folded) if anything else module, tuple(sites))
+                    folded[variable] = _Inserter(module, values).visit_expr(function)
+        if not folded:
+            return PassOutcome(module, tuple(sites))
+        result = tvm.IRModule({**module.functions, **folded}, attrs=module.attrs)
+        return PassOutcome(relax.transform.DeadCodeElimination()(result), tuple(sites))
 
 
 def _evaluated(bindings: Sequence[relax.VarBinding], module: tvm.IRModule) -> dict[relax.Var, tvm.ir.GenericConst]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import tvm
 from tvm import relax
 
-from passes.base import Pass, PassOutcome, options_of
+from passes.base import Pass, PassOutcome, canonical, options_of
 from passes.provenance import carry
 
 # Names to the module and class that hold them, so that listing the passes imports none of them.
@@ -153,8 +153,7 @@ def run(
     """
     records: list[PassRecord] = []
     if passes:  # what nobody reads would count as a reader
-        canonical = relax.transform.DeadCodeElimination()(relax.transform.CanonicalizeBindings()(module))
-        module = carry(module, canonical)
+        module = carry(module, canonical(module))
     for item in passes:
         start = time.perf_counter()
         outcome = item.run(module)

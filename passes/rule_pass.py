@@ -10,7 +10,7 @@ import tvm
 import tvm.ir
 from tvm import relax
 
-from passes.base import Dataflow, Match, PassOutcome, PatternPass, Site
+from passes.base import Dataflow, Match, PassOutcome, PatternPass, Site, canonical
 
 # Every rule makes an expression smaller or moves one operator one step; a longer run means rules that undo each other.
 MOST_ROUNDS = 100
@@ -31,7 +31,7 @@ class RepeatedPass(PatternPass[Match], Generic[Match]):
             if not outcome.rewritten:
                 return PassOutcome(module, (*sites, *outcome.sites))
             # An output that became a constant leaves a binding that nobody reads.
-            module = relax.transform.DeadCodeElimination()(relax.transform.CanonicalizeBindings()(outcome.module))
+            module = canonical(outcome.module)
             sites.extend(site for site in outcome.sites if site.refusal is None)
         raise RuntimeError(f"the rules of {self.name} still fire after {MOST_ROUNDS} rounds")
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.runtime.programs import run_python
 
 
 @pytest.fixture
@@ -20,18 +17,8 @@ def torch(tmp_path: Path) -> Path:
 
 
 def printed(program: str, path: Path) -> str:
-    """Return what a program prints in a fresh interpreter that finds modules in `path`, too."""
-    folders = os.pathsep.join((str(ROOT), str(path)))
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": folders},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    """Return what a program prints that finds modules in `path`, too."""
+    return run_python(program, PYTHONPATH=str(path)).strip()
 
 
 def test_a_package_is_loaded_without_torch(torch: Path) -> None:

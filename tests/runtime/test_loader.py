@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +16,9 @@ from optimizer.package.reader import open_package
 from optimizer.runtime import load, loader, machine
 from optimizer.runtime.devices import runs_on
 from optimizer.runtime.tensors import wrap_bytes
+from tests.runtime.programs import run_python
 
 WritePackage = Callable[..., Path]
-ROOT = Path(__file__).resolve().parents[2]
 FORMS = pytest.mark.parametrize("name", ["linear", "linear.opt"])
 
 
@@ -126,17 +124,6 @@ def test_misaligned_weights_raise_instead_of_crashing() -> None:
     start = -storage.ctypes.data % 64 + 16
     with pytest.raises(ValueError, match="not aligned to 64 bytes"):
         wrap_bytes(storage[start : start + 64], "float32", (16,))
-
-
-def run_python(program: str, *arguments: object, **environment: str) -> str:
-    """Run a program in a fresh interpreter and return what it printed."""
-    variables = {key: value for key, value in os.environ.items() if not key.startswith("TVM_")}
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=variables | environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @FORMS
