@@ -149,17 +149,18 @@ def block_of_sums(
     pitch = BLOCK * 4
     form = (1 if isinstance(rows, int) and rows <= TILE else 2, -(-columns // TILE))
     upper, lower = _heights(rows)
-    lines = written_lines(operands, epilogue, at, columns)
+    lines = written_lines(operands, epilogue, at, columns, operands.steps)
+    add = step_of(operands, at, shape, operands.passing)
     places = [load(sums, [place]) for place in (index(0), index(upper) * BLOCK, index(BLOCK * BLOCK - 1))]
 
-    def beside(number: Expr) -> list[Stmt]:
-        return [*([] if ahead is None else [ahead(number)]), *lines(number)]
+    def step(number: Expr) -> Stmt:
+        return sequence([*([] if ahead is None else [ahead(number)]), *lines(number), add(number)])
 
     return with_local(
         [sums],
         [
             tiles.zero() if configured else tiles.begin(upper, lower),
-            loop(operands.steps, step_of(operands, at, shape, beside)),
+            loop(operands.steps, step),
             last_terms(operands, at, (rows, columns)) if operands.rest else tirx.Evaluate(0),
             tiles.store(form, places, pitch),
             *([] if configured else [tiles.end()]),
@@ -172,33 +173,43 @@ def step_of(
     operands: MatrixOperands,
     at: Callable[[Expr, Expr], Mapping[Var, Expr]],
     shape: tuple[Extent, int],
-    beside: Callable[[Expr], Sequence[Stmt]],
+    passing: Passing,
 ) -> Callable[[Expr], Stmt]:
-    """Return the step of a number along the reduction of a block, with what is done beside it."""
+    """Return the step of a number along the reduction of a block, of whose operands one is `passing`."""
     rows, columns = shape
     tiles = operands.tiles
     form = (1 if isinstance(rows, int) and rows <= TILE else 2, -(-columns // TILE))
-    upper, _ = _heights(rows)
-    # Of one row alone the lower tile has one, too: the same, for there may be nothing to read behind it.
-    second = index(upper) if isinstance(rows, int) else tirx.min(index(upper), index(rows) - 1)
-
-    def read(operand: TensorLoad, row: Expr, k: Expr) -> Expr:
-        return substitute(operand, {**at(row, index(0)), **operands.along.point(k)})
 
     def step(number: Expr) -> Stmt:
-        k = number * tiles.terms
-        places = [read(operands.activations, row, k) for row in (index(0), second)[: form[0]]]
-        weights = read(operands.weights, index(0), k)
-        add = tiles.step(form, places, operands.pitch, weights, operands.stride, operands.passing)
-        return sequence([*beside(number), add])
+        places, weights = reads_of_step(operands, at, rows, number * tiles.terms)
+        return tiles.step(form, places[: form[0]], operands.pitch, weights, operands.stride, passing)
 
     return step
 
 
+def reads_of_step(
+    operands: MatrixOperands, at: Callable[[Expr, Expr], Mapping[Var, Expr]], rows: Extent, k: Expr
+) -> tuple[Sequence[Expr], Expr]:
+    """Return the reads of the first elements of the upper and the lower rows, and of the weights, from term `k` on."""
+    upper, _ = _heights(rows)
+    # Of one row alone the lower tile has one, too: the same, for there may be nothing to read behind it.
+    second = index(upper) if isinstance(rows, int) else tirx.min(index(upper), index(rows) - 1)
+
+    def read(operand: TensorLoad, row: Expr) -> Expr:
+        return substitute(operand, {**at(row, index(0)), **operands.along.point(k)})
+
+    places = [read(operands.activations, row) for row in (index(0), second)]
+    return places, read(operands.weights, index(0))
+
+
 def written_lines(
-    operands: MatrixOperands, epilogue: Epilogue, at: Callable[[Expr, Expr], Mapping[Var, Expr]], width: int
+    operands: MatrixOperands,
+    epilogue: Epilogue,
+    at: Callable[[Expr, Expr], Mapping[Var, Expr]],
+    width: int,
+    steps: int,
 ) -> Callable[[Expr], Sequence[Stmt]]:
-    """Return what asks at each step for the lines of some rows of the result, where a row's columns lie together.
+    """Return what asks at each of some steps for the lines of some rows of the result, if a row's columns lie together.
 
     They are seldom in a cache near by, and stores wait for them one after the other, while no product can begin when
     too many wait.
@@ -206,7 +217,7 @@ def written_lines(
     output = epilogue.stage.output
     if Access(output, epilogue.indices).step(operands.columns.inner) != Step.UNIT:
         return lambda _: []
-    rows = -(-BLOCK // operands.steps)
+    rows = -(-BLOCK // steps)
     every = LINE_BITS // int(output.dtype.bits)
 
     def of_step(number: Expr) -> list[Stmt]:
@@ -266,9 +277,9 @@ def _last(operands: MatrixOperands) -> Expr:
 
 
 def next_columns(
-    operands: MatrixOperands, at: Callable[[Expr, Expr], Mapping[Var, Expr]], number: Expr, blocks: int
+    operands: MatrixOperands, at: Callable[[Expr, Expr], Mapping[Var, Expr]], blocks: int
 ) -> Callable[[Expr], Stmt]:
-    """Return what the steps of a block of rows, one of `blocks`, ask for of the weights of the next 32 columns.
+    """Return what the steps of `blocks` blocks of rows, counted through, ask for of the next 32 columns' weights.
 
     Hardware sees a stream coming only a few lines before, and not beyond its page: products of 128 x 768 x 768 whose
     weights were in the last cache took 30 % longer (Granite Rapids). It follows several streams at once, each on a page
@@ -281,7 +292,7 @@ def next_columns(
     part = operands.steps * rows // STREAMS
 
     def ahead(step: Expr) -> Stmt:
-        first = (number * operands.steps + step) * each
+        first = step * each
 
         def request(row: int, column: int) -> Stmt:
             stream, place = tirx.floormod(first + row, index(STREAMS)), tirx.floordiv(first + row, index(STREAMS))

@@ -36,7 +36,7 @@ BLOCK = 2 * TILE
 # Steps between a request for far columns and their use.
 STEPS_AHEAD = 2
 _BEGIN, _ZERO, _LOAD, _STORE, _END = (f"optimizer_tiles_{name}" for name in ("begin", "zero", "load", "store", "end"))
-_STEP, _OWN = "optimizer_tiles_step", "optimizer_tiles_own"
+_STEP, _OWN, _EXCHANGE = "optimizer_tiles_step", "optimizer_tiles_own", "optimizer_tiles_exchange"
 # 158: arch_prctl; 4131: ARCH_REQ_XCOMP_PERM; 18: XFEATURE_XTILEDATA (Linux, Documentation/arch/x86/xstate.rst).
 # The description of the registers: palette 1, the bytes of a row of each, and their numbers of rows. Of the operands of
 # columns a row has a group of 4 bytes of the reduction for each column.
@@ -118,6 +118,14 @@ define weak_odr i32 @{call}_{rows}x{columns}(ptr %upper, ptr %lower, i64 %pitch,
   ret i32 0
 }}
 """
+_EXCHANGE_SOURCE = """
+define weak_odr i32 @{call}_2x{columns}(ptr %upper, ptr %lower, i64 %pitch, ptr %left, i64 %stride,
+    ptr %stored.0, ptr %stored.1, ptr %stored.last, i64 %stored.pitch,
+    ptr %begun.0, ptr %begun.1, ptr %begun.last, i64 %begun.pitch) #0 {{
+{body}
+  ret i32 0
+}}
+"""
 
 
 class Passing(StrEnum):
@@ -139,7 +147,7 @@ class MatrixTiles:
 
     terms: int
     total: str
-    step_call: str
+    instruction: str
     source: str
 
     def begin(self, upper: Expr | int, lower: Expr | int, depth: int = BYTES) -> Stmt:
@@ -189,8 +197,33 @@ class MatrixTiles:
         which those of the right columns follow.
         """
         upper, lower = (tirx.address_of(each) for each in (rows[0], rows[-1]))
-        call = _named(f"{self.step_call}{passing}", shape)
+        call = _named(f"{_STEP}_{self.instruction}{passing}", shape)
         return _call(call, upper, lower, index(pitch), tirx.address_of(columns), index(stride))
+
+    def exchange(
+        self,
+        columns: int,
+        rows: Sequence[Expr],
+        pitch: Expr | int,
+        weights: Expr,
+        stride: int,
+        stored: tuple[Sequence[Expr], Expr | int],
+        begun: tuple[Sequence[Expr], Expr | int] | None,
+    ) -> Stmt:
+        """Return the first step of a block of 32 rows by 1 or 2 tiles of columns, which stores the sums before it.
+
+        The tiles of sums go beside products of others. Rows and weights are given as for `step`, and leave the
+        first-level cache to the weights. `stored` is where the sums belong, as places for `store` and how many bytes
+        after a row the next one begins. `begun` is where sums are that products are added to; None stands for zeros.
+        """
+        call = f"{_EXCHANGE}_{self.instruction}_{'zeros' if begun is None else 'sums'}_2x{columns}"
+        upper, lower = (tirx.address_of(each) for each in (rows[0], rows[-1]))
+        sums = [
+            argument
+            for places, apart in (stored, begun or stored)
+            for argument in (*map(tirx.address_of, places), index(apart))
+        ]
+        return _call(call, upper, lower, index(pitch), tirx.address_of(weights), index(stride), *sums)
 
     def imported(self, statement: Stmt) -> Stmt:
         """Return a statement that calls the functions, with the functions."""
@@ -209,12 +242,12 @@ def matrix_tiles(target: Target, activations: str, weights: str) -> MatrixTiles 
 
 
 def _tiles(target: Target, instruction: str, terms: int, total: str) -> MatrixTiles:
-    call = f"{_STEP}_{instruction}"
     shapes = [(rows, columns) for rows in (1, 2) for columns in (1, 2)]
     functions = [
         *(_moves(_LOAD, "tileloadd64", shape) for shape in shapes),
         *(_moves(_STORE, "tilestored64", shape) for shape in shapes),
-        *(_step(call, instruction, shape, passing) for passing in Passing for shape in shapes),
+        *(_step(instruction, shape, passing) for passing in Passing for shape in shapes),
+        *(_exchange(instruction, columns, begins) for begins in ("zeros", "sums") for columns in (1, 2)),
     ]
     source = _SOURCE.format(
         instruction=instruction,
@@ -227,7 +260,7 @@ def _tiles(target: Target, instruction: str, terms: int, total: str) -> MatrixTi
         cpu=target.llvm_cpu,
         features=",".join(target.llvm_attributes),
     )
-    return MatrixTiles(terms, total, call, source)
+    return MatrixTiles(terms, total, instruction, source)
 
 
 def _moves(call: str, instruction: str, shape: tuple[int, int]) -> str:
@@ -242,25 +275,57 @@ def _moves(call: str, instruction: str, shape: tuple[int, int]) -> str:
     return _MOVES.format(call=call, rows=rows, columns=columns, body="\n".join(lines))
 
 
-def _step(call: str, instruction: str, shape: tuple[int, int], passing: Passing) -> str:
+def _step(instruction: str, shape: tuple[int, int], passing: Passing) -> str:
     rows, columns = shape
     load_rows = "tileloaddt164" if passing is Passing.ROWS else "tileloadd64"
     is_far = passing is Passing.FAR_COLUMNS
     load_columns = "tileloaddt164" if is_far or passing is Passing.COLUMNS else "tileloadd64"
-    lines = [f"  %right = getelementptr i8, ptr %left, i64 {BYTES}"]
+    ahead = []
     for line in range(columns * TILE if is_far else 0):
         place = (STEPS_AHEAD * columns * TILE + line) * BYTES
-        lines.append(f"  %line.{line} = getelementptr i8, ptr %left, i64 {place}")
-        lines.append(f"  call void @llvm.prefetch.p0(ptr %line.{line}, i32 0, i32 3, i32 1)")
-    for column, place in list(enumerate(("%left", "%right")))[:columns]:
-        lines.append(f"  call void @llvm.x86.{load_columns}(i8 {6 + column}, ptr {place}, i64 %stride)")
-    for row, place in list(enumerate(("%upper", "%lower")))[:rows]:
-        lines.append(f"  call void @llvm.x86.{load_rows}(i8 {4 + row}, ptr {place}, i64 %pitch)")
-        lines += [
-            f"  call void @llvm.x86.{instruction}(i8 {2 * row + column}, i8 {4 + row}, i8 {6 + column})"
-            for column in range(columns)
-        ]
-    return _STEP_SOURCE.format(call=f"{call}{passing}", rows=rows, columns=columns, body="\n".join(lines))
+        ahead.append(f"  %line.{line} = getelementptr i8, ptr %left, i64 {place}")
+        ahead.append(f"  call void @llvm.prefetch.p0(ptr %line.{line}, i32 0, i32 3, i32 1)")
+    products = [_product(instruction, row, column) for row in range(rows) for column in range(columns)]
+    lines = [*ahead, *_operands(shape, load_rows, load_columns), *products]
+    call = f"{_STEP}_{instruction}{passing}"
+    return _STEP_SOURCE.format(call=call, rows=rows, columns=columns, body="\n".join(lines))
+
+
+def _operands(shape: tuple[int, int], load_rows: str, load_columns: str) -> list[str]:
+    """Return the loads of a step, in turns of weights and rows: one of them comes from a cache further away.
+
+    All before the first product, 28 ns a step for 30 to 38 by the order of use (rows or weights from the second-level
+    cache, the other one from the first, Emerald Rapids).
+    """
+    rows, columns = shape
+    lines = [f"  %right = getelementptr i8, ptr %left, i64 {BYTES}"]
+    for place in range(2):
+        if place < columns:
+            side = ("%left", "%right")[place]
+            lines.append(f"  call void @llvm.x86.{load_columns}(i8 {6 + place}, ptr {side}, i64 %stride)")
+        if place < rows:
+            side = ("%upper", "%lower")[place]
+            lines.append(f"  call void @llvm.x86.{load_rows}(i8 {4 + place}, ptr {side}, i64 %pitch)")
+    return lines
+
+
+def _product(instruction: str, row: int, column: int) -> str:
+    return f"  call void @llvm.x86.{instruction}(i8 {2 * row + column}, i8 {4 + row}, i8 {6 + column})"
+
+
+def _exchange(instruction: str, columns: int, begins: str) -> str:
+    lines = _operands((2, columns), "tileloaddt164", "tileloadd64")
+    for row in range(2):
+        for column in range(columns):
+            tile = 2 * row + column
+            for kind in ("stored", "begun"):
+                lines.append(f"  %{kind}.tile.{tile} = getelementptr i8, ptr %{kind}.{row}, i64 {BYTES * column}")
+            lines.append(f"  call void @llvm.x86.tilestored64(i8 {tile}, ptr %stored.tile.{tile}, i64 %stored.pitch)")
+            load = f"tileloadd64(i8 {tile}, ptr %begun.tile.{tile}, i64 %begun.pitch)"
+            lines.append(f"  call void @llvm.x86.{load if begins == 'sums' else f'tilezero(i8 {tile})'}")
+            lines.append(_product(instruction, row, column))
+    call = f"{_EXCHANGE}_{instruction}_{begins}"
+    return _EXCHANGE_SOURCE.format(call=call, columns=columns, body="\n".join(lines))
 
 
 def _named(call: str, shape: tuple[int, int]) -> str:

@@ -33,7 +33,7 @@ def layer(weights: np.ndarray, x: relax.Var) -> relax.Expr:
 @given(
     rows=st.one_of(st.integers(2, 70), st.sampled_from([197, 257, 1031])),
     columns=st.sampled_from([17, 32, 33, 64, 96, 131]),
-    depth=st.sampled_from([32, 33, 63, 80, 96, 131, 416]),
+    depth=st.sampled_from([32, 33, 63, 80, 96, 131, 416, 800, 1184]),
     symbolic=st.booleans(),
 )
 @settings(max_examples=12, deadline=None)
@@ -114,7 +114,7 @@ def test_sums_that_nothing_follows_are_stored_once(columns: int, once: bool) -> 
 @given(
     rows=st.one_of(st.integers(1, 70), st.sampled_from([197, 257])),
     columns=st.sampled_from([17, 32, 48, 64, 131]),
-    depth=st.sampled_from([32, 33, 80, 416]),
+    depth=st.sampled_from([32, 33, 80, 416, 800, 1184]),
     symbolic=st.booleans(),
 )
 @settings(max_examples=12, deadline=None)
@@ -147,11 +147,22 @@ def test_steps_ask_for_the_lines_that_the_block_writes() -> None:
     assert "prefetchw" in assembly
 
 
-@pytest.mark.parametrize(("depth", "passes"), [(256, True), (2048, False)])
-def test_rows_pass_by_the_cache_that_holds_the_weights_of_a_block(depth: int, passes: bool) -> None:
+@pytest.mark.parametrize(("rows", "passes"), [(96, True), (32, False)])
+def test_several_blocks_of_rows_pass_by_the_cache_that_holds_weights(rows: int, passes: bool) -> None:
+    depth = 2048
     weights = normal(depth, 64).astype(ml_dtypes.bfloat16)
-    lowered = lower(module_of(lambda v: layer(weights, v), [(96, depth)], ["bfloat16"]), AMX)
-    assert ("optimizer_tiles_step_tdpbf16ps_passing" in lowered.module.script()) == passes
+    lowered = lower(module_of(lambda v: layer(weights, v), [(rows, depth)], ["bfloat16"]), AMX)
+    assert ("optimizer_tiles_step_tdpbf16ps_passing_rows" in lowered.module.script()) == passes
+
+
+def test_weights_of_a_part_of_the_depth_take_half_of_the_first_level_cache() -> None:
+    weights = normal(3072, 64).astype(ml_dtypes.bfloat16)
+    lowered = lower(module_of(lambda v: layer(weights, v), [(128, 3072)], ["bfloat16"]), AMX)
+    assembly = assembly_of(build(lowered.module, AMX))
+    # 12 steps of 2 KiB: those of the first part and of one between follow each other without a loop.
+    steps = [line for line in assembly.splitlines() if "tdpbf16ps" in line]
+    assert AMX.caches.level1 // 2 // 2048 == 12
+    assert len(steps) >= 2 * 12 * 4
 
 
 @HERE
