@@ -32,6 +32,7 @@ from passes.fold_constants import FoldConstants
 from passes.provenance import carry
 from schedules import Decide, KernelReport, by_default, schedule_module
 from schedules.prepack import prepack
+from schedules.row_padding import pad_rows
 from targets.base import Target
 from targets.device_code import generating_source
 
@@ -143,7 +144,11 @@ def fuse(module: tvm.IRModule, target: Target, after: Callable[[str, tvm.IRModul
     division = divide_work(module, target)
     after("divide-work", division.module)
     sites = {"fuse-operators": fused_groups(grouped), "merge-kernels": merging.sites, "divide-work": division.sites}
-    return FusedModule(division.module, sites)
+    padded = pad_rows(division.module, target)
+    if padded is not division.module:
+        padded = carry(division.module, relax.transform.DeadCodeElimination()(padded))
+    after("pad-rows", padded)
+    return FusedModule(padded, sites)
 
 
 def _run(module: tvm.IRModule, transforms: _Transforms, after: Callable[[str, tvm.IRModule], None]) -> tvm.IRModule:

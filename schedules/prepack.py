@@ -114,7 +114,9 @@ def with_packed_weights(
     `constant` are the positions of the parameters that may be packed.
     """
     packings: list[Packing] = []
-    for analysis in _matmuls_of(function):
+    for analysis in products_of(function):
+        if analysis.block:
+            continue
         weight = analysis.operand.source
         position = next(i for i, parameter in enumerate(function.params) if parameter.same_as(weight))
         packing = _packing(analysis, position, target)
@@ -144,7 +146,7 @@ def _step(analysis: MatmulAnalysis, target: Target) -> int:
     return tiles.terms if tiles is not None and tiles.total == "float32" and depth >= tiles.terms else 1
 
 
-def _matmuls_of(function: tirx.PrimFunc) -> list[MatmulAnalysis]:
+def products_of(function: tirx.PrimFunc) -> list[MatmulAnalysis]:
     """Return the analyses of matmuls that read their column operands straight from parameters, each one its own."""
     staged = parse(function)
     if staged is None or winograd_structure.whole(staged) is not None:
@@ -160,7 +162,7 @@ def _matmuls_of(function: tirx.PrimFunc) -> list[MatmulAnalysis]:
             found.append(analysis)
     weights = [analysis.operand.source for analysis in found]
     alone = [sum(weight.same_as(other) for other in weights) == 1 for weight in weights]
-    return [analysis for analysis, own in zip(found, alone, strict=True) if own and not analysis.block]
+    return [analysis for analysis, own in zip(found, alone, strict=True) if own]
 
 
 def _dimension_order(read: TensorLoad, groups: Sequence[AxisGroup]) -> tuple[int, ...] | None:

@@ -23,14 +23,18 @@ _MATRIX = 2
 
 
 def is_rounding(stage: Stage) -> bool:
-    """Return whether a stage does nothing but round elements of rows from fp32 to bfloat16, each at its own place."""
+    """Return whether a stage does nothing but round elements of rows from fp32 to bfloat16, each at its own place.
+
+    The rows that it writes may be longer than what it writes of them.
+    """
     cast = stage.value
     if stage.is_reduction or not isinstance(cast, tirx.Cast) or str(stage.output.dtype) != BFLOAT16:
         return False
     read = cast.value
     if not isinstance(read, TensorLoad) or str(read.source.dtype) != "float32" or len(stage.axes) < _MATRIX:
         return False
-    places = (tuple(read.indices), tuple(read.source.shape)), (stage.indices, tuple(stage.output.shape))
+    outer = [tuple(buffer.shape[:-1]) for buffer in (read.source, stage.output)]
+    places = (tuple(read.indices), outer[0]), (stage.indices, outer[1])
     return len(read.indices) == len(stage.indices) and all(
         tvm_ffi.structural_equal(own, other)
         for left, right in zip(*places, strict=True)
@@ -45,10 +49,10 @@ def leading_of(stage: Stage) -> int:
 
 def rounded_rows(stage: Stage, start: Expr, extent: Extent, target: Target) -> Stmt:
     """Return code that rounds rows [start, start + extent) of the flattened leading axes."""
-    *outer, length = [as_extent(size) for size in stage.output.shape]
     assert isinstance(stage.value, tirx.Cast)
     assert isinstance(stage.value.value, TensorLoad)
     source = stage.value.value.source
+    *outer, length = [as_extent(size) for size in source.shape]
     in_vectors = rounds_in_vectors(target)
 
     def row(number: Expr) -> Stmt:
