@@ -130,7 +130,7 @@ def where_alone(analysis: QuantizedMatmulAnalysis, one: Stmt, many: Stmt) -> Stm
 def _register_tile(target: Target, analysis: QuantizedMatmulAnalysis) -> tuple[int, int]:
     """Return rows and vectors whose sums, of integers and of floats, fit the registers beside codes and activations."""
     if target.has_few_registers:
-        return (2, 2) if analysis.product.layout.bits == 4 else (1, 2)
+        return (2, 2) if analysis.product.layout.bits == 4 or target.has_vnni else (1, 2)
     if target.architecture == "x86_64":
         return 6, 2
     # One vector of codes is unpacked for eight rows, whose sums of integers and floats take half of 32 registers.

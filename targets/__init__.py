@@ -14,7 +14,7 @@ from targets.base import CacheSizes, DataLayouts, Target
 from targets.cuda import CUDA, with_architectures
 from targets.errors import ToolchainError, UnknownTargetError
 from targets.host import cpu_features, missing_features
-from targets.x86_avx2 import X86_AVX2
+from targets.x86_avx2 import X86_AVX2, X86_AVX2_VNNI
 from targets.x86_avx512 import X86_AVX512, X86_AVX512_AMX, X86_AVX512_BF16
 
 __all__ = [
@@ -37,7 +37,17 @@ HOST = "host"
 # Of one architecture the more capable stands first: `host` takes the first that this machine can execute.
 _TARGETS = {
     target.name: target
-    for target in (X86_AVX512_AMX, X86_AVX512_BF16, X86_AVX512, X86_AVX2, ARM64_SVE2, ARM64_I8MM, ARM64, CUDA)
+    for target in (
+        X86_AVX512_AMX,
+        X86_AVX512_BF16,
+        X86_AVX512,
+        X86_AVX2_VNNI,
+        X86_AVX2,
+        ARM64_SVE2,
+        ARM64_I8MM,
+        ARM64,
+        CUDA,
+    )
 }
 
 

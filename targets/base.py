@@ -102,6 +102,11 @@ class Target:
         return self.vector_registers < 32
 
     @property
+    def has_vnni(self) -> bool:
+        """Return whether an instruction adds four products of bytes to a sum of 32 bits, as on x86 with VNNI."""
+        return not {"avx512_vnni", "avx_vnni"}.isdisjoint(self.features)
+
+    @property
     def linker_triple(self) -> str:
         """The triple, with the C library's version, that the linker is asked for."""
         return f"{self.architecture}-linux-gnu.{GLIBC_FLOOR}"

@@ -1,6 +1,11 @@
-"""x86-64 machines with AVX2 and FMA: the x86-64-v3 level of the System V ABI."""
+"""x86-64 machines with AVX2 and FMA: the x86-64-v3 level of the System V ABI.
+
+Those of Intel's cores since Alder Lake that have no AVX-512, in laptops and in Sierra Forest, have AVX-VNNI.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from targets.base import CacheSizes, DataLayouts, Target
 
@@ -22,4 +27,14 @@ X86_AVX2 = Target(
     caches=CacheSizes(level1=32 * 1024, level2=256 * 1024, level3=2 * 1024 * 1024),
     layouts=DataLayouts(channel_block=8, column_block=16, reduction_group=4),
     cores=8,
+)
+
+X86_AVX2_VNNI = replace(
+    X86_AVX2,
+    name="x86-avx2-vnni",
+    description="x86-64 with AVX2 and AVX-VNNI (Alder Lake, Sierra Forest and newer)",
+    features=(*X86_AVX2.features, "avx_vnni"),
+    llvm_attributes=("+avxvnni",),
+    # A Gracemont has 32 KiB, and a quarter of 2 MiB; a Golden Cove 48 KiB and 1.25 MiB (manual above).
+    caches=CacheSizes(level1=32 * 1024, level2=512 * 1024, level3=2 * 1024 * 1024),
 )

@@ -99,7 +99,7 @@ def activation_types(target: Target) -> tuple[str, ...]:
     if target.device != "cpu":
         return ()
     if target.architecture == "x86_64":
-        return ("uint8",) if {"avx512_vnni", "avx2"} & set(target.features) else ()
+        return ("uint8",) if "avx2" in target.features else ()
     if "asimddp" not in target.features:
         return ()
     return ("int8", "uint8") if "i8mm" in target.features else ("int8",)
@@ -121,7 +121,7 @@ def single_instruction(target: Target, activations: str) -> tuple[str, str]:
     """
     lanes = target.vector_lanes(32)
     if target.architecture == "x86_64":
-        intrinsic, operands = "llvm.x86.avx512.vpdpbusd.512", ("%x", "%w")
+        intrinsic, operands = f"llvm.x86.avx512.vpdpbusd.{target.vector_bits}", ("%x", "%w")
     elif activations == "uint8":
         intrinsic, operands = "llvm.aarch64.neon.usdot.v4i32.v16i8", ("%x", "%w")
     else:
@@ -142,7 +142,7 @@ def word_dot(target: Target, weights: str = "int8") -> GroupedDot | None:
 
 def splits_operands(target: Target) -> bool:
     """Return whether a target multiplies bytes as numbers of 16 bits, two vectors for each of both operands."""
-    return bool(activation_types(target)) and target.architecture == "x86_64" and "avx512_vnni" not in target.features
+    return bool(activation_types(target)) and target.architecture == "x86_64" and not target.has_vnni
 
 
 def is_product_of_bytes(term: Expr) -> bool:

@@ -10,7 +10,7 @@ from tvm.tirx.stmt import Stmt
 
 from schedules.intrin.arm_dot import ArmDot
 from schedules.intrin.avx2_dot import Avx2Dot
-from schedules.intrin.avx512_vnni import Avx512Vnni
+from schedules.intrin.vnni import Vnni
 from targets.base import Target
 
 
@@ -23,8 +23,10 @@ class IntegerDot(Protocol):
     a sum of one.
     """
 
-    lanes: int
     reduction: int
+
+    @property
+    def lanes(self) -> int: ...
 
     @property
     def panel_tile(self) -> tuple[int, int] | None: ...
@@ -71,8 +73,8 @@ def integer_dot(target: Target, bits: int) -> IntegerDot | None:
     """Return the dot product for weights of `bits` bits on a CPU target, None where there is none."""
     if target.device != "cpu":
         return None
-    if "avx512_vnni" in target.features:
-        return Avx512Vnni()
+    if target.has_vnni:
+        return Vnni(target.vector_lanes(32))
     if "avx2" in target.features:
         return Avx2Dot(bits)
     if "asimddp" in target.features:

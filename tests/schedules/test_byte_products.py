@@ -18,9 +18,8 @@ from targets.base import Target
 from targets.host import missing_features
 from tests.schedules.execution import TARGET, assembly_of, module_of
 
-HERE = [
-    target for target in map(targets.get, ("x86-avx2", "x86-avx512", "x86-avx512-amx")) if not missing_features(target)
-]
+NAMES = ("x86-avx2", "x86-avx2-vnni", "x86-avx512", "x86-avx512-amx")
+HERE = [target for target in map(targets.get, NAMES) if not missing_features(target)]
 
 
 def product(weights: np.ndarray, x: relax.Var) -> relax.Expr:
@@ -119,6 +118,7 @@ def test_weights_lie_in_fours_where_the_target_takes_the_data(depth: int) -> Non
         ("x86-avx512", "uint8", "vpdpbusd"),
         ("x86-avx512-amx", "uint8", "tdpbusd"),
         ("x86-avx2", "uint8", "vpmaddwd"),
+        ("x86-avx2-vnni", "uint8", "vpdpbusd"),
         ("arm64", "int8", "sdot"),
         ("arm64-i8mm", "uint8", "sudot"),
     ],

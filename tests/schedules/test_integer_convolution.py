@@ -22,7 +22,8 @@ from tests.schedules.test_convolution import convolve
 
 BLOCK = TARGET.layouts.channel_block
 # What this machine can execute.
-HERE = [TARGET, targets.get("x86-avx2")] if TARGET.architecture == "x86_64" else [TARGET]
+NARROW = [each for each in map(targets.get, ("x86-avx2", "x86-avx2-vnni")) if not targets.missing_features(each)]
+HERE = [TARGET, *NARROW]
 DATA = activation_types(TARGET)[0]
 
 
@@ -265,6 +266,7 @@ def test_symbolic_batch_and_other_numbers_of_spatial_dimensions() -> None:
     [
         ("x86-avx512", ["vpdpbusd", "vpackssdw", "vpackuswb"]),
         ("x86-avx2", ["vpmovsxbw", "vpmaddwd", "vpackssdw"]),
+        ("x86-avx2-vnni", ["vpdpbusd", "vpackssdw", "vpackuswb"]),
         ("arm64", ["sdot", "fcvtns", "sqxtn2"]),
     ],
 )

@@ -22,6 +22,7 @@ _LINUX_NAMES = {
         "amx-tile": "amx_tile",
         "avx512bf16": "avx512_bf16",
         "avx512vnni": "avx512_vnni",
+        "avxvnni": "avx_vnni",
         "bmi": "bmi1",
         "crc32": "sse4_2",  # the instruction is part of SSE4.2
         "lzcnt": "abm",
