@@ -225,8 +225,16 @@ def _in_order(loop: tirx.For, mutator: tvm_ffi.StructuralMutator) -> Stmt:
     return tirx.For(inside.loop_var, inside.min, inside.extent, tirx.ForKind.SERIAL, inside.body)
 
 
+def _unasked(statement: tirx.Evaluate, _mutator: tvm_ffi.StructuralMutator) -> Stmt:
+    """Return a statement without requests for lines of a cache: code generators of GPUs know none."""
+    call = statement.value
+    is_request = isinstance(call, ir.Call) and isinstance(call.op, ir.Op) and call.op.name == "tirx.prefetch"
+    return tirx.Evaluate(0) if is_request else statement
+
+
 def _on_one_thread(function: tirx.PrimFunc) -> tirx.PrimFunc:
-    statement = tvm_ffi.structural_mutate(sequence(_top_level(function)), (tirx.For, _in_order))
+    statement = sequence(_top_level(function))
+    statement = tvm_ffi.structural_mutate(statement, [(tirx.For, _in_order), (tirx.Evaluate, _unasked)])
     for tag in ("threadIdx.x", "blockIdx.x"):
         variable = ir.Var(tag.replace(".", "_"), ir.PrimType("int32"))
         axis = tirx.IterVar(ir.Range(0, 1), variable, tirx.IterVar.ThreadIndex, tag)

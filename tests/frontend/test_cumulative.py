@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optimizer.frontend.importer import import_model
 from tests.frontend.comparison import assert_same, node_model, ours
 
 
@@ -63,3 +64,10 @@ def test_running_sums_of_contiguous_lines(count: tuple[int, ...], length: int, e
     (got,) = ours(model)({"x": x}).values()
     sums = np.flip(np.cumsum(np.flip(x, -1), -1), -1) if reverse else np.cumsum(x, -1)
     np.testing.assert_array_equal(got, sums - x if exclusive else sums)
+
+
+@pytest.mark.parametrize(("rows", "asks"), [(2048, True), (64, False)], ids=["beyond a core's caches", "within"])
+def test_rows_of_strips_are_asked_for_where_they_are_far(rows: int, *, asks: bool) -> None:
+    inputs = {"x": np.zeros((rows, 256), np.float32), "axis": np.array(0)}
+    module = import_model(node_model("CumSum", inputs, ["y"], domain="", constants=["axis"])).module
+    assert ("T.prefetch" in module.script()) == asks

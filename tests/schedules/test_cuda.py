@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm import relax, tirx
 from tvm.s_tir.schedule import ScheduleError
+from tvm.script import tirx as T  # noqa: N812 - as TVM writes it
 
 import targets
 from optimizer.lowering import lower
@@ -17,6 +18,7 @@ from optimizer.tuning import machines
 from optimizer.tuning.tasks import Task, tasks_of
 from schedules import cuda, schedule_function
 from schedules.family import Space, defaults
+from schedules.loops import prefetch
 from targets.base import Target
 from tests.passes.graph import graph
 
@@ -131,3 +133,14 @@ def test_a_decision_is_reported() -> None:
     function, report = schedule_function(elementwise().function, CUDA, decide=lambda _: {"threads": 128})
     assert threads_of(function) == {128}
     assert (report.tuned, report.parameters) == (True, {"threads": 128})
+
+
+def test_a_thread_in_order_asks_for_no_lines() -> None:
+    @T.prim_func(s_tir=True)
+    def asking(x: T.Buffer((64,), "float32"), y: T.Buffer((64,), "float32")) -> None:
+        for i in range(64):
+            T.evaluate(prefetch(x[i]).value)
+            y[i] = x[i]
+
+    assert "prefetch" in asking.script()
+    assert "prefetch" not in schedule_function(asking, CUDA)[0].script()

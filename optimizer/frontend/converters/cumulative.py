@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import tvm.ir
-from tvm import relax, te, tirx
+from tvm import DataType, relax, te, tirx
 from tvm.script.ir_builder import tirx as ir
 
 from optimizer.frontend.converters.kernel_loops import kernel, loops
@@ -16,6 +16,7 @@ from optimizer.frontend.dimensions import Dimension, Shape, product
 from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
 from optimizer.frontend.value import Value
+from schedules.loops import LINE_BITS, prefetch
 
 Combine = Callable[[tvm.ir.Expr, tvm.ir.Expr], tvm.ir.Expr]
 
@@ -24,6 +25,8 @@ _INT64 = "int64"
 # long pieces of rows count more than that the values so far lie on the stack.
 _SHORTEST_STRIP, _LONGEST_STRIP, _TASKS = 64, 256, 4
 _LARGE_ELEMENTS, _LONGEST_LARGE_STRIP = 4 * 1024 * 1024, 1024
+# So many elements and their sums are more than a core's own caches hold.
+_FAR_ELEMENTS = 256 * 1024
 # A vector of lines is carried through so many rows in registers.
 _LANES, _ROWS = 16, 2
 # Where lines lie one behind the other so many are carried side by side, so many steps at a time: each addition waits
@@ -125,11 +128,34 @@ class _Scan:
                     offset = tirx.const(whole * _LANES, _INT64)
                     self._tile(source, target, (outside, row, start), running, (offset, height, rest))
 
-            blocks = tirx.floordiv(length, _ROWS)
+            blocks, elements = tirx.floordiv(length, _ROWS), product(source.shape)
+            is_far = isinstance(elements, int | tirx.IntImm) and int(elements) >= _FAR_ELEMENTS
             with ir.serial(0, blocks) as block:
+                if is_far and width >= _LANES:
+                    self._ask(source, target, (outside, (block + 1) * _ROWS, start), width)
                 rows(block * _ROWS, _ROWS)
             with ir.serial(0, length - blocks * _ROWS) as row:
                 rows(blocks * _ROWS + row, 1)
+
+    def _ask(
+        self, source: tirx.Buffer, target: tirx.Buffer, at: tuple[tvm.ir.Expr, tvm.ir.Expr, tvm.ir.Expr], width: int
+    ) -> None:
+        """Emit requests for the lines of the next rows of a strip, `at` a place past the last one or not.
+
+        The rows of a strip lie far from each other, so that the hardware sees none of them coming.
+        """
+        outside, first, start = at
+        step = LINE_BITS // DataType(str(source.dtype)).bits
+        with ir.serial(0, -(-width // step)) as number:
+            for each in range(_ROWS):
+                row = self._step(source, first + each)
+                for buffer in (source, target):
+                    place = self._place(buffer, outside, row, start + number * step)
+                    ir.evaluate(prefetch(buffer[tuple(place)]).value)
+
+    def _step(self, lines: tirx.Buffer, step: tvm.ir.Expr) -> tvm.ir.Expr:
+        """Return where on the axis a step is."""
+        return lines.shape[self.axis] - 1 - step if self.reverse else step
 
     def _side_by_side(self, source: tirx.Buffer, target: tirx.Buffer, count: int) -> None:
         """Emit `count` contiguous lines, some at a time; the last ones begin among the ones before them."""
@@ -203,7 +229,7 @@ class _Scan:
         """
         (outside, step, start), (offset, height, lanes) = at, tile
         dtype, column = str(source.dtype), start + offset
-        rows = [source.shape[self.axis] - 1 - step - each if self.reverse else step + each for each in range(height)]
+        rows = [self._step(source, step + each) for each in range(height)]
         values = ir.alloc_buffer((height + 1, lanes), dtype, scope="local")
         with ir.vectorized(0, lanes) as lane:
             ir.buffer_store(values, running[offset + lane], [0, lane])

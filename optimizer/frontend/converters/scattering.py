@@ -14,6 +14,7 @@ from optimizer.frontend.node import Node, Result
 from optimizer.frontend.registry import converter
 from optimizer.frontend.value import TensorValue
 from passes.cache_append import CIRCULAR, SCATTERS
+from schedules.loops import prefetch
 
 _COMBINE: dict[str, Callable[[tvm.ir.Expr, tvm.ir.Expr], tvm.ir.Expr]] = {
     "none": lambda old, new: new,
@@ -43,21 +44,33 @@ def scatter_elements(node: Node) -> Result:
         extents = list(indices.shape)
         lines = [extent for place, extent in enumerate(extents) if place != axis]
 
-        def element(line: Sequence[tvm.ir.Expr], along: tvm.ir.Expr) -> None:
-            index = [*line[:axis], along, *line[axis:]]
-            target = [*line[:axis], clipped_index(indices[tuple(index)], data.shape[axis]), *line[axis:]]
-            ir.buffer_store(out, combine(out[tuple(target)], updates[tuple(index)]), target)
+        def place(line: Sequence[tvm.ir.Expr], along: tvm.ir.Expr) -> tuple[tvm.ir.Expr, ...]:
+            return (*line[:axis], along, *line[axis:])
+
+        def position(line: Sequence[tvm.ir.Expr], along: tvm.ir.Expr) -> tvm.ir.Expr:
+            return clipped_index(indices[place(line, along)], data.shape[axis])
+
+        def write(line: Sequence[tvm.ir.Expr], along: tvm.ir.Expr, target: tvm.ir.Expr) -> None:
+            written = place(line, target)
+            ir.buffer_store(out, combine(out[written], updates[place(line, along)]), list(written))
 
         width = lines[-1].value if axis < len(lines) and isinstance(lines[-1], tirx.IntImm) else 0
         if width < 2 * _LINES_TOGETHER:
             with loops(lines, parallel=True) as line, ir.serial(0, extents[axis]) as along:
-                element(line, along)
+                write(line, along, position(line, along))
             return
         strips = tirx.const(-(-width // _LINES_TOGETHER), "int64")
         with loops([*lines[:-1], strips], parallel=True) as (*outer, strip), ir.serial(0, extents[axis]) as along:
             start = strip * _LINES_TOGETHER
-            with ir.serial(0, tirx.min(lines[-1] - start, _LINES_TOGETHER)) as own:
-                element([*outer, start + own], along)
+            count = tirx.min(lines[-1] - start, _LINES_TOGETHER)
+            targets = ir.alloc_buffer((_LINES_TOGETHER,), str(indices.dtype), scope="local")
+            # A store waits for its line, and the next ones for it: all lines are asked for before the first store.
+            with ir.serial(0, count) as own:
+                line = [*outer, start + own]
+                ir.buffer_store(targets, position(line, along), [own])
+                ir.evaluate(prefetch(out[place(line, targets[own])]).value)
+            with ir.serial(0, count) as own:
+                write([*outer, start + own], along, targets[own])
 
     return _scattered(node, body)
 
