@@ -25,8 +25,8 @@ def lines_ahead(
 ) -> Requests | None:
     """Return requests for the lines that the rows at `positions`, past the last one or not, read, where they are far.
 
-    The first step waits for a row's lines, the others find them in the first-level cache: meanwhile those of the next
-    rows can come, a few with each vector, since a core has only so many on their way at once.
+    The first step waits for a row's lines, the others find them in a cache of the core's own: meanwhile those of the
+    next rows can come, a few with each vector, since a core has only so many on their way at once.
     """
     outputs = [stage.output for stage in stages]
     asked: dict[Var, list[tuple[TensorLoad, Mapping[Var, Expr], AxisGroup]]] = {}
@@ -49,7 +49,7 @@ def lines_ahead(
 
     def requests(base: Expr, width: int) -> list[Stmt]:
         return [
-            prefetch(substitute(read, {**point, **group.point(base + offset)}))
+            prefetch(substitute(read, {**point, **group.point(base + offset)}), _level(read, group, target))
             for reads in asked.values()
             for read, point, group in reads
             for offset in range(0, width, LINE_BITS // read.source.dtype.bits)
@@ -88,3 +88,9 @@ def lines_to_write(
         ]
 
     return requests
+
+
+def _level(access: TensorLoad, group: AxisGroup, target: Target) -> int:
+    """Return the level of the cache that a next row is asked for into: the first one where that has room for two."""
+    row = group.extent * (access.source.dtype.bits // 8) if isinstance(group.extent, int) else 0
+    return 1 if 2 * row <= target.caches.level1 else 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import ml_dtypes
 import numpy as np
@@ -328,3 +329,14 @@ def test_vectors_of_exponentials_where_registers_are_few(name: str, rows: int, v
     module = build(lambda x: op.nn.softmax(x, -1), [(rows, 1024)], ["float32"])
     (report,) = schedule_module(module, targets.get(name))[1]
     assert report.parameters["vectors"] == vectors
+
+
+@pytest.mark.parametrize(("columns", "level"), [(1024, 1), (32000, 2)])
+def test_next_rows_are_asked_for_into_a_cache_that_holds_two(columns: int, level: int) -> None:
+    def variance(x: relax.Expr) -> relax.Expr:
+        return op.sum(op.square(op.subtract(x, op.mean(x, axis=-1, keepdims=True))), axis=-1)
+
+    module = build(variance, [(2**22 // columns, columns)], ["float32"])
+    code = schedule_module(module, targets.get("x86-avx512"))[0].script()
+    localities = {int(each) for each in re.findall(r"T.prefetch\(.*, 0, (\d), 1\)", code)}
+    assert localities == {4 - level}
