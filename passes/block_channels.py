@@ -33,14 +33,14 @@ from passes.base import Pass, PassOutcome, Refusal, Site, require
 from passes.blocked_forms import ROW, Blocked, BlockedForms
 from passes.blocked_operators import Geometry, with_whole_steps
 from passes.channelwise_operators import CONVOLUTIONS, ELEMENTWISE, POOLINGS, QUANTIZATIONS, REDUCTIONS, TRANSPOSED
-from passes.convolution_sites import check_operands, checked_geometry, convolutions_of, static
+from passes.convolution_sites import check_operands, check_outputs, checked_geometry, convolutions_of, static
 from passes.integer_convolutions import (
     Border,
     IntegerConvolution,
     border_of,
-    fill_blocks,
     integer_convolution,
     is_integer,
+    pays_in_blocks,
 )
 from passes.provenance import nodes_of
 from passes.tensor_types import constant_of
@@ -65,7 +65,7 @@ class BlockChannels(Pass):
     Where it pays, 3x3 filters are computed by Winograd's F(m, 3) with m up to `winograd`: 2 to 4, or 0 for none.
     `dtype` is what convolutions read: float32, or bfloat16 for targets that have dot products of pairs of it;
     `integers` what dot products of fours of bytes read, uint8 or int8, nothing where there are none. Blocks are of
-    `byte_block` where that is not 0 and all convolutions are of bytes whose channels fill such blocks. With `words`
+    `byte_block` where that is not 0 and all convolutions are of bytes and take less time so. With `words`
     dense convolutions read bytes as int16, and Winograd's filtering of these is exact.
     """
 
@@ -80,7 +80,8 @@ class BlockChannels(Pass):
     def run(self, module: tvm.IRModule) -> PassOutcome:
         """Rewrite all Relax functions of the module."""
         sites: list[Site] = []
-        in_tiles = self.byte_block > 0 and fill_blocks(convolutions_of(module), self.integers, self.byte_block)
+        sizes = self.block, self.byte_block
+        in_tiles = self.byte_block > 0 and pays_in_blocks(convolutions_of(module), self.integers, *sizes)
         rewriter = _Blocker(module, replace(self, block=self.byte_block) if in_tiles else self, sites)
         for variable, function in module.functions_items():
             if isinstance(function, relax.Function):
@@ -177,7 +178,7 @@ class _Blocker(BlockedForms):
         else:
             if site.sums_windows:
                 values = np.repeat(values, block, axis=0)
-            self._require_blocks(values, site.groups, is_blocked)
+            self._require_blocks(values, site.groups)
             depth = block if is_blocked or site.channels > block else site.channels
             if self._row and not site.sums_windows and self._row % depth == 0:
                 values, geometry = with_whole_steps(values, site.geometry, self._row // depth)
@@ -235,13 +236,11 @@ class _Blocker(BlockedForms):
             )
         )
 
-    def _require_blocks(self, values: np.ndarray, groups: int, is_blocked: bool) -> None:
-        """Refuse groups that are no whole blocks, and blocks that would be mostly empty."""
+    def _require_blocks(self, values: np.ndarray, groups: int) -> None:
+        """Refuse groups that are no whole blocks."""
         (outputs, per_group), block = values.shape[:2], self._block
         if groups > 1 and (per_group % block or outputs // groups % block):
             raise Refusal(f"groups of {per_group} to {outputs // groups} channels are not whole blocks of {block}")
-        if 2 * outputs < block and not is_blocked:
-            raise Refusal(f"{outputs} output channels would leave most of a block of {block} empty")
 
     def _convolution(self, call: tvm.ir.Call) -> tuple[Blocked, str]:
         """Return a convolution in blocked form, and how it is computed; raises Refusal."""
@@ -256,8 +255,11 @@ class _Blocker(BlockedForms):
                 raise Refusal(f"a depthwise convolution with {outputs // channels} outputs a channel")
             packed = blocked_operators.pack_depthwise(values, block)
             return self._computed(call, lambda x, w: blocked_operators.depthwise(x, w, geometry), packed), ""
-        self._require_blocks(values, groups, self._is_blocked(data))
-        if channels < block and max(values.shape[2:]) > 1 and not self._is_blocked(data):
+        self._require_blocks(values, groups)
+        is_first = channels < block and max(values.shape[2:]) > 1 and not self._is_blocked(data)
+        if not self._is_blocked(data):
+            check_outputs(values, block, pairs=self._in_pairs(per_group), first=is_first)
+        if is_first:
             return self._first(call, values, geometry), ""
         try:
             require(groups == 1, "its channels are in groups")
@@ -319,7 +321,6 @@ class _Blocker(BlockedForms):
         cropped = any(int(pad) for pad in (*attributes.padding, *attributes.output_padding))
         require(not cropped, "it crops or extends its result")
         require(int(attributes.groups) == 1, "its channels are in groups")
-        require(2 * values.shape[1] >= self._block, f"{values.shape[1]} output channels would leave blocks empty")
         ones, zeros = (1,) * len(kernel), (0,) * len(kernel)
         products = self._computed(
             call,

@@ -20,8 +20,10 @@ from passes.convolution_sites import check_layouts, geometry_of
 from passes.tensor_types import dtype_of
 from schedules.intrin.byte_dot import FOUR
 
-# Tile registers multiply six times as many bytes as dot products do, but what follows computes all lanes of a block.
-_FILLED = 0.75
+# Tile registers multiply six times as many bytes as dot products do, but what follows computes all lanes of a block,
+# and taps read a copy of the image. An element of these takes as long as so many multiply-adds of dot products: fitted
+# to pairs of layers of 16 to 129 channels with one tap and with nine (Emerald Rapids).
+_TIMES_FASTER, _FOLLOWED, _COPIED = 6, 250, 150
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,12 @@ def integer_convolution(call: tvm.ir.Call, border: Border | None, data: str) -> 
     return IntegerConvolution(source, _weights(call), int(call.attrs.groups), geometry, value)
 
 
-def fill_blocks(calls: Sequence[tvm.ir.Call], data: str, block: int) -> bool:
-    """Return whether convolutions are all dense ones of data of a type that fill most of blocks of so many channels.
+def pays_in_blocks(calls: Sequence[tvm.ir.Call], data: str, block: int, wide: int) -> bool:
+    """Return whether convolutions are all dense ones of data of a type that take less time in `wide` blocks.
 
-    Of a first layer only the channels of its result count.
+    Those are for tile registers, others of `block` channels for dot products.
     """
-    given = filled = 0
+    narrow_time = wide_time = 0.0
     for call in calls:
         try:
             site = integer_convolution(call, None, data)
@@ -112,14 +114,38 @@ def fill_blocks(calls: Sequence[tvm.ir.Call], data: str, block: int) -> bool:
             return False
         if site.groups > 1:
             return False
-        if site.sums_windows:
-            continue
-        outputs, inputs = site.weights.shape[:2]
-        taps = math.prod(site.weights.shape[2:])
-        whole = [-(-outputs // block) * block, inputs if inputs <= FOUR else -(-inputs // block) * block]
-        given += outputs * inputs * taps
-        filled += math.prod(whole) * taps
-    return given > 0 and given >= _FILLED * filled
+        if not site.sums_windows:
+            narrow_time += _multiplied(site, call, block) + _followed(call, block)
+            wide_time += _multiplied(site, call, wide) / _TIMES_FASTER + _followed(call, wide)
+            wide_time += _copied(site, wide)
+    return wide_time < narrow_time
+
+
+def _multiplied(site: IntegerConvolution, call: tvm.ir.Call, block: int) -> int:
+    """Return the multiply-adds of whole blocks; of a first layer only the channels of its result are in such."""
+    inputs = site.weights.shape[1]
+    whole = inputs if inputs <= FOUR else _whole(inputs, block)
+    return _elements(call, block) * whole * math.prod(site.weights.shape[2:])
+
+
+def _followed(call: tvm.ir.Call, block: int) -> int:
+    """Return the time of what follows the sums, in multiply-adds of dot products."""
+    return _elements(call, block) * _FOLLOWED
+
+
+def _copied(site: IntegerConvolution, block: int) -> int:
+    """Return the time to copy what several taps read of an image, in multiply-adds of dot products."""
+    return _elements(site.source, block) * _COPIED if math.prod(site.weights.shape[2:]) > 1 else 0
+
+
+def _elements(image: relax.Expr, block: int) -> int:
+    """Return how many elements an image [N, C, spatial...] has in whole blocks of channels."""
+    channels, *sizes = map(int, image.ty.shape.values[1:])
+    return _whole(channels, block) * math.prod(sizes)
+
+
+def _whole(channels: int, block: int) -> int:
+    return -(-channels // block) * block
 
 
 def _weights(call: tvm.ir.Call) -> np.ndarray:

@@ -302,6 +302,27 @@ def test_blocking_twice_changes_nothing_more() -> None:
     tvm.ir.assert_structural_equal(twice.module, once)
 
 
+@pytest.mark.parametrize(
+    ("channels", "kernel", "refusal"),
+    [
+        ((16, 1), 3, None),
+        ((16, 1), 1, None),
+        ((15, 1), 3, "1 output channels would leave most of a block of 8 empty"),
+        ((4, 3), 3, None),
+        ((4, 2), 3, "2 output channels would leave most of a block of 8 empty"),
+    ],
+)
+def test_few_outputs_of_pairs_are_blocked_but_for_small_first_layers(
+    channels: tuple[int, int], kernel: int, refusal: str | None
+) -> None:
+    def body(_: Emit, x: relax.Var) -> relax.Expr:
+        return op.nn.conv2d(x, weights(channels[1], channels[0], kernel, kernel))
+
+    module = module_of(body, (1, channels[0], 5, 5))
+    (site,) = BlockChannels(BLOCK, dtype="bfloat16").run(module).sites
+    assert site.refusal == refusal
+
+
 def test_a_convolution_of_many_channels_is_computed_by_minimal_filtering() -> None:
     def body(emit: Emit, x: relax.Var) -> relax.Expr:
         return emit(op.nn.conv2d(x, weights(64, 64, 3, 3), padding=1))
@@ -311,7 +332,8 @@ def test_a_convolution_of_many_channels_is_computed_by_minimal_filtering() -> No
 
 
 @pytest.mark.parametrize(
-    ("channels", "kernel", "batch"), [((8, 16), (2, 2), 1), ((11, 13), (3, 1), "n"), ((5, 8), (4,), 2)]
+    ("channels", "kernel", "batch"),
+    [((8, 16), (2, 2), 1), ((11, 13), (3, 1), "n"), ((5, 8), (4,), 2), ((8, 1), (2, 2), 1)],
 )
 def test_transposed_convolution_without_overlap_is_a_product(
     channels: tuple[int, int], kernel: tuple[int, ...], batch: int | str

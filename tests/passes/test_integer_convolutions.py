@@ -25,14 +25,15 @@ def convolution(data: str, weights: relax.Expr | None, integers: str) -> list[st
     return [site.refusal for site in BlockChannels(integers=integers).run(builder.get()).sites]
 
 
-def filters(dtype: str) -> relax.Expr:
-    return relax.const(np.ones((16, 16, 3, 3), dtype))
+def filters(dtype: str, outputs: int = 16) -> relax.Expr:
+    return relax.const(np.ones((outputs, 16, 3, 3), dtype))
 
 
 @pytest.mark.parametrize(
     ("data", "weights", "integers", "reason"),
     [
         ("uint8", filters("int8"), "uint8", None),
+        ("uint8", filters("int8", outputs=3), "uint8", None),
         ("int8", filters("int8"), "uint8", "its data are int8, where the target multiplies uint8"),
         ("uint8", filters("uint8"), "uint8", "its weights are uint8, not int8"),
         ("uint8", None, "uint8", "the weights are not constant"),

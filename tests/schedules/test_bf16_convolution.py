@@ -112,6 +112,15 @@ def test_winograd_and_a_residual_read_the_same_rounded_image(
     assert not HAS_DOT or "winograd" in families
 
 
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_few_outputs_of_a_plain_image(outputs: int) -> None:
+    x, w = normal(1, 2 * BLOCK, 9, 14), normal(outputs, 2 * BLOCK, 3, 3, seed=1)
+    executable, families = blocked(lambda x: op.nn.conv2d(x, relax.const(w), padding=1), [*x.shape])
+    want = convolve(rounded(x), rounded(w), 1, 1)
+    np.testing.assert_allclose(run(executable, x), want, rtol=1e-6, atol=sum_tolerance(18 * BLOCK, 1.0))
+    assert "direct-convolution" in families
+
+
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_first_layer_of_few_channels(channels: int) -> None:
     x, w = normal(1, channels, 23, 37), normal(24, channels, 7, 7, seed=1)

@@ -107,6 +107,15 @@ def test_sums_are_exact(
 
 
 @pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_few_outputs_of_a_plain_image(outputs: int, target: Target) -> None:
+    x, w = drawn(DATA, 1, 20, 7, 9), drawn("int8", outputs, 20, 3, 3, seed=1)
+    executable, families = blocked(lambda x: conv(x, w, padding=1), [*x.shape], target)
+    np.testing.assert_array_equal(run(executable, x), convolve(x, w, padding=1))
+    assert "direct-convolution" in families
+
+
+@pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
 def test_groups(target: Target) -> None:
     x, w = drawn(DATA, 1, 4 * BLOCK, 9, 30), drawn("int8", 4 * BLOCK, 2 * BLOCK, 3, 3, seed=1)
     executable, families = blocked(lambda x: conv(x, w, padding=1, groups=2), [*x.shape], target)
