@@ -23,7 +23,7 @@ from tvm.tirx.stmt import Stmt
 from schedules.access import Access, Step
 from schedules.epilogue import Epilogue
 from schedules.intrin.matrix_tiles import BLOCK, BYTES, TILE, Passing
-from schedules.loops import Extent, index, load, local, loop, prefetch, quotient, remainder, unrolled, with_local
+from schedules.loops import Extent, index, load, local, loop, prefetch, quotient, unrolled, with_local
 from schedules.matrix_tile import (
     MatrixOperands,
     block_of_sums,
@@ -34,6 +34,7 @@ from schedules.matrix_tile import (
     reads_of_step,
     step_of,
     stride_of,
+    whole_and_rest,
     written_lines,
 )
 from schedules.stages import Stage, sequence, substitute
@@ -58,16 +59,7 @@ def rows_of_sums(
     """
     rows, width = shape
     panel = RowPanel(operands, stage, epilogue, at, width, -(-most // BLOCK))
-    full, rest = quotient(rows, BLOCK), remainder(rows, BLOCK)
-
-    def left(count: Extent) -> Stmt:
-        return panel.alone(index(full), count)
-
-    longer = _end_of_row(operands, at)
-    if isinstance(full, int) and isinstance(rest, int):
-        return sequence([*longer, *([panel.whole(full)] if full else []), *([left(rest)] if rest else [])])
-    parts = ((full, panel.whole(full)), (rest, left(index(rest))))
-    return sequence([*longer, *(tirx.IfThenElse(index(count) > index(0), part, None) for count, part in parts)])
+    return sequence([*_end_of_row(operands, at), whole_and_rest(rows, panel.whole, panel.alone)])
 
 
 def _end_of_row(operands: MatrixOperands, at: At) -> list[Stmt]:
@@ -160,25 +152,29 @@ class RowPanel:
     def at_block(self, number: Expr) -> At:
         return lambda row, column: self.at(number * BLOCK + row, column)
 
-    def alone(self, number: Expr, rows: Extent) -> Stmt:
-        """Return a block of up to 32 rows that describes its registers and finishes its rows."""
-        inside = self.at_block(number)
+    def alone(self, number: Expr, rows: Extent, configured: bool = False) -> Stmt:
+        """Return a block of up to 32 rows that finishes its rows itself.
+
+        It describes its registers where they are not `configured` for 32 rows.
+        """
+        inside, steps = self.at_block(number), self.operands.steps
         ahead = next_columns(self.operands, inside, self.most)
-        steps = self.operands.steps
         return block_of_sums(
             self.operands,
             self.stage,
             self.epilogue,
             inside,
             (rows, self.width),
-            ahead=lambda step: ahead(number * steps + step),
+            configured,
+            lambda step: ahead(number * steps + step),
         )
 
     def whole(self, blocks: Extent) -> Stmt:
         """Return blocks of 32 rows."""
         tiles = self.operands.tiles
         if not self.pieces:
-            return loop(blocks, lambda number: self.alone(number, BLOCK))
+            each_alone = loop(blocks, lambda number: self.alone(number, BLOCK, configured=True))
+            return sequence([tiles.begin(TILE, TILE), each_alone, tiles.end()])
         count = self.parts[0]
         if count == 1:
             swept = [self._swept(index(0), blocks)]

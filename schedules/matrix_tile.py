@@ -110,22 +110,24 @@ def stride_of(read: TensorLoad, group: AxisGroup) -> Expr | None:
     return total
 
 
-def in_blocks(
-    tiles: MatrixTiles,
-    rows: Extent,
-    block: Callable[[Expr, Extent], Stmt],
-    after: Callable[[Expr], Stmt] | None = None,
-) -> Stmt:
+def in_blocks(tiles: MatrixTiles, rows: Extent, block: Callable[[Expr, Extent], Stmt]) -> Stmt:
     """Return `block`, from its number and its rows, for 32 rows at a time with registers described once, then the rest.
 
-    What is left of the rows describes its registers itself. `after` gives what follows the last one of 32 rows.
+    What is left of the rows describes its registers itself.
     """
-    full, rest = quotient(rows, BLOCK), remainder(rows, BLOCK)
-    follows = [] if after is None else [after(index(full) - 1)]
-    blocks = sequence([tiles.begin(TILE, TILE), loop(full, lambda number: block(number, BLOCK)), tiles.end(), *follows])
-    if isinstance(full, int) and isinstance(rest, int):
-        return sequence([*([blocks] if full else []), *([block(index(full), rest)] if rest else [])])
-    parts = ((full, blocks), (rest, block(index(full), index(rest))))
+
+    def whole(count: Extent) -> Stmt:
+        return sequence([tiles.begin(TILE, TILE), loop(count, lambda number: block(number, BLOCK)), tiles.end()])
+
+    return whole_and_rest(rows, whole, block)
+
+
+def whole_and_rest(rows: Extent, whole: Callable[[Extent], Stmt], rest: Callable[[Expr, Extent], Stmt]) -> Stmt:
+    """Return `whole`, from how many blocks of 32 rows there are, and `rest`, from its block's number and its rows."""
+    full, left = quotient(rows, BLOCK), remainder(rows, BLOCK)
+    if isinstance(full, int) and isinstance(left, int):
+        return sequence([*([whole(full)] if full else []), *([rest(index(full), left)] if left else [])])
+    parts = ((full, whole(full)), (left, rest(index(full), index(left))))
     return sequence([tirx.IfThenElse(index(count) > index(0), part, None) for count, part in parts])
 
 

@@ -22,11 +22,11 @@ from schedules.matmul import matrix_operands, other_operand
 from schedules.prepack import products_of
 from schedules.report import is_scheduled
 from schedules.stage_parsing import parse
-from schedules.stages import Stage, contains
+from schedules.stages import Stage, StagedFunction, contains
 from targets.base import Target
 
 # The arguments of a call that gives a function tensors alone: the function, and these.
-PLAIN = 2
+_PLAIN = 2
 _MATRIX = 2
 # Of shorter rows many lie in the cache, and one line more is much of them.
 FEWEST_LINES = 8
@@ -96,20 +96,27 @@ class _Functions:
         """Return whether a value is what a function gives that is made of stages alone."""
         if not isinstance(value, ir.Call) or not isinstance(value.op, ir.Op) or value.op.name != "relax.call_tir":
             return False
-        return len(value.args) == PLAIN and self.read_in_tiles(value.args[0]) is not None
+        return len(value.args) == _PLAIN and self.read_in_tiles(value.args[0]) is not None
 
     def read_in_tiles(self, variable: GlobalVar) -> tuple[int, ...] | None:
         """Return the places of the parameters that a function's products read by rows; None where it is not plain."""
         if variable not in self._read:
             function = self.module[variable]
-            staged = parse(function) if isinstance(function, tirx.PrimFunc) and not is_scheduled(function) else None
-            if staged is None or not all(isinstance(stage, Stage) for stage in staged.stages):
+            if _in_stages(function) is None:
                 self._read[variable] = None
             else:
                 rows = rows_in_tiles(function, self._target)
                 places = range(len(function.params))
                 self._read[variable] = tuple(n for n in places if any(function.params[n].same_as(row) for row in rows))
         return self._read[variable]
+
+
+def _in_stages(function: object) -> StagedFunction | None:
+    """Return the stages of a TIR function that is made of them alone and not scheduled; None for anything else."""
+    if not isinstance(function, tirx.PrimFunc) or is_scheduled(function):
+        return None
+    staged = parse(function)
+    return staged if staged is not None and all(isinstance(stage, Stage) for stage in staged.stages) else None
 
 
 def _conflicts(tensor: Var) -> bool:
@@ -140,8 +147,8 @@ def _padded_inside(module: tvm.IRModule, target: Target) -> tvm.IRModule:
     """Return `module` with longer rows of what functions compute for themselves and read by tile registers."""
     longer_inside: dict[GlobalVar, tirx.PrimFunc] = {}
     for variable, function in module.functions_items():
-        staged = parse(function) if isinstance(function, tirx.PrimFunc) and not is_scheduled(function) else None
-        if staged is None or not all(isinstance(stage, Stage) for stage in staged.stages):
+        staged = _in_stages(function)
+        if staged is None:
             continue
         rows = [row for row in rows_in_tiles(function, target) if contains(staged.intermediate, row)]
         conflicting = [row for row in rows if _conflict(row.shape, row.dtype.bits)]

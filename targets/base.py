@@ -19,6 +19,9 @@ GLIBC_FLOOR = "2.28"
 # guarded and indexed modulo a power of two, as in rotary embeddings (ONNX's test_rotary_embedding_3d_input).
 _LLVM_OPTIONS = ("-vectorize-loops=false",)
 
+# Linux's names of x86's instructions that add four products of bytes to a sum of 32 bits, of 512 and of 256 bits.
+VNNI = frozenset({"avx512_vnni", "avx_vnni"})
+
 
 @dataclass(frozen=True)
 class CacheSizes:
@@ -104,7 +107,7 @@ class Target:
     @property
     def has_vnni(self) -> bool:
         """Return whether an instruction adds four products of bytes to a sum of 32 bits, as on x86 with VNNI."""
-        return not {"avx512_vnni", "avx_vnni"}.isdisjoint(self.features)
+        return not VNNI.isdisjoint(self.features)
 
     @property
     def linker_triple(self) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from targets.base import VNNI
 from targets.host import cpu_features
 
 # Operators whose sums saturate (ConvInteger's do not), with the places among their inputs of the weights, and of the
@@ -27,7 +28,6 @@ _OPERATORS: Mapping[str, tuple[int, int, int | None]] = {
     "MatMulIntegerToFloat": (1, 5, 4),
     "DynamicQuantizeMatMul": (1, 3, None),
 }
-_VNNI = {"avx512_vnni", "avx_vnni"}
 _OFFSET = 128
 _SUFFIX = "_unsigned"
 
@@ -35,7 +35,7 @@ _SUFFIX = "_unsigned"
 def saturates() -> bool:
     """Return whether onnxruntime's sums of products of unsigned by signed bytes saturate on this machine."""
     features = cpu_features()
-    return "avx2" in features and not _VNNI & features
+    return "avx2" in features and VNNI.isdisjoint(features)
 
 
 def with_unsigned_weights(model: onnx.ModelProto, folder: Path | None) -> onnx.ModelProto | None:
